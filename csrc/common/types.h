@@ -1,0 +1,23 @@
+// The words that kernels and bindings share: element types, activations, memory layouts. No torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+namespace fastres {
+
+enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
+enum class Act : int { kNone, kRelu };
+
+// Storage of the 16-bit formats on the CPU; arithmetic happens in float.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+}  // namespace fastres

@@ -1,0 +1,54 @@
+// Binding of add_act: checks, output, parallel loop, registration.
+#include "cpu/add_act.h"
+
+#include "cpu/host.h"
+
+namespace fastres::cpu {
+namespace {
+
+// The second operand lies in memory as the first one does.
+void check_pair(const char* op, Named first, Named second) {
+  const Tensor &a = first.tensor, &b = second.tensor;
+  check_cpu(op, first.param, a);
+  check_floating(op, first.param, a, true);
+  FASTRES_CHECK(a.numel() > 0, op, first.param, "not empty", show(a.sizes()));
+  check_like(op, second.param, b, a);
+  for (int64_t d = 0; d < a.dim(); ++d)
+    FASTRES_CHECK(a.sizes()[d] == 1 || a.strides()[d] == b.strides()[d], op, second.param,
+                  "of the strides of " << first.param << ", " << show(a.strides()), show(b.strides()));
+  FASTRES_CHECK(is_non_overlapping_and_dense(a), op, first.param, "dense and without overlap",
+                "strides " << show(a.strides()) << " for sizes " << show(a.sizes()));
+}
+
+template <typename Kernel>
+Tensor run(Kernel kernel, const Tensor& a, const Tensor& b, Act act) {
+  Tensor out = empty_like_strided(a);
+  const DType dtype = dtype_of(a);
+  const int64_t numel = a.numel();
+  const AddActArgs args{dtype, act, should_stream(numel, dtype), a.data_ptr(), b.data_ptr(), out.data_ptr()};
+  parallel_for(0, numel, kGrain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return out;
+}
+
+Tensor add_act(const Tensor& x, const Tensor& residual, const std::string& act) {
+  check_pair("add_act", {"x", x}, {"residual", residual});
+  return run(add_act_forward, x, residual, act_of("add_act", act));
+}
+
+Tensor add_act_backward(const Tensor& grad_y, const Tensor& y, const std::string& act) {
+  check_pair("add_act_backward", {"grad_y", grad_y}, {"y", y});
+  return run(add_act_gradient, grad_y, y, act_of("add_act_backward", act));
+}
+
+}  // namespace
+}  // namespace fastres::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
+  m.def("cpu_add_act(Tensor x, Tensor residual, str act) -> Tensor");
+  m.def("cpu_add_act_backward(Tensor grad_y, Tensor y, str act) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
+  m.impl("cpu_add_act", TORCH_BOX(&fastres::cpu::add_act));
+  m.impl("cpu_add_act_backward", TORCH_BOX(&fastres::cpu::add_act_backward));
+}

@@ -1,0 +1,194 @@
+// Vectors of float or double: loads and stores that convert from and to the storage types, whole or in part.
+// Included by *_kernel.cpp only; everything lives in the namespace of the level it is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/types.h"
+
+#if !defined(FASTRES_CPU_LEVEL) || FASTRES_CPU_LEVEL == 1
+#define FASTRES_LEVEL v1
+#elif FASTRES_CPU_LEVEL == 3
+#define FASTRES_LEVEL v3
+#else
+#define FASTRES_LEVEL v4
+#endif
+#define FASTRES_INLINE inline __attribute__((always_inline))
+
+namespace fastres::cpu::FASTRES_LEVEL {
+
+#if FASTRES_CPU_LEVEL >= 4
+constexpr int64_t kVectorBytes = 64;
+#elif FASTRES_CPU_LEVEL == 3
+constexpr int64_t kVectorBytes = 32;
+#else
+constexpr int64_t kVectorBytes = 16;
+#endif
+
+template <typename T, int64_t L>
+struct VecOf {
+  typedef T type __attribute__((vector_size(L * sizeof(T))));
+};
+template <typename T, int64_t L>
+using Vec = typename VecOf<T, L>::type;
+
+// The type that a storage type computes in, and how many of it fill a register.
+template <typename scalar_t>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using acc_of = typename AccOf<scalar_t>::type;
+template <typename T>
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+
+template <typename To, typename From>
+FASTRES_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+FASTRES_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- 16-bit formats <-> float ------------------------------------------------------------------------------------------
+
+template <int64_t L>
+FASTRES_INLINE Vec<float, L> widen(bf16, Vec<uint16_t, L> h) {
+  return bits_as<Vec<float, L>>(__builtin_convertvector(h, Vec<uint32_t, L>) << 16);
+}
+
+template <int64_t L>
+FASTRES_INLINE Vec<uint16_t, L> narrow(bf16, Vec<float, L> v) {
+  const auto u = bits_as<Vec<uint32_t, L>>(v);
+  const auto rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest even
+  const auto nan = (u >> 16) | 0x40;                          // quiet, never rounded up to infinity
+  return __builtin_convertvector(v != v ? nan : rounded, Vec<uint16_t, L>);
+}
+
+// The conversion instruction where the level has it (F16C, AVX-512), else integer arithmetic.
+template <int64_t L>
+FASTRES_INLINE Vec<float, L> widen(fp16, Vec<uint16_t, L> h) {
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (L == 16) return (Vec<float, L>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#endif
+#if FASTRES_CPU_LEVEL >= 3
+  if constexpr (L == 8) return (Vec<float, L>)_mm256_cvtph_ps((__m128i)h);
+#endif
+  const auto u = __builtin_convertvector(h, Vec<uint32_t, L>);
+  const auto magnitude = (u & 0x7fff) << 13;
+  const auto rebiased = magnitude + (112u << 23);
+  const auto special = magnitude + (224u << 23);                                        // infinity, NaN
+  const auto magic = bits_as<Vec<float, L>>(Vec<uint32_t, L>{} + (113u << 23));         // 2^-14
+  const auto tiny = bits_as<Vec<float, L>>(magnitude + (113u << 23)) - magic;           // zero, subnormals
+  auto bits = magnitude >= (0x7c00u << 13) ? special : rebiased;
+  bits = magnitude < (1u << 23) ? bits_as<Vec<uint32_t, L>>(tiny) : bits;
+  return bits_as<Vec<float, L>>(bits | (u & 0x8000) << 16);
+}
+
+template <int64_t L>
+FASTRES_INLINE Vec<uint16_t, L> narrow(fp16, Vec<float, L> v) {
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (L == 16) return (Vec<uint16_t, L>)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+#if FASTRES_CPU_LEVEL >= 3
+  if constexpr (L == 8) return (Vec<uint16_t, L>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  const auto u = bits_as<Vec<uint32_t, L>>(v);
+  const auto magnitude = u & 0x7fffffff;
+  const auto rebiased = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const auto magic = Vec<uint32_t, L>{} + (126u << 23);  // 0.5: its last bit is worth 2^-24, the smallest subnormal
+  const auto tiny = bits_as<Vec<uint32_t, L>>(bits_as<Vec<float, L>>(magnitude) + bits_as<Vec<float, L>>(magic)) - magic;
+  const auto infinity = Vec<uint32_t, L>{} + 0x7c00;
+  const auto nan = Vec<uint32_t, L>{} + 0x7e00;
+  auto bits = magnitude < (113u << 23) ? tiny : rebiased;
+  bits = magnitude >= (143u << 23) ? infinity : bits;
+  bits = v != v ? nan : bits;
+  return __builtin_convertvector(bits | (u & 0x80000000) >> 16, Vec<uint16_t, L>);
+}
+
+// ---- how much of a vector to move: all lanes, all lanes past the caches, or the first n lanes --------------------------------
+
+struct Whole {};
+struct Stream {};
+struct Part {
+  int64_t n;
+};
+
+template <typename V, typename T>
+FASTRES_INLINE V move_in(const T* p, Whole) {
+  V v;
+  memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename V, typename T>
+FASTRES_INLINE V move_in(const T* p, Stream) {
+  return move_in<V>(p, Whole{});
+}
+template <typename V, typename T>
+FASTRES_INLINE V move_in(const T* p, Part part) {
+  V v{};  // lanes beyond the part are zero
+  memcpy(&v, p, part.n * sizeof(T));
+  return v;
+}
+
+template <typename V, typename T>
+FASTRES_INLINE void move_out(T* p, V v, Whole) {
+  memcpy(p, &v, sizeof(v));
+}
+template <typename V, typename T>
+FASTRES_INLINE void move_out(T* p, V v, Part part) {
+  memcpy(p, &v, part.n * sizeof(T));
+}
+template <typename V, typename T>
+FASTRES_INLINE void move_out(T* p, V v, Stream) {  // p is aligned to the size of V
+#if defined(__x86_64__)
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+#if FASTRES_CPU_LEVEL >= 3
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
+#endif
+  move_out(p, v, Whole{});
+}
+
+// Orders streamed stores before whatever tells another thread that they are done.
+FASTRES_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- load and store with conversion: L lanes of acc_t from or to storage ---------------------------------------------------
+
+template <typename acc_t, int64_t L, typename scalar_t, typename Lanes>
+FASTRES_INLINE Vec<acc_t, L> load(const scalar_t* p, Lanes lanes) {
+  if constexpr (sizeof(scalar_t) == 2) {
+    const auto v = widen<L>(scalar_t{}, move_in<Vec<uint16_t, L>>(p, lanes));
+    if constexpr (sizeof(acc_t) == 8) return __builtin_convertvector(v, Vec<acc_t, L>);
+    else return v;
+  } else {
+    const auto v = move_in<Vec<scalar_t, L>>(p, lanes);
+    if constexpr (sizeof(acc_t) != sizeof(scalar_t)) return __builtin_convertvector(v, Vec<acc_t, L>);
+    else return v;
+  }
+}
+
+template <int64_t L, typename scalar_t, typename V, typename Lanes>
+FASTRES_INLINE void store(scalar_t* p, V v, Lanes lanes) {
+  if constexpr (sizeof(scalar_t) == 2) move_out(p, narrow<L>(scalar_t{}, v), lanes);
+  else move_out(p, v, lanes);
+}
+
+}  // namespace fastres::cpu::FASTRES_LEVEL

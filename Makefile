@@ -1,0 +1,60 @@
+# demo, test, bench and lint work from a clean clone with only Python and a compiler: each creates .venv, installs a
+# pinned torch and what else it needs, builds the kernels in place, and runs. A second run repeats only what changed.
+PYTHON ?= python3
+# pip takes the CPU or the CUDA build, as its index offers. Override: make test TORCH="torch --index-url URL"
+TORCH ?= torch==2.13.0
+# What the tests compare with; installed without dependencies, which would bring another torch.
+TORCHVISION ?= torchvision==0.28.0
+TIMM ?= timm==1.0.31
+# What the tests interpret and compile ahead of time where torch (a CUDA build) brings no Triton of its own.
+TRITON ?= triton==3.6.0
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.py csrc/*/* csrc/*/*/*)
+
+.PHONY: demo test bench lint clean FORCE
+
+demo: .venv/built
+	$(BIN)/python -m fastres demo
+
+test: .venv/dev
+	@plain=failed; interpreter=failed; \
+	$(BIN)/python -m pytest tests && plain=passed; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter && interpreter=passed; \
+	echo "make test: plain tests $$plain, Triton interpreter tests $$interpreter"; \
+	test $$plain$$interpreter = passedpassed
+
+bench: .venv/dev
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build fastres/*.so fastres/_build_info.json
+
+# The torch asked for; rewritten, and so newer than what depends on it, only when TORCH changes.
+.venv/wish: FORCE
+	@mkdir -p .venv
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+
+.venv/torch: .venv/wish
+	@$(PYTHON) -c 'import sys; sys.exit("fastres needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing $(TORCH); the first time it downloads some hundred megabytes."
+	$(PIP) install -q $(TORCH)
+	@touch $@
+
+.venv/built: .venv/torch $(SOURCES)
+	$(PIP) install -q "setuptools>=77" ninja pybind11
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(PIP) install -q --no-build-isolation -e ".[demo]"
+	@touch $@
+
+.venv/dev: .venv/built
+	$(PIP) install -q --no-build-isolation -e ".[dev]"
+	$(PIP) install -q --no-deps $(TORCHVISION) $(TIMM)
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -q $(TRITON)
+	@touch $@

@@ -1,0 +1,137 @@
+"""Which backend runs an op: forced choice > FASTRES_BACKEND > tuned entry > order on the op's page."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastres import env, tune
+from fastres.errors import UnsupportedError
+
+GPU_KERNELS = ("cuda", "triton")  # our own device code: needs a validated architecture to be chosen by default
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op: ``why_not(*args)`` says in a sentence why it cannot run a call, ``load()`` returns
+    the function that runs it (imported or looked up only then)."""
+
+    name: str
+    why_not: Callable[..., str | None]
+    load: Callable[[], Callable]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend chosen for one call, what decided, and why each other backend was passed over."""
+
+    op: str
+    backend: Backend
+    source: str
+    refusals: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend.name} ({self.source})"]
+        lines += [f"  {name}: {reason}" for name, reason in self.refusals.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"op": self.op, "backend": self.backend.name, "source": self.source, "refusals": dict(self.refusals)}
+
+
+_forced: dict[str, str] = {}
+_caches: list[dict] = []
+_known: dict[str, set[str]] = {}
+
+
+def register(op: str, backends: Sequence[Backend], cache: dict) -> None:
+    """Tell the dispatcher of an op, its backends and its cache of choices, to be emptied when the rules change."""
+    _known[op] = {backend.name for backend in backends}
+    _caches.append(cache)
+
+
+def forget() -> None:
+    """Empty every cache of choices; the next call of each op chooses anew, from the environment and the files."""
+    tune.forget()
+    for cache in _caches:
+        cache.clear()
+
+
+def _family(op: str) -> str:
+    return op.removesuffix("_backward").removesuffix("_train")
+
+
+class use:
+    """Force backends: ``fastres.use(bn_act="torch")``, or ``fastres.use("torch")`` for every op that has that backend.
+
+    Takes effect at once; as a context manager it puts the former choice back. A name covers the op, its ``_train`` and
+    its ``_backward``. A forced backend that cannot run a call raises ``fastres.UnsupportedError`` with its reason.
+    ``fastres.use(bn_act=None)`` lifts a forced choice. The setting holds for all threads of the process.
+
+    Raises:
+        ValueError: no such op, or the op has no such backend.
+    """
+
+    def __init__(self, backend: str | None = None, /, **ops: str | None) -> None:
+        wishes = dict(ops) if backend is None else {"*": backend, **ops}
+        for op, name in wishes.items():
+            names = set().union(*_known.values()) if op == "*" else _known.get(op)
+            if names is None:
+                raise ValueError(f"fastres.use: op must be one of {sorted(_known)}, got {op!r}")
+            if name is not None and name not in names:
+                raise ValueError(f"fastres.use: backend of {op} must be one of {sorted(names)}, got {name!r}")
+        self._before = dict(_forced)
+        for op, name in wishes.items():
+            if name is None:
+                _forced.pop(op, None)
+            else:
+                _forced[op] = name
+        forget()
+
+    def __enter__(self) -> "use":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _forced.clear()
+        _forced.update(self._before)
+        forget()
+
+
+def _wish(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
+    """The backend forced for op and what forced it; a wish for all ops passes by an op that lacks the backend."""
+    names = [backend.name for backend in backends]
+    for table, source in ((_forced, "forced by fastres.use"), (env.forced_backend(), "forced by FASTRES_BACKEND")):
+        for entry in (op, _family(op), "*"):
+            if entry in table and (entry != "*" or table[entry] in names):
+                return table[entry], source
+    return None
+
+
+def choose(op: str, backends: Sequence[Backend], args: tuple) -> Choice:
+    """Choose the backend for one call.
+
+    Raises:
+        UnsupportedError: a forced backend does not exist or refuses these arguments; the text carries its reason.
+    """
+    by_name = {backend.name: backend for backend in backends}
+    wish = _wish(op, backends)
+    if wish is not None:
+        name, source = wish
+        if name not in by_name:
+            raise UnsupportedError(f"fastres.{op}: backend must be one of {list(by_name)}, got {name!r} ({source})")
+        reason = by_name[name].why_not(*args)
+        if reason is not None:
+            raise UnsupportedError(f"fastres.{op}: backend {name!r} ({source}) cannot run this call: {reason}")
+        others = {other: "another backend is forced" for other in by_name if other != name}
+        return Choice(op, by_name[name], source, others)
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    refusals = {backend.name: backend.why_not(*args) for backend in backends}
+    for name in by_name:
+        if name in GPU_KERNELS and refusals[name] is None:
+            refusals[name] = tune.why_not_validated(op, name, device)
+    tuned = tune.choice(op, args, device)
+    source = "tuned" if tuned in by_name and refusals[tuned] is None else "order of preference"
+    chosen = tuned if source == "tuned" else next(name for name in by_name if refusals[name] is None)
+    reasons = {name: reason or f"{chosen} comes first" for name, reason in refusals.items() if name != chosen}
+    return Choice(op, by_name[chosen], source, reasons)

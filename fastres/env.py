@@ -1,0 +1,38 @@
+"""The one place that reads the environment."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def forced_backend() -> dict[str, str]:
+    """Backends forced by ``FASTRES_BACKEND``: ``{"*": "torch"}`` for ``torch``, ``{"add_act": "cpu"}`` for ``add_act=cpu``.
+
+    The variable is a comma-separated list of ``backend`` (for every op that has it) or ``op=backend``.
+    """
+    forced = {}
+    for entry in filter(None, (part.strip() for part in os.environ.get("FASTRES_BACKEND", "").split(","))):
+        op, _, backend = entry.rpartition("=")
+        forced[op.strip() or "*"] = backend.strip()
+    return forced
+
+
+def triton_interpret() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def cache_dir() -> Path:
+    """Directory of the tuning cache: ``FASTRES_CACHE_DIR``, else ``fastres`` in the user's cache directory."""
+    explicit = os.environ.get("FASTRES_CACHE_DIR")
+    if explicit:
+        return Path(explicit).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return (Path(base) if base else default) / "fastres"
+
+
+def overrides() -> dict[str, str]:
+    """Every environment variable set now that changes what fastres does, for ``fastres info``."""
+    names = ("FASTRES_BACKEND", "FASTRES_CACHE_DIR", "TRITON_INTERPRET", "XDG_CACHE_HOME")
+    return {name: os.environ[name] for name in names if name in os.environ}

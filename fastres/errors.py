@@ -1,0 +1,27 @@
+"""The exceptions fastres raises on purpose."""
+
+
+class ArgumentError(ValueError):
+    """An argument has the wrong value, shape, dtype, device or layout: what must be, what was got, what to do."""
+
+
+class ArgumentTypeError(TypeError):
+    """An argument is not of the type it must be."""
+
+
+class UnsupportedError(RuntimeError):
+    """Something was asked for explicitly (a backend, a strict optimisation) and cannot be had; the text says why."""
+
+
+class VerificationError(RuntimeError):
+    """An optimised model missed the error budget on the user's own input; the model was restored."""
+
+
+def must(op: str, parameter: str, what: str, got: object, do: str = "") -> ArgumentError:
+    """Build the one form of message: ``fastres.OP: PARAMETER must be WHAT, got GOT (DO)``."""
+    return ArgumentError(f"fastres.{op}: {parameter} must be {what}, got {got}{f' ({do})' if do else ''}")
+
+
+def must_type(op: str, parameter: str, what: str, got: object) -> ArgumentTypeError:
+    """The same message where the type itself is wrong."""
+    return ArgumentTypeError(f"fastres.{op}: {parameter} must be {what}, got {type(got).__name__}")

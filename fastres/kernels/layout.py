@@ -1,0 +1,36 @@
+"""The memory-format rule every backend and every fake shares."""
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Memory format of an op's activation outputs, decided by its input ``x`` of shape (N, C, H, W).
+
+    Contiguous where x is contiguous; else channels_last where the channels of x are adjacent in memory; else contiguous.
+    """
+    if x.dim() == 4 and not x.is_contiguous() and x.stride(1) == 1 and x.shape[1] > 1:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def why_not_dense(*activations: Tensor) -> str | None:
+    """Refuse activations that are empty, or not all dense in one format (contiguous or channels_last)."""
+    if activations[0].numel() == 0:
+        return "the input is empty"
+    expected = memory_format(activations[0])
+    for tensor in activations:
+        if not tensor.is_contiguous(memory_format=expected):
+            strides = [tuple(t.stride()) for t in activations]
+            return f"the activations are not all dense in one memory format, got strides {strides}"
+    return None
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements fill one block of memory with no gap and no overlap, in any order of dimensions."""
+    step = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True

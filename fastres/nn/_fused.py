@@ -1,0 +1,135 @@
+"""Fused steps over the modules that own the parameters: the one way a block, or an optimised model, runs an op.
+
+A step looks at its modules at every call. Where they are plain (exactly ``nn.Conv2d``, ``nn.BatchNorm2d``, ``nn.ReLU``,
+no hooks, no patched forward) it runs the fused op on their parameters; otherwise it calls them one by one, as PyTorch
+would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says which.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
+
+from fastres import functional
+from fastres.errors import ArgumentError
+
+Act = nn.Module | str | None
+_LEAVES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
+
+
+def _why_not_module(module: nn.Module) -> str | None:
+    """Why a module must be called rather than read."""
+    kind = type(module)
+    if kind not in _LEAVES:
+        return f"{kind.__name__} is not one of the plain torch.nn modules that fuse"
+    state = module.__dict__
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        return f"{kind.__name__} has hooks, which must fire"
+    if "forward" in state:
+        return f"{kind.__name__} has a forward of its own on the instance"
+    return None
+
+
+def why_not(*modules: Act) -> str | None:
+    """Why these modules cannot run as one op, or None: ``(conv, bn, act)``, ``(bn, act)``, ``(bn, act, pool)``."""
+    for module in modules:
+        if isinstance(module, nn.Module):
+            reason = _why_not_module(module) or _why_not_options(module)
+            if reason is not None:
+                return reason
+    if _any_global_hook():
+        return "a global module hook is registered, which must fire"
+    return None
+
+
+def _why_not_options(module: nn.Module) -> str | None:
+    if type(module) is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
+    if type(module) is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
+        return "MaxPool2d has dilation, ceil_mode or return_indices"
+    return None
+
+
+def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``act(bn(conv(x)) [+ residual])``; one op in evaluation, the convolution and ``bn_act`` otherwise."""
+    buffers = bn._buffers
+    if not bn.training and why_not(conv, bn, act) is None and buffers["running_mean"] is not None:
+        convolution, norm = conv._parameters, bn._parameters
+        inputs = (x,) if residual is None else (x, residual)
+        run = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
+        try:
+            return run(
+                *inputs, convolution["weight"], convolution["bias"], buffers["running_mean"], buffers["running_var"],
+                norm["weight"], norm["bias"], False, 0.0, bn.eps,
+                conv.stride, conv.padding, conv.dilation, conv.groups, _name(act),
+            )  # fmt: skip
+        except ArgumentError:
+            pass  # the modules below raise PyTorch's own error, or accept what the op does not
+    return bn_act(bn, act, conv(x), residual)
+
+
+def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them."""
+    if why_not(bn, act) is None:
+        statistics, momentum = _statistics(bn), _momentum(bn)
+        try:
+            if residual is None:
+                y = functional.bn_act(x, *statistics, momentum, bn.eps, _name(act))
+            else:
+                y = functional.bn_add_act(x, residual, *statistics, momentum, bn.eps, _name(act))
+        except ArgumentError:
+            pass  # as above; nothing has been updated yet
+        else:
+            _count(bn)
+            return y
+    return add_act(act, bn(x), residual)
+
+
+def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """``pool(act(bn(x)))``."""
+    if why_not(bn, act, pool) is None:
+        window = pool.kernel_size, pool.stride, pool.padding
+        try:
+            y = functional.bn_act_maxpool(x, *_statistics(bn), _momentum(bn), bn.eps, _name(act), *window)
+        except ArgumentError:
+            pass  # as above
+        else:
+            _count(bn)
+            return y
+    return pool(bn_act(bn, act, x))
+
+
+def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """``act(x [+ residual])``."""
+    if residual is not None and x.shape == residual.shape and why_not(act) is None:
+        return functional.add_act(x, residual, _name(act))
+    y = x if residual is None else x + residual
+    if act is None:
+        return y
+    return F.relu(y) if isinstance(act, str) else act(y)
+
+
+def _name(act: Act) -> str:
+    return "none" if act is None else "relu"
+
+
+def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]:
+    """running_mean, running_var, weight, bias and training, as ``nn.BatchNorm2d.forward`` passes them on."""
+    parameters, buffers = bn._parameters, bn._buffers
+    mean, var = buffers["running_mean"], buffers["running_var"]
+    if bn.training and not bn.track_running_stats:
+        mean = var = None
+    return mean, var, parameters["weight"], parameters["bias"], bn.training or mean is None
+
+
+def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:
+    """The update's weight; the reciprocal of the batches counted, this one included, where momentum is None."""
+    if bn.momentum is not None:
+        return bn.momentum
+    counter = bn._buffers["num_batches_tracked"]
+    return 0.0 if counter is None or not bn.training else 1.0 / (counter + 1)
+
+
+def _count(bn: nn.BatchNorm2d) -> None:
+    counter = bn._buffers["num_batches_tracked"]
+    if bn.training and bn.track_running_stats and counter is not None:
+        counter.add_(1)

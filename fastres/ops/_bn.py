@@ -1,0 +1,178 @@
+"""What the batch-norm ops share: plain-PyTorch arithmetic, checks, fakes, samples and cost.
+
+y = act((x - mean) / sqrt(var + eps) * weight + bias [+ residual]) with one mean and var per channel (Ioffe and Szegedy
+2015; used after every convolution of He et al. 2016, section 3.4). mean and var are fp32 (fp64 for fp64 x).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.kernels.layout import memory_format, why_not_dense
+from fastres.ops import _check
+from fastres.ops._op import Sample
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def activate(y: Tensor, act: str) -> Tensor:
+    return y.relu_() if act == "relu" else y
+
+
+def match(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Parameters in one dtype that torch's batch norm takes beside x: fp32 beside a narrower x, else x's dtype."""
+    dtype = statistics_dtype(x)
+    return tuple(None if p is None else p.to(dtype) for p in parameters)
+
+
+def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Batch norm with given statistics, in the memory format of the ops' rule."""
+    weight, bias, mean, var = match(x, weight, bias, mean, var)
+    x = x.contiguous(memory_format=memory_format(x))
+    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+
+def normalize_train(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the batch's statistics: y, mean and biased var.
+
+    The running buffers of torch's own pass, at momentum 1, hand out mean and var; the saved 1/sqrt(var + eps) could not
+    give var back where eps dominates it.
+    """
+    weight, bias = match(x, weight, bias)
+    channels, values = x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
+    mean = torch.zeros(channels, dtype=statistics_dtype(x), device=x.device)
+    var = torch.zeros_like(mean)
+    x = x.contiguous(memory_format=memory_format(x))
+    if values == 0:
+        return torch.empty_like(x), mean, var
+    y = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)[0]
+    return y, mean, var.mul_((values - 1) / values)
+
+
+def differentiate(
+    dz: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, training: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of batch norm's x, weight and bias for the gradient dz of its output."""
+    weight, mean, var = match(x, weight, mean, var)
+    if x.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(mean), torch.zeros_like(mean)
+    invstd = torch.rsqrt(var + eps)
+    layout = memory_format(x)
+    x, dz = x.contiguous(memory_format=layout), dz.contiguous(memory_format=layout)
+    if weight is None:
+        weight = torch.ones_like(mean)
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        dz, x, weight, mean, var, mean, invstd, training, eps, [True, True, True]
+    )
+    return grad_x.contiguous(memory_format=layout), grad_weight, grad_bias
+
+
+def differentiate_twice(
+    dz: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: tuple[Tensor, Tensor], eps: float, training: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same gradients through autograd, so that they can be differentiated again (create_graph=True)."""
+    inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    with torch.enable_grad():
+        running = (None, None) if training else tuple(match(x, *stats))
+        y = F.batch_norm(x, *running, *match(x, weight, bias), training=training, momentum=0.0, eps=eps)
+        found = iter(torch.autograd.grad(y, inputs, dz, create_graph=True)) if inputs else iter(())
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias))
+
+
+def parameter_grads(
+    grad_weight: Tensor, grad_bias: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients in the dtypes the ops promise: weight's, else the statistics'; bias's, else grad_weight's."""
+    grad_weight = grad_weight if weight is None else grad_weight.to(weight.dtype)
+    return grad_weight, grad_bias.to(grad_weight.dtype if bias is None else bias.dtype)
+
+
+def check_forward(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: dict[str, Tensor],
+    eps: float,
+    act: str,
+    **activations: Tensor,
+) -> None:
+    _check.images(op, x=x, **activations)
+    if activations:
+        _check.same_shape(op, x=x, **activations)
+    _check.per_channel(op, x.shape[1], x, weight=weight, bias=bias, **stats)
+    _check.eps(op, eps)
+    _check.act(op, act)
+
+
+def fake_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    stats = x.new_empty(x.shape[1], dtype=statistics_dtype(x))
+    return stats, torch.empty_like(stats)
+
+
+def fake_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def fake_parameter_grads(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = statistics_dtype(x) if weight is None else weight.dtype
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype if bias is None else bias.dtype)
+
+
+def why_not(*args: object) -> str | None:
+    """What every kernel of these ops asks of the activations among its arguments."""
+    activations = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4]
+    dtypes = {tensor.dtype for tensor in activations}
+    if len(dtypes) > 1:
+        return f"the activations must have one dtype, got {sorted(map(str, dtypes))}"
+    return why_not_dense(*activations)
+
+
+def samples(device: torch.device, dtype: torch.dtype, build: Callable) -> list[Sample]:
+    """Widths with and without a vector tail, optional parameters, gamma of any sign, tiny eps, a far-off mean.
+
+    ``build(x, residual, weight, bias, mean, var, eps, act)`` picks an op's arguments.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def case(label: str, shape: tuple, eps: float = 1e-5, act: str = "relu", shift: float = 0.3, affine: str = "wb") -> Sample:
+        channels = shape[1]
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        x, residual = draw(*shape) * 1.5 + shift, draw(*shape)
+        weight, bias, mean, var = draw(channels), draw(channels), draw(channels) * 0.2 + shift, draw(channels).square() + 0.5
+        if channels > 2:
+            weight[1] = 0.0
+        activations = [t.to(device, dtype) for t in (x, residual)]
+        weight, bias, mean, var = (t.to(device, parameters) for t in (weight, bias, mean, var))
+        return Sample(
+            label,
+            build(*activations, weight if "w" in affine else None, bias if "b" in affine else None, mean, var, eps, act),
+        )
+
+    return [
+        case("stage 1", (2, 64, 8, 8)),
+        case("stage 4", (3, 128, 7, 7)),
+        case("odd channels", (2, 17, 5, 3)),
+        case("three channels", (2, 3, 9, 1)),
+        case("one channel", (4, 1, 3, 3)),
+        case("no parameters", (2, 8, 4, 4), affine=""),
+        case("weight only", (2, 8, 4, 4), affine="w"),
+        case("no activation", (2, 8, 4, 4), act="none"),
+        case("tiny eps", (2, 8, 4, 4), eps=1e-12),
+        case("mean far from zero", (2, 8, 6, 6), shift=100.0),
+    ]
+
+
+def cost(tensors: int) -> Callable[..., tuple[int, int]]:
+    """Cost of an op that moves ``tensors`` activations of its first argument's size."""
+    return lambda x, *rest: (tensors * x.numel() * x.element_size(), 8 * x.numel())

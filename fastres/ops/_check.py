@@ -1,0 +1,79 @@
+"""Argument checks shared by the ops' pages: every message says what must be, what was got and what to do."""
+
+import torch
+from torch import Tensor
+
+from fastres.errors import must, must_type
+
+ACTS = ("relu", "none")
+
+
+def tensors(op: str, **arguments: Tensor | None) -> None:
+    """Plain strided real floating tensors on one device; None passes."""
+    first = None
+    for name, tensor in arguments.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise must_type(op, name, "a torch.Tensor", tensor)
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise must(op, name, "a strided tensor", f"a {kind} one", "call .to_dense() or pad it")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise must(op, name, "of dtype float64, float32, float16 or bfloat16", tensor.dtype)
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise must(op, name, f"on the device of {first[0]} ({first[1]})", tensor.device, "move one of them")
+
+
+def images(op: str, **arguments: Tensor) -> None:
+    """Activations of shape (N, C, H, W)."""
+    tensors(op, **arguments)
+    for name, tensor in arguments.items():
+        if tensor.dim() != 4:
+            raise must(op, name, "of 4 dimensions (N, C, H, W)", f"shape {tuple(tensor.shape)}")
+
+
+def same_shape(op: str, **arguments: Tensor) -> None:
+    """All of the shape of the first."""
+    (first, expected), *others = arguments.items()
+    for name, tensor in others:
+        if tensor.shape != expected.shape:
+            raise must(op, name, f"of {first}'s shape {tuple(expected.shape)}", tuple(tensor.shape))
+
+
+def per_channel(op: str, channels: int, like: Tensor, **parameters: Tensor | None) -> None:
+    """One value a channel, on the device of the activation; None passes."""
+    tensors(op, x=like, **parameters)
+    for name, tensor in parameters.items():
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise must(op, name, f"of shape ({channels},), one value a channel of x", tuple(tensor.shape))
+
+
+def act(op: str, value: str) -> None:
+    if not isinstance(value, str):
+        raise must_type(op, "act", "a str", value)
+    if value not in ACTS:
+        raise must(op, "act", f"one of {ACTS}", repr(value))
+
+
+def eps(op: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise must_type(op, "eps", "a float", value)
+    if not 0 < value < float("inf"):
+        raise must(op, "eps", "a finite number above 0", value)
+
+
+def batch_statistics(op: str, x: Tensor) -> None:
+    """The check of torch.nn.BatchNorm2d, with its type and text: one value a channel has no variance."""
+    values = x.shape[0] * x.shape[2] * x.shape[3]
+    if values == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+def pair(op: str, name: str, value: object, least: int) -> None:
+    """Two whole numbers, each at least ``least``."""
+    if not isinstance(value, (tuple, list)) or not all(type(item) is int for item in value):
+        raise must_type(op, name, "a pair of int", value)
+    if len(value) != 2 or min(value) < least:
+        raise must(op, name, f"two whole numbers of at least {least}", tuple(value))

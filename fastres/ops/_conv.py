@@ -1,0 +1,200 @@
+"""What the convolution ops share: plain-PyTorch arithmetic, checks, fake, samples, cost and the oneDNN backend.
+
+Both are evaluation ops: statistics are given, batch norm is folded into a cached copy of the weights. Training composes
+the convolution with ``bn_act``. Parameters may be wider than x (autocast): they are rounded to x's dtype once folded.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.errors import must, must_type
+from fastres.kernels import inplace
+from fastres.kernels.layout import memory_format, why_not_dense
+from fastres.ops import _check, _fold
+from fastres.ops._backends import triton_module, why_not_triton
+from fastres.ops._bn import activate, normalize
+from fastres.ops._op import Backend, Sample
+
+PARAMETERS = (
+    "Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, float eps,"
+    " int[2] stride, int[2] padding, int[2] dilation, int groups, str act"
+)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: object) -> Tensor:
+    """The convolution in x's dtype."""
+    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
+
+
+def reference(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+    """Convolution, batch norm, addition and ReLU, one after the other, in the memory format of the ops' rule."""
+    z = convolve(x, weight, bias, stride, padding, dilation, groups)
+    y = normalize(z.contiguous(memory_format=memory_format(x)), bn_weight, bn_bias, mean, var, eps)
+    return activate(y if residual is None else y.add_(residual), act)
+
+
+def differentiable(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+    """The same without in-place steps, for autograd."""
+    y = normalize(convolve(x, weight, bias, stride, padding, dilation, groups), bn_weight, bn_bias, mean, var, eps)
+    y = y if residual is None else y + residual
+    return F.relu(y) if act == "relu" else y
+
+
+def recompute_gradients(ctx, grad_y: Tensor, run: Callable) -> tuple[Tensor | None, ...]:
+    """Gradients of all tensor arguments, by running the plain composition again under autograd."""
+    again = torch.is_grad_enabled()  # create_graph=True: stay connected to the saved tensors
+    with torch.enable_grad():
+        inputs = [t if again or t is None else t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(run(*inputs), wanted, grad_y, create_graph=again))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in inputs)
+
+
+def output_shape(x: Tensor, weight: Tensor, stride: tuple, padding: tuple, dilation: tuple) -> tuple[int, ...]:
+    window = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return (x.shape[0], weight.shape[0], *((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in window))
+
+
+def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+    _check.images(op, x=x, weight=weight)
+    out_channels, in_channels, *kernel = weight.shape
+    _check.per_channel(
+        op, out_channels, x, bias=bias, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var
+    )
+    _check.pair(op, "stride", stride, 1)
+    _check.pair(op, "padding", padding, 0)
+    _check.pair(op, "dilation", dilation, 1)
+    if type(groups) is not int:
+        raise must_type(op, "groups", "an int", groups)
+    if groups < 1 or out_channels % groups:
+        raise must(op, "groups", f"at least 1 and a divisor of the {out_channels} output channels", groups)
+    if x.shape[1] != in_channels * groups:
+        raise must(op, "x", f"of {in_channels * groups} channels (weight {tuple(weight.shape)}, groups {groups})", x.shape[1])
+    if 0 in x.shape[1:] or 0 in weight.shape:
+        raise must(op, "x and weight", "without a dimension of size 0 but the batch", (tuple(x.shape), tuple(weight.shape)))
+    shape = output_shape(x, weight, stride, padding, dilation)
+    if min(shape[2:]) < 1:
+        raise must(op, "kernel", f"no larger than x's padded size {tuple(x.shape[2:])}", tuple(kernel), "pad more")
+    if residual is not None:
+        _check.images(op, x=x, residual=residual)
+        if tuple(residual.shape) != shape:
+            raise must(op, "residual", f"of the output's shape {shape}", tuple(residual.shape))
+    _check.eps(op, eps)
+    _check.act(op, act)
+
+
+def fake(x, weight, stride, padding, dilation):
+    y = x.new_empty(output_shape(x, weight, stride, padding, dilation))
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def _why_not_folded(x, residual) -> str | None:
+    if residual is not None and residual.dtype != x.dtype:
+        return f"residual must have x's dtype, got {residual.dtype} beside {x.dtype}"
+    if residual is not None and not residual.is_contiguous(memory_format=memory_format(x)):
+        return f"residual must be dense in x's memory format, got strides {tuple(residual.stride())}"
+    return why_not_dense(x)
+
+
+def why_not_onednn(x, residual, *rest) -> str | None:
+    if x.device.type != "cpu":
+        return f"oneDNN runs on the CPU, the tensors are on {x.device.type}"
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "this PyTorch has no oneDNN, or torch.backends.mkldnn.enabled is off"
+    if x.dtype == torch.bfloat16:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "this CPU has no bfloat16 instructions that oneDNN uses"
+    elif x.dtype != torch.float32:
+        return f"oneDNN is used for float32 and bfloat16, got {x.dtype}"
+    return _why_not_folded(x, residual)
+
+
+def run_onednn(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+    """Prepacked oneDNN convolution, then addition and ReLU in one pass in place.
+
+    oneDNN could fuse the ReLU too, but its ReLU turns NaN into 0, and a network must not hide NaN.
+    """
+
+    def pack(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        size = (1, *x.shape[1:])  # a hint: one image's packing also serves any batch
+        w, b = w.to(x.dtype), b.to(x.dtype)
+        return torch.ops.mkldnn._reorder_convolution_weight(w, padding, stride, dilation, groups, size), b
+
+    form = ("onednn", x.dtype, stride, padding, dilation, groups)
+    w, b = _fold.folded((weight, bias, bn_weight, bn_bias, mean, var), eps, form, pack)
+    y = _pointwise(x, w, b, padding, stride, dilation, groups, "none", [], "")  # always channels_last
+    y = y.contiguous(memory_format=memory_format(x))
+    return inplace.add_act_(y, residual, act)
+
+
+_pointwise = torch.ops.mkldnn._convolution_pointwise.default if torch.backends.mkldnn.is_available() else None
+
+
+def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
+    reason = why_not_triton(x) or _why_not_folded(x, residual)
+    return reason or triton_module("conv_bn_act").why_not(x, weight, *rest)
+
+
+def run_triton(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+    kernels = triton_module("conv_bn_act")
+    form = ("triton", x.dtype)
+    parameters = (weight, bias, bn_weight, bn_bias, mean, var)
+    w, b = _fold.folded(parameters, eps, form, lambda w, b: (kernels.pack(w.to(x.dtype)), b))
+    kernel = tuple(weight.shape[2:])
+    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act)
+
+
+def backends(with_residual: bool) -> list[Backend]:
+    """oneDNN and Triton; an op without residual passes None in its place."""
+
+    def adapt(function: Callable) -> Callable:
+        return function if with_residual else lambda x, *rest: function(x, None, *rest)
+
+    return [
+        Backend("onednn", adapt(why_not_onednn), lambda: adapt(run_onednn)),
+        Backend("triton", adapt(why_not_triton_conv), lambda: adapt(run_triton)),
+    ]
+
+
+def samples(device: torch.device, dtype: torch.dtype, with_residual: bool) -> list[Sample]:
+    """Every convolution of a residual network, at a small size, and the corners: groups, dilation, odd channels, bias."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def case(label, n, c, size, k, kernel, stride=1, padding=0, dilation=1, groups=1, act="relu", bias=False, eps=1e-5):
+        x, weight = draw(n, c, *size), draw(k, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
+        geometry = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
+        shape = output_shape(x, weight, *geometry)
+        activations = [x, draw(*shape)][: 2 if with_residual else 1]
+        bn = [draw(k), draw(k), draw(k) * 0.2, draw(k).square() + 0.5]
+        conv = [weight, draw(k) if bias else None]
+        tensors = [t if t is None else t.to(device, parameters) for t in (*conv, *bn)]
+        activations = [t.to(device, dtype) for t in activations]
+        return Sample(label, (*activations, *tensors, eps, *geometry, groups, act))
+
+    return [
+        case("1x1", 2, 64, (8, 8), 64, (1, 1)),
+        case("1x1 stride 2", 2, 64, (9, 9), 32, (1, 1), stride=2, act="none"),
+        case("3x3", 2, 32, (8, 8), 64, (3, 3), padding=1),
+        case("3x3 stride 2", 1, 32, (9, 7), 32, (3, 3), stride=2, padding=1),
+        case("3x3 dilated", 1, 16, (9, 9), 16, (3, 3), padding=2, dilation=2),
+        case("3x3 in 8 groups", 2, 32, (7, 7), 32, (3, 3), padding=1, groups=8),
+        case("depthwise", 2, 16, (7, 7), 16, (3, 3), padding=1, groups=16),
+        case("7x7 stem", 1, 3, (19, 19), 64, (7, 7), stride=2, padding=3),
+        case("odd channels with bias", 2, 5, (6, 7), 7, (3, 3), padding=1, bias=True),
+        case("uneven", 1, 4, (9, 8), 6, (3, 1), stride=(2, 1), padding=(1, 0), act="none", eps=1e-12),
+    ]
+
+
+def cost(x, weight, residual, stride, padding, dilation) -> tuple[int, int]:
+    y = 1
+    for size in output_shape(x, weight, stride, padding, dilation):
+        y *= size
+    moved = x.numel() + weight.numel() + y * (2 if residual is not None else 1)
+    return moved * x.element_size(), 2 * y * weight[0].numel()

@@ -1,0 +1,96 @@
+"""Batch norm folded into copies of convolution weights, kept until a parameter changes; the originals stay untouched.
+
+conv(x, w, b) normalised is conv(x, w * s, (b - mean) * s + bias) with s = bn_weight / sqrt(var + eps), one s per output
+channel (Jacob et al. 2018, section 3.2). Folded in float64 and rounded once, to fp32 (fp64 for fp64 weights).
+
+A fold is valid while every tensor it came from keeps its storage and its version counter, which all in-place operations,
+optimizers and load_state_dict advance. Writes through ``tensor.data`` do not: call ``fastres.refresh()`` after those.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_lock = threading.Lock()
+_entries: dict[tuple[int, int], "_Entry"] = {}
+
+
+class _Entry:
+    """One convolution with one batch norm: what it was folded from, and each backend's finished form."""
+
+    def __init__(self, parameters: tuple[Tensor | None, ...], eps: float, anchor: weakref.ref) -> None:
+        self.anchor, self.eps, self.forms = anchor, eps, {}
+        # Aliases keep the storages alive, so that an address in use again cannot pass for the old tensor.
+        self.sources = tuple(None if p is None else (p.detach(), p._version, p.data_ptr()) for p in parameters)
+
+    def holds(self, parameters: tuple[Tensor | None, ...], eps: float) -> bool:
+        if eps != self.eps:
+            return False
+        for parameter, source in zip(parameters, self.sources, strict=True):
+            if parameter is None or source is None:
+                if parameter is not source:
+                    return False
+            elif parameter._version != source[1] or parameter.data_ptr() != source[2]:
+                return False
+        return True
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The folded weight and bias, always new tensors."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    with torch.inference_mode(False), torch.no_grad():
+        scale = torch.rsqrt(var.double() + eps)
+        if bn_weight is not None:
+            scale = scale * bn_weight.double()
+        shift = -mean.double() if bias is None else bias.double() - mean.double()
+        shift = shift * scale
+        if bn_bias is not None:
+            shift = shift + bn_bias.double()
+        return (weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
+
+
+def folded(
+    parameters: tuple[Tensor | None, ...], eps: float, form: Hashable, finish: Callable[[Tensor, Tensor], Any]
+) -> Any:
+    """``finish(folded weight, folded bias)``, computed once per form until one of the parameters changes.
+
+    Args:
+        parameters: weight, bias, bn_weight, bn_bias, mean, var.
+        form: names what finish makes of the fold, among all callers.
+    """
+    weight, mean = parameters[0], parameters[4]
+    if any(p is not None and p.is_inference() for p in parameters):  # their changes cannot be seen: fold every time
+        return finish(*fold(*parameters, eps))
+    key = (id(weight), id(mean))
+    entry = _entries.get(key)
+    if entry is None or entry.anchor() is not weight or not entry.holds(parameters, eps):
+        entry = _Entry(parameters, eps, weakref.ref(weight, lambda _, key=key: _entries.pop(key, None)))
+        with _lock:
+            _entries[key] = entry
+    result = entry.forms.get(form)
+    if result is None:
+        result = entry.forms[form] = finish(*fold(*parameters, eps))
+    return result
+
+
+def forget(parameters: Iterable[Tensor] | None = None) -> None:
+    """Drop the folds of these convolution weights, or all."""
+    with _lock:
+        if parameters is None:
+            _entries.clear()
+            return
+        wanted = {id(parameter) for parameter in parameters}
+        for key in [key for key in _entries if key[0] in wanted]:
+            _entries.pop(key, None)

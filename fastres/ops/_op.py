@@ -1,0 +1,163 @@
+"""class Op: the one place that knows torch.library, autograd and the cost of a Python call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastres import dispatch
+from fastres.dispatch import Backend, Choice
+
+_LIBRARY = torch.library.Library("fastres", "DEF")
+_MAX_CHOICES = 4096  # per op; emptied beyond, so that ever-changing shapes cannot grow memory without bound
+
+_SCALARS = frozenset((str, int, float, bool, tuple, type(None)))
+
+REGISTRY: dict[str, "Op"] = {}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call, for tests, benchmarks and tuning; ``label`` says what is special about it."""
+
+    label: str
+    args: tuple
+
+
+class Op:
+    """One public op ``torch.ops.fastres.<name>``: schema, checks, fake, autograd, samples, cost and backends.
+
+    Called directly it takes an eager shortcut past the dispatcher, where nothing could tell the difference: no
+    compilation, no mode, no transform, plain tensors. The backend is looked up by the arguments' dtypes, devices,
+    shapes, strides and flags, and chosen by ``dispatch`` the first time a combination is seen.
+
+    Args:
+        name, schema: the op and its TorchScript schema without the name, ``"(Tensor x) -> Tensor"``.
+        reference: plain PyTorch; the last backend, which accepts everything.
+        check: raises on wrong arguments before any memory is touched; runs once per combination and in the fake.
+        fake: shapes, dtypes and strides of the outputs.
+        samples: ``samples(device, dtype) -> list[Sample]``.
+        cost: ``cost(*args) -> (bytes, flops)``.
+        backends: in order of preference, without the reference.
+        setup_context, backward: as for ``torch.library.register_autograd``; None for an op without gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable,
+        check: Callable,
+        fake: Callable,
+        samples: Callable[[torch.device, torch.dtype], list[Sample]],
+        cost: Callable[..., tuple[int, int]],
+        backends: Sequence[Backend] = (),
+        setup_context: Callable | None = None,
+        backward: Callable | None = None,
+    ) -> None:
+        self.name, self.schema, self.reference, self.check = name, schema, reference, check
+        self.samples, self.cost = samples, cost
+        self.backends = (*backends, Backend("torch", lambda *args: None, lambda: reference))
+        self.differentiable = backward is not None
+        self._choices: dict[tuple, Callable] = {}
+        dispatch.register(name, self.backends, self._choices)
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, self._from_dispatcher, "CompositeExplicitAutograd")
+
+        def checked_fake(*args: Any) -> Any:
+            check(*args)
+            return fake(*args)
+
+        torch.library.register_fake(f"fastres::{name}", checked_fake, lib=_LIBRARY)
+        self._function = None
+        if backward is not None:
+            torch.library.register_autograd(f"fastres::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+            self._function = _eager_function(name, setup_context, backward)
+        self._packet = getattr(torch.ops.fastres, name).default
+        REGISTRY[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._packet(*args)
+        key, plain, needs_grad = _signature(args)
+        if not plain or _interposed():
+            if not any(isinstance(arg, torch.fx.Proxy) for arg in args):
+                self.check(*args)
+            return self._packet(*args)
+        run = self._choices.get(key) or self._choose(key, args)
+        if needs_grad and torch.is_grad_enabled():
+            return self._packet(*args) if self._function is None else self._function.apply(*args, run)
+        return run(*args)
+
+    def _from_dispatcher(self, *args: Any) -> Any:
+        args = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
+        key, _, _ = _signature(args)
+        return (self._choices.get(key) or self._choose(key, args))(*args)
+
+    def _choose(self, key: tuple, args: tuple) -> Callable:
+        run = self.explain(*args).backend.load()
+        if len(self._choices) >= _MAX_CHOICES:
+            self._choices.clear()
+        self._choices[key] = run
+        return run
+
+    def explain(self, *args: Any) -> Choice:
+        """The backend these arguments get, what decided, and why the others were passed over."""
+        self.check(*args)
+        return dispatch.choose(self.name, self.backends, args)
+
+
+def _signature(args: tuple) -> tuple[tuple, bool, bool]:
+    """All of a call that a choice may depend on, whether its tensors are plain, and whether one requires grad."""
+    key, plain, needs_grad = [], True, False
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if arg.layout is not torch.strided or arg.is_nested:
+                plain = False
+                continue
+            key.append((arg.dtype, arg.device, arg.shape, arg.stride()))
+            if arg.requires_grad:
+                needs_grad = True
+        elif kind in _SCALARS:
+            key.append(arg)
+        else:
+            plain = False
+    return tuple(key), plain, needs_grad
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+
+
+def _interposed() -> bool:
+    """Whether a mode or a functorch transform must see the call."""
+    return bool(_dispatch_modes() or _function_modes() or _transforms())
+
+
+def _eager_function(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    """The op's autograd formula as a Function, which costs a third of the registered one's call.
+
+    Its last argument is the backend's function, already chosen.
+    """
+
+    class EagerFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *inputs, run = args
+            outputs = run(*inputs)
+            setup_context(ctx, inputs, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple:
+            return *backward(ctx, *grads), None
+
+    EagerFunction.__name__ = EagerFunction.__qualname__ = f"fastres_{name}"
+    return EagerFunction

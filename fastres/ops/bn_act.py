@@ -1,0 +1,152 @@
+"""bn_act: y = act(batch_norm(x)), the conv's companion inside every residual block (He et al. 2016, section 3.4).
+
+x: (N, C, H, W); y takes its memory format. ``bn_act`` is given the statistics, ``bn_act_train`` computes the batch's and
+returns them as fp32 (C,) tensors, var biased: the caller owns the running buffers. Accumulates in fp32 (fp64 for fp64)
+and rounds once. Saved for backward: x and the statistics; the ReLU mask is computed again from x, never stored.
+Bytes moved: 2 tensors in evaluation, 3 in training, 5 in backward.
+"""
+
+import torch
+from torch import Tensor
+
+from fastres.ops import _backends, _bn, _check
+from fastres.ops._op import Op, Sample
+
+SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act) -> Tensor"
+SCHEMA_TRAIN = "(Tensor x, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor)"
+SCHEMA_BACKWARD = (
+    "(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act,"
+    " bool training) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def reference(x, weight, bias, mean, var, eps, act):
+    return _bn.activate(_bn.normalize(x, weight, bias, mean, var, eps), act)
+
+
+def reference_train(x, weight, bias, eps, act):
+    y, mean, var = _bn.normalize_train(x, weight, bias, eps)
+    return _bn.activate(y, act), mean, var
+
+
+def reference_backward(grad_y, x, weight, bias, mean, var, eps, act, training):
+    dz = grad_y
+    if act == "relu":
+        dz = torch.ops.aten.threshold_backward(grad_y, _bn.normalize(x, weight, bias, mean, var, eps), 0)
+    grad_x, grad_weight, grad_bias = _bn.differentiate(dz, x, weight, mean, var, eps, training)
+    return grad_x, *_bn.parameter_grads(grad_weight, grad_bias, weight, bias)
+
+
+def check(x, weight, bias, mean, var, eps, act):
+    _bn.check_forward("bn_act", x, weight, bias, {"mean": mean, "var": var}, eps, act)
+
+
+def check_train(x, weight, bias, eps, act):
+    _bn.check_forward("bn_act_train", x, weight, bias, {}, eps, act)
+    _check.batch_statistics("bn_act_train", x)
+
+
+def check_backward(grad_y, x, weight, bias, mean, var, eps, act, training):
+    _bn.check_forward("bn_act_backward", x, weight, bias, {"mean": mean, "var": var}, eps, act, grad_y=grad_y)
+
+
+def fake(x, weight, bias, mean, var, eps, act):
+    return _bn.fake_like(x)
+
+
+def fake_train(x, weight, bias, eps, act):
+    return _bn.fake_like(x), *_bn.fake_stats(x)
+
+
+def fake_backward(grad_y, x, weight, bias, mean, var, eps, act, training):
+    return _bn.fake_like(x), *_bn.fake_parameter_grads(x, weight, bias)
+
+
+def setup_context(ctx, inputs, output):
+    x, weight, bias, mean, var, ctx.eps, ctx.act = inputs
+    ctx.training = False
+    ctx.save_for_backward(x, weight, bias, mean, var)
+
+
+def setup_context_train(ctx, inputs, output):
+    x, weight, bias, ctx.eps, ctx.act = inputs
+    _, mean, var = output
+    ctx.training = True
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, bias, mean, var)
+
+
+def gradients(ctx, grad_y: Tensor) -> tuple:
+    """Gradients of x, weight and bias; None where none is asked for."""
+    x, weight, bias, mean, var = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True
+        dz = grad_y
+        if ctx.act == "relu":
+            dz = torch.where(_bn.normalize(x.detach(), weight, bias, mean, var, ctx.eps) <= 0, 0, grad_y)
+        return _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
+    found = BN_ACT_BACKWARD(grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training)
+    return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
+
+
+def backward(ctx, grad_y):
+    return *gradients(ctx, grad_y), None, None, None, None
+
+
+def backward_train(ctx, grad_y, grad_mean, grad_var):
+    return *gradients(ctx, grad_y), None, None
+
+
+def samples(device, dtype):
+    return _bn.samples(device, dtype, lambda x, r, w, b, mean, var, eps, act: (x, w, b, mean, var, eps, act))
+
+
+def samples_train(device, dtype):
+    return _bn.samples(device, dtype, lambda x, r, w, b, mean, var, eps, act: (x, w, b, eps, act))
+
+
+def samples_backward(device, dtype):
+    found = []
+    for sample in _bn.samples(device, dtype, lambda *args: args):
+        x, grad_y, w, b, mean, var, eps, act = sample.args
+        _, batch_mean, batch_var = reference_train(x, w, b, eps, act)
+        found.append(Sample(f"{sample.label}, evaluation", (grad_y, x, w, b, mean, var, eps, act, False)))
+        found.append(Sample(f"{sample.label}, training", (grad_y, x, w, b, batch_mean, batch_var, eps, act, True)))
+    return found
+
+
+BN_ACT_BACKWARD = Op(
+    "bn_act_backward",
+    SCHEMA_BACKWARD,
+    reference=reference_backward,
+    check=check_backward,
+    fake=fake_backward,
+    samples=samples_backward,
+    cost=_bn.cost(5),
+    backends=_backends.all_kernels("bn_act_backward", _bn.why_not, module="bn_act"),
+)
+
+BN_ACT = Op(
+    "bn_act",
+    SCHEMA,
+    reference=reference,
+    check=check,
+    fake=fake,
+    samples=samples,
+    cost=_bn.cost(2),
+    backends=_backends.all_kernels("bn_act", _bn.why_not),
+    setup_context=setup_context,
+    backward=backward,
+)
+
+BN_ACT_TRAIN = Op(
+    "bn_act_train",
+    SCHEMA_TRAIN,
+    reference=reference_train,
+    check=check_train,
+    fake=fake_train,
+    samples=samples_train,
+    cost=_bn.cost(3),
+    backends=_backends.all_kernels("bn_act_train", _bn.why_not, module="bn_act"),
+    setup_context=setup_context_train,
+    backward=backward_train,
+)

@@ -1,0 +1,44 @@
+"""Lanes: which are live here, and how many cases each one skipped and why."""
+
+import collections
+
+import pytest
+import torch
+
+from fastres import env
+from fastres.kernels import native
+
+LANES = ("none", "cpu", "triton_interpreter", "compile", "cuda")
+
+
+def _lanes() -> dict[str, str]:
+    """Per lane ``live`` or the reason it is not."""
+    interpreted = env.triton_interpret()
+    elsewhere = "TRITON_INTERPRET=1 is set, this run is the interpreter's"
+    return {
+        "none": elsewhere if interpreted else "live",
+        "cpu": elsewhere if interpreted else native.why_not_cpu() or "live",
+        "triton_interpreter": "live" if interpreted else "runs by itself with TRITON_INTERPRET=1",
+        "compile": elsewhere if interpreted else "live",
+        "cuda": "live" if torch.cuda.is_available() else "no CUDA device",
+    }
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return [f"lane {name}: {state}" for name, state in _lanes().items()]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lanes = _lanes()
+    for item in items:
+        for name in LANES:
+            if item.get_closest_marker(name) and lanes[name] != "live":
+                item.add_marker(pytest.mark.skip(reason=f"lane {name}: {lanes[name]}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons: collections.Counter = collections.Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reasons[report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)] += 1
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason}")

@@ -1,0 +1,29 @@
+"""Triton bn_add_act: y = act(batch_norm(x) + residual), the tail of a block; bn_act's kernels with a residual."""
+
+from torch import Tensor
+
+from fastres.kernels.triton import bn_act
+
+
+def bn_add_act(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float,
+    act: str,
+) -> Tensor:  # fmt: skip
+    return bn_act.apply(x, residual, weight, bias, mean, var, eps, act)
+
+
+def bn_add_act_train(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = bn_act.statistics(x)
+    return bn_act.apply(x, residual, weight, bias, mean, var, eps, act), mean, var
+
+
+def bn_add_act_backward(
+    grad_y: Tensor, y: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, act: str,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    y = y.resolve_neg()
+    grad_x, dz, grad_weight, grad_bias = bn_act.backward(grad_y, y, x, weight, None, mean, var, eps, act, training)
+    dtype = mean.dtype if weight is None else weight.dtype
+    return grad_x, dz, grad_weight.to(dtype), grad_bias.to(dtype)

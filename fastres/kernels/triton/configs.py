@@ -1,0 +1,126 @@
+"""Launch configurations, as data: what tuning may choose from, and the choice where nothing has been tuned.
+
+The orders and the tile efficiencies are priors from arithmetic (bytes in flight, waves of 132 multiprocessors), not
+measurements: tuning replaces them.
+"""
+
+import functools
+from typing import NamedTuple
+
+
+class FlatConfig(NamedTuple):
+    """Elementwise kernels: elements a program owns."""
+
+    block: int
+    num_warps: int
+
+
+class TileConfig(NamedTuple):
+    """Per-channel kernels: a tile of block_e elements of each of block_c channels."""
+
+    block_e: int
+    block_c: int
+    num_warps: int
+
+
+class ConvConfig(NamedTuple):
+    """Implicit GEMM: a tile of block_m pixels x block_n output channels, block_k products at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    efficiency: float = 1.0  # prior for the share of the tensor-core peak that this tile reaches
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the operand ring."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+FLAT = (FlatConfig(2048, 4), FlatConfig(1024, 4), FlatConfig(4096, 8))
+
+# Tiles of 4096 elements give each of 128 threads four 16-byte accesses of a 2-byte dtype.
+CHANNELS_LAST = (TileConfig(64, 64, 4), TileConfig(32, 128, 4), TileConfig(128, 32, 4), TileConfig(512, 8, 4))
+CONTIGUOUS = (TileConfig(4096, 1, 4), TileConfig(2048, 1, 4), TileConfig(1024, 1, 4))
+
+# The partition of a reduction follows from the shape alone, so results are the same bits on every device.
+PROGRAMS = 2048  # programs a per-channel kernel aims for: 132 multiprocessors x 16
+MAX_PARTIALS = 1024  # partials per channel that one program merges
+
+CONV_TENSOR_CORE = (
+    ConvConfig(128, 256, 64, 8, 3),
+    ConvConfig(256, 128, 64, 8, 3),
+    ConvConfig(128, 128, 64, 8, 4),
+    ConvConfig(128, 128, 64, 4, 3),
+    ConvConfig(256, 64, 64, 8, 4, efficiency=0.9),
+    ConvConfig(128, 64, 64, 4, 4, efficiency=0.85),
+    ConvConfig(64, 128, 64, 4, 4, efficiency=0.8),
+    ConvConfig(128, 64, 32, 4, 5, efficiency=0.8),
+    ConvConfig(64, 64, 64, 4, 5, efficiency=0.6),
+    ConvConfig(128, 32, 32, 4, 5, efficiency=0.5),
+    ConvConfig(64, 32, 64, 4, 5, efficiency=0.4),
+    ConvConfig(64, 16, 32, 4, 5, efficiency=0.25),
+)
+CONV_TF32 = (
+    ConvConfig(128, 128, 32, 8, 3),
+    ConvConfig(128, 64, 32, 4, 4, efficiency=0.85),
+    ConvConfig(64, 64, 32, 4, 4, efficiency=0.6),
+    ConvConfig(64, 32, 32, 4, 4, efficiency=0.4),
+)
+CONV_IEEE = (  # no tensor cores: products in fp32 registers
+    ConvConfig(64, 64, 16, 8, 3),
+    ConvConfig(64, 32, 16, 4, 3, efficiency=0.8),
+    ConvConfig(32, 32, 16, 4, 3, efficiency=0.6),
+)
+MULTIPROCESSORS = 132
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, by compute capability
+
+
+@functools.lru_cache(maxsize=1024)
+def tile(elements: int, channels: int, channels_last: bool) -> TileConfig:
+    """Tile of a per-channel kernel: the first of the layout's list, cut down to the tensor."""
+    block_e, block_c, num_warps = (CHANNELS_LAST if channels_last else CONTIGUOUS)[0]
+    if channels_last and channels < block_c:
+        narrow = _power_of_two(channels)
+        block_e, block_c = block_e * block_c // narrow, narrow
+    return TileConfig(min(block_e, _power_of_two(elements)), block_c, num_warps)
+
+
+class Partition(NamedTuple):
+    """Programs along the elements of a channel, and the consecutive tiles each of them walks."""
+
+    programs: int
+    tiles: int
+
+
+@functools.lru_cache(maxsize=1024)
+def partition(elements: int, channels: int, config: TileConfig) -> Partition:
+    tiles = -(-elements // config.block_e)
+    channel_tiles = -(-channels // config.block_c)
+    wanted = min(tiles, MAX_PARTIALS, max(1, PROGRAMS // channel_tiles))
+    tiles_each = -(-tiles // wanted)
+    return Partition(-(-tiles // tiles_each), tiles_each)
+
+
+def conv_candidates(itemsize: int, tf32: bool, shared_bytes: int) -> list[ConvConfig]:
+    """Every configuration whose operands fit the device's shared memory per block."""
+    table = CONV_TENSOR_CORE if itemsize == 2 else CONV_TF32 if tf32 else CONV_IEEE
+    return [config for config in table if config.shared_bytes(itemsize) <= shared_bytes]
+
+
+@functools.lru_cache(maxsize=1024)
+def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, shared_bytes: int) -> ConvConfig:
+    """The candidate with the least estimated time: waves of tiles x padded work of a tile / its efficiency."""
+
+    def time(config: ConvConfig) -> float:
+        waves = -(-(-(-m // config.block_m) * -(-n // config.block_n)) // MULTIPROCESSORS)
+        padded_k = -(-k // config.block_k) * config.block_k
+        return waves * config.block_m * config.block_n * padded_k / config.efficiency
+
+    return min(conv_candidates(itemsize, tf32, shared_bytes), key=time)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,60 @@
+"""What the kernels share on the device (arithmetic, offsets) and on the host (the launch)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, **options) -> None:
+    """Run a kernel on the device of ``like`` and on its current stream."""
+    with torch.cuda.device_of(like):
+        kernel[grid](*args, **options)
+
+
+def index_type(numel: int) -> tl.dtype:
+    """Integer type of element offsets: int32 only where even an overhanging tile stays below 2^31."""
+    return tl.int32 if numel <= 2**30 else tl.int64
+
+
+@triton.jit
+def activate(v, ACT: tl.constexpr):
+    """ReLU by comparison: NaN and -0.0 pass as they do in torch.relu; a maximum would lose NaN."""
+    if ACT == "relu":
+        v = tl.where(v < 0, 0.0, v)
+    return v
+
+
+@triton.jit
+def mask_gradient(grad, y, ACT: tl.constexpr):
+    """Gradient through the activation, from its output rounded to the output dtype; a NaN output passes it on."""
+    if ACT == "relu":
+        grad = tl.where(y.to(tl.float32) <= 0, 0.0, grad)
+    return grad
+
+
+@triton.jit
+def normalize(x, mean, scale, bias):
+    """(x - mean) * scale + bias with an explicit fma, so that forward and backward round alike, bit for bit."""
+    return tl.fma(x - mean, scale, bias)
+
+
+@triton.jit
+def load_parameter(ptr, channel, valid, DEFAULT: tl.constexpr):
+    """One fp32 value per channel; a missing parameter is its neutral value."""
+    if ptr is None:
+        value = tl.full(channel.shape, DEFAULT, tl.float32)
+    else:
+        value = tl.load(ptr + channel, mask=valid, other=DEFAULT).to(tl.float32)
+    return value
+
+
+@triton.jit
+def load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, valid, eps):
+    """Per channel: mean, invstd = 1 / sqrt(var + eps) in true square root and division, scale = weight * invstd, bias."""
+    weight = load_parameter(weight_ptr, channel, valid, 1.0)
+    bias = load_parameter(bias_ptr, channel, valid, 0.0)
+    mean = load_parameter(mean_ptr, channel, valid, 0.0)
+    var = load_parameter(var_ptr, channel, valid, 1.0)
+    invstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    return mean, invstd, weight * invstd, bias

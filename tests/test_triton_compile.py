@@ -1,0 +1,236 @@
+"""Compile every Triton kernel x configuration x dtype ahead of time, with no GPU, and read the machine code.
+
+The ops' own host code runs on meta tensors of ResNet-50 sizes with ``launch`` replaced by a recorder, so what is compiled
+is what a device would be asked to run. ``FASTRES_COMPILE_REPORT=path`` keeps the table as JSON.
+"""
+
+import concurrent.futures
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter replaces the compiler"),
+]
+
+CAPABILITIES = (80, 90, 100)
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+ROOM = "fastres.kernels.triton"
+
+
+class Launch(NamedTuple):
+    """One specialisation of one kernel, as the just-in-time compiler would see it; plain data, to cross processes."""
+
+    module: str
+    kernel: str
+    dtype: str
+    config: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+def specialize(kernel, args: tuple, keywords: dict, dtype: str, config: object) -> Launch:
+    names = kernel.arg_names
+    options = {name: value for name, value in keywords.items() if name not in names}
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in keywords.items() if k in names}
+    signature, constants, divisible = [], [], []
+    for position, parameter in enumerate(kernel.params):
+        value, kind = values[parameter.name], None
+        if isinstance(value, torch.Tensor):
+            kind = f"*{DTYPES[value.dtype]}"
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            kind, aligned = "fp32", False
+        elif isinstance(value, int) and value != 1 and not parameter.is_constexpr:
+            kind, aligned = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+        signature.append((parameter.name, kind or "constexpr"))
+        if kind is None:
+            constants.append((parameter.name, value))
+        elif aligned:
+            divisible.append(position)
+    return Launch(
+        kernel.fn.__module__, kernel.fn.__name__, dtype, str(config),
+        tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()),
+    )  # fmt: skip
+
+
+def image(dtype: torch.dtype, channels_last: bool, n: int = 256, c: int = 64, hw: int = 56) -> torch.Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(n, c, hw, hw, dtype=dtype, device="meta").to(memory_format=layout)
+
+
+def run_elementwise(room, dtype: torch.dtype):
+    x = image(dtype, False)
+    for config in room["configs"].FLAT:
+        yield config, lambda config=config: room["add_act"].add_act(x, x, "relu", config)
+        yield config, lambda config=config: room["add_act"].add_act_backward(x, x, "relu", config)
+
+
+def run_batch_norm(room, dtype: torch.dtype):
+    parameter = torch.empty(64, device="meta")
+    bn = room["bn_act"]
+    for channels_last, table in ((True, room["configs"].CHANNELS_LAST), (False, room["configs"].CONTIGUOUS)):
+        x = image(dtype, channels_last)
+        for config in table:
+            yield config, lambda x=x, config=config: bn.statistics(x, config)
+            for residual in (None, x):
+                yield config, lambda x=x, r=residual, config=config: bn.apply(
+                    x, r, *[parameter] * 4, 1e-5, "relu", config
+                )
+                for training in (True, False):
+                    yield config, lambda x=x, r=residual, t=training, config=config: bn.backward(
+                        x, r, x, *[parameter] * 4, 1e-5, "relu", t, config
+                    )
+
+
+def run_convolution(room, dtype: torch.dtype):
+    conv, configs = room["conv_bn_act"], room["configs"]
+    parameter = torch.empty(256, device="meta")
+    x = image(dtype, True, 32, 64)
+    residual = image(dtype, True, 32, 256)
+    for tf32 in (True, False) if dtype == torch.float32 else (False,):
+        for config in configs.conv_candidates(x.element_size(), tf32, max(configs.SHARED_BYTES.values())):
+            for k, padding in ((1, 0), (3, 1)):
+                weight = torch.empty(256, k * k * 64, dtype=dtype, device="meta")
+                geometry = ((k, k), (1, 1), (padding, padding), (1, 1), "relu", tf32, config)
+                yield config, lambda w=weight, g=geometry: conv.conv_act(x, w, parameter, residual, *g)
+        weight = torch.empty(256, 64, 3, 3, dtype=dtype, device="meta")
+        yield (
+            "batch norm in the epilogue",
+            lambda w=weight: conv.conv_bn_act(x, w, None, *[parameter] * 4, 1e-5, (2, 2), (1, 1), (1, 1), 1, "relu"),
+        )
+
+
+def collect() -> list[Launch]:
+    """Every distinct launch the ops make over all configurations and dtypes."""
+    names = ("configs", "add_act", "bn_act", "conv_bn_act")
+    room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
+    found: dict[Launch, None] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for runs in (run_elementwise, run_batch_norm, run_convolution):
+                for config, call in runs(room, dtype):
+
+                    def record(kernel, grid, like, *args, _dtype=dtype, _config=config, **options) -> None:
+                        found[specialize(kernel, args, options, DTYPES[_dtype], _config)] = None
+
+                    for name in names[1:]:
+                        patch.setattr(room[name], "launch", record)
+                    call()
+    return list(found)
+
+
+def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
+    """Compile one launch for one architecture; what the report needs of the result."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    attributes = {(position,): [["tt.divisibility", 16]] for position in launch.divisible}
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    usage, ptx = resources(compiled.asm["cubin"]), compiled.asm["ptx"]
+    constants = dict(launch.constants)
+    dot = "PRECISION" in constants
+    return {
+        "kernel": launch.kernel,
+        "dtype": "tf32" if constants.get("PRECISION") == "tf32" else launch.dtype,
+        "config": launch.config,
+        "capability": capability,
+        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE")},
+        "registers": usage["REG"],
+        "stack": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "mma": sum(ptx.count(name) for name in {MMA[capability], "mma.sync"}) if dot else None,
+        "tensor_cores": MMA[capability] in ptx,
+        "narrow": len(re.findall(r"(?:ld|st)\.global\S*(?<!v2)(?<!v4)\.b16", ptx)),
+        "wide": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory of a cubin's one kernel, as cuobjdump reports them."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(cuobjdump), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+@functools.cache
+def report() -> list[dict[str, Any]]:
+    """Every launch compiled for every capability (where its operands fit), in two processes; the sorted table."""
+    tasks = []
+    for launch in collect():
+        for capability in CAPABILITIES:
+            if shared_need(launch) <= shared_limit(capability):
+                tasks.append((launch, capability))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        rows = list(pool.map(compile_one, *zip(*tasks, strict=True), chunksize=8))
+    if path := os.environ.get("FASTRES_COMPILE_REPORT"):
+        summary = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+        Path(path).write_text(json.dumps(summary, indent=1, sort_keys=True))
+    return rows
+
+
+def shared_limit(capability: int) -> int:
+    return importlib.import_module(f"{ROOM}.configs").SHARED_BYTES[capability]
+
+
+def shared_need(launch: Launch) -> int:
+    """What conv_candidates filters by: the operand ring of a convolution, nothing for the other kernels."""
+    sizes = dict(launch.constants) | dict(launch.options)
+    if "BLOCK_K" not in sizes:
+        return 0
+    itemsize = 4 if launch.dtype == "fp32" else 2
+    return sizes["num_stages"] * (sizes["BLOCK_M"] + sizes["BLOCK_N"]) * sizes["BLOCK_K"] * itemsize
+
+
+def faults(failed) -> list[tuple]:
+    keys = ("kernel", "capability", "dtype", "config", "variant", "registers", "stack", "shared", "narrow")
+    return [tuple(row[key] for key in keys) for row in report() if failed(row)]
+
+
+def test_every_configuration_is_compiled() -> None:
+    configs = importlib.import_module(f"{ROOM}.configs")
+    tables = (configs.FLAT, configs.CHANNELS_LAST, configs.CONTIGUOUS)
+    tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE)
+    compiled = {(row["config"], row["capability"]) for row in report()}
+    assert {(str(config), 90) for table in tables for config in table} <= compiled
+
+
+def test_no_spills() -> None:
+    assert not faults(lambda row: row["stack"] > 0)
+
+
+def test_shared_memory_fits() -> None:
+    assert not faults(lambda row: row["shared"] > shared_limit(row["capability"]))
+
+
+def test_tensor_cores_where_meant() -> None:
+    """16-bit and TF32 products on the capability's own instruction; IEEE fp32 on none."""
+    assert not faults(lambda row: row["mma"] is not None and row["tensor_cores"] != (row["dtype"] != "fp32"))
+
+
+def test_wide_memory_accesses() -> None:
+    """Activations move 16 bytes at a time; the merges of a handful of partials are exempt."""
+    assert not faults(lambda row: "merge" not in row["kernel"] and (not row["wide"] or row["narrow"]))

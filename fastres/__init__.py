@@ -1,3 +1,20 @@
-"""Residual networks in PyTorch, faster in training and inference."""
+"""fastres: residual networks, faster: fused kernels for conv + BN + ReLU and residual add + ReLU, as drop-in blocks.
+
+Importing builds nothing, warns of nothing and touches no GPU; native libraries load at the first call that asks.
+"""
+
+from fastres import functional, nn
+from fastres.dispatch import use
+from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VerificationError
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "UnsupportedError",
+    "VerificationError",
+    "functional",
+    "nn",
+    "use",
+]

@@ -20,4 +20,12 @@ constexpr int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
+// The largest value that rounds to zero in a storage type (half its smallest subnormal; ties go to even).
+template <typename scalar_t>
+constexpr float kZeroUpTo = 0.0f;
+template <>
+constexpr float kZeroUpTo<bf16> = 0x1p-134f;
+template <>
+constexpr float kZeroUpTo<fp16> = 0x1p-25f;
+
 }  // namespace fastres

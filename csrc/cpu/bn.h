@@ -1,0 +1,223 @@
+// What the bindings of bn_act, bn_add_act and bn_act_maxpool share: checks, statistics, tables, parameter gradients.
+#pragma once
+
+#include <cmath>
+#include <memory>
+#include <new>
+#include <numeric>
+
+#include "cpu/bn_args.h"
+#include "cpu/host.h"
+#include "torch/headeronly/util/BFloat16.h"
+#include "torch/headeronly/util/Half.h"
+
+namespace fastres::cpu {
+
+// Memory for tables and partial sums, aligned to a cache line.
+class Scratch {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    constexpr std::align_val_t kAlign{64};
+    blocks_.emplace_back(::operator new(count * sizeof(T), kAlign), [](void* p) { ::operator delete(p, kAlign); });
+    return static_cast<T*>(blocks_.back().get());
+  }
+
+ private:
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
+};
+
+// Calls f with a pointer of the right type to the data of t.
+template <typename F>
+void with_data(void* data, ScalarType dtype, F f) {
+  switch (dtype) {
+    case ScalarType::Double: return f(static_cast<double*>(data));
+    case ScalarType::Half: return f(static_cast<torch::headeronly::Half*>(data));
+    case ScalarType::BFloat16: return f(static_cast<torch::headeronly::BFloat16*>(data));
+    default: return f(static_cast<float*>(data));
+  }
+}
+
+// One value per channel, in double.
+using Channels = std::vector<double>;
+
+inline Channels read_channels(void* data, ScalarType dtype, int64_t count, int64_t stride) {
+  Channels values(count);
+  with_data(data, dtype, [&](const auto* p) {
+    for (int64_t c = 0; c < count; ++c) values[c] = static_cast<double>(p[c * stride]);
+  });
+  return values;
+}
+
+inline Channels read_channels(const char* op, const char* param, const Tensor& t, const Tensor& x) {
+  check_cpu(op, param, t);
+  check_floating(op, param, t, true);
+  FASTRES_CHECK(t.dim() == 1 && t.size(0) == x.size(1), op, param, "of size (" << x.size(1) << ",), x's channels",
+                show(t.sizes()));
+  return read_channels(t.data_ptr(), t.scalar_type(), t.size(0), t.stride(0));
+}
+
+inline Tensor write_channels(const Channels& values, ScalarType dtype, const Tensor& x) {
+  Tensor out = empty_vector(static_cast<int64_t>(values.size()), dtype, x);
+  with_data(out.data_ptr(), dtype, [&](auto* p) {
+    for (size_t c = 0; c < values.size(); ++c) p[c] = static_cast<std::remove_pointer_t<decltype(p)>>(values[c]);
+  });
+  return out;
+}
+
+// One call: the checked problem as kernels see it, and its per-channel values. Stages fill it in order.
+struct BnCall {
+  const char* op;
+  const Tensor& x;
+  Format format;
+  BnArgs args{};
+  double count = 0;  // values per channel
+  Channels weight, bias, mean, invstd;
+  Scratch scratch;
+
+  BnCall(const char* op, std::initializer_list<Named> activations, const std::string& act)
+      : op(op), x(activations.begin()->tensor) {
+    for (const auto& [param, tensor] : activations) check_cpu(op, param, tensor);
+    format = check_activations(op, activations, true);
+    args.dtype = dtype_of(x);
+    args.act = act_of(op, act);
+    args.numel = x.numel();
+    args.channels = x.size(1);
+    count = static_cast<double>(args.numel / args.channels);
+    args.x = x.data_ptr();
+    args.stream = should_stream(args.numel, args.dtype);
+    const int64_t plane = x.size(2) * x.size(3);
+    args.channels_last = format == Format::channels_last || plane == 1;
+    if (args.channels_last) {  // whole vectors, and enough of them to hide the cost of a row
+      const int64_t step = args.channels * kColsMultiple / std::gcd(args.channels, kColsMultiple);
+      args.cols = (64 + step - 1) / step * step;
+    } else {
+      args.cols = plane;
+    }
+    args.rows = (args.numel + args.cols - 1) / args.cols;
+  }
+
+  void read_affine(const OptionalTensor& w, const OptionalTensor& b) {
+    weight = w ? read_channels(op, "weight", *w, x) : Channels(args.channels, 1.0);
+    bias = b ? read_channels(op, "bias", *b, x) : Channels(args.channels, 0.0);
+  }
+
+  void read_statistics(const Tensor& m, const Tensor& v, double eps) {
+    mean = read_channels(op, "mean", m, x);
+    invstd = read_channels(op, "var", v, x);
+    for (double& value : invstd) value = 1.0 / std::sqrt(value + eps);
+  }
+
+  // A table as kernels read it, of value(c) in the accumulate type.
+  template <typename F>
+  const void* table(F value) {
+    return args.dtype == DType::kFloat64 ? table_of<double>(value) : table_of<float>(value);
+  }
+
+  void fill_tables() {
+    args.mean = table([&](int64_t c) { return mean[c]; });
+    args.scale = table([&](int64_t c) { return weight[c] * invstd[c]; });
+    args.bias = table([&](int64_t c) { return bias[c]; });
+  }
+
+  // Splits the problem into chunks and runs `kernel` on them; the result is args.sums.
+  template <typename Kernel>
+  void reduce(Kernel kernel) {
+    if (!args.partial) plan_chunks();
+    parallel_for(0, args.chunks, 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    const int64_t parts = args.channels_last ? args.chunks : args.slices;
+    const int64_t grain = std::max<int64_t>(1, kGrain * args.channels / (parts * args.width));
+    parallel_for(0, args.channels, grain, [&](int64_t begin, int64_t end) { bn_merge(args, begin, end); });
+  }
+
+  template <typename Kernel>
+  void run_rows(Kernel kernel) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / args.cols);
+    parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  }
+
+ private:
+  template <typename acc_t, typename F>
+  const void* table_of(F value) {
+    const int64_t entries = args.channels_last ? args.cols : args.channels;
+    acc_t* out = scratch.take<acc_t>(entries + kColsMultiple);
+    for (int64_t c = 0; c < args.channels; ++c) out[c] = static_cast<acc_t>(value(c));
+    for (int64_t i = args.channels; i < entries; ++i) out[i] = out[i - args.channels];
+    std::fill_n(out + entries, kColsMultiple, acc_t{});
+    return out;
+  }
+
+  void plan_chunks() {
+    constexpr int64_t kMaxChunks = 128;
+    if (args.channels_last) {
+      const int64_t smallest = std::max(kGrain, 32 * args.cols);  // many rows per set of sums
+      args.chunks = std::clamp<int64_t>(args.numel / smallest, 1, kMaxChunks);
+      args.slices = args.chunks;
+      args.width = args.cols;
+    } else {
+      args.block = std::min(args.channels, (4096 + args.cols - 1) / args.cols);  // long runs of memory
+      const int64_t blocks = (args.channels + args.block - 1) / args.block;
+      const int64_t wanted = std::clamp<int64_t>(args.numel / kGrain, 1, kMaxChunks);
+      args.slices = std::clamp<int64_t>(wanted / blocks, 1, x.size(0));
+      args.chunks = blocks * args.slices;
+      args.width = args.channels * kSumLanes;
+    }
+    const int64_t parts = args.channels_last ? args.chunks : args.slices;
+    args.partial = scratch.take<double>(parts * 2 * args.width);
+    args.sums = scratch.take<double>(2 * args.channels);
+  }
+};
+
+// ---- training: statistics of x, and the gradients that depend on them ---------------------------------------------------------
+
+struct Statistics {
+  Tensor mean, var;
+};
+
+// Biased statistics of x, rounded as they are returned: backward will see the same values.
+inline Statistics batch_statistics(BnCall& call, double eps) {
+  BnArgs& args = call.args;
+  FASTRES_CHECK(call.count > 1, call.op, "x", "of more than 1 value per channel", show(call.x.sizes()));
+  // Sums about the first value of each channel: a constant channel gives exactly 0, a large mean costs nothing.
+  const ScalarType dtype = call.x.scalar_type();
+  Channels shift = read_channels(call.x.data_ptr(), dtype, args.channels, args.channels_last ? 1 : args.cols);
+  for (double& value : shift) value = std::isfinite(value) ? value : 0.0;
+  Channels var(args.channels);
+  // float64 sums a second time about the mean, as exact as two passes; for other types double is more than enough.
+  const int passes = args.dtype == DType::kFloat64 ? 2 : 1;
+  for (int pass = 0; pass < passes; ++pass) {
+    args.shift = call.table([&](int64_t c) { return shift[c]; });
+    call.reduce(bn_statistics);
+    for (int64_t c = 0; c < args.channels; ++c) {
+      const double off = args.sums[c] / call.count;
+      const double second = args.sums[args.channels + c] / call.count - off * off;
+      var[c] = second < 0 ? 0 : second;
+      shift[c] += off;
+    }
+  }
+  Statistics out{write_channels(shift, accumulate_type(call.x), call.x), write_channels(var, accumulate_type(call.x), call.x)};
+  call.read_statistics(out.mean, out.var, eps);
+  return out;
+}
+
+struct ParameterGradients {
+  Tensor weight, bias;
+};
+
+// From the sums of dz and dz * (x - mean): the gradients of weight and bias, and the tables that grad_x needs.
+inline ParameterGradients parameter_gradients(BnCall& call, const Tensor& mean, const OptionalTensor& weight,
+                                              const OptionalTensor& bias) {
+  BnArgs& args = call.args;
+  const double *sum_dz = args.sums, *sum_dz_x = args.sums + args.channels;
+  Channels grad_weight(args.channels), grad_bias(sum_dz, sum_dz + args.channels);
+  for (int64_t c = 0; c < args.channels; ++c) grad_weight[c] = call.invstd[c] * sum_dz_x[c];
+  if (args.training) {
+    args.mean_dz = call.table([&](int64_t c) { return sum_dz[c] / call.count; });
+    args.slope = call.table([&](int64_t c) { return call.invstd[c] * call.invstd[c] * sum_dz_x[c] / call.count; });
+  }
+  const ScalarType weight_dtype = (weight ? *weight : mean).scalar_type();
+  const ScalarType bias_dtype = bias ? bias->scalar_type() : weight_dtype;
+  return {write_channels(grad_weight, weight_dtype, call.x), write_channels(grad_bias, bias_dtype, call.x)};
+}
+
+}  // namespace fastres::cpu

@@ -1,0 +1,62 @@
+// Binding of bn_act: evaluation, training and backward.
+#include "cpu/bn.h"
+
+namespace fastres::cpu {
+namespace {
+
+Tensor apply(BnCall& call) {
+  Tensor y = empty_activation(call.x.sizes(), call.format, call.x);
+  call.fill_tables();
+  call.args.out = y.data_ptr();
+  call.run_rows(bn_act_forward);
+  return y;
+}
+
+Tensor bn_act(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+              const Tensor& var, double eps, const std::string& act) {
+  BnCall call("bn_act", {{"x", x}}, act);
+  call.read_affine(weight, bias);
+  call.read_statistics(mean, var, eps);
+  return apply(call);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_train(const Tensor& x, const OptionalTensor& weight,
+                                                const OptionalTensor& bias, double eps, const std::string& act) {
+  BnCall call("bn_act_train", {{"x", x}}, act);
+  call.read_affine(weight, bias);
+  const Statistics statistics = batch_statistics(call, eps);
+  return {apply(call), statistics.mean, statistics.var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                                                   double eps, const std::string& act, bool training) {
+  BnCall call("bn_act_backward", {{"x", x}, {"grad_y", grad_y}}, act);
+  call.read_affine(weight, bias);
+  call.read_statistics(mean, var, eps);
+  call.fill_tables();
+  call.args.training = training;
+  call.args.grad_y = grad_y.data_ptr();
+  call.reduce(bn_act_sums);
+  const ParameterGradients grads = parameter_gradients(call, mean, weight, bias);
+  Tensor grad_x = empty_activation(x.sizes(), call.format, x);
+  call.args.out = grad_x.data_ptr();
+  call.run_rows(bn_act_gradient);
+  return {grad_x, grads.weight, grads.bias};
+}
+
+}  // namespace
+}  // namespace fastres::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
+  m.def("cpu_bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act) -> Tensor");
+  m.def("cpu_bn_act_train(Tensor x, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_bn_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+        "str act, bool training) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
+  m.impl("cpu_bn_act", TORCH_BOX(&fastres::cpu::bn_act));
+  m.impl("cpu_bn_act_train", TORCH_BOX(&fastres::cpu::bn_act_train));
+  m.impl("cpu_bn_act_backward", TORCH_BOX(&fastres::cpu::bn_act_backward));
+}

@@ -57,7 +57,9 @@ def summary(info: dict) -> str:
     cuda = f"CUDA {info['cuda']} kernels for sm {' '.join(info['cuda_archs'])}"
     built = {"cpu": f"CPU kernels with {info['compiler']}", "cuda": cuda}
     parts = [built[part] for part in info["built"]] or ["pure Python"]
-    parts += [f"no {part.upper()} kernels: {reason}" for part, reason in info["why_not"].items()]
+    for reason in dict.fromkeys(info["why_not"].values()):
+        refused = " or ".join(part.upper() for part, why in info["why_not"].items() if why == reason)
+        parts.append(f"no {refused} kernels: {reason}")
     return f"fastres: {'; '.join(parts)}"
 
 

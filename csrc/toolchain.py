@@ -23,7 +23,7 @@ class Unmet(Exception):
 def ask(*command: str) -> str:
     """What a tool prints; Unmet when it cannot be run, fails or hangs."""
     said = f"`{' '.join(command)}`"
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipes: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
         tool = subprocess.Popen(command, **pipes, text=True, errors="replace", start_new_session=True)
     except OSError as error:
@@ -44,11 +44,14 @@ def site_folders() -> list[Path]:
 
     torch is no build requirement: pip would download gigabytes into its isolated environment, and perhaps
     another torch than the user's. There the user's torch cannot be imported, but sysconfig still names the
-    environment that pip installs into. Headers of any torch from 2.11 on serve, thanks to the stable ABI.
+    environment that pip installs into; uv names it nowhere, but an activated one is on PATH. Headers of any
+    torch from 2.11 on serve, thanks to the stable ABI.
     """
     spec = importlib.util.find_spec("torch")
     importable = [Path(spec.origin).parents[1]] if spec and spec.origin else []
     homes = [os.environ[name] for name in ("VIRTUAL_ENV", "CONDA_PREFIX") if name in os.environ]
+    on_path = [Path(folder).parent for folder in os.environ.get("PATH", "").split(os.pathsep)]
+    homes += [str(home) for home in on_path if (home / "pyvenv.cfg").is_file()]
     lib = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
     target = Path(sysconfig.get_path("purelib"))
     return [*importable, target, *(Path(home, lib) for home in [*homes, sys.base_prefix])]
@@ -155,11 +158,11 @@ def run_ninja(folder: Path, rules: dict[str, str], edges: list[tuple]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_changed(folder / "build.ninja", "\n".join(lines) + "\n")
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    command = [find_ninja(), "-C", str(folder), "-j", jobs]
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    run = subprocess.Popen(command, **pipes, text=True, errors="replace")
-    output = [print(line, end="", file=sys.stderr, flush=True) or line for line in run.stdout or ()]
-    if run.wait():
+    ninja = [find_ninja(), "-C", str(folder), "-j", jobs]
+    pipes: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(ninja, **pipes, text=True, errors="replace") as run:
+        output = [print(line, end="", file=sys.stderr, flush=True) or line for line in run.stdout or ()]
+    if run.returncode:
         first = next((line for line in output if re.search(r"error|not found|Killed", line)), output[-1])
         raise Unmet(f"compiling failed: {first.strip()[:300]} (pip install -v shows everything)")
 

@@ -61,7 +61,7 @@ inline std::string show_device(const Tensor& t) {
   return "another device";
 }
 
-// --- single facts -------------------------------------------------------------------------------------------------
+// --- single facts --------------------------------------------------------------------------------
 
 inline void check_cpu(const char* op, const char* param, const Tensor& t) {
   FASTRES_CHECK(t.is_cpu(), op, param, "on cpu", show_device(t));
@@ -103,7 +103,7 @@ inline ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// --- layout -------------------------------------------------------------------------------------------------------
+// --- layout --------------------------------------------------------------------------------------
 
 enum class Format { contiguous, channels_last };
 
@@ -168,7 +168,7 @@ inline bool is_non_overlapping_and_dense(const Tensor& t) {
   return true;
 }
 
-// --- parameters and statistics ------------------------------------------------------------------------------------
+// --- parameters and statistics -------------------------------------------------------------------
 
 // A vector with one value per channel of x, contiguous and of the wanted dtype (a copy only where it is neither).
 inline Tensor channel_vector(const char* op, const char* param, const Tensor& t, const Tensor& x, ScalarType dtype) {
@@ -186,7 +186,7 @@ inline OptionalTensor channel_vector(const char* op, const char* param, const Op
   return t ? OptionalTensor(channel_vector(op, param, *t, x, dtype)) : std::nullopt;
 }
 
-// --- outputs ------------------------------------------------------------------------------------------------------
+// --- outputs -------------------------------------------------------------------------------------
 
 // Uninitialised, on x's device. Calls the shim directly: several times cheaper than through the dispatcher.
 inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, ScalarType dtype,

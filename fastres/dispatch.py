@@ -14,22 +14,34 @@ GPU_KERNELS = ("cuda", "triton")  # our own device code: needs a validated archi
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op: ``why_not(*args)`` says in a sentence why it cannot run a call, ``load()`` returns
-    the function that runs it (imported or looked up only then)."""
+    """One implementation of an op.
+
+    Args:
+        why_not: ``why_not(*args)`` says in a sentence why it cannot run a call, or None.
+        load: ``load()`` returns the function that runs it (imported or looked up only then); ``load(config)`` one bound
+            to that configuration.
+        configs: ``configs(*args)``, the configurations tuning may choose from for a call; None where there is but one.
+    """
 
     name: str
     why_not: Callable[..., str | None]
-    load: Callable[[], Callable]
+    load: Callable[..., Callable]
+    configs: Callable[..., Sequence[tuple]] | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend chosen for one call, what decided, and why each other backend was passed over."""
+    """The backend chosen for one call, what decided, why each other backend was passed over, the tuned configuration."""
 
     op: str
     backend: Backend
     source: str
     refusals: dict[str, str] = field(default_factory=dict)
+    config: tuple | None = None
+
+    def load(self) -> Callable:
+        """The function that runs the call."""
+        return self.backend.load() if self.config is None else self.backend.load(self.config)
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend.name} ({self.source})"]
@@ -130,8 +142,10 @@ def choose(op: str, backends: Sequence[Backend], args: tuple) -> Choice:
     for name in by_name:
         if name in GPU_KERNELS and refusals[name] is None:
             refusals[name] = tune.why_not_validated(op, name, device)
-    tuned = tune.choice(op, args, device)
+    tuned, config = tune.choice(op, args, device)
     source = "tuned" if tuned in by_name and refusals[tuned] is None else "order of preference"
     chosen = tuned if source == "tuned" else next(name for name in by_name if refusals[name] is None)
     reasons = {name: reason or f"{chosen} comes first" for name, reason in refusals.items() if name != chosen}
-    return Choice(op, by_name[chosen], source, reasons)
+    legal = by_name[chosen].configs if source == "tuned" and config is not None else None
+    config = config if legal is not None and config in map(tuple, legal(*args)) else None
+    return Choice(op, by_name[chosen], source, reasons, config)

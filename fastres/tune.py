@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import stat
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,7 +15,9 @@ from fastres import env
 from fastres.errors import UnsupportedError
 
 FORMAT = 1
+SECTIONS = ("validated", "failed")  # per architecture and backend, the ops that kept or missed the error budget
 _SHIPPED = Path(__file__).parent / "tuned"
+_warned: set[str] = set()
 
 
 def device_name(device: torch.device) -> str:
@@ -56,30 +59,49 @@ def _check(data: Any) -> dict:
     """Return data if it has the form of a tuning file, else raise ValueError saying what is wrong."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f"format must be {FORMAT}")
-    for section in ("validated", "choices"):
-        table = data.get(section)
-        if not isinstance(table, dict):
+    data.setdefault("failed", {})
+    for section in (*SECTIONS, "choices"):
+        if not isinstance(data.get(section), dict):
             raise ValueError(f"{section} must be an object")
-    for name, backends in data["validated"].items():
-        if not isinstance(backends, dict):
-            raise ValueError(f"validated[{name!r}] must be an object of backend: [ops]")
-        for backend, ops in backends.items():
-            if not isinstance(ops, list) or not all(isinstance(op, str) for op in ops):
-                raise ValueError(f"validated[{name!r}][{backend!r}] must be a list of op names")
+    for section in SECTIONS:
+        for name, backends in data[section].items():
+            if not isinstance(backends, dict):
+                raise ValueError(f"{section}[{name!r}] must be an object of backend: [ops]")
+            for backend, ops in backends.items():
+                if not isinstance(ops, list) or not all(isinstance(op, str) for op in ops):
+                    raise ValueError(f"{section}[{name!r}][{backend!r}] must be a list of op names")
     for name, choice in data["choices"].items():
         if not isinstance(choice, dict) or not isinstance(choice.get("backend"), str):
             raise ValueError(f"choices[{name!r}] must be an object with a backend")
+        config = choice.get("config", [])
+        if not isinstance(config, list) or not all(isinstance(number, (int, float)) for number in config):
+            raise ValueError(f"choices[{name!r}]['config'] must be a list of numbers")
     return data
 
 
 def read(path: Path) -> dict:
-    """Read one tuning file, raising ValueError with the reason where it is corrupt."""
+    """Read one tuning file, raising ValueError with the reason where it is corrupt or others could have written it."""
     try:
+        if path.parent != _SHIPPED:
+            _check_ownership(path)
         if path.stat().st_size > 1 << 24:
             raise ValueError("larger than 16 MiB")
         return _check(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a fastres tuning file: {error}") from None
+
+
+def _check_ownership(path: Path) -> None:
+    """Accept only the user's own plain file, in a directory that nobody else can write to."""
+    if not hasattr(os, "getuid"):  # no POSIX owners here
+        return
+    for place, status in ((path, path.lstat()), (path.parent, path.parent.stat())):
+        if stat.S_ISLNK(status.st_mode):
+            raise ValueError("it is a symbolic link")
+        if status.st_uid != os.getuid():
+            raise ValueError(f"{place} belongs to another user")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ValueError(f"others may write to {place} (chmod go-w)")
 
 
 def _read_or_warn(path: Path) -> dict | None:
@@ -88,13 +110,15 @@ def _read_or_warn(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        warnings.warn(f"fastres: the tuning cache is ignored: {error} (delete it to tune again)", stacklevel=2)
+        if (message := f"fastres: the tuning cache is ignored: {error} (delete it to tune again)") not in _warned:
+            _warned.add(message)
+            warnings.warn(message, stacklevel=2)
         return None
 
 
 @functools.lru_cache(maxsize=16)
 def _table(device: torch.device) -> tuple[dict, dict]:
-    """Validated backends of the device's architecture and tuned choices, shipped ones first, the user's over them."""
+    """What the device's architecture validated, and tuned choices: shipped ones first, the user's over them."""
     validated: dict[str, set[str]] = {}
     choices: dict[str, dict] = {}
     arch = architecture(device)
@@ -104,6 +128,8 @@ def _table(device: torch.device) -> tuple[dict, dict]:
             continue
         for backend, ops in data["validated"].get(arch, {}).items():
             validated.setdefault(backend, set()).update(ops)
+        for backend, ops in data["failed"].get(arch, {}).items():
+            validated.get(backend, set()).difference_update(ops)
         choices.update(data["choices"])
     return validated, choices
 
@@ -113,10 +139,12 @@ def forget() -> None:
     _table.cache_clear()
 
 
-def choice(op: str, args: tuple, device: torch.device) -> str | None:
-    """The backend tuning found fastest for these arguments on this device, or None."""
+def choice(op: str, args: tuple, device: torch.device) -> tuple[str | None, tuple | None]:
+    """The backend tuning found fastest for these arguments on this device, and its configuration; None where none."""
     found = _table(device)[1].get(key(op, args))
-    return found["backend"] if found else None
+    if found is None:
+        return None, None
+    return found["backend"], tuple(found["config"]) if "config" in found else None
 
 
 def why_not_validated(op: str, backend: str, device: torch.device) -> str | None:
@@ -124,35 +152,72 @@ def why_not_validated(op: str, backend: str, device: torch.device) -> str | None
     if device.type != "cuda" or op in _table(device)[0].get(backend, ()):
         return None
     return (
-        f"no {architecture(device)} device has validated this kernel yet "
+        f"this kernel is not validated on {architecture(device)} "
         f"(validate it here with `fastres tune`, or force it with fastres.use({op}={backend!r}))"
     )
 
 
-def store(device: torch.device, validated: dict[str, list[str]], choices: dict[str, dict]) -> Path:
-    """Merge new results into the user's cache: directory 0700, file replaced atomically, a corrupt file never touched."""
-    path = cache_file(device)
-    data = {"format": FORMAT, "torch": torch.__version__, "validated": {}, "choices": {}}
+def check_writable(device: torch.device) -> None:
+    """Raise now what ``store`` would: UnsupportedError where the user's cache is corrupt or not theirs."""
+    _stored(cache_file(device))
+
+
+def _stored(path: Path) -> dict:
+    """What the cache holds and this torch may use; a new one where there is none."""
+    fresh: dict = {"format": FORMAT, "torch": torch.__version__, "validated": {}, "failed": {}, "choices": {}}
     try:
         old = read(path)
-        if old.get("torch") == torch.__version__:
-            data = old
     except FileNotFoundError:
-        pass  # the first result of this device
+        return fresh  # the first result of this device
     except ValueError as error:
         raise UnsupportedError(f"fastres.tune: {error}; it is left as it is (move it away to store results)") from None
-    known = data["validated"].setdefault(architecture(device), {})
-    for backend, ops in validated.items():
-        known[backend] = sorted(set(known.get(backend, ())) | set(ops))
-    data["choices"].update(choices)
+    return old if old.get("torch") == torch.__version__ else fresh
+
+
+def store(
+    device: torch.device,
+    validated: dict[str, list[str]],
+    choices: dict[str, dict],
+    failed: dict[str, list[str]] | None = None,
+) -> Path:
+    """Merge new results into the user's cache: directory 0700, file replaced atomically, a corrupt file never touched.
+
+    Args:
+        validated, failed: ops by backend that kept or missed the error budget on this device; the newest verdict holds.
+        choices: ``{key: {"backend": name, ...}}``.
+
+    Raises:
+        UnsupportedError: what is there is not a tuning file of this user.
+    """
+    path = cache_file(device)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    data = _stored(path)
+    verdicts = {"validated": validated, "failed": failed or {}}
+    for section, other in (SECTIONS, SECTIONS[::-1]):
+        for backend, ops in verdicts[section].items():
+            _merge(data, architecture(device), section, other, backend, set(ops))
+    data["choices"].update(choices)
+    _replace(path, json.dumps(data, indent=1, sort_keys=True))
+    forget()
+    return path
+
+
+def _merge(data: dict, arch: str, section: str, other: str, backend: str, ops: set[str]) -> None:
+    """Put ops under section, and take them out of the other."""
+    table = data[section].setdefault(arch, {})
+    table[backend] = sorted(ops | set(table.get(backend, ())))
+    former = data[other].get(arch, {})
+    if backend in former:
+        former[backend] = sorted(set(former[backend]) - ops)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old or the new, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, sort_keys=True)
+            file.write(text)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    forget()
-    return path

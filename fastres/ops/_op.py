@@ -100,7 +100,7 @@ class Op:
         return (self._choices.get(key) or self._choose(key, args))(*args)
 
     def _choose(self, key: tuple, args: tuple) -> Callable:
-        run = self.explain(*args).backend.load()
+        run = self.explain(*args).load()
         if len(self._choices) >= _MAX_CHOICES:
             self._choices.clear()
         self._choices[key] = run

@@ -1,0 +1,155 @@
+"""What is here: versions, devices, what was built, and per op and backend whether it runs or why not; for bug reports."""
+
+import functools
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastres
+from fastres import env, tune
+from fastres.dispatch import GPU_KERNELS, Backend
+from fastres.kernels import native
+from fastres.ops import REGISTRY
+from fastres.ops._op import Op
+
+BACKENDS = ("cuda", "triton", "cpu", "onednn", "torch")
+
+
+def collect() -> dict[str, Any]:
+    """All of it as plain data."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "fastres": fastres.__version__,
+        **versions(),
+        "device": tune.device_name(device),
+        "machine": machine(),
+        "build": native.build_info(),
+        "ops": {name: {b.name: status(op, b) for b in op.backends} for name, op in sorted(REGISTRY.items())},
+        "cache": {"directory": str(env.cache_dir()), "files": [str(p) for p in sorted(env.cache_dir().glob("*.json"))]},
+        "environment": env.overrides(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, torch, CUDA, driver, nvcc and triton; None for what is not here."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _said("nvidia-smi", ("--query-gpu=driver_version", "--format=csv,noheader"), r"[\d.]+"),
+        "nvcc": _said("nvcc", ("--version",), r"release ([\d.]+)"),
+        "triton": _triton(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads torch uses, GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": cpu_model(), "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}", "gpus": gpus,
+    }  # fmt: skip
+
+
+@functools.cache
+def cpu_model() -> str:
+    listing = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", listing.read_text()) if listing.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def status(op: Op, backend: Backend) -> str:
+    """``live`` (with what it still takes to be chosen), or why it cannot run here, over the op's samples."""
+    cuda = torch.cuda.is_available()
+    interpreted = backend.name == "triton" and env.triton_interpret()
+    if backend.name in GPU_KERNELS and not cuda and not interpreted:
+        reason = native.why_not_cuda() if backend.name == "cuda" else triton_missing()
+        return reason or "torch sees no CUDA device"
+    on_gpu = cuda and not interpreted and backend.name not in ("cpu", "onednn")
+    device = torch.device("cuda" if on_gpu else "cpu")
+    reasons = [backend.why_not(*sample.args) for sample in op.samples(device, torch.float32)]
+    if None not in reasons:
+        return reasons[0]
+    if backend.name in GPU_KERNELS and (unproven := tune.why_not_validated(op.name, backend.name, device)):
+        return f"live when forced: {unproven}"
+    return "live in the interpreter" if interpreted else "live"
+
+
+def triton_missing() -> str | None:
+    return None if _triton() else "the package triton is not installed"
+
+
+def live(backend: str) -> bool:
+    """Whether some op runs on this backend here."""
+    found = (status(op, b) for op in REGISTRY.values() for b in op.backends if b.name == backend)
+    return any(text.startswith("live") for text in found)
+
+
+def text(data: dict[str, Any]) -> str:
+    """The same for people."""
+    build, hardware = data["build"], data["machine"]
+    absent = {"cuda": "built without CUDA", "driver": "no GPU driver", "nvcc": "not found", "triton": "not installed"}
+    lines = [f"fastres {data['fastres']}"]
+    lines += [f"  {name:9} {data[name] or absent[name]}" for name in ("python", "torch", *absent)]
+    lines.append(f"  {'cpu':9} {hardware['cpu']}, {hardware['threads']} threads, {hardware['capability']}")
+    lines += [f"  {'gpu':9} {name}" for name in hardware["gpus"] or ["none"]]
+    lines.append("native libraries")
+    for part in ("cpu", "cuda"):
+        built = part in build["built"]
+        detail = f"sm {' '.join(build['cuda_archs'])}" if part == "cuda" and built else build.get("compiler") or ""
+        lines.append(f"  {part:9} " + (f"built ({detail})" if built else f"not built: {build['why_not'].get(part, '')}"))
+    if build.get("git"):
+        lines.append(f"  {'revision':9} {build['git']}")
+    lines.append("ops")
+    lines += _op_lines(data["ops"])
+    lines.append("tuning cache")
+    lines.append(f"  {data['cache']['directory']}: {', '.join(Path(p).name for p in data['cache']['files']) or 'empty'}")
+    lines.append("environment")
+    lines += [f"  {name}={value}" for name, value in data["environment"].items()] or ["  no variable of fastres is set"]
+    return "\n".join(lines)
+
+
+def _op_lines(ops: dict[str, dict[str, str]]) -> list[str]:
+    """One line an op with its live backends, then each reason once with the backends it holds for."""
+    lines, reasons = [], {}
+    for name, backends in ops.items():
+        lines.append(f"  {name:24} " + " ".join(b for b, state in backends.items() if state.startswith("live")))
+        for backend, state in backends.items():
+            if state != "live":
+                reasons.setdefault((backend, _general(state)), []).append(name)
+    for (backend, state), names in reasons.items():
+        everywhere = len(names) == sum(backend in backends for backends in ops.values())
+        lines.append(f"  {backend}{'' if everywhere else ' (' + ', '.join(names) + ')'}: {state}")
+    return lines
+
+
+def _general(state: str) -> str:
+    """A reason without the op's own example, so that equal reasons fold into one line."""
+    return re.sub(r", or force it with fastres\.use\([^)]*\)", "", state)
+
+
+@functools.cache
+def _said(program: str, arguments: tuple[str, ...], pattern: str) -> str | None:
+    """What a program prints, as far as the pattern finds it; None where it is absent or fails."""
+    path = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
+    if path is None:
+        return None
+    try:
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(pattern, done.stdout) if done.returncode == 0 else None
+    return found[found.re.groups and 1] if found else None
+
+
+def _triton() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None

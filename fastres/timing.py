@@ -1,0 +1,169 @@
+"""Measures calls side by side: candidates take turns in one run, and the median of many short batches is reported.
+
+Taking turns makes slow drifts of a machine (clock, neighbours, temperature) hit all candidates alike, so that ratios hold
+where absolute times do not. A batch is a number of calls between two readings of the clock: wall time on the CPU; on CUDA
+events around the replay of a graph that holds the calls, or around the calls themselves where they cannot be captured.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+BATCH_SECONDS = 1e-3  # a batch lasts at least this long, far above the clock's resolution and a call's overhead
+MAX_CALLS = 1000
+GRAPH_CALLS = 20
+
+
+class Timing(NamedTuple):
+    """Seconds per call: median, 20th and 80th percentile over the batches; how the clock was read."""
+
+    median: float
+    p20: float
+    p80: float
+    batches: int
+    calls: int
+    method: str
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        return {
+            "median_s": self.median, "p20_s": self.p20, "p80_s": self.p80,
+            "batches": self.batches, "calls": self.calls, "method": self.method,
+        }  # fmt: skip
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 2.0,
+    batches: tuple[int, int] = (5, 200),
+    graph: bool = True,
+    tick: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
+    """Time the candidates in turns.
+
+    Args:
+        candidates: calls by name; each is called a few times first, to warm up.
+        seconds: what all of it should take; the least number of batches is run even where that takes longer.
+        batches: least and most batches of each candidate.
+        graph: replay CUDA graphs; False for calls that cannot be replayed, such as training steps.
+        tick: called after every round.
+    """
+    clocks = {name: _clock(call, device, graph) for name, call in candidates.items()}
+    for clock in clocks.values():
+        clock.warm_up()
+    a_round = sum(clock.estimate * clock.calls for clock in clocks.values())
+    rounds = min(max(math.ceil(seconds / a_round), batches[0]), batches[1])
+    names = list(clocks)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+            found[name].append(clocks[name].batch())
+        if tick is not None:
+            tick()
+    return {name: _summary(found[name], clocks[name]) for name in names}
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Value below which this share of the values lies, interpolated."""
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _summary(values: list[float], clock: "_Clock") -> Timing:
+    median = statistics.median(values)
+    return Timing(median, percentile(values, 0.2), percentile(values, 0.8), len(values), clock.calls, clock.method)
+
+
+class _Clock:
+    """Wall time of batches of one call."""
+
+    method = "wall"
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call, self.calls, self.estimate = call, 1, 0.0
+
+    def warm_up(self) -> None:
+        """Call twice, then find how many calls make a batch long enough."""
+        self.call()
+        self.calls = 1
+        self.estimate = self.batch()
+        while self.estimate * self.calls < BATCH_SECONDS and self.calls < MAX_CALLS:
+            wanted = math.ceil(BATCH_SECONDS / max(self.estimate, 1e-9))
+            self.calls = min(max(wanted, 2 * self.calls), MAX_CALLS)
+            self.estimate = self.batch()
+
+    def batch(self) -> float:
+        """Seconds per call of one batch."""
+        call = self.call
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            call()
+        return (time.perf_counter() - start) / self.calls
+
+
+class _EventClock(_Clock):
+    """CUDA events around a batch, the whole of it queued before anything waits."""
+
+    method = "events"
+
+    def batch(self) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        self.run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / self.calls
+
+    def run(self) -> None:
+        for _ in range(self.calls):
+            self.call()
+
+
+class _GraphClock(_EventClock):
+    """Events around the replay of a CUDA graph of several calls: the GPU's time, without the host's."""
+
+    method = "graph"
+
+    def warm_up(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.call()
+        torch.cuda.current_stream().wait_stream(side)
+        self.calls, self.graph = GRAPH_CALLS, torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for _ in range(self.calls):
+                self.call()
+        self.batch()
+        self.estimate = self.batch()
+
+    def run(self) -> None:
+        self.graph.replay()
+
+
+class _AnyClock(_GraphClock):
+    """A graph's replay where the call can be captured, else events around the calls."""
+
+    def warm_up(self) -> None:
+        try:
+            super().warm_up()
+        except RuntimeError:  # not capturable: it synchronises, or allocates outside the graph's pool
+            torch.cuda.synchronize()
+            self.method, self.run = _EventClock.method, lambda: _EventClock.run(self)
+            _EventClock.warm_up(self)
+
+
+def _clock(call: Callable[[], object], device: torch.device, graph: bool) -> _Clock:
+    if device.type != "cuda":
+        return _Clock(call)
+    return _AnyClock(call) if graph else _EventClock(call)

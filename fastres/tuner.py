@@ -1,0 +1,287 @@
+"""Explicit tuning: validates every backend that can run a call, times those that pass, and keeps the fastest.
+
+A candidate is first held against float64 on the op's samples and on the call's own arguments; one that misses the error
+budget is discarded, reported, and never chosen on this device. PyTorch is always a candidate, so a tuned choice is never
+slower than it. Results go to the user's cache (``fastres.tune``) and are used from the next call on.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres import dispatch, timing, tune
+from fastres.budget import within_budget
+from fastres.dispatch import Backend
+from fastres.errors import UnsupportedError, must
+from fastres.ops import REGISTRY
+from fastres.ops._op import Op
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+TIE = 1.02  # of the fastest time: within it the op page's order of preference decides
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend, in one configuration, for one call: refused, failed or timed."""
+
+    backend: str
+    config: tuple | None = None
+    refusal: str | None = None
+    failure: str | None = None
+    seconds: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found for one call."""
+
+    op: str
+    key: str
+    chosen: Candidate
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def speedup(self) -> float:
+        """Time of PyTorch over the time of the choice."""
+        torch_seconds = next(c.seconds for c in self.candidates if c.backend == "torch")
+        assert torch_seconds is not None and self.chosen.seconds is not None
+        return torch_seconds / self.chosen.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        found = [candidate.to_dict() for candidate in self.candidates]
+        return {"op": self.op, "key": self.key, "chosen": self.chosen.backend, "speedup": self.speedup, "candidates": found}
+
+
+@dataclass
+class Session:
+    """One run of the tuner: the verdicts on backends, kept over its calls, and the results."""
+
+    device: torch.device
+    seconds: float = 0.5
+    results: list[Tuned] = field(default_factory=list)
+    _verdicts: dict[tuple[str, str], str | None] = field(default_factory=dict)
+
+    def tune(self, op: Op, args: tuple) -> Tuned:
+        """Validate and time every candidate for one call."""
+        found, runs = [], {}
+        for backend, config, run in _candidates(op, args):
+            refusal = backend.why_not(*args)
+            failure = None if refusal else self._failure(op, backend, config, run, args)
+            found.append(Candidate(backend.name, config, refusal, failure))
+            if refusal is None and failure is None:
+                runs[len(found) - 1] = run
+        calls = {str(i): (lambda run=run: run(*args)) for i, run in runs.items()}
+        with torch.no_grad():
+            times = timing.interleaved(calls, self.device, seconds=self.seconds, batches=(5, 100))
+        for name, measured in times.items():
+            # The quiet batches: on a shared machine a stalled thread can make half of all batches useless.
+            found[int(name)] = replace(found[int(name)], seconds=measured.p20)
+        result = Tuned(op.name, tune.key(op.name, args), _fastest(found), tuple(found))
+        self.results.append(result)
+        return result
+
+    def _failure(self, op: Op, backend: Backend, config: tuple | None, run: Callable, args: tuple) -> str | None:
+        """Why a candidate is discarded, or None."""
+        if backend.name == "torch":
+            return None
+        name = (op.name, backend.name)
+        if name not in self._verdicts:
+            self._verdicts[name] = self._on_samples(op, backend)
+        verdict = self._verdicts[name]
+        if verdict is None and (reason := judge(op, run, args)):
+            verdict = f"on this call: {reason}"
+            if config is None:
+                self._verdicts[name] = verdict
+        return verdict
+
+    def _on_samples(self, op: Op, backend: Backend) -> str | None:
+        for dtype in DTYPES:
+            for label, args in _samples(op, self.device, dtype):
+                if backend.why_not(*args) is None and (reason := judge(op, backend.load(), args)):
+                    return f"on sample {label!r} in {str(dtype).removeprefix('torch.')}: {reason}"
+        return None
+
+    def failures(self) -> dict[str, dict[str, str]]:
+        """Discarded backends by op, with the reason."""
+        found: dict[str, dict[str, str]] = {}
+        for (op, backend), reason in self._verdicts.items():
+            if reason is not None:
+                found.setdefault(op, {})[backend] = reason
+        for result in self.results:
+            for candidate in result.candidates:
+                if candidate.config is not None and candidate.failure is not None:
+                    found.setdefault(result.op, {})[f"{candidate.backend} {candidate.config}"] = candidate.failure
+        return found
+
+    def store(self) -> str:
+        """Write the results to the user's cache; the next call of each op uses them. Returns the file's path."""
+        verdicts: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+        for (op, backend), reason in self._verdicts.items():
+            verdicts[reason is None].setdefault(backend, []).append(op)
+        choices = {result.key: _entry(result) for result in self.results}
+        path = tune.store(self.device, verdicts[True], choices, verdicts[False])
+        dispatch.forget()
+        return str(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": tune.device_name(self.device), "discarded": self.failures(),
+            "calls": [result.to_dict() for result in self.results],
+        }  # fmt: skip
+
+
+def tune_call(op: str, *args: Any, seconds: float = 0.5, store: bool = True) -> Tuned:
+    """Tune one call of an op, given its positional arguments as in ``torch.ops.fastres.<op>``.
+
+    Raises:
+        ArgumentError: no such op, or arguments it does not take.
+        UnsupportedError: the user's cache is corrupt; it is left as it is.
+    """
+    if op not in REGISTRY:
+        raise must("tuner.tune_call", "op", f"one of {sorted(REGISTRY)}", repr(op))
+    REGISTRY[op].check(*args)
+    session = Session(_device(args), seconds)
+    result = session.tune(REGISTRY[op], args)
+    if store:
+        session.store()
+    return result
+
+
+def tune_model(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    seconds: float = 0.5,
+    store: bool = True,
+    step: Callable[[str, int], object] | None = None,
+) -> Session:
+    """Tune every distinct call of an op that the model makes on x, in the mode it is in; the model is not changed.
+
+    In training mode a copy of the model runs forward and backward, so that gradients are tuned too.
+
+    Args:
+        step: called before each call with its key and the number of calls.
+
+    Raises:
+        UnsupportedError: no fastres op runs in the model, or the user's cache is corrupt and was left as it is.
+    """
+    if store:
+        tune.check_writable(x.device)  # minutes of work end there otherwise
+    calls = record(model, x)
+    if not calls:
+        raise UnsupportedError("fastres.tuner: no fastres op runs in this model (call fastres.optimize(model) first)")
+    session = Session(x.device, seconds)
+    for key, (op, args) in calls.items():
+        if step is not None:
+            step(key, len(calls))
+        session.tune(op, args)
+    if store:
+        session.store()
+    return session
+
+
+def record(model: nn.Module, x: Tensor) -> dict[str, tuple[Op, tuple]]:
+    """The distinct op calls, by tuning key, that the model makes on x; in training mode those of the backward pass too."""
+    recorder = _Recorder()
+    if model.training:
+        twin = copy.deepcopy(model)
+        with recorder:
+            twin(x.detach().clone()).float().square().mean().backward()
+    else:
+        with torch.no_grad(), recorder:
+            model(x)
+    return recorder.calls
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps a copy of the arguments of every distinct fastres call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Op, tuple]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "fastres":
+            op = REGISTRY[func._opname]
+            args = tuple(tuple(a) if isinstance(a, list) else a for a in args)
+            key = tune.key(op.name, args)
+            if key not in self.calls:
+                self.calls[key] = (op, tuple(_copy(a) for a in args))
+        return func(*args, **(kwargs or {}))
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+
+
+def _device(args: tuple) -> torch.device:
+    return next(arg.device for arg in args if isinstance(arg, Tensor))
+
+
+def _candidates(op: Op, args: tuple) -> Iterator[tuple[Backend, tuple | None, Callable]]:
+    """Every backend, and each of its configurations where it has several; refused ones once, to be reported."""
+    for backend in op.backends:
+        if backend.why_not(*args) is not None:
+            yield backend, None, _refused
+            continue
+        yield backend, None, backend.load()
+        for config in backend.configs(*args) if backend.configs is not None else ():
+            yield backend, tuple(config), backend.load(config)
+
+
+def _refused(*args: Any) -> None:
+    raise AssertionError("a refused backend is never called")
+
+
+def _samples(op: Op, device: torch.device, dtype: torch.dtype) -> Iterable[tuple[str, tuple]]:
+    for sample in op.samples(device, dtype):
+        for layout in LAYOUTS:
+            yield sample.label, tuple(
+                a.contiguous(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a for a in sample.args
+            )
+
+
+def judge(op: Op, run: Callable, args: tuple) -> str | None:
+    """Hold one backend's function against float64 on one call: why it fails, or None."""
+    dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
+    with torch.no_grad():
+        truth = _outputs(op.reference(*(a.double() if isinstance(a, Tensor) else a for a in args)))
+        same = _outputs(op.reference(*args))
+        try:
+            actual = _outputs(run(*args))
+        except Exception as error:  # whatever a kernel raises on this device: it is out, with the reason
+            return f"it raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    for index, (found, expected, exact) in enumerate(zip(actual, same, truth, strict=True)):
+        verdict = within_budget(found, expected, exact, dtype)
+        if not verdict.ok:
+            return f"output {index} has error {verdict.error:.2g}, allowed is {verdict.allowed:.2g}"
+    return None
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _fastest(candidates: list[Candidate]) -> Candidate:
+    """The fastest; among ties the first on the op's page, but none slower than PyTorch."""
+    timed = [c for c in candidates if c.seconds is not None]
+    limit = min(c.seconds for c in timed if c.seconds is not None) * TIE
+    torch_seconds = next(c.seconds for c in timed if c.backend == "torch")
+    assert torch_seconds is not None
+    return next(c for c in timed if c.seconds is not None and c.seconds <= min(limit, torch_seconds))
+
+
+def _entry(result: Tuned) -> dict[str, Any]:
+    entry: dict[str, Any] = {"backend": result.chosen.backend, "seconds": result.chosen.seconds, "speedup": result.speedup}
+    if result.chosen.config is not None:
+        entry["config"] = list(result.chosen.config)
+    return entry

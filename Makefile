@@ -18,14 +18,14 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.py csrc/*/* csrc/*/*/*)
 demo: .venv/built
 	$(BIN)/python -m fastres demo
 
-test: .venv/dev
+test: .venv/built .venv/dev
 	@plain=failed; interpreter=failed; \
 	$(BIN)/python -m pytest tests && plain=passed; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter && interpreter=passed; \
 	echo "make test: plain tests $$plain, Triton interpreter tests $$interpreter"; \
 	test $$plain$$interpreter = passedpassed
 
-bench: .venv/dev
+bench: .venv/built .venv/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 lint: .venv/dev
@@ -53,7 +53,7 @@ clean:
 	$(PIP) install -q --no-build-isolation -e ".[demo]"
 	@touch $@
 
-.venv/dev: .venv/built
+.venv/dev: .venv/torch pyproject.toml | .venv/built
 	$(PIP) install -q --no-build-isolation -e ".[dev]"
 	$(PIP) install -q --no-deps $(TORCHVISION) $(TIMM)
 	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -q $(TRITON)

@@ -18,30 +18,54 @@ FASTRES_INLINE void with_traits(const BnArgs& args, F f) {
   });
 }
 
+// One chunk of a reduction: where its sums are, and what it covers.
+template <bool kChannelsLast>
+struct Chunk {
+  const BnArgs& args;
+  int64_t row_begin, row_end;  // channels last: rows of x; contiguous: images of the batch
+  int64_t c_begin, c_end;      // contiguous: channels
+  double *sum_a, *sum_b;
+
+  Chunk(const BnArgs& args, int64_t chunk) : args(args) {
+    const int64_t slice = kChannelsLast ? chunk : chunk % args.slices;
+    const int64_t rows = kChannelsLast ? args.rows : args.rows / args.channels;
+    row_begin = rows * slice / args.slices;
+    row_end = rows * (slice + 1) / args.slices;
+    c_begin = kChannelsLast ? 0 : chunk / args.slices * args.block;
+    c_end = min(c_begin + args.block, args.channels);
+    sum_a = args.partial + slice * 2 * args.width;
+    sum_b = sum_a + args.width;
+  }
+
+  void clear() const {
+    const int64_t first = kChannelsLast ? 0 : c_begin * kSumLanes;
+    const int64_t count = kChannelsLast ? args.width : (c_end - c_begin) * kSumLanes;
+    memset(sum_a + first, 0, count * sizeof(double));
+    memset(sum_b + first, 0, count * sizeof(double));
+  }
+
+  // f(plane, its channel's sums), for contiguous chunks.
+  template <typename F>
+  void for_each_plane(F f) const {
+    for (int64_t n = row_begin; n < row_end; ++n)
+      for (int64_t c = c_begin; c < c_end; ++c) f(n * args.channels + c, sum_a + c * kSumLanes, sum_b + c * kSumLanes);
+  }
+};
+
 // Sums term(offset, entry, lanes) -> Pair over the chunks [begin, end): `offset` into x, `entry` into the tables.
 template <bool kChannelsLast, int64_t L, typename Term>
 FASTRES_INLINE void reduce_chunks(const BnArgs& args, int64_t begin, int64_t end, Term term) {
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t slice = kChannelsLast ? chunk : chunk % args.slices;
-    double* sum_a = args.partial + slice * 2 * args.width;
-    double* sum_b = sum_a + args.width;
+  for (int64_t k = begin; k < end; ++k) {
+    const Chunk<kChannelsLast> chunk(args, k);
+    chunk.clear();
     if constexpr (kChannelsLast) {
-      memset(sum_a, 0, 2 * args.width * sizeof(double));
-      reduce_rows<L>(args.rows * chunk / args.chunks, args.rows * (chunk + 1) / args.chunks, args.cols, args.numel, sum_a,
-                     sum_b, term);
+      reduce_rows<L>(chunk.row_begin, chunk.row_end, args.cols, args.numel, chunk.sum_a, chunk.sum_b, term);
     } else {
-      const int64_t c_begin = chunk / args.slices * args.block;
-      const int64_t c_end = min(c_begin + args.block, args.channels);
-      const int64_t batch = args.rows / args.channels;
-      memset(sum_a + c_begin * kSumLanes, 0, (c_end - c_begin) * kSumLanes * sizeof(double));
-      memset(sum_b + c_begin * kSumLanes, 0, (c_end - c_begin) * kSumLanes * sizeof(double));
-      for (int64_t n = batch * slice / args.slices; n < batch * (slice + 1) / args.slices; ++n) {
-        for (int64_t c = c_begin; c < c_end; ++c) {
-          const int64_t offset = (n * args.channels + c) * args.cols;
-          reduce_plane<L>(args.cols, sum_a + c * kSumLanes, sum_b + c * kSumLanes,
-                          [&](int64_t i, auto lanes) { return term(offset + i, c, lanes); });
-        }
-      }
+      chunk.for_each_plane([&](int64_t plane, double* sum_a, double* sum_b) {
+        reduce_plane<L>(args.cols, sum_a, sum_b, [&](int64_t i, auto lanes) {
+          return term(plane * args.cols + i, plane % args.channels, lanes);
+        });
+      });
     }
   }
 }
@@ -116,34 +140,32 @@ FASTRES_INLINE void sums(const BnArgs& args, int64_t begin, int64_t end) {
   });
 }
 
+// grad_x of L elements from their dz.
+template <bool kTraining, bool kLast, int64_t L, typename scalar_t, typename V, typename Lanes>
+FASTRES_INLINE void store_grad_x(const BnArgs& args, V dz, scalar_t* to, int64_t offset, int64_t entry, Lanes lanes) {
+  using acc_t = acc_of<scalar_t>;
+  const auto value = [&](const void* table) { return channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(table), entry); };
+  if constexpr (kTraining) {
+    const auto x = load<acc_t, L>(static_cast<const scalar_t*>(args.x) + offset, lanes);
+    store<L>(to, normalise_grad(dz, x, value(args.mean), value(args.scale), value(args.mean_dz), value(args.slope)), lanes);
+  } else {
+    store<L>(to, dz * value(args.scale), lanes);
+  }
+}
+
 template <bool kAdd>
 FASTRES_INLINE void gradient(const BnArgs& args, int64_t begin, int64_t end) {
   with_traits(args, [&](auto type, auto last, auto is_relu) {
     with_bool(args.training, [&](auto training) {
       using scalar_t = decltype(type);
-      using acc_t = acc_of<scalar_t>;
-      constexpr int64_t L = kLanes<acc_t>;
+      constexpr int64_t L = kLanes<acc_of<scalar_t>>;
       constexpr bool kLast = last.value;
-      const auto* x = static_cast<const scalar_t*>(args.x);
-      const auto* mean = static_cast<const acc_t*>(args.mean);
-      const auto* scale = static_cast<const acc_t*>(args.scale);
-      const auto* mean_dz = static_cast<const acc_t*>(args.mean_dz);
-      const auto* slope = static_cast<const acc_t*>(args.slope);
       auto* grad_x = static_cast<scalar_t*>(args.out);
       auto* grad_residual = static_cast<scalar_t*>(args.grad_residual);
       for_each_row<kLast, L>(args, begin, end, grad_x, [&](int64_t offset, int64_t entry, auto lanes) {
         const auto dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
         if constexpr (kAdd) store<L>(grad_residual + offset, dz, lanes);
-        const auto scale_c = channel_value<acc_t, L, kLast>(scale, entry);
-        if constexpr (training.value) {
-          store<L>(grad_x + offset,
-                   normalise_grad(dz, load<acc_t, L>(x + offset, lanes), channel_value<acc_t, L, kLast>(mean, entry), scale_c,
-                                  channel_value<acc_t, L, kLast>(mean_dz, entry),
-                                  channel_value<acc_t, L, kLast>(slope, entry)),
-                   lanes);
-        } else {
-          store<L>(grad_x + offset, dz * scale_c, lanes);
-        }
+        store_grad_x<training.value, kLast, L>(args, dz, grad_x + offset, offset, entry, lanes);
       });
     });
   });

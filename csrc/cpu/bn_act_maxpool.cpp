@@ -1,0 +1,117 @@
+// Binding of bn_act_maxpool: evaluation, training and backward.
+#include "cpu/bn_act_maxpool.h"
+
+#include "cpu/bn.h"
+
+namespace fastres::cpu {
+namespace {
+
+using Ints = std::vector<int64_t>;
+
+BnActMaxpoolArgs pool_args(BnCall& call, const Ints& kernel, const Ints& stride, const Ints& padding) {
+  const auto check_pair = [&](const char* param, const Ints& values, int64_t least) {
+    FASTRES_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, call.op, param,
+                  "two integers of at least " << least, show({values.data(), values.size()}));
+  };
+  check_pair("kernel_size", kernel, 1);
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+  int64_t out[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t size = call.x.size(2 + i);
+    FASTRES_CHECK(padding[i] <= kernel[i] / 2, call.op, "padding", "at most half of kernel_size " << kernel[i], padding[i]);
+    FASTRES_CHECK(kernel[i] - 2 * padding[i] <= size, call.op, "kernel_size",
+                  "at most x's padded size " << size + 2 * padding[i], kernel[i]);
+    out[i] = (size + 2 * padding[i] - kernel[i]) / stride[i] + 1;
+  }
+  FASTRES_CHECK(kernel[0] < kNoTap / kernel[1], call.op, "kernel_size", "of fewer than " << kNoTap << " positions",
+                show({kernel.data(), 2}));
+  const bool last = call.args.channels_last;
+  const int64_t n = call.x.size(0), c = call.x.size(1);
+  return {call.args, should_stream(n * c * out[0] * out[1], call.args.dtype), last ? n : n * c, last ? c : 1,
+          call.x.size(2), call.x.size(3), out[0], out[1], kernel[0], kernel[1], stride[0], stride[1], padding[0],
+          padding[1], nullptr};
+}
+
+// Runs the kernel over the rows of all images, `row_size` elements each.
+template <typename Kernel>
+void run_rows(Kernel kernel, const BnActMaxpoolArgs& args, int64_t rows_per_image, int64_t row_size) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / row_size);
+  parallel_for(0, args.images * rows_per_image, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+Tensor apply(BnCall& call, const BnActMaxpoolArgs& args) {
+  Tensor y = empty_activation(std::array{call.x.size(0), call.x.size(1), args.out_h, args.out_w}, call.format, call.x);
+  call.fill_tables();
+  call.args.out = y.data_ptr();
+  run_rows(bn_act_maxpool_forward, args, args.out_h, args.stride_h * args.in_w * args.pixel);
+  return y;
+}
+
+Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                      const Tensor& var, double eps, const std::string& act, const Ints& kernel_size, const Ints& stride,
+                      const Ints& padding) {
+  BnCall call("bn_act_maxpool", {{"x", x}}, act);
+  const BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
+  call.read_affine(weight, bias);
+  call.read_statistics(mean, var, eps);
+  return apply(call, args);
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const OptionalTensor& weight,
+                                                        const OptionalTensor& bias, double eps, const std::string& act,
+                                                        const Ints& kernel_size, const Ints& stride,
+                                                        const Ints& padding) {
+  BnCall call("bn_act_maxpool_train", {{"x", x}}, act);
+  const BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
+  call.read_affine(weight, bias);
+  const Statistics statistics = batch_statistics(call, eps);
+  return {apply(call, args), statistics.mean, statistics.var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y, const Tensor& x,
+                                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                                           const Tensor& mean, const Tensor& var, double eps,
+                                                           const std::string& act, bool training,
+                                                           const Ints& kernel_size, const Ints& stride,
+                                                           const Ints& padding) {
+  BnCall call("bn_act_maxpool_backward", {{"x", x}}, act);
+  BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
+  const std::array<int64_t, 4> sizes{x.size(0), x.size(1), args.out_h, args.out_w};
+  check_cpu(call.op, "grad_y", grad_y);
+  FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type(), call.op, "grad_y", "of the dtype of x, " << x.scalar_type(),
+                grad_y.scalar_type());
+  FASTRES_CHECK(same(grad_y.sizes(), sizes), call.op, "grad_y", "of the sizes of y, " << show(sizes), show(grad_y.sizes()));
+  FASTRES_CHECK(is_dense(grad_y, call.format), call.op, "grad_y", "dense in the memory format of x",
+                "strides " << show(grad_y.strides()) << " for sizes " << show(sizes));
+  call.read_affine(weight, bias);
+  call.read_statistics(mean, var, eps);
+  call.fill_tables();
+  call.args.training = training;
+  call.args.grad_y = grad_y.data_ptr();
+  args.taps = call.scratch.take<uint16_t>(grad_y.numel());
+  call.reduce([&](const BnArgs&, int64_t begin, int64_t end) { bn_act_maxpool_sums(args, begin, end); });
+  const ParameterGradients grads = parameter_gradients(call, mean, weight, bias);
+  Tensor grad_x = empty_activation(x.sizes(), call.format, x);
+  call.args.out = grad_x.data_ptr();
+  run_rows(bn_act_maxpool_gradient, args, args.in_h, args.in_w * args.pixel);
+  return {grad_x, grads.weight, grads.bias};
+}
+
+}  // namespace
+}  // namespace fastres::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
+  m.def("cpu_bn_act_maxpool(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act, "
+        "int[] kernel_size, int[] stride, int[] padding) -> Tensor");
+  m.def("cpu_bn_act_maxpool_train(Tensor x, Tensor? weight, Tensor? bias, float eps, str act, int[] kernel_size, "
+        "int[] stride, int[] padding) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_bn_act_maxpool_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+        "float eps, str act, bool training, int[] kernel_size, int[] stride, int[] padding) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
+  m.impl("cpu_bn_act_maxpool", TORCH_BOX(&fastres::cpu::bn_act_maxpool));
+  m.impl("cpu_bn_act_maxpool_train", TORCH_BOX(&fastres::cpu::bn_act_maxpool_train));
+  m.impl("cpu_bn_act_maxpool_backward", TORCH_BOX(&fastres::cpu::bn_act_maxpool_backward));
+}

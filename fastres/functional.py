@@ -5,11 +5,14 @@ for correctness. Wrong arguments raise ``fastres.ArgumentError`` (a ValueError) 
 before any memory is touched. ``fastres.explain(op, *args)`` tells which backend a call gets and why.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.errors import must, must_type
+from fastres.ops import _fold
 from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
@@ -200,6 +203,11 @@ def update_running(
         else:
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
             running_var.mul_(1 - momentum).add_(var, alpha=momentum * (values / (values - 1)))
+
+
+def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
+    """Drop the folded copies of these convolution weights, or all, as needed after a write through ``tensor.data``."""
+    _fold.forget(weights)
 
 
 def _check_running(op: str, x: Tensor, mean: Tensor | None, var: Tensor | None) -> None:

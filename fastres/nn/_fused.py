@@ -16,15 +16,25 @@ Act = nn.Module | str | None
 _LEAVES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something expects to see the module called."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
 def _why_not_module(module: nn.Module) -> str | None:
     """Why a module must be called rather than read."""
     kind = type(module)
     if kind not in _LEAVES:
         return f"{kind.__name__} is not one of the plain torch.nn modules that fuse"
-    state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
+    if has_hooks(module):
         return f"{kind.__name__} has hooks, which must fire"
-    if "forward" in state:
+    if "forward" in module.__dict__:
         return f"{kind.__name__} has a forward of its own on the instance"
     return None
 
@@ -44,12 +54,16 @@ def why_not(*modules: Act) -> str | None:
 def _why_not_options(module: nn.Module) -> str | None:
     if type(module) is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
-    if type(module) is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
+    if type(module) is nn.MaxPool2d and (
+        module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices
+    ):
         return "MaxPool2d has dilation, ceil_mode or return_indices"
     return None
 
 
-def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def conv_bn_act(
+    conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """``act(bn(conv(x)) [+ residual])``; one op in evaluation, the convolution and ``bn_act`` otherwise."""
     buffers = bn._buffers
     if not bn.training and why_not(conv, bn, act) is None and buffers["running_mean"] is not None:
@@ -112,7 +126,9 @@ def _name(act: Act) -> str:
     return "none" if act is None else "relu"
 
 
-def _statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]:
+def _statistics(
+    bn: nn.BatchNorm2d,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]:
     """running_mean, running_var, weight, bias and training, as ``nn.BatchNorm2d.forward`` passes them on."""
     parameters, buffers = bn._parameters, bn._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]

@@ -92,5 +92,6 @@ def forget(parameters: Iterable[Tensor] | None = None) -> None:
             _entries.clear()
             return
         wanted = {id(parameter) for parameter in parameters}
-        for key in [key for key in _entries if key[0] in wanted]:
-            _entries.pop(key, None)
+        for key in list(_entries):  # a copy: weights that die meanwhile drop theirs
+            if key[0] in wanted:
+                _entries.pop(key, None)

@@ -1,0 +1,17 @@
+"""The base of modules that run fused steps."""
+
+from torch import nn
+
+from fastres import functional
+
+
+class FusedModule(nn.Module):
+    """A module whose evaluation may use folded weights: switching mode drops them.
+
+    A fold notices every change of a parameter but a write through ``.data``, as some moving-average code
+    makes between ``train()`` and ``eval()``; so both calls start afresh.
+    """
+
+    def train(self, mode: bool = True) -> "FusedModule":
+        functional.forget_folds(self.parameters())
+        return super().train(mode)

@@ -1,0 +1,42 @@
+"""Runs of plain modules as fused steps: the tail of a stem, and what an ``nn.Sequential`` holds."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.nn import _fused
+
+
+def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
+    """``pool(act(bn(conv(x))))``: batch norm joins the pool where gradients flow, else the convolution."""
+    if bn.training or torch.is_grad_enabled():
+        return _fused.bn_act_maxpool(bn, act, pool, conv(x))
+    return pool(_fused.conv_bn_act(conv, bn, act, x))
+
+
+def run(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``; in a plain ``nn.Sequential`` conv-bn, conv-bn-relu and conv-bn-relu-maxpool fused."""
+    if type(module) is not nn.Sequential or _must_be_called(module):
+        return module(x)
+    steps: list[Any] = list(module)
+    while steps:
+        kinds = [type(step) for step in steps[:4]]
+        if kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:
+            conv, bn, act, pool, *steps = steps
+            x = conv_bn_act_maxpool(conv, bn, act, pool, x)
+        elif kinds[:3] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
+            conv, bn, act, *steps = steps
+            x = _fused.conv_bn_act(conv, bn, act, x)
+        elif kinds[:2] == [nn.Conv2d, nn.BatchNorm2d]:
+            conv, bn, *steps = steps
+            x = _fused.conv_bn_act(conv, bn, None, x)
+        else:
+            step, *steps = steps
+            x = step(x)
+    return x
+
+
+def _must_be_called(module: nn.Module) -> bool:
+    """Whether a hook, of the module or of all modules, or a patched forward waits for the call."""
+    return _fused.why_not() is not None or _fused.has_hooks(module) or "forward" in module.__dict__

@@ -34,3 +34,10 @@ def is_dense(x: Tensor) -> bool:
             return False
         step *= size
     return True
+
+
+def with_strides_of(x: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor itself where it lies in memory as x does, else a copy that does: one format for a whole call."""
+    if tensor.stride() == x.stride():
+        return tensor
+    return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)

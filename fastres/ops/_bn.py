@@ -93,6 +93,12 @@ def parameter_grads(
     return grad_weight, grad_bias.to(grad_weight.dtype if bias is None else bias.dtype)
 
 
+def refuse_statistics_gradient(mean: Tensor, var: Tensor) -> None:
+    """Given statistics are constants, as in PyTorch."""
+    if mean.requires_grad or var.requires_grad:
+        raise RuntimeError("fastres: mean and var must not require grad: batch norm is not differentiated by given statistics")
+
+
 def check_forward(
     op: str,
     x: Tensor,

@@ -15,7 +15,7 @@ from fastres.kernels import inplace
 from fastres.kernels.layout import memory_format, why_not_dense
 from fastres.ops import _check, _fold
 from fastres.ops._backends import triton_module, why_not_triton
-from fastres.ops._bn import activate, normalize
+from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
 from fastres.ops._op import Backend, Sample
 
 PARAMETERS = (
@@ -41,6 +41,12 @@ def differentiable(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps
     y = normalize(convolve(x, weight, bias, stride, padding, dilation, groups), bn_weight, bn_bias, mean, var, eps)
     y = y if residual is None else y + residual
     return F.relu(y) if act == "relu" else y
+
+
+def save(ctx, tensors: tuple[Tensor | None, ...]) -> None:
+    """Keep all tensor arguments for backward; the last two are the statistics."""
+    refuse_statistics_gradient(*tensors[-2:])
+    ctx.save_for_backward(*tensors)
 
 
 def recompute_gradients(ctx, grad_y: Tensor, run: Callable) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,7 @@ fp32 and rounded once. Saved for backward: y. Bytes moved: 3 tensors forward, 3 
 import torch
 from torch import Tensor
 
-from fastres.kernels.layout import is_dense
+from fastres.kernels.layout import is_dense, with_strides_of
 from fastres.ops import _backends, _check
 from fastres.ops._op import Op, Sample
 
@@ -58,7 +58,7 @@ def backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():  # create_graph=True: in differentiable PyTorch
             grad = torch.where(y <= 0, 0, grad_y)
         else:
-            grad = ADD_ACT_BACKWARD(grad_y, y, ctx.act)
+            grad = ADD_ACT_BACKWARD(with_strides_of(y, grad_y), y, ctx.act)
     return grad.to(ctx.dtypes[0]), grad.to(ctx.dtypes[1]), None
 
 

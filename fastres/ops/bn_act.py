@@ -9,6 +9,7 @@ Bytes moved: 2 tensors in evaluation, 3 in training, 5 in backward.
 import torch
 from torch import Tensor
 
+from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check
 from fastres.ops._op import Op, Sample
 
@@ -64,6 +65,7 @@ def fake_backward(grad_y, x, weight, bias, mean, var, eps, act, training):
 
 def setup_context(ctx, inputs, output):
     x, weight, bias, mean, var, ctx.eps, ctx.act = inputs
+    _bn.refuse_statistics_gradient(mean, var)
     ctx.training = False
     ctx.save_for_backward(x, weight, bias, mean, var)
 
@@ -84,6 +86,7 @@ def gradients(ctx, grad_y: Tensor) -> tuple:
         if ctx.act == "relu":
             dz = torch.where(_bn.normalize(x.detach(), weight, bias, mean, var, ctx.eps) <= 0, 0, grad_y)
         return _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
+    grad_y = grad_y.contiguous(memory_format=memory_format(x))
     found = BN_ACT_BACKWARD(grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training)
     return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
 

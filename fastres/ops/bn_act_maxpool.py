@@ -116,6 +116,7 @@ def gradients(ctx, grad_y):
         dz = torch.zeros_like(z).flatten(2).scatter_add(2, index.flatten(2), grad_y.flatten(2)).view_as(z)
         dz = torch.where(z.detach() <= 0, 0, dz) if ctx.act == "relu" else dz
         return _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
+    grad_y = grad_y.contiguous(memory_format=memory_format(x))
     found = BN_ACT_MAXPOOL_BACKWARD(
         grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training, *ctx.window
     )

@@ -24,8 +24,8 @@ def fake(x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, d
 
 
 def setup_context(ctx, inputs, output):
-    *tensors, ctx.flags = *inputs[:7], inputs[7:]
-    ctx.save_for_backward(*tensors)
+    ctx.flags = tuple(inputs[7:])
+    _conv.save(ctx, inputs[:7])
 
 
 def backward(ctx, grad_y):

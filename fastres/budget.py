@@ -12,7 +12,7 @@ from torch import Tensor
 
 FACTOR = 2.0
 FLOOR_ULPS = {"max": 2.0, "rms": 1.0}
-FLOAT64_FLOOR = 64.0  # times the floor above
+FLOAT64_FLOOR = 256.0  # times the floor above
 
 
 class Verdict(NamedTuple):

@@ -24,6 +24,10 @@ def _lanes() -> dict[str, str]:
     }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # small tensors: threads would only wait for each other; tests of threading set their own
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"lane {name}: {state}" for name, state in _lanes().items()]
 

@@ -1,0 +1,116 @@
+"""Compile every CUDA kernel for every default architecture, with no GPU, and read what ptxas says of it.
+
+``FASTRES_CUDA_COMPILE_REPORT=path`` keeps the rows as JSON. The build is the installation's own
+(csrc/recipes.py), kept below build/, so that a second run compiles nothing.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.compile
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+FUNCTION = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>sm_\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill l.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.S,
+)
+
+
+@functools.cache
+def tools():
+    """csrc/toolchain.py and csrc/recipes.py, which setup.py builds with."""
+    sys.path.insert(0, str(CSRC))
+    try:
+        import recipes
+        import toolchain
+    finally:
+        sys.path.remove(str(CSRC))
+    return toolchain, recipes
+
+
+@functools.cache
+def build() -> dict:
+    """Compile the CUDA library and return the record of it; skips, with the reason, where nvcc is missing."""
+    if not CSRC.is_dir():
+        pytest.skip("no source tree")
+    toolchain, recipes = tools()
+    try:
+        toolchain.find_nvcc()
+    except toolchain.Unmet as reason:
+        pytest.skip(str(reason))
+    info: dict = {"built": [], "kernels": {}}
+    recipes.build_cuda(info, explicit=True)
+    return info
+
+
+def short_name(symbol: str) -> str:
+    """The kernel's own name in a mangled symbol, where each name follows its length."""
+    names = [symbol[digits.end() :][: int(digits[0])] for digits in re.finditer(r"\d+", symbol)]
+    return next(name for name in [*names, symbol] if name.endswith("_kernel") or name == symbol)
+
+
+@functools.cache
+def report() -> list[dict]:
+    """One row per kernel instantiation and architecture, as ptxas reported it."""
+    build()
+    rows = []
+    for log in sorted((tools()[1].WORK / "cuda").glob("*_kernel.o.ptxas.txt")):
+        if not list((CSRC / "cuda").glob(log.name.replace(".o.ptxas.txt", ".cu"))):
+            continue  # of a kernel that is gone
+        for function in FUNCTION.finditer(log.read_text()):
+            shared = re.search(r"(\d+) bytes smem", function["rest"])
+            numbers = {name: int(function[name]) for name in ("stack", "stores", "loads", "registers")}
+            numbers["shared"] = int(shared[1]) if shared else 0
+            names = {"kernel": short_name(function["symbol"]), "symbol": function["symbol"]}
+            names |= {"source": log.name, "arch": function["arch"].removeprefix("sm_")}
+            rows.append(names | numbers)
+    if path := os.environ.get("FASTRES_CUDA_COMPILE_REPORT"):
+        Path(path).write_text(json.dumps({"build": build(), "rows": rows}, indent=0, sort_keys=True) + "\n")
+    return rows
+
+
+def test_every_kernel_is_compiled_for_every_architecture(capsys) -> None:
+    archs = build()["cuda_archs"]
+    compiled = {(row["source"].removesuffix(".o.ptxas.txt"), row["arch"]) for row in report()}
+    expected = {(path.stem, arch) for path in (CSRC / "cuda").glob("*_kernel.cu") for arch in archs}
+    assert compiled == expected
+    lines = ["", "CUDA kernel                           sm variants registers  spilled  shared"]
+    for kernel, arch in sorted({(row["kernel"], row["arch"]) for row in report()}):
+        rows = [row for row in report() if (row["kernel"], row["arch"]) == (kernel, arch)]
+        registers, shared = (max(row[name] for row in rows) for name in ("registers", "shared"))
+        spilled = max(row["stores"] + row["loads"] for row in rows)
+        lines.append(f"{kernel:<34} {arch:>5} {len(rows):>8} {registers:>9} {spilled:>8} {shared:>7}")
+    with capsys.disabled():
+        print("\n".join(lines))
+
+
+def test_no_kernel_spills() -> None:
+    spills = [row for row in report() if row["stores"] or row["loads"] or row["stack"]]
+    assert not spills
+
+
+def test_few_instantiations() -> None:
+    for source in {row["source"] for row in report()}:
+        symbols = {row["symbol"] for row in report() if row["source"] == source}
+        variants = [symbol for symbol in symbols if "_kernelI" in symbol]
+        assert len(variants) <= 24, f"{source}: {len(variants)} instantiations"
+
+
+def test_the_library_needs_only_the_stable_abi() -> None:
+    build()
+    library = tools()[1].WORK / "cuda" / tools()[1].PRODUCTS["cuda"]
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    needed = {name for name in re.findall(r"NEEDED.*\[(.+)\]", dynamic) if not name.startswith("ld-linux")}
+    allowed = {"libtorch.so", "libtorch_cpu.so", "libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6"}
+    assert "libtorch.so" in needed and needed <= allowed
+    undefined = subprocess.run(["nm", "-D", "-u", library], capture_output=True, text=True, check=True).stdout
+    assert not re.findall(r"\b_ZNK?(?:2at|3c10|5torch)\w+", undefined)
+    assert "aoti_torch_get_current_cuda_stream" in undefined

@@ -1,0 +1,88 @@
+// What the bindings of the batch-norm ops share.
+#pragma once
+
+#include "cuda/bn_act_backward.h"
+#include "cuda/bn_statistics.h"
+#include "cuda/host.h"
+
+namespace fastres::cuda {
+
+// A per-channel parameter as the kernels take it, and what keeps its memory alive.
+struct ChannelArgument {
+  OptionalTensor tensor;
+
+  ChannelArgument(const char* op, const char* param, const OptionalTensor& t, const Tensor& x) {
+    if (t) tensor = channel_vector(op, param, *t, x, t->scalar_type());
+  }
+
+  operator ChannelVector() const {
+    return tensor ? ChannelVector{tensor->data_ptr(), dtype_of(*tensor)} : ChannelVector{nullptr, DType::kFloat32};
+  }
+};
+
+// The parameters of a normalisation; mean and var are absent where the batch provides them.
+struct BnArguments {
+  ChannelArgument weight, bias, mean, var;
+
+  BnArguments(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+              const OptionalTensor& mean, const OptionalTensor& var)
+      : weight(op, "weight", weight, x), bias(op, "bias", bias, x), mean(op, "mean", mean, x), var(op, "var", var, x) {}
+};
+
+// Checks the activations, x first, and divides x among blocks; vectors need all of them aligned.
+inline BnGeometry divide(const char* op, std::initializer_list<Named> activations) {
+  const Tensor& x = activations.begin()->tensor;
+  check_cuda(op, activations.begin()->param, x);
+  const bool channels_last = check_activations(op, activations, false) == Format::channels_last;
+  const bool aligned =
+      std::all_of(activations.begin(), activations.end(), [](const Named& a) { return is_aligned(a.tensor.data_ptr()); });
+  return bn_geometry(dtype_of(x), channels_last, aligned, x.size(0), x.size(1), x.size(2) * x.size(3));
+}
+
+inline Tensor empty_like_activation(const Tensor& x) { return empty_activation(x.sizes(), memory_format(x), x); }
+
+struct Statistics {
+  Tensor mean, var;
+};
+
+inline Statistics batch_statistics(const Launch& launch, const BnGeometry& geometry, const Tensor& x) {
+  Statistics out{empty_vector(x.size(1), ScalarType::Float, x), empty_vector(x.size(1), ScalarType::Float, x)};
+  const Tensor partial = empty_vector(geometry.partials(), ScalarType::Float, x);
+  launch(launch_bn_statistics,
+         BnStatisticsParams{geometry, dtype_of(x), x.data_ptr(), static_cast<float*>(partial.data_ptr()),
+                            static_cast<float*>(out.mean.data_ptr()), static_cast<float*>(out.var.data_ptr())});
+  return out;
+}
+
+struct Gradients {
+  Tensor x, weight, bias;
+};
+
+// Completes the params of a backward, which hold what differs between the ops, and launches it. grad_weight has the dtype
+// of weight, else of mean; grad_bias that of bias, else of grad_weight.
+inline Gradients differentiate(const Launch& launch, cudaError_t (*launcher)(const BnActBackwardParams&, cudaStream_t),
+                               BnActBackwardParams params, const Tensor& x, const BnArguments& args) {
+  const Tensor& typed_weight = args.weight.tensor ? *args.weight.tensor : *args.mean.tensor;
+  const Tensor& typed_bias = args.bias.tensor ? *args.bias.tensor : typed_weight;
+  Gradients out{empty_like_activation(x), empty_vector(x.size(1), typed_weight.scalar_type(), x),
+                empty_vector(x.size(1), typed_bias.scalar_type(), x)};
+  const Tensor partial = empty_vector(params.geometry.partials(), ScalarType::Float, x);
+  const Tensor correction = empty_vector(2 * x.size(1), ScalarType::Float, x);
+  params.dtype = dtype_of(x);
+  params.x = x.data_ptr();
+  params.grad_x = out.x.data_ptr();
+  params.weight = args.weight;
+  params.bias = args.bias;
+  params.mean = args.mean;
+  params.var = args.var;
+  params.grad_weight = out.weight.data_ptr();
+  params.grad_bias = out.bias.data_ptr();
+  params.grad_weight_dtype = dtype_of(out.weight);
+  params.grad_bias_dtype = dtype_of(out.bias);
+  params.partial = static_cast<float*>(partial.data_ptr());
+  params.correction = static_cast<float*>(correction.data_ptr());
+  launch(launcher, params);
+  return out;
+}
+
+}  // namespace fastres::cuda

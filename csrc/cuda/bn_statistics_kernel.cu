@@ -1,0 +1,67 @@
+// Formula: mean = sum(x) / n, var = sum((x - mean)^2) / n, n = N * H * W.
+// Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
+// Bytes per element: one read.
+// Accumulate type: float; Welford in a thread, Chan between threads and blocks.
+// Invariants: fixed order whatever the device; a constant channel has var == 0 exactly; var is not negative.
+#include "cuda/bn_statistics.h"
+#include "cuda/device/bn_merge.cuh"
+
+namespace fastres::cuda {
+
+template <typename Traits>
+__global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
+  const auto* x = static_cast<const typename Traits::scalar_t*>(p.x);
+  const Tile tile(p.geometry, false);
+
+  // A thread's own positions.
+  Moments<Traits::kVec> moments{};
+  typename Traits::Vector x_in[kUnroll];
+  for_each_vector<kUnroll>(
+      Walk<Traits>(p.geometry, tile), [&](int slot, int64_t offset) { x_in[slot] = load<Traits::kVec>(x + offset); },
+      [&](int slot, int64_t) {
+        float values[Traits::kVec];
+#pragma unroll
+        for (int j = 0; j < Traits::kVec; ++j) values[j] = to_float(x_in[slot].v[j]);
+        moments.add(values);
+      });
+
+  // Those of the block.
+  Moments<Traits::kLanes> own = [&] {
+    if constexpr (Traits::kChannelsLast) return moments;
+    else return moments.folded();
+  }();
+  reduce_along_y<kThreads>(own);
+  const int lane = threadIdx.x * Traits::kLanes;
+  if (threadIdx.y > 0 || lane >= tile.channels) return;
+  float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
+#pragma unroll
+  for (int j = 0; j < Traits::kLanes; ++j) {
+    partial[j] = own.mean[j];
+    partial[p.geometry.channels + j] = own.m2[j];
+  }
+}
+
+__global__ void __launch_bounds__(kMergeThreads) bn_statistics_merge_kernel(const __grid_constant__ BnStatisticsParams p) {
+  const BnGeometry& g = p.geometry;
+  const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x;
+  const int64_t scale = g.channels_last ? 1 : g.vec;  // elements per position
+  const auto own = merge_partials<Moments<1>>(g, channel, [&](int64_t split) {
+    const float* partial = p.partial + split * 2 * g.channels + channel;
+    const int64_t left = g.positions - split * g.share;
+    const int64_t count = (left < g.share ? left : g.share) * scale;
+    return Moments<1>{static_cast<float>(count), {partial[0]}, {partial[g.channels]}};
+  });
+  if (threadIdx.y > 0 || channel >= g.channels) return;
+  p.mean[channel] = own.mean[0];
+  p.var[channel] = relu(own.m2[0] / static_cast<float>(g.elements));
+}
+
+cudaError_t launch_bn_statistics(const BnStatisticsParams& params, cudaStream_t stream) {
+  const BnGeometry& g = params.geometry;
+  const cudaError_t status = with_bn_traits(params.dtype, g, [&](auto traits) {
+    return launch_bn(bn_statistics_kernel<decltype(traits)>, g, params, stream);
+  });
+  return status == cudaSuccess ? launch_merge(bn_statistics_merge_kernel, g, params, stream) : status;
+}
+
+}  // namespace fastres::cuda

@@ -1,0 +1,68 @@
+// The reduction of bn_act_backward and bn_add_act_backward.
+#pragma once
+
+#include "cuda/bn_act_backward.h"
+#include "cuda/device/batch_norm.cuh"
+#include "cuda/device/reduce.cuh"
+
+namespace fastres::cuda {
+
+// Partial sums of dz and dz * (x - mean). Writes what is final already: dz where it is an output, grad_x in evaluation.
+template <typename Traits, bool kAdd>
+__device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p) {
+  using scalar_t = typename Traits::scalar_t;
+  const auto* grad_y = static_cast<const scalar_t*>(p.grad_y);
+  const auto* y = static_cast<const scalar_t*>(p.y);
+  const auto* x = static_cast<const scalar_t*>(p.x);
+  auto* grad_x = static_cast<scalar_t*>(p.grad_x);
+  auto* grad_residual = static_cast<scalar_t*>(p.grad_residual);
+
+  const Tile tile(p.geometry, false);
+  float affine[kAffineRows][Traits::kLanes];
+  load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) { fill_affine(p, c, entry); });
+
+  // A thread's own positions.
+  GradientSums<Traits::kVec> sums{};
+  typename Traits::Vector grad_y_in[kUnroll], y_in[kUnroll], x_in[kUnroll];
+  for_each_vector<kUnroll>(
+      Walk<Traits>(p.geometry, tile),
+      [&](int slot, int64_t offset) {
+        grad_y_in[slot] = load<Traits::kVec>(grad_y + offset);
+        if constexpr (kAdd) y_in[slot] = load<Traits::kVec>(y + offset);
+        x_in[slot] = load<Traits::kVec>(x + offset);
+      },
+      [&](int slot, int64_t offset) {
+        float dz[Traits::kVec], dx[Traits::kVec];
+#pragma unroll
+        for (int j = 0; j < Traits::kVec; ++j) {
+          const int lane = Traits::lane(j);
+          const float x_j = to_float(x_in[slot].v[j]);
+          float z;
+          if constexpr (kAdd) z = to_float(y_in[slot].v[j]);
+          else z = normalise(x_j, affine[kMean][lane], affine[kScale][lane], affine[kBias][lane]);
+          dz[j] = masked<scalar_t>(to_float(grad_y_in[slot].v[j]), z, p.relu);
+          dx[j] = dz[j] * affine[kScale][lane];
+          sums.dz[j] += dz[j];
+          sums.dzx[j] = fmaf(dz[j], x_j - affine[kMean][lane], sums.dzx[j]);
+        }
+        if constexpr (kAdd) store(grad_residual + offset, dz);
+        if (!p.training) store(grad_x + offset, dx);
+      });
+
+  // Those of the block.
+  GradientSums<Traits::kLanes> own = [&] {
+    if constexpr (Traits::kChannelsLast) return sums;
+    else return sums.folded();
+  }();
+  reduce_along_y<kThreads>(own);
+  const int lane = threadIdx.x * Traits::kLanes;
+  if (threadIdx.y > 0 || lane >= tile.channels) return;
+  float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
+#pragma unroll
+  for (int j = 0; j < Traits::kLanes; ++j) {
+    partial[j] = own.dz[j];
+    partial[p.geometry.channels + j] = own.dzx[j];
+  }
+}
+
+}  // namespace fastres::cuda

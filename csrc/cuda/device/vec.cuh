@@ -1,0 +1,113 @@
+// 16-byte accesses, and element types to and from float.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/types.h"
+
+namespace fastres::cuda {
+
+template <typename T, int kVec>
+struct alignas(sizeof(T) * kVec) Vec {
+  T v[kVec];
+};
+
+// Volatile keeps a batch of loads together: left free, the compiler moves each to its first use, and one is in flight.
+__device__ __forceinline__ uint4 load_16_bytes(const void* p) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+#else
+  return *static_cast<const uint4*>(p);
+#endif
+}
+
+// kVec is 16 bytes' worth of elements, or 1; p is aligned to it.
+template <int kVec, typename T>
+__device__ __forceinline__ Vec<T, kVec> load(const T* p) {
+  Vec<T, kVec> out;
+  if constexpr (kVec == 1) {
+    out.v[0] = *p;
+  } else {
+    static_assert(sizeof(out) == 16);
+    const uint4 bits = load_16_bytes(p);
+    memcpy(&out, &bits, 16);
+  }
+  return out;
+}
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float(float v) { return v; }
+template <>
+__device__ __forceinline__ __half from_float(float v) { return __float2half_rn(v); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float v) { return __float2bfloat16_rn(v); }
+
+// Rounds to nearest even and stores; the 16-bit types are rounded two at a time.
+template <typename T, int kVec>
+__device__ __forceinline__ void store(T* p, const float (&values)[kVec]) {
+  if constexpr (kVec == 1) {
+    *p = from_float<T>(values[0]);
+  } else {
+    Vec<T, kVec> out;
+    static_assert(sizeof(out) == 16);
+    for (int j = 0; j < kVec; j += 2) {
+      if constexpr (sizeof(T) == 4) {
+        out.v[j] = values[j];
+        out.v[j + 1] = values[j + 1];
+      } else if constexpr (std::is_same_v<T, __half>) {
+        const __half2 pair = __floats2half2_rn(values[j], values[j + 1]);
+        out.v[j] = __low2half(pair);
+        out.v[j + 1] = __high2half(pair);
+      } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(values[j], values[j + 1]);
+        out.v[j] = __low2bfloat16(pair);
+        out.v[j + 1] = __high2bfloat16(pair);
+      }
+    }
+    uint4 bits;
+    memcpy(&bits, &out, 16);
+    *reinterpret_cast<uint4*>(p) = bits;
+  }
+}
+
+// The largest value that rounds to zero in T.
+template <typename T>
+constexpr float kRoundsToZero = 0.0f;
+template <>
+inline constexpr float kRoundsToZero<__half> = kZeroUpTo<fp16>;
+template <>
+inline constexpr float kRoundsToZero<__nv_bfloat16> = kZeroUpTo<bf16>;
+
+// Calls f(T{}) with the element type of a dtype; float64 has no kernels.
+template <typename F>
+cudaError_t with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat16: return f(__half{});
+    case DType::kBFloat16: return f(__nv_bfloat16{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+// Launches and returns what the runtime says of it.
+template <typename Params>
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, Params params, cudaStream_t stream) {
+  void* args[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, args, 0, stream);
+}
+
+}  // namespace fastres::cuda

@@ -13,9 +13,9 @@ from fastres.kernels.triton.device import activate, load_affine, load_parameter,
 
 
 @triton.jit
-def _channels(channels, BLOCK_C: tl.constexpr):
+def _channels(channels, INDEX: tl.constexpr, BLOCK_C: tl.constexpr):
     """This program's channels, shape [1, BLOCK_C], and which of them exist."""
-    channel = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    channel = (tl.program_id(0).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     return channel, channel < channels
 
 
@@ -42,30 +42,33 @@ def _offsets(element, channel, channels, plane, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _merge(mean, m2, count, first):
-    """Merge along axis 0 the statistics of disjoint sets (mean, sum of squared deviations, count).
+def _pivot(x_ptr, channel, channel_ok, channels, plane, SAMPLE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Mean of each channel's first SAMPLE elements, a power of two: exact where they are equal."""
+    offset = _offsets(tl.arange(0, SAMPLE)[:, None], channel, channels, plane, CHANNELS_LAST)
+    x = tl.load(x_ptr + offset, mask=channel_ok, other=0.0).to(tl.float32)
+    return tl.sum(x * (1.0 / SAMPLE), axis=0)[None, :]
 
-    Chan's formula about the mean of the ``first`` set: what all sets share cancels before it is squared, and equal
-    means give a correction of exactly zero.
-    """
-    pivot = tl.sum(tl.where(first, mean, 0.0), axis=0)[None, :]
-    delta = tl.where(count > 0, mean - pivot, 0.0)
-    shift = tl.div_rn(tl.sum(count * delta, axis=0)[None, :], tl.sum(count, axis=0)[None, :])
-    spread = delta - shift
-    return pivot + shift, tl.sum(m2 + count * spread * spread, axis=0)[None, :]
+
+@triton.jit
+def _merge(mean, m2, count):
+    """Merge along axis 0 the statistics of disjoint sets: mean, sum of squared deviations, count (Chan et al. 1983)."""
+    merged = tl.div_rn(tl.sum(count * mean, axis=0), tl.sum(count, axis=0))[None, :]
+    delta = tl.where(count > 0, mean - merged, 0.0)
+    return merged, tl.sum(m2 + count * delta * delta, axis=0)[None, :]
 
 
 @triton.jit
 def bn_statistics_kernel(
-    x_ptr, partial_mean_ptr, partial_m2_ptr, elements, channels, plane, tiles,
+    x_ptr, partial_mean_ptr, partial_m2_ptr, pivot_ptr, elements, channels, plane, tiles, SAMPLE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # partial mean and M2 = sum (x - mean)^2 of this program's elements, per channel
+    # of d = x - pivot: mean and M2 = sum (d - mean(d))^2 of this program's elements, per channel
     # grid (channel tiles, programs along elements); partials are [channels, programs]
     # one read of the element size per element
-    # Welford in fp32 per lane, lanes merged by _merge
-    # a lane that saw no element has count 0; a constant channel gives M2 = 0 exactly
-    channel, channel_ok = _channels(channels, BLOCK_C)
+    # Welford in fp32 per lane, lanes merged by _merge; d keeps its bits where x is far from zero
+    # a lane that saw no element has count 0; a constant channel has d = 0, so M2 = 0 exactly
+    channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
+    pivot = _pivot(x_ptr, channel, channel_ok, channels, plane, SAMPLE, CHANNELS_LAST)
     mean = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
     count = tl.zeros([BLOCK_E, 1], tl.float32)
@@ -76,39 +79,39 @@ def bn_statistics_kernel(
         valid = (element < elements) & channel_ok
         offset = _offsets(element, channel, channels, plane, CHANNELS_LAST)
         x = tl.load(x_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        delta = tl.where(valid, x - mean, 0.0)
+        d = x - pivot
+        delta = tl.where(valid, d - mean, 0.0)
         seen += 1.0
         mean += delta * tl.div_rn(1.0, seen)
-        m2 += delta * tl.where(valid, x - mean, 0.0)
+        m2 += delta * tl.where(valid, d - mean, 0.0)
         count += tl.where(element < elements, 1.0, 0.0)
         tile += 1
 
-    mean, m2 = _merge(mean, m2, count, (tl.arange(0, BLOCK_E) == 0)[:, None])
-    partial = channel.to(INDEX) * tl.num_programs(1) + tl.program_id(1)
+    mean, m2 = _merge(mean, m2, count)
+    partial = channel * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_mean_ptr + partial, mean, mask=channel_ok)
     tl.store(partial_m2_ptr + partial, m2, mask=channel_ok)
+    tl.store(pivot_ptr + channel, pivot, mask=channel_ok & (tl.program_id(1) == 0))
 
 
 @triton.jit
 def bn_statistics_merge_kernel(
     partial_mean_ptr, partial_m2_ptr, mean_ptr, var_ptr, elements, share, programs, BLOCK_P: tl.constexpr
 ):
-    # mean and biased variance of one channel from its partials
-    # program c owns channel c; its partials are adjacent
+    # mean = pivot + mean(d) and biased variance of one channel from its partials
+    # program c owns channel c; its partials are adjacent; its pivot is in mean_ptr, where the mean replaces it
     # two fp32 reads per partial
     # fp32
-    # every partial but the last has ``share`` elements; partial 0 is never empty
-    channel = tl.program_id(0).to(tl.int64)
+    # every partial but the last has ``share`` elements; none is empty
+    channel = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[None, :]
     p = tl.arange(0, BLOCK_P)[:, None]
-    offset = channel * programs + p
-    mean = tl.load(partial_mean_ptr + offset, mask=p < programs, other=0.0)
-    m2 = tl.load(partial_m2_ptr + offset, mask=p < programs, other=0.0)
-    left = tl.maximum(elements - p.to(tl.int64) * share, 0)
-    count = tl.where(p < programs, tl.minimum(left, share), 0).to(tl.float32)
-    mean, m2 = _merge(mean, m2, count, p == 0)
-    one = tl.arange(0, 1)[None, :]
-    tl.store(mean_ptr + channel + one, mean)
-    tl.store(var_ptr + channel + one, m2 / elements)
+    partial = channel * programs + p
+    mean = tl.load(partial_mean_ptr + partial, mask=p < programs, other=0.0)
+    m2 = tl.load(partial_m2_ptr + partial, mask=p < programs, other=0.0)
+    count = tl.where(p < programs, tl.minimum(elements - p.to(tl.int64) * share, share), 0).to(tl.float32)
+    mean, m2 = _merge(mean, m2, count)
+    tl.store(mean_ptr + channel, tl.load(mean_ptr + channel) + mean)
+    tl.store(var_ptr + channel, m2 / elements)
 
 
 @triton.jit
@@ -121,7 +124,7 @@ def bn_act_kernel(
     # 2 accesses of the element size per output, 3 with a residual
     # fp32, rounded once
     # tiles go backwards: a statistics pass over the same partition has left the last ones in L2
-    channel, channel_ok = _channels(channels, BLOCK_C)
+    channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     mean, _, scale, bias = load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, channel_ok, eps)
     first, tile = _share(tiles, INDEX)
     while tile > first:
@@ -147,7 +150,7 @@ def bn_act_backward_reduce_kernel(
     # reads grad_y and x (and y, where its sign is the mask; else y is computed again from x); writes dz where asked
     # fp32 sums; dz is exact
     # evaluation (grad_x_ptr given) has constant statistics, so grad_x = scale * dz is finished in this pass
-    channel, channel_ok = _channels(channels, BLOCK_C)
+    channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     mean, _, scale, bias = load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, channel_ok, eps)
     sum_dz = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
     sum_dzx = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
@@ -172,7 +175,7 @@ def bn_act_backward_reduce_kernel(
         sum_dzx += dz * tl.where(valid, x - mean, 0.0)
         tile += 1
 
-    partial = channel.to(INDEX) * tl.num_programs(1) + tl.program_id(1)
+    partial = channel * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_dz_ptr + partial, tl.sum(sum_dz, axis=0)[None, :], mask=channel_ok)
     tl.store(partial_dzx_ptr + partial, tl.sum(sum_dzx, axis=0)[None, :], mask=channel_ok)
 
@@ -207,7 +210,7 @@ def bn_act_backward_kernel(
     # 3 accesses of the element size per output
     # fp32, rounded once; no division by weight, which may be 0
     # ACT "none" takes grad_y for dz; else the mask is that of y computed again from x. Backwards, for L2
-    channel, channel_ok = _channels(channels, BLOCK_C)
+    channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     mean, invstd, scale, bias = load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, channel_ok, eps)
     mean_dz = load_parameter(grad_bias_ptr, channel, channel_ok, 0.0) / elements
     slope = invstd * load_parameter(grad_weight_ptr, channel, channel_ok, 0.0) / elements

@@ -34,11 +34,9 @@ def bn_act_backward(
 
 
 class Plan(NamedTuple):
-    """How one activation is cut into programs: kernel arguments, compile-time options and grid."""
+    """How an activation is cut into programs: the kernels' size arguments, compile-time options and grid."""
 
-    elements: int
-    channels: int
-    sizes: tuple[int, int, int, int]
+    sizes: tuple[int, int, int, int]  # elements, channels, plane, tiles
     options: dict
     grid: tuple[int, int]
 
@@ -56,21 +54,22 @@ def plan(x: Tensor, config: configs.TileConfig | None = None) -> Plan:
         "num_warps": config.num_warps,
     }
     grid = (triton.cdiv(channels, config.block_c), programs)
-    return Plan(elements, channels, (elements, channels, height * width, tiles), options, grid)
+    return Plan((elements, channels, height * width, tiles), options, grid)
 
 
 def statistics(x: Tensor, config: configs.TileConfig | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, fp32."""
     x, cut = x.resolve_neg(), plan(x, config)
-    programs = cut.grid[1]
-    partial_mean, partial_m2 = _partials(x, cut), _partials(x, cut)
-    launch(batch_norm.bn_statistics_kernel, cut.grid, x, x, partial_mean, partial_m2, *cut.sizes, **cut.options)
-    mean, var = _per_channel(x), _per_channel(x)
-    share = cut.sizes[3] * cut.options["BLOCK_E"]
-    block = triton.next_power_of_2(programs)
+    mean, var, partial_mean, partial_m2 = _per_channel(x), _per_channel(x), _partials(x, cut), _partials(x, cut)
+    (elements, channels, _, tiles), programs = cut.sizes, cut.grid[1]
     launch(
-        batch_norm.bn_statistics_merge_kernel, (cut.channels,), x,
-        partial_mean, partial_m2, mean, var, cut.elements, share, programs, block,
+        batch_norm.bn_statistics_kernel, cut.grid, x,
+        x, partial_mean, partial_m2, mean, *cut.sizes, configs.pivot_sample(elements), **cut.options,
+    )  # fmt: skip
+    share = tiles * cut.options["BLOCK_E"]
+    launch(
+        batch_norm.bn_statistics_merge_kernel, (channels,), x,
+        partial_mean, partial_m2, mean, var, elements, share, programs, triton.next_power_of_2(programs),
     )  # fmt: skip
     return mean, var
 
@@ -107,7 +106,7 @@ def backward(
     )  # fmt: skip
     grad_weight, grad_bias, programs = _per_channel(x), _per_channel(x), cut.grid[1]
     launch(
-        batch_norm.bn_act_backward_merge_kernel, (cut.channels,), x,
+        batch_norm.bn_act_backward_merge_kernel, (x.shape[1],), x,
         partial_dz, partial_dzx, var, grad_weight, grad_bias, programs, eps, triton.next_power_of_2(programs),
     )  # fmt: skip
     if training:
@@ -129,4 +128,4 @@ def _per_channel(x: Tensor) -> Tensor:
 
 
 def _partials(x: Tensor, cut: Plan) -> Tensor:
-    return torch.empty(cut.channels, cut.grid[1], dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape[1], cut.grid[1], dtype=torch.float32, device=x.device)

@@ -33,6 +33,7 @@ class ConvConfig(NamedTuple):
     num_stages: int
     group_m: int = 8
     efficiency: float = 1.0  # prior for the share of the tensor-core peak that this tile reaches
+    capability: int = 80  # the oldest it compiles for without spilling registers
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the operand ring."""
@@ -41,19 +42,17 @@ class ConvConfig(NamedTuple):
 
 FLAT = (FlatConfig(2048, 4), FlatConfig(1024, 4), FlatConfig(4096, 8))
 
-# Tiles of 4096 elements give each of 128 threads four 16-byte accesses of a 2-byte dtype.
-CHANNELS_LAST = (TileConfig(64, 64, 4), TileConfig(32, 128, 4), TileConfig(128, 32, 4), TileConfig(512, 8, 4))
-CONTIGUOUS = (TileConfig(4096, 1, 4), TileConfig(2048, 1, 4), TileConfig(1024, 1, 4))
+# 16 elements a thread: two 16-byte accesses of a 2-byte dtype, and sums that leave registers for many warps.
+CHANNELS_LAST = (TileConfig(32, 64, 4), TileConfig(16, 128, 4), TileConfig(64, 64, 8))
+CONTIGUOUS = (TileConfig(2048, 1, 4), TileConfig(1024, 1, 4), TileConfig(2048, 1, 8))
 
 # The partition of a reduction follows from the shape alone, so results are the same bits on every device.
 PROGRAMS = 2048  # programs a per-channel kernel aims for: 132 multiprocessors x 16
 MAX_PARTIALS = 1024  # partials per channel that one program merges
 
 CONV_TENSOR_CORE = (
-    ConvConfig(128, 256, 64, 8, 3),
-    ConvConfig(256, 128, 64, 8, 3),
+    ConvConfig(128, 256, 64, 8, 3, capability=90),  # spills on sm_80, whose accumulators share the operands' registers
     ConvConfig(128, 128, 64, 8, 4),
-    ConvConfig(128, 128, 64, 4, 3),
     ConvConfig(256, 64, 64, 8, 4, efficiency=0.9),
     ConvConfig(128, 64, 64, 4, 4, efficiency=0.85),
     ConvConfig(64, 128, 64, 4, 4, efficiency=0.8),
@@ -66,7 +65,7 @@ CONV_TENSOR_CORE = (
 CONV_TF32 = (
     ConvConfig(128, 128, 32, 8, 3),
     ConvConfig(128, 64, 32, 4, 4, efficiency=0.85),
-    ConvConfig(64, 64, 32, 4, 4, efficiency=0.6),
+    ConvConfig(64, 64, 64, 4, 3, efficiency=0.6),
     ConvConfig(64, 32, 32, 4, 4, efficiency=0.4),
 )
 CONV_IEEE = (  # no tensor cores: products in fp32 registers
@@ -75,7 +74,6 @@ CONV_IEEE = (  # no tensor cores: products in fp32 registers
     ConvConfig(32, 32, 16, 4, 3, efficiency=0.6),
 )
 MULTIPROCESSORS = 132
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, by compute capability
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,14 +102,30 @@ def partition(elements: int, channels: int, config: TileConfig) -> Partition:
     return Partition(-(-tiles // tiles_each), tiles_each)
 
 
-def conv_candidates(itemsize: int, tf32: bool, shared_bytes: int) -> list[ConvConfig]:
-    """Every configuration whose operands fit the device's shared memory per block."""
+def pivot_sample(elements: int) -> int:
+    """Elements whose mean the statistics are taken about: a power of two, at most 16."""
+    return min(16, _power_of_two(elements + 1) // 2)
+
+
+class Limits(NamedTuple):
+    """What a device allows: compute capability (90 for 9.0) and shared memory per block."""
+
+    capability: int
+    shared_bytes: int
+
+
+def conv_candidates(itemsize: int, tf32: bool, limits: Limits) -> list[ConvConfig]:
+    """Every configuration that fits the device."""
     table = CONV_TENSOR_CORE if itemsize == 2 else CONV_TF32 if tf32 else CONV_IEEE
-    return [config for config in table if config.shared_bytes(itemsize) <= shared_bytes]
+    return [
+        config
+        for config in table
+        if config.capability <= limits.capability and config.shared_bytes(itemsize) <= limits.shared_bytes
+    ]
 
 
 @functools.lru_cache(maxsize=1024)
-def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, shared_bytes: int) -> ConvConfig:
+def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, limits: Limits) -> ConvConfig:
     """The candidate with the least estimated time: waves of tiles x padded work of a tile / its efficiency."""
 
     def time(config: ConvConfig) -> float:
@@ -119,7 +133,7 @@ def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, shared_byt
         padded_k = -(-k // config.block_k) * config.block_k
         return waves * config.block_m * config.block_n * padded_k / config.efficiency
 
-    return min(conv_candidates(itemsize, tf32, shared_bytes), key=time)
+    return min(conv_candidates(itemsize, tf32, limits), key=time)
 
 
 def _power_of_two(n: int) -> int:

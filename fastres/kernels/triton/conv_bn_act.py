@@ -1,8 +1,9 @@
-"""Triton convolution + batch norm (evaluation) + residual + activation in one kernel: NHWC implicit GEMM, 1x1 and 3x3.
+"""Triton conv_bn_act and conv_bn_add_act: NHWC implicit GEMM, 1x1 and 3x3, with bias, residual and activation.
 
-The batch norm is applied to the fp32 accumulator, so nothing is folded ahead of time and nothing can go stale; frozen
-models that hold folded weights call ``conv_act`` with them instead.
+Batch norm comes folded into the weights and the bias. The caller keeps both, the weights as ``pack`` returns them.
 """
+
+import functools
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import configs
 from fastres.kernels.triton import why_not as why_not_here
 from fastres.kernels.triton.bn_act import parameters
-from fastres.kernels.triton.device import activate, index_type, launch, load_affine, load_parameter, normalize
+from fastres.kernels.triton.device import activate, index_type, launch, load_parameter
 
 KERNELS = ((1, 1), (3, 3))
 
@@ -31,13 +32,13 @@ def _tile_order(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    x_ptr, weight_ptr, pixel, n, pixels, channels_out, height, width, out_height, out_width,
+    acc, x_ptr, weight_ptr, pixel, n, pixels, channels_out, height, width, out_height, out_width,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The fp32 convolution of BLOCK_M output pixels x BLOCK_N output channels, over filter taps and input channels."""
-    steps: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K  # per filter tap
+    """acc plus the convolution of the tile pixel x n, over filter taps and blocks of input channels."""
+    STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K  # per filter tap
     if POINTWISE:  # output pixel i is input pixel i
         top, left, origin = pixel, pixel, pixel
     else:
@@ -46,9 +47,8 @@ def _accumulate(
         left = pixel % out_width * stride_w - padding_w
         origin = (image * height + top) * width + left
     k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(KH * KW * steps):
-        tap, c = step // steps, step % steps * BLOCK_K + k
+    for step in range(KH * KW * STEPS):
+        tap, c = step // STEPS, step % STEPS * BLOCK_K + k
         row, column = tap // KW * dilation_h, tap % KW * dilation_w
         inside = pixel < pixels
         if not POINTWISE:
@@ -66,63 +66,36 @@ def _accumulate(
 
 
 @triton.jit
-def _conv_bn_act_kernel(
-    x_ptr, weight_ptr, residual_ptr, y_ptr, bias_ptr, bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, eps,
-    pixels, channels_out, height, width, out_height, out_width,
+def _conv_act_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, pixels, channels_out, height, width, out_height, out_width,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr, ACT: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    # y = act((conv(x) + bias - mean) * invstd * bn_weight + bn_bias [+ residual])
-    # x, residual, y NHWC, weight [C_OUT, KH, KW, C_IN]; a program owns a tile of output pixels x output channels
+    # y = act(conv(x) + bias [+ residual])
+    # x, residual, y NHWC, weight [C_OUT, KH, KW, C_IN]; a program owns BLOCK_M output pixels x BLOCK_N output channels
     # x and weight once per tile that needs them, one write (and one read of residual) of the element size per output
-    # fp32 accumulator and epilogue, rounded once; PRECISION is that of fp32 products (UPCAST: the interpreter's bf16)
+    # fp32 accumulator, rounded once; PRECISION is that of fp32 products (UPCAST: the interpreter's bf16)
     # any size: pixels beyond the image, tiles beyond the tensor and channels beyond C_IN are masked to zero
     pid_m, pid_n = _tile_order(tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels_out, BLOCK_N), GROUP_M)
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    v = _accumulate(
-        x_ptr, weight_ptr, pixel, n, pixels, channels_out, height, width, out_height, out_width,
-        stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        C_IN, KH, KW, POINTWISE, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    offset = pixel[:, None] * channels_out + n[None, :]
+    valid = (pixel < pixels)[:, None] & (n < channels_out)[None, :]
 
-    channel = n[None, :]
-    if bias_ptr is not None:
-        v += load_parameter(bias_ptr, channel, channel < channels_out, 0.0)
-    if mean_ptr is not None:
-        mean, _, scale, shift = load_affine(
-            bn_weight_ptr, bn_bias_ptr, mean_ptr, var_ptr, channel, channel < channels_out, eps
-        )
-        v = normalize(v, mean, scale, shift)
-    offset = pixel[:, None] * channels_out + channel
-    valid = (pixel < pixels)[:, None] & (channel < channels_out)
+    # The accumulator starts at bias + residual: after the loop their registers would come on top of its own.
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if residual_ptr is not None:
-        v += tl.load(residual_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offset, activate(v, ACT).to(y_ptr.dtype.element_ty), mask=valid)
+        acc += tl.load(residual_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+    acc += load_parameter(bias_ptr, n, n < channels_out, 0.0)[None, :]
 
-
-def conv_bn_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None, bn_bias: Tensor | None, mean: Tensor,
-    var: Tensor, eps: float, stride: list[int], padding: list[int], dilation: list[int], groups: int, act: str,
-    config: configs.ConvConfig | None = None,
-) -> Tensor:  # fmt: skip
-    return conv_bn_add_act(
-        x, None, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act, config
-    )
-
-
-def conv_bn_add_act(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, bn_weight: Tensor | None,
-    bn_bias: Tensor | None, mean: Tensor, var: Tensor, eps: float, stride: list[int], padding: list[int],
-    dilation: list[int], groups: int, act: str, config: configs.ConvConfig | None = None,
-) -> Tensor:  # fmt: skip
-    norm = parameters(bn_weight, bn_bias, mean, var)
-    return _convolve(
-        x, residual, pack(weight.to(x.dtype)), bias, norm, eps, weight.shape[2:], (stride, padding, dilation), act,
-        None, config,
+    acc = _accumulate(
+        acc, x_ptr, weight_ptr, pixel, n, pixels, channels_out, height, width, out_height, out_width,
+        stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
+        C_IN, KH, KW, POINTWISE, PRECISION, UPCAST, BLOCK_K,
     )  # fmt: skip
+    tl.store(y_ptr + offset, activate(acc, ACT).to(y_ptr.dtype.element_ty), mask=valid)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -139,8 +112,31 @@ def conv_act(
 
     fp32 products use TF32 where allow_tf32 says so, or by default where torch.backends.cudnn.conv does.
     """
-    norm, geometry = (None, None, None, None), (stride, padding, dilation)
-    return _convolve(x, residual, weight_packed, bias, norm, 0.0, kernel, geometry, act, allow_tf32, config)
+    images, channels_in, height, width = x.shape
+    out_height, out_width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
+    )
+    pixels, channels_out = images * out_height * out_width, weight_packed.shape[0]
+    y = torch.empty(
+        (images, channels_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    if allow_tf32 is None:
+        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = allow_tf32 and x.dtype == torch.float32
+    config = config or heuristic(x, channels_out, pixels, kernel, tf32)
+    launch(
+        _conv_act_kernel, (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),), x,
+        x.resolve_neg(), weight_packed, *parameters(bias), None if residual is None else residual.resolve_neg(), y,
+        pixels, channels_out, height, width, out_height, out_width, *stride, *padding, *dilation,
+        C_IN=channels_in, KH=kernel[0], KW=kernel[1], ACT=act,
+        POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0),
+        PRECISION="tf32" if tf32 else "ieee", UPCAST=triton_interpret() and x.dtype == torch.bfloat16,
+        INDEX=index_type(max(x.numel(), y.numel(), weight_packed.numel())),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return y
 
 
 def why_not(
@@ -160,49 +156,18 @@ def why_not(
 def heuristic(x: Tensor, channels_out: int, pixels: int, kernel: list[int], tf32: bool) -> configs.ConvConfig:
     """The configuration for one convolution on x's device where none has been tuned."""
     depth = kernel[0] * kernel[1] * x.shape[1]
-    return configs.conv_heuristic(pixels, channels_out, depth, x.element_size(), tf32, shared_bytes(x.device))
+    return configs.conv_heuristic(pixels, channels_out, depth, x.element_size(), tf32, limits(x.device))
 
 
 def candidates(x: Tensor, tf32: bool = False) -> list[configs.ConvConfig]:
     """The configurations tuning may choose from on x's device."""
-    return configs.conv_candidates(x.element_size(), tf32, shared_bytes(x.device))
+    return configs.conv_candidates(x.element_size(), tf32, limits(x.device))
 
 
-def shared_bytes(device: torch.device) -> int:
-    """Shared memory a block may use; where there is no device, that of sm_80."""
+@functools.cache
+def limits(device: torch.device) -> configs.Limits:
+    """What the device allows; the interpreter, on the CPU, is held to sm_80's limits."""
     if device.type != "cuda":
-        return configs.SHARED_BYTES[80]
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-def _convolve(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, norm: tuple[Tensor | None, ...],
-    eps: float, kernel: list[int], geometry: tuple[list[int], list[int], list[int]], act: str, allow_tf32: bool | None,
-    config: configs.ConvConfig | None,
-) -> Tensor:  # fmt: skip
-    images, channels_in, height, width = x.shape
-    stride, padding, dilation = geometry
-    out_height, out_width = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip((height, width), kernel, stride, padding, dilation, strict=True)
-    )
-    pixels, channels_out = images * out_height * out_width, weight.shape[0]
-    y = torch.empty(
-        (images, channels_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    if allow_tf32 is None:
-        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-    tf32 = allow_tf32 and x.dtype == torch.float32
-    config = config or heuristic(x, channels_out, pixels, kernel, tf32)
-    launch(
-        _conv_bn_act_kernel, (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),), x,
-        x.resolve_neg(), weight, None if residual is None else residual.resolve_neg(), y, *parameters(bias), *norm, eps,
-        pixels, channels_out, height, width, out_height, out_width, *stride, *padding, *dilation,
-        C_IN=channels_in, KH=kernel[0], KW=kernel[1], ACT=act,
-        POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0),
-        PRECISION="tf32" if tf32 else "ieee", UPCAST=triton_interpret() and x.dtype == torch.bfloat16,
-        INDEX=index_type(max(x.numel(), y.numel(), weight.numel())),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return y
+        return configs.Limits(80, 163 << 10)
+    properties = torch.cuda.get_device_properties(device)
+    return configs.Limits(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)

@@ -1,0 +1,281 @@
+"""Triton kernels, called directly in the interpreter: partitions, tiles, layouts and corners the registry's samples miss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close_to_truth
+
+from fastres.env import triton_interpret
+
+pytestmark = pytest.mark.triton_interpreter
+if not triton_interpret():
+    pytest.skip("runs by itself with TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+
+from fastres.kernels.triton import add_act, batch_norm, bn_act, bn_add_act, configs, conv_bn_act, device, why_not
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+EPS = 1e-5
+# One program; many programs of one tile; programs of several tiles with an overhanging end; channels cut into tiles.
+TILES = (None, configs.TileConfig(8, 1, 1), configs.TileConfig(4, 4, 1))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Partitions in which a program walks several tiles, as large tensors have."""
+    monkeypatch.setattr(configs, "PROGRAMS", 4)
+    configs.partition.cache_clear()
+    yield
+    configs.partition.cache_clear()
+
+
+def draw(shape, dtype, layout=torch.contiguous_format, mean=0.0):
+    return (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout)
+
+
+def judge(actual, reference, args, dtype):
+    """Each output against float64 truth, with torch's error at dtype as the yardstick; strides as torch gives them."""
+    theirs, truth = reference(*args), reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    for name, value in actual.items():
+        assert_close_to_truth(value, theirs[name], truth[name], dtype, name)
+
+
+def batch_norm_reference(x, residual, weight, bias, mean, var, grad_y, y, training):
+    """All outputs in plain torch; the ReLU mask is that of y, so that rounding cannot flip it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, weight, bias = (None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias))
+    statistics = (None, None) if training else (mean.to(wide), var.to(wide))
+    z = F.batch_norm(x, *statistics, weight, bias, training, 0.0, EPS)
+    dz = torch.where(y <= 0, 0, grad_y)
+    names = [name for name, t in (("grad_x", x), ("grad_weight", weight), ("grad_bias", bias)) if t is not None]
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    found = dict(zip(names, torch.autograd.grad(z, inputs, dz), strict=True))
+    found["y"] = F.relu(z.detach() if residual is None else z.detach() + residual)
+    found["grad_residual"] = dz
+    found["mean"], found["var"] = x.detach().to(wide).mean((0, 2, 3)), x.detach().to(wide).var((0, 2, 3), correction=0)
+    return found
+
+
+def run_batch_norm(x, residual, weight, bias, mean, var, grad_y, training, config):
+    """All outputs of the Triton kernels, and y for the reference's mask."""
+    if training:
+        mean, var = bn_act.statistics(x, config)
+    y = bn_act.apply(x, residual, weight, bias, mean, var, EPS, "relu", config)
+    saved = None if residual is None else y
+    grad_x, dz, grad_weight, grad_bias = bn_act.backward(
+        grad_y, saved, x, weight, bias, mean, var, EPS, "relu", training, config
+    )
+    found = {"y": y, "grad_x": grad_x}
+    found |= {} if residual is None else {"grad_residual": dz}
+    found |= {} if weight is None else {"grad_weight": grad_weight}
+    found |= {} if bias is None else {"grad_bias": grad_bias}
+    return found | ({"mean": mean, "var": var} if training else {})
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("with_residual", (False, True), ids=("bn_act", "bn_add_act"))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_norm(dtype, layout, with_residual, training, few_programs):
+    x = draw((2, 5, 7, 3), dtype, layout, mean=1.0)
+    residual = draw(x.shape, dtype, layout) if with_residual else None
+    weight, bias = torch.tensor([1.5, 0.0, -0.7, 1.0, 0.3]), torch.randn(5)
+    mean, var, grad_y = torch.randn(5), torch.rand(5) + 0.5, draw(x.shape, dtype, layout)
+    for config in TILES:
+        found = run_batch_norm(x, residual, weight, bias, mean, var, grad_y, training, config)
+        assert found["y"].stride() == found["grad_x"].stride() == x.stride()
+        judge(found, batch_norm_reference, (x, residual, weight, bias, mean, var, grad_y, found["y"], training), dtype)
+
+
+@pytest.mark.parametrize("parameters", ("none", "weight", "bias"))
+def test_batch_norm_without_parameters(parameters):
+    x, grad_y = draw((2, 3, 4, 4), torch.float32), draw((2, 3, 4, 4), torch.float32)
+    weight = torch.randn(3) if parameters == "weight" else None
+    bias = torch.randn(3) if parameters == "bias" else None
+    found = run_batch_norm(x, None, weight, bias, None, None, grad_y, True, None)
+    judge(found, batch_norm_reference, (x, None, weight, bias, None, None, grad_y, found["y"], True), torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+def test_statistics_far_from_zero(layout, few_programs):
+    x = draw((4, 3, 9, 5), torch.float32, layout, mean=1e4)
+    for config in TILES:
+        mean, var = bn_act.statistics(x, config)
+        truth = x.double()
+        assert (mean - truth.mean((0, 2, 3))).abs().max() <= 1e4 * 2**-24 * 2
+        assert (var / truth.var((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("value", (0.1, 100.0, -1e4))
+def test_constant_channel_has_no_variance(value, few_programs):
+    x = torch.full((3, 2, 5, 5), value)
+    for layout in LAYOUTS:
+        for config in TILES:
+            mean, var = bn_act.statistics(x.contiguous(memory_format=layout), config)
+            assert torch.equal(mean, torch.full((2,), value))
+            assert torch.equal(var, torch.zeros(2))
+
+
+def test_statistics_do_not_depend_on_the_run():
+    x = draw((2, 3, 8, 8), torch.float32)
+    first, second = bn_act.statistics(x, TILES[1]), bn_act.statistics(x, TILES[1])
+    assert all(map(torch.equal, first, second))
+
+
+def test_gradients_take_the_parameters_dtypes():
+    x, grad_y, statistics = draw((2, 3, 4, 4), torch.bfloat16), draw((2, 3, 4, 4), torch.bfloat16), torch.ones(3)
+    weight, bias = torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.float16)
+    args = (statistics, statistics, EPS, "relu", True)
+    _, grad_weight, grad_bias = bn_act.bn_act_backward(grad_y, x, weight, bias, *args)
+    assert (grad_weight.dtype, grad_bias.dtype) == (torch.bfloat16, torch.float16)
+    _, grad_weight, grad_bias = bn_act.bn_act_backward(grad_y, x, None, None, *args)
+    assert (grad_weight.dtype, grad_bias.dtype) == (torch.float32, torch.float32)
+    _, _, grad_weight, grad_bias = bn_add_act.bn_add_act_backward(grad_y, x, x, weight, *args)
+    assert (grad_weight.dtype, grad_bias.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_parameters_may_be_strided_and_narrow():
+    x = draw((2, 3, 4, 4), torch.bfloat16)
+    wide = torch.rand(3, 4) + 0.5
+    columns = [wide[:, i].bfloat16() for i in range(4)]
+    strided = [wide.bfloat16()[:, i] for i in range(4)]
+    expected = bn_act.bn_act(x, *columns, EPS, "relu")
+    assert torch.equal(bn_act.bn_act(x, *strided, EPS, "relu"), expected)
+
+
+SPECIAL = (float("nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-40, -1e-40)
+
+
+def test_special_values_add_act():
+    x = torch.tensor(SPECIAL).repeat(3)
+    zero = torch.full_like(x, -0.0)
+    y = add_act.add_act(x, zero, "relu")
+    expected = torch.relu(x + zero)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(y.signbit() & (y == 0), expected.signbit() & (expected == 0))
+    grad_y = torch.ones_like(x)
+    assert torch.equal(add_act.add_act_backward(grad_y, y, "relu"), torch.where(y <= 0, 0.0, grad_y))
+
+
+def test_special_values_bn_act():
+    x = torch.tensor(SPECIAL).reshape(1, 1, 1, 7)
+    neutral = (None, None, torch.zeros(1), torch.ones(1), 1e-12, "relu")
+    y = bn_act.bn_act(x, *neutral)
+    torch.testing.assert_close(y, torch.relu(x), rtol=0, atol=0, equal_nan=True)
+    grad_x = bn_act.bn_act_backward(torch.ones_like(x), x, *neutral, False)[0]
+    assert torch.equal(grad_x, torch.where(y <= 0, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ("relu", "none"))
+def test_add_act(dtype, act):
+    shape = (3, 7, 5, 3)
+    for x in (draw(shape, dtype), draw(shape, dtype).permute(3, 0, 2, 1), draw((316,), dtype)[1:].view(shape)):
+        residual, grad_y = (torch.randn_like(x, dtype=torch.float32).to(dtype) for _ in range(2))
+        residual, grad_y = (t if t.stride() == x.stride() else t.clone() for t in (residual, grad_y))
+        y = add_act.add_act(x, residual, act, configs.FlatConfig(128, 1))
+
+        def reference(x, residual, y, grad_y):
+            z = x + residual
+            relu = act == "relu"
+            return {"y": F.relu(z) if relu else z, "grad": torch.where(y <= 0, 0, grad_y) if relu else grad_y}
+
+        grad = add_act.add_act_backward(grad_y, y, act, configs.FlatConfig(128, 1))
+        assert y.stride() == x.stride() == grad.stride()
+        judge({"y": y, "grad": grad}, reference, (x, residual, y, grad_y), dtype)
+
+
+def test_negative_views():
+    x = torch.complex(torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)).conj().imag
+    assert x.is_neg()
+    x, residual = torch._neg_view(torch.randn(2, 3, 4, 4)), torch.randn(2, 3, 4, 4)
+    assert torch.equal(add_act.add_act(x, residual, "relu"), torch.relu(x + residual))
+    assert torch.equal(bn_act.statistics(x)[0], bn_act.statistics(x.clone())[0])
+
+
+# kernel, stride, padding, dilation, channels in, channels out
+CONVOLUTIONS = (
+    (1, 1, 0, 1, 24, 17),
+    (1, 2, 0, 1, 16, 16),
+    (1, 1, 1, 1, 8, 8),
+    (3, 1, 1, 1, 5, 7),
+    (3, 2, 1, 1, 16, 20),
+    (3, 1, 2, 2, 33, 32),
+    (3, 2, 0, 1, 3, 40),
+)
+
+
+@pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv_act(dtype, convolution):
+    k, stride, padding, dilation, channels_in, channels_out = convolution
+    geometry = ((stride, stride), (padding, padding), (dilation, dilation))
+    x = draw((2, channels_in, 7, 6), dtype, torch.channels_last)
+    weight = draw((channels_out, channels_in, k, k), dtype) / (channels_in * k * k) ** 0.5
+    bias = torch.randn(channels_out)
+    like = F.conv2d(x.float(), weight.float(), None, *geometry)
+    for residual in (None, draw(like.shape, dtype, torch.channels_last)):
+
+        def reference(x, weight, bias, residual):
+            z = F.conv2d(x, weight, bias.to(x.dtype), *geometry)
+            return {"y": F.relu(z if residual is None else z + residual)}
+
+        for config in (None, configs.ConvConfig(32, 32, 16, 1, 1, group_m=2)):
+            packed = conv_bn_act.pack(weight)
+            y = conv_bn_act.conv_act(x, packed, bias, residual, (k, k), *geometry, "relu", config=config)
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            judge({"y": y}, reference, (x, weight, bias, residual), dtype)
+
+
+def test_conv_act_is_exact_on_small_integers():
+    x = torch.randint(-3, 4, (2, 12, 6, 5)).half().contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-3, 4, (9, 12, 3, 3)).half()
+    y = conv_bn_act.conv_act(x, conv_bn_act.pack(weight), None, None, (3, 3), (1, 1), (1, 1), (1, 1), "none")
+    assert torch.equal(y.float(), F.conv2d(x.float(), weight.float(), padding=1))
+
+
+def test_offsets_of_64_bits(monkeypatch):
+    """The kernels for tensors beyond 2^31 elements, at a size that fits the test."""
+    x, residual = draw((2, 5, 7, 3), torch.float32, torch.channels_last), torch.zeros(2, 5, 7, 3)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    weight = conv_bn_act.pack(torch.randn(4, 5, 3, 3))
+
+    def run():
+        y = conv_bn_act.conv_act(x, weight, None, None, (3, 3), (1, 1), (1, 1), (1, 1), "relu")
+        return y, *bn_add_act.bn_add_act_train(x, residual, None, None, EPS, "relu")
+
+    narrow = run()
+    for module in (bn_act, conv_bn_act):
+        monkeypatch.setattr(module, "index_type", lambda numel: batch_norm.tl.int64)
+    assert all(map(torch.equal, run(), narrow))
+    assert device.index_type(2**31) == batch_norm.tl.int64
+
+
+def test_refusals():
+    x = torch.randn(2, 4, 5, 5)
+    assert why_not(x) is None
+    assert "float64" in why_not(x.double())
+    assert "one dtype" in why_not(x, x.half())
+    assert "dense" in why_not(x[:, :, 1:])
+    assert "empty" in why_not(x[:0])
+    image, weight = x.contiguous(memory_format=torch.channels_last), torch.randn(4, 4, 3, 3)
+    rest = (None, None, None, x, x, EPS, (1, 1), (1, 1), (1, 1))
+    assert conv_bn_act.why_not(image, weight, *rest, 1, "relu") is None
+    assert "channels_last" in conv_bn_act.why_not(x, weight, *rest, 1, "relu")
+    assert "grouped" in conv_bn_act.why_not(image, weight, *rest, 2, "relu")
+    assert "kernel size" in conv_bn_act.why_not(image, torch.randn(4, 4, 5, 5), *rest, 1, "relu")
+
+
+def test_heuristics_choose_legal_configurations():
+    limits = configs.Limits(90, 227 << 10)
+    for pixels, channels_out, depth in ((1, 1, 1), (49, 2048, 512), (802816, 64, 576), (12544, 512, 4608)):
+        for itemsize, tf32 in ((2, False), (4, True), (4, False)):
+            legal = configs.conv_candidates(itemsize, tf32, limits)
+            assert configs.conv_heuristic(pixels, channels_out, depth, itemsize, tf32, limits) in legal
+    assert configs.conv_candidates(2, False, configs.Limits(89, 99 << 10))

@@ -11,7 +11,7 @@ struct AddActArgs {
   Act act;
   bool stream;     // write past the caches
   const void* a;   // forward: x, backward: grad_y
-  const void* b;   // forward: residual, backward: y
+  const void* b;   // forward: residual or null, backward: y
   void* out;
 };
 

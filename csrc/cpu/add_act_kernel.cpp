@@ -1,4 +1,4 @@
-// Formula: y = act(x + residual); backward: grad = grad_y where y > 0 or y is NaN, else 0.
+// Formula: y = act(x [+ residual]), also in place; backward: grad = grad_y where y > 0 or y is NaN, else 0.
 // Layout: any dense storage order, the same for all operands; a range of elements belongs to one thread.
 // Bytes per element: two reads and one write, the write past the caches for outputs that would not stay in them.
 // Accumulate type: float (double for float64); one rounding, to the output type.
@@ -12,18 +12,19 @@ namespace fastres::cpu::FASTRES_LEVEL {
 
 void add_act_forward(const AddActArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto type) {
-    with_bool(args.act == Act::kRelu, [&](auto is_relu) {
+    with_bool(args.act == Act::kRelu, [&](auto is_relu) { with_bool(args.b != nullptr, [&](auto has_residual) {
       using scalar_t = decltype(type);
       using acc_t = acc_of<scalar_t>;
       constexpr int64_t L = kLanes<acc_t>;
       const auto* x = static_cast<const scalar_t*>(args.a) + begin;
-      const auto* residual = static_cast<const scalar_t*>(args.b) + begin;
+      const auto* residual = has_residual.value ? static_cast<const scalar_t*>(args.b) + begin : nullptr;
       auto* y = static_cast<scalar_t*>(args.out) + begin;
       for_each<L>(end - begin, y, args.stream, [&](int64_t i, auto lanes) {
-        const auto v = load<acc_t, L>(x + i, lanes) + load<acc_t, L>(residual + i, lanes);
+        auto v = load<acc_t, L>(x + i, lanes);
+        if constexpr (has_residual.value) v += load<acc_t, L>(residual + i, lanes);
         store<L>(y + i, is_relu.value ? relu(v) : v, lanes);
       });
-    });
+    }); });
   });
   if (args.stream) stream_fence();
 }

@@ -11,12 +11,13 @@ void bn_statistics(const BnArgs& args, int64_t begin, int64_t end) {
   with_dtype(args.dtype, [&](auto type) {
     with_bool(args.channels_last, [&](auto last) {
       using scalar_t = decltype(type);
-      constexpr int64_t L = kLanes<double>;
+      using acc_t = acc_of<scalar_t>;
+      constexpr int64_t L = kLanes<acc_t>;
       const auto* x = static_cast<const scalar_t*>(args.x);
-      const auto* shift = static_cast<const acc_of<scalar_t>*>(args.shift);
-      reduce_chunks<last.value, L>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
-        const auto d = load<double, L>(x + offset, lanes) - channel_value<double, L, last.value>(shift, entry);
-        return Pair<Vec<double, L>>{d, d * d};
+      const auto* shift = static_cast<const acc_t*>(args.shift);
+      reduce_chunks<last.value, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
+        const auto d = load<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, last.value>(shift, entry);
+        return Pair<Vec<acc_t, L>>{d, d * d};
       });
     });
   });

@@ -205,7 +205,7 @@ void bn_act_maxpool_sums(const BnActMaxpoolArgs& args, int64_t begin, int64_t en
   with_traits(args.bn, [&](auto type, auto last, auto is_relu) {
     using scalar_t = decltype(type);
     using acc_t = acc_of<scalar_t>;
-    constexpr int64_t L = kLanes<double>;
+    constexpr int64_t L = kLanes<acc_t>;
     TapFinder<last.value, is_relu.value, scalar_t> finder(args);
     const int64_t count = args.out_w * args.pixel;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -215,7 +215,7 @@ void bn_act_maxpool_sums(const BnActMaxpoolArgs& args, int64_t begin, int64_t en
         const int64_t rows = args.images * args.out_h;
         for (int64_t unit = rows * chunk / args.bn.chunks; unit < rows * (chunk + 1) / args.bn.chunks; ++unit) {
           finder.run(unit);
-          reduce_rows<L>(0, (count + args.bn.cols - 1) / args.bn.cols, args.bn.cols, count, part.sum_a, part.sum_b,
+          reduce_rows<acc_t, L>(0, (count + args.bn.cols - 1) / args.bn.cols, args.bn.cols, count, part.sum_a, part.sum_b,
                          [&](int64_t i, int64_t, auto lanes) {
                            return Pair<Vec<acc_t, L>>{load<acc_t, L>(finder.dz + i, lanes),
                                                       load<acc_t, L>(finder.dz_x + i, lanes)};
@@ -225,7 +225,7 @@ void bn_act_maxpool_sums(const BnActMaxpoolArgs& args, int64_t begin, int64_t en
         part.for_each_plane([&](int64_t image, double* sum_a, double* sum_b) {
           for (int64_t row = 0; row < args.out_h; ++row) {
             finder.run(image * args.out_h + row);
-            reduce_plane<L>(count, sum_a, sum_b, [&](int64_t i, auto lanes) {
+            reduce_plane<acc_t, L>(count, sum_a, sum_b, [&](int64_t i, auto lanes) {
               return Pair<Vec<acc_t, L>>{load<acc_t, L>(finder.dz + i, lanes), load<acc_t, L>(finder.dz_x + i, lanes)};
             });
           }

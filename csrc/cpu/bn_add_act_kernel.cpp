@@ -1,6 +1,6 @@
 // Formula: y = act((x - mean) * scale + bias + residual), scale = weight / sqrt(var + eps), and its gradients.
 // Layout: rows of bn_args.h, walked in memory order; a thread owns rows, or chunks of rows whose sums are merged in order.
-// Bytes per element: forward two reads, one write; backward two passes of three reads, two writes.
+// Bytes per element: forward two reads, one write; backward three reads, one write, then two reads, one write.
 // Accumulate type: float (double for float64) per element, double for sums; one rounding, to the output type.
 // Invariants: sums do not depend on the number of threads; backward takes its mask from the saved y.
 #include "cpu/bn_kernel.h"

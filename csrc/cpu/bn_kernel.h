@@ -53,16 +53,17 @@ struct Chunk {
 };
 
 // Sums term(offset, entry, lanes) -> Pair over the chunks [begin, end): `offset` into x, `entry` into the tables.
-template <bool kChannelsLast, int64_t L, typename Term>
+template <bool kChannelsLast, typename acc_t, typename Term>
 FASTRES_INLINE void reduce_chunks(const BnArgs& args, int64_t begin, int64_t end, Term term) {
+  constexpr int64_t L = kLanes<acc_t>;
   for (int64_t k = begin; k < end; ++k) {
     const Chunk<kChannelsLast> chunk(args, k);
     chunk.clear();
     if constexpr (kChannelsLast) {
-      reduce_rows<L>(chunk.row_begin, chunk.row_end, args.cols, args.numel, chunk.sum_a, chunk.sum_b, term);
+      reduce_rows<acc_t, L>(chunk.row_begin, chunk.row_end, args.cols, args.numel, chunk.sum_a, chunk.sum_b, term);
     } else {
       chunk.for_each_plane([&](int64_t plane, double* sum_a, double* sum_b) {
-        reduce_plane<L>(args.cols, sum_a, sum_b, [&](int64_t i, auto lanes) {
+        reduce_plane<acc_t, L>(args.cols, sum_a, sum_b, [&](int64_t i, auto lanes) {
           return term(plane * args.cols + i, plane % args.channels, lanes);
         });
       });
@@ -123,17 +124,20 @@ FASTRES_INLINE auto load_dz(const BnArgs& args, int64_t offset, int64_t entry, L
   }
 }
 
+// With a residual, dz is its gradient: it is written here, and the second pass reads it instead of grad_y and y.
 template <bool kAdd>
 FASTRES_INLINE void sums(const BnArgs& args, int64_t begin, int64_t end) {
   with_traits(args, [&](auto type, auto last, auto is_relu) {
     using scalar_t = decltype(type);
     using acc_t = acc_of<scalar_t>;
-    constexpr int64_t L = kLanes<double>;
+    constexpr int64_t L = kLanes<acc_t>;
     constexpr bool kLast = last.value;
     const auto* x = static_cast<const scalar_t*>(args.x);
     const auto* mean = static_cast<const acc_t*>(args.mean);
-    reduce_chunks<kLast, L>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
+    auto* grad_residual = static_cast<scalar_t*>(args.grad_residual);
+    reduce_chunks<kLast, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
       const auto dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
+      if constexpr (kAdd) store<L>(grad_residual + offset, dz, lanes);
       const auto x_centred = load<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, kLast>(mean, entry);
       return Pair<Vec<acc_t, L>>{dz, dz * x_centred};
     });
@@ -158,13 +162,15 @@ FASTRES_INLINE void gradient(const BnArgs& args, int64_t begin, int64_t end) {
   with_traits(args, [&](auto type, auto last, auto is_relu) {
     with_bool(args.training, [&](auto training) {
       using scalar_t = decltype(type);
-      constexpr int64_t L = kLanes<acc_of<scalar_t>>;
+      using acc_t = acc_of<scalar_t>;
+      constexpr int64_t L = kLanes<acc_t>;
       constexpr bool kLast = last.value;
       auto* grad_x = static_cast<scalar_t*>(args.out);
-      auto* grad_residual = static_cast<scalar_t*>(args.grad_residual);
+      const auto* grad_residual = static_cast<const scalar_t*>(args.grad_residual);
       for_each_row<kLast, L>(args, begin, end, grad_x, [&](int64_t offset, int64_t entry, auto lanes) {
-        const auto dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
-        if constexpr (kAdd) store<L>(grad_residual + offset, dz, lanes);
+        Vec<acc_t, L> dz;
+        if constexpr (kAdd) dz = load<acc_t, L>(grad_residual + offset, lanes);
+        else dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
         store_grad_x<training.value, kLast, L>(args, dz, grad_x + offset, offset, entry, lanes);
       });
     });

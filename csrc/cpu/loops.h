@@ -49,38 +49,42 @@ FASTRES_INLINE Vec<T, L> channel_value(const acc_t* table, int64_t entry) {
   else return static_cast<T>(table[entry]) - Vec<T, L>{};
 }
 
-// ---- reductions: two sums per channel, in double ---------------------------------------------------------------------------
+// ---- reductions: two sums per channel ---------------------------------------------------------------------------------------
 
 template <typename V>
 struct Pair {
   V a, b;
 };
 
-template <int64_t L, typename V>
-FASTRES_INLINE Pair<V> first_lanes(Pair<V> v, int64_t n) {
-  for (int64_t lane = n; lane < L; ++lane) v.a[lane] = v.b[lane] = 0;
-  return v;
-}
-
-template <int64_t L, typename V>
-FASTRES_INLINE void add_to(Pair<Vec<double, L>>& sum, Pair<V> v) {
-  sum.a += __builtin_convertvector(v.a, Vec<double, L>);
-  sum.b += __builtin_convertvector(v.b, Vec<double, L>);
-}
-
-// Four terms are added in their own type, the groups of four in double.
+// kGroup terms are added in their own type, the groups in double: as exact as double for all practical purposes, and most
+// of the work is done in full float vectors.
 constexpr int64_t kGroup = 4;
+constexpr int64_t kDoubles = kLanes<double>;
 
-// Channels last: `cols` accumulators for rows [begin, end) of a tensor that ends after `numel` elements, maybe inside a row.
-// Walks rows in memory order, kGroup at a time; accumulators stay in the near caches. term(offset, col, lanes) -> Pair.
-template <int64_t L, typename Term>
+template <int64_t L, typename V>
+FASTRES_INLINE V first_lanes(V v, int64_t n) {
+  decltype(v < v) lane{};
+  for (int64_t i = 0; i < L; ++i) lane[i] = i;
+  return lane < static_cast<decltype(+lane[0])>(n) ? v : V{};
+}
+
+// f(i, Vec<double, kDoubles>) for the pieces of v, which start at lane i.
+template <typename acc_t, int64_t L, typename F>
+FASTRES_INLINE void for_doubles(Vec<acc_t, L> v, F f) {
+  acc_t lanes[L];
+  store<L>(lanes, v, Whole{});
+  for (int64_t i = 0; i < L; i += kDoubles) f(i, load<double, kDoubles>(lanes + i, Whole{}));
+}
+
+// Channels last: a pair of sums per column, over rows [begin, end) of a tensor that ends after `numel` elements, maybe inside
+// a row. Walks rows in memory order, kGroup at a time; the sums stay in the near caches. term(offset, col, lanes) -> Pair.
+template <typename acc_t, int64_t L, typename Term>
 FASTRES_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t cols, int64_t numel, double* sum_a, double* sum_b,
                                 Term term) {
   const auto accumulate = [&](int64_t col, auto v) {
-    Pair<Vec<double, L>> sum{load<double, L>(sum_a + col, Whole{}), load<double, L>(sum_b + col, Whole{})};
-    add_to<L>(sum, v);
-    store<L>(sum_a + col, sum.a, Whole{});
-    store<L>(sum_b + col, sum.b, Whole{});
+    const auto add = [&](double* sum, auto piece) { store<kDoubles>(sum, load<double, kDoubles>(sum, Whole{}) + piece, Whole{}); };
+    for_doubles<acc_t, L>(v.a, [&](int64_t i, auto piece) { add(sum_a + col + i, piece); });
+    for_doubles<acc_t, L>(v.b, [&](int64_t i, auto piece) { add(sum_b + col + i, piece); });
   };
   const int64_t whole_end = min(end, numel / cols);
   int64_t row = begin;
@@ -99,28 +103,37 @@ FASTRES_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t cols, int64_
     const int64_t count = min(cols, numel - row * cols);
     int64_t col = 0;
     for (; col + L <= count; col += L) accumulate(col, term(row * cols + col, col, Whole{}));
-    if (col < count) accumulate(col, first_lanes<L>(term(row * cols + col, col, Part{count - col}), count - col));
+    if (col < count) {
+      const auto v = term(row * cols + col, col, Part{count - col});
+      accumulate(col, Pair{first_lanes<L>(v.a, count - col), first_lanes<L>(v.b, count - col)});
+    }
   }
 }
 
-// Contiguous: one accumulator pair, L lanes wide, for `count` elements of one plane. term(i, lanes) -> Pair.
-template <int64_t L, typename Term>
+// Contiguous: one pair of sums, kDoubles lanes each, over `count` elements of a plane. term(i, lanes) -> Pair.
+template <typename acc_t, int64_t L, typename Term>
 FASTRES_INLINE void reduce_plane(int64_t count, double* sum_a, double* sum_b, Term term) {
-  Pair<Vec<double, L>> sum{load<double, L>(sum_a, Whole{}), load<double, L>(sum_b, Whole{})};
-  int64_t i = 0;
-  for (; i + kGroup * L <= count; i += kGroup * L) {
-    auto v = term(i, Whole{});
-    for (int64_t k = 1; k < kGroup; ++k) {
-      const auto next = term(i + k * L, Whole{});
+  auto a = load<double, kDoubles>(sum_a, Whole{});
+  auto b = load<double, kDoubles>(sum_b, Whole{});
+  for (int64_t i = 0; i < count;) {
+    Pair<Vec<acc_t, L>> v{};
+    const int64_t group_end = i + kGroup * L;
+    for (; i + L <= min(group_end, count); i += L) {
+      const auto next = term(i, Whole{});
       v.a += next.a;
       v.b += next.b;
     }
-    add_to<L>(sum, v);
+    if (i < min(group_end, count)) {
+      const auto next = term(i, Part{count - i});
+      v.a += first_lanes<L>(next.a, count - i);
+      v.b += first_lanes<L>(next.b, count - i);
+      i = count;
+    }
+    for_doubles<acc_t, L>(v.a, [&](int64_t, auto piece) { a += piece; });
+    for_doubles<acc_t, L>(v.b, [&](int64_t, auto piece) { b += piece; });
   }
-  for (; i + L <= count; i += L) add_to<L>(sum, term(i, Whole{}));
-  if (i < count) add_to<L>(sum, first_lanes<L>(term(i, Part{count - i}), count - i));
-  store<L>(sum_a, sum.a, Whole{});
-  store<L>(sum_b, sum.b, Whole{});
+  store<kDoubles>(sum_a, a, Whole{});
+  store<kDoubles>(sum_b, b, Whole{});
 }
 
 }  // namespace fastres::cpu::FASTRES_LEVEL

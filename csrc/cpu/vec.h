@@ -135,8 +135,15 @@ FASTRES_INLINE V move_in(const T* p, Stream) {
   return move_in<V>(p, Whole{});
 }
 template <typename V, typename T>
-FASTRES_INLINE V move_in(const T* p, Part part) {
-  V v{};  // lanes beyond the part are zero
+FASTRES_INLINE V move_in(const T* p, Part part) {  // lanes beyond the part are zero
+#if FASTRES_CPU_LEVEL >= 4
+  const uint32_t mask = (1u << part.n) - 1;
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return (V)_mm512_maskz_loadu_epi64(mask, p);
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return (V)_mm512_maskz_loadu_epi32(mask, p);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
+  if constexpr (sizeof(V) == 16 && sizeof(T) == 2) return (V)_mm_maskz_loadu_epi16(mask, p);
+#endif
+  V v{};
   memcpy(&v, p, part.n * sizeof(T));
   return v;
 }
@@ -147,6 +154,13 @@ FASTRES_INLINE void move_out(T* p, V v, Whole) {
 }
 template <typename V, typename T>
 FASTRES_INLINE void move_out(T* p, V v, Part part) {
+#if FASTRES_CPU_LEVEL >= 4
+  const uint32_t mask = (1u << part.n) - 1;
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 8) return _mm512_mask_storeu_epi64(p, mask, (__m512i)v);
+  if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, mask, (__m512i)v);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
+  if constexpr (sizeof(V) == 16 && sizeof(T) == 2) return _mm_mask_storeu_epi16(p, mask, (__m128i)v);
+#endif
   memcpy(p, &v, part.n * sizeof(T));
 }
 template <typename V, typename T>

@@ -10,7 +10,8 @@ def add_act_(y: Tensor, residual: Tensor | None, act: str) -> Tensor:
     if residual is None and act == "none":
         return y
     if native.why_not("cpu_add_act_") is None:
-        return native.op("cpu_add_act_")(y, residual, act)
+        native.op("cpu_add_act_")(y, residual, act)
+        return y
     if residual is not None:
         y.add_(residual)
     return y.relu_() if act == "relu" else y

@@ -89,6 +89,10 @@ class Build(build):
         (name, None if name == "build_ext" else test) for name, test in build.sub_commands
     ]
 
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # no module of an earlier build may ship
+        super().run()
+
 
 if __name__ == "__main__":
     wish = os.environ.get("FASTRES_BUILD") or "auto"

@@ -90,6 +90,7 @@ def build_cuda(info: dict, explicit: bool) -> Path:
     archs = toolchain.cuda_archs(nvcc["path"])
     kernels, bindings = sources("cuda", info)
     folder = WORK / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
 
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")

@@ -144,6 +144,7 @@ def quoted(arguments: list) -> str:
 
 def run_ninja(folder: Path, rules: dict[str, str], edges: list[tuple]) -> None:
     """Write folder/build.ninja and run it; edges are (output, rule, inputs, flags)."""
+    import fcntl  # not everywhere that pure Python installs
 
     def escaped(path: object) -> str:
         return re.sub(r"([$ :])", r"$\1", str(path))
@@ -155,13 +156,14 @@ def run_ninja(folder: Path, rules: dict[str, str], edges: list[tuple]) -> None:
     for out, rule, inputs, flags in edges:
         lines += [f"build {escaped(out)}: {rule} {' '.join(map(escaped, inputs))}"]
         lines += [f"  flags = {quoted(flags)}"]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_changed(folder / "build.ninja", "\n".join(lines) + "\n")
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     ninja = [find_ninja(), "-C", str(folder), "-j", jobs]
     pipes: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(ninja, **pipes, text=True, errors="replace") as run:
-        output = [print(line, end="", file=sys.stderr, flush=True) or line for line in run.stdout or ()]
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds of one folder would break each other
+        write_changed(folder / "build.ninja", "\n".join(lines) + "\n")
+        with subprocess.Popen(ninja, **pipes, text=True, errors="replace") as run:
+            output = [print(line, end="", file=sys.stderr, flush=True) or line for line in run.stdout or ()]
     if run.returncode:
         first = next((line for line in output if re.search(r"error|not found|Killed", line)), output[-1])
         raise Unmet(f"compiling failed: {first.strip()[:300]} (pip install -v shows everything)")

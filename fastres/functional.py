@@ -167,8 +167,11 @@ def _conv(x, residual, conv_weight, conv_bias, mean, var, weight, bias, training
     if not isinstance(conv_weight, Tensor):
         raise must_type(op, "conv_weight", "a torch.Tensor", conv_weight)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+    elif x.dtype != conv_weight.dtype:
+        raise must(op, "x", f"of conv_weight's dtype {conv_weight.dtype}", x.dtype, "convert it, or use autocast")
     if not training:
         _needs_statistics(op, mean, var)
         if not (torch.is_grad_enabled() and _requires_grad(x, residual, conv_weight, conv_bias, weight, bias)):

@@ -5,14 +5,18 @@ no hooks, no patched forward) it runs the fused op on their parameters; otherwis
 would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says which.
 """
 
+import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from fastres import functional
 from fastres.errors import ArgumentError
 
 Act = nn.Module | str | None
+_transforms = torch._C._are_functorch_transforms_active
 _LEAVES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
 
 
@@ -61,12 +65,20 @@ def _why_not_options(module: nn.Module) -> str | None:
     return None
 
 
+def _followed(x: Tensor) -> bool:
+    """Whether modules must be called because something follows the call that cannot see into an op: torch.fx and
+    torch.jit.trace, which name what they see after the modules; torch.func and forward-mode derivatives."""
+    if torch.compiler.is_compiling():
+        return False
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or _transforms() or forward_ad._current_level >= 0
+
+
 def conv_bn_act(
     conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None
 ) -> Tensor:
     """``act(bn(conv(x)) [+ residual])``; one op in evaluation, the convolution and ``bn_act`` otherwise."""
     buffers = bn._buffers
-    if not bn.training and why_not(conv, bn, act) is None and buffers["running_mean"] is not None:
+    if not bn.training and not _followed(x) and why_not(conv, bn, act) is None and buffers["running_mean"] is not None:
         convolution, norm = conv._parameters, bn._parameters
         inputs = (x,) if residual is None else (x, residual)
         run = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
@@ -83,7 +95,7 @@ def conv_bn_act(
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them."""
-    if why_not(bn, act) is None:
+    if not _followed(x) and why_not(bn, act) is None:
         statistics, momentum = _statistics(bn), _momentum(bn)
         try:
             if residual is None:
@@ -100,7 +112,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
     """``pool(act(bn(x)))``."""
-    if why_not(bn, act, pool) is None:
+    if not _followed(x) and why_not(bn, act, pool) is None:
         window = pool.kernel_size, pool.stride, pool.padding
         try:
             y = functional.bn_act_maxpool(x, *_statistics(bn), _momentum(bn), bn.eps, _name(act), *window)
@@ -113,10 +125,15 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) 
 
 
 def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``act(x [+ residual])``."""
-    if residual is not None and x.shape == residual.shape and why_not(act) is None:
-        return functional.add_act(x, residual, _name(act))
-    y = x if residual is None else x + residual
+    """``act(x [+ residual])``, in x's dtype, as where a residual is added in place."""
+    y = x
+    if residual is not None:
+        if _followed(x):
+            y = x + residual
+        elif x.dtype == residual.dtype and x.shape == residual.shape and why_not(act) is None:
+            return functional.add_act(x, residual, _name(act))
+        else:
+            y = (x + residual).to(x.dtype)
     if act is None:
         return y
     return F.relu(y) if isinstance(act, str) else act(y)

@@ -1,0 +1,1 @@
+"""What the command line runs: measurements and the demo, over the public API."""

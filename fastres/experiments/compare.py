@@ -1,0 +1,103 @@
+"""Parity first, then speed: every way to run a model judged against float64, and those that pass timed in turns."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import timing
+from fastres.experiments import parity, rivals
+from fastres.experiments.rivals import FASTRES, Rival
+from fastres.experiments.subject import Subject
+
+Row = dict[str, Any]
+
+
+def compare(
+    subject: Subject,
+    ways: Sequence[Rival],
+    *,
+    training: bool = False,
+    seconds: float = 10.0,
+    batches: tuple[int, int] = (5, 100),
+    step: Callable[[str], object] = lambda text: None,
+) -> list[Row]:
+    """Compare the ways to run one model.
+
+    Every row names its rival and says what became of it: ``missing`` (it cannot run here, with the reason), or its
+    parity, and, unless that failed, its times and ``ratio``: how many times as long as fastres it takes.
+
+    Args:
+        training: time a training step (forward, backward, SGD with momentum) instead of evaluation.
+        seconds, batches: as for ``timing.interleaved``.
+        step: called with what begins.
+    """
+    rivals.forget_compiled()
+    step("float64 truth")
+    model = subject.model.train(training)
+    reference = parity.Reference(model, subject.x)
+    rows: list[Row] = []
+    calls: dict[str, Callable[[], object]] = {}
+    for rival in ways:
+        step(rival.name)
+        row, call = _prepare(rival, subject, reference, training)
+        rows.append(row)
+        if call is not None:
+            calls[rival.name] = call
+    step("timing, all in turns")
+    with torch.set_grad_enabled(training):
+        device = subject.x.device
+        times = timing.interleaved(calls, device, seconds=seconds, batches=batches, graph=not training)
+    for row in rows:
+        if row["rival"] in times:
+            measured = times[row["rival"]]
+            row.update(measured.to_dict(), images_per_s=subject.x.shape[0] / measured.median)
+            row["ratio"] = measured.median / times[FASTRES].median if FASTRES in times else None
+    return rows
+
+
+def _prepare(
+    rival: Rival, subject: Subject, reference: parity.Reference, training: bool
+) -> tuple[Row, Callable[[], object] | None]:
+    """Make one rival ready: its row so far, and its call where it runs and passes."""
+    row: Row = {
+        "name": subject.name, "pass": "training" if training else "inference", "shape": list(subject.x.shape),
+        "dtype": str(subject.dtype).removeprefix("torch."), "layout": rival.layout, "rival": rival.name,
+    }  # fmt: skip
+    model = copy.deepcopy(subject.model)
+    start = time.perf_counter()
+    try:
+        with rival.settings():
+            run, x = rival.prepare(model, subject.x.clone())
+            found = parity.outputs(run, model, x)
+    except Exception as error:  # a rival's own failure, of whatever type, is a row of the result
+        row["missing"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return row, None
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    row["wait_s"] = time.perf_counter() - start
+    row.update(reference.judge(found).to_dict())
+    if not row["ok"]:
+        return row, None
+    return row, training_step(run, model, x) if training else lambda: run(x)
+
+
+def training_step(run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward, backward and an SGD step with momentum; the learning rate is 0, so that the work never changes."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits = run(x)
+        torch.nn.functional.cross_entropy(logits.float(), parity.targets(x, logits.shape[1])).backward()
+        optimizer.step()
+
+    return step
+
+
+def outcome(row: Row) -> str:
+    """One word on a row that was not timed, for tables."""
+    return "missing" if "missing" in row else "timed" if "median_s" in row else "wrong"

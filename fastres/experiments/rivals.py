@@ -1,0 +1,66 @@
+"""The ways to run one model that are compared: PyTorch eager and compiled, and fastres."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fastres
+
+FASTRES = "fastres"
+
+
+class Rival(NamedTuple):
+    """One way: ``prepare(model, x)`` may change its own copy of the model, and gives what is called and its input."""
+
+    name: str
+    prepare: Callable[[nn.Module, Tensor], tuple[Callable[[Tensor], Tensor], Tensor]]
+    layout: str
+    options: dict[str, Any]  # of torch._inductor.config while it prepares and is first called
+    compiles: bool = False
+
+    @contextlib.contextmanager
+    def settings(self) -> Iterator[None]:
+        """What must hold while it prepares and is first called: every compilation is a cold one, and none is given up."""
+        if not self.compiles:
+            yield
+            return
+        inductor, dynamo = torch._inductor.config, torch._dynamo.config
+        options = {"force_disable_caches": True, **self.options}
+        with inductor.patch(options), dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            yield
+
+
+def _eager(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
+    return model, x
+
+
+def _channels_last(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
+    return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+
+
+def _compiled(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
+    model, x = _channels_last(model, x)
+    return torch.compile(model, dynamic=False), x
+
+
+def _fastres(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
+    return fastres.optimize(model), x.contiguous(memory_format=torch.channels_last)
+
+
+EAGER = Rival("eager", _eager, "contiguous", {})
+CHANNELS_LAST = Rival("eager channels_last", _channels_last, "channels_last", {})
+COMPILE = Rival("torch.compile", _compiled, "channels_last", {}, compiles=True)
+FREEZING = Rival("torch.compile + freezing", _compiled, "channels_last", {"freezing": True}, compiles=True)
+MAX_AUTOTUNE = Rival("torch.compile max-autotune", _compiled, "channels_last", {"max_autotune": True}, compiles=True)
+OPTIMIZED = Rival(FASTRES, _fastres, "channels_last", {})
+
+INFERENCE = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE, FREEZING)
+TRAINING = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE)
+
+
+def forget_compiled() -> None:
+    """Drop what torch.compile keeps of earlier models, so that each comparison starts alike."""
+    torch._dynamo.reset()

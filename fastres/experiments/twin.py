@@ -1,0 +1,132 @@
+"""The same network in plain PyTorch: what fastres is compared with.
+
+``torch_twin`` copies a model and gives each fastres block the forward that torchvision writes for it, in ``torch.nn``
+modules and tensor operations alone; parameters, buffers and keys stay.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastres import models
+from fastres import nn as fnn
+from fastres.errors import UnsupportedError
+from fastres.models.cifar import CifarPreActResNet, CifarResNet
+from fastres.nn._module import FusedModule
+
+
+class TorchBasicBlock(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class TorchBottleneck(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class TorchPlainBlock(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)))
+
+
+class TorchPlainBottleneck(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self.bn3(self.conv3(out)))
+
+
+class _TorchPreAct(nn.Module):
+    def identity(self, x: Tensor, activated: Tensor) -> Tensor:
+        if self.downsample is None:
+            return x
+        return self.downsample(x if isinstance(self.downsample, fnn.ZeroPadShortcut) else activated)
+
+
+class TorchPreActBasicBlock(_TorchPreAct):
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.relu(self.bn1(x))
+        out = self.conv2(self.relu(self.bn2(self.conv1(activated))))
+        return out + self.identity(x, activated)
+
+
+class TorchPreActBottleneck(_TorchPreAct):
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.relu(self.bn1(x))
+        out = self.relu(self.bn2(self.conv1(activated)))
+        out = self.conv3(self.relu(self.bn3(self.conv2(out))))
+        return out + self.identity(x, activated)
+
+
+class TorchConvBNAct2d(nn.Module):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = self.bn(self.conv(x))
+        out = out if residual is None else out + residual
+        return out if self.act is None else self.act(out)
+
+
+class TorchResNet(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class TorchCifarResNet(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class TorchCifarPreActResNet(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
+        return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
+
+
+class TorchVGG(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+TWINS: dict[type, type] = {
+    fnn.BasicBlock: TorchBasicBlock,
+    fnn.Bottleneck: TorchBottleneck,
+    fnn.PlainBlock: TorchPlainBlock,
+    fnn.PlainBottleneck: TorchPlainBottleneck,
+    fnn.PreActBasicBlock: TorchPreActBasicBlock,
+    fnn.PreActBottleneck: TorchPreActBottleneck,
+    fnn.ConvBNAct2d: TorchConvBNAct2d,
+    models.ResNet: TorchResNet,
+    models.PlainNet: TorchResNet,
+    models.VGG: TorchVGG,
+    CifarResNet: TorchCifarResNet,
+    CifarPreActResNet: TorchCifarPreActResNet,
+}
+
+
+def torch_twin(model: nn.Module) -> nn.Module:
+    """A copy of the model whose blocks run plain PyTorch.
+
+    Raises:
+        UnsupportedError: it holds a fastres module, or a subclass of one, that has no twin here.
+    """
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        kind = type(module)
+        if kind in TWINS:
+            module.__class__ = TWINS[kind]
+        elif isinstance(module, FusedModule):
+            raise UnsupportedError(f"fastres: {kind.__name__} has no plain PyTorch twin to be compared with")
+    return twin

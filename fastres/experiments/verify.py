@@ -1,0 +1,43 @@
+"""Verifies one optimised model: within the error budget, and restored to the bit."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import fastres
+from fastres.experiments import parity
+from fastres.experiments.subject import Subject
+
+
+def verify(subject: Subject, *, training: bool = False, step: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
+    """Optimise a copy of the subject's model, hold it against float64, restore it, and compare bits.
+
+    ``ok`` says that all of it holds; the error and what it is measured by stand beside it.
+    """
+    x = subject.x.contiguous(memory_format=torch.channels_last)
+    step("PyTorch and float64")
+    model = subject.model.train(training)
+    reference = parity.Reference(model, subject.x)
+    step("fastres")
+    optimized = fastres.optimize(copy.deepcopy(model))
+    verdict = reference.judge(parity.outputs(optimized, optimized, x))
+    step("restore")
+    restored = fastres.restore(fastres.optimize(copy.deepcopy(model)))
+    plain = copy.deepcopy(model)
+    if next(restored.parameters()).dim() == 4 and is_channels_last(restored):
+        plain = plain.to(memory_format=torch.channels_last)
+    step("restored network")
+    same = same_bits(parity.outputs(restored, restored, x), parity.outputs(plain, plain, x))
+    return {"model": subject.label, **verdict.to_dict(), "restored": same, "ok": verdict.ok and same}
+
+
+def is_channels_last(model: torch.nn.Module) -> bool:
+    """Whether the model's convolution weights are laid out in channels_last."""
+    weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    return bool(weights)
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)

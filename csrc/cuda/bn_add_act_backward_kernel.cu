@@ -9,7 +9,7 @@
 namespace fastres::cuda {
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     bn_add_act_backward_reduce_kernel(const __grid_constant__ BnAddActBackwardParams p) {
   bn_backward_reduce<Traits, true>(p);
 }

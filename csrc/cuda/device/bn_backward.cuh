@@ -23,8 +23,9 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
 
   // A thread's own positions.
   GradientSums<Traits::kVec> sums{};
-  typename Traits::Vector grad_y_in[kUnroll], y_in[kUnroll], x_in[kUnroll];
-  for_each_vector<kUnroll>(
+  constexpr int kSlots = kAdd ? kUnroll / 2 : kUnroll;  // four of three operands need more registers than there are
+  typename Traits::Vector grad_y_in[kSlots], y_in[kSlots], x_in[kSlots];
+  for_each_vector<kSlots>(
       Walk<Traits>(p.geometry, tile),
       [&](int slot, int64_t offset) {
         grad_y_in[slot] = load<Traits::kVec>(grad_y + offset);

@@ -1,4 +1,5 @@
-"""The command line ``fastres`` (= ``python -m fastres``). Exit codes: 0 fine, 1 a check failed, 2 a wrong request.
+"""The command line ``fastres`` (= ``python -m fastres``). Exit codes: 0 fine, 1 a check failed, 2 a wrong
+request.
 
 Results go to stdout, as JSON alone with ``--json``; progress and messages to stderr.
 """
@@ -102,7 +103,8 @@ def verify(arguments: argparse.Namespace) -> int:
         result = verify(subject, training=arguments.mode == "training", step=step)
     state = "passed" if result["ok"] else "FAILED"
     lines = [f"{subject.label}, {arguments.mode}: {state}"]
-    lines.append(f"  error {result['error']:.3g}, torch's own {result['torch_error']:.3g}, allowed {result['allowed']:.3g}")
+    own, allowed = f"torch's own {result['torch_error']:.3g}", f"allowed {result['allowed']:.3g}"
+    lines.append(f"  error {result['error']:.3g}, {own}, {allowed}")
     lines.append(f"  restore gives back the same bits: {'yes' if result['restored'] else 'NO'}")
     _show(arguments, result, "\n".join(lines))
     return 0 if result["ok"] else 1
@@ -117,7 +119,11 @@ def tune(arguments: argparse.Namespace) -> int:
     x = fastres_input(subject.x)
     with _progress(arguments, "tune", None) as step:
         session = tuner.tune_model(
-            model, x, seconds=arguments.seconds, store=not arguments.dry_run, step=lambda key, total: step(key, total)
+            model,
+            x,
+            seconds=arguments.seconds,
+            store=not arguments.dry_run,
+            step=lambda key, total: step(key, total),
         )
     data = session.to_dict() | {"file": None if arguments.dry_run else str(tune.cache_file(x.device))}
     lines = [f"{r.chosen.backend:8} {r.speedup:6.2f}x over torch  {r.key}" for r in session.results]
@@ -153,7 +159,11 @@ def _subject(arguments: argparse.Namespace) -> Any:
     from fastres.experiments.subject import load
 
     return load(
-        arguments.model, batch=arguments.batch, size=arguments.size, dtype=arguments.dtype, device=arguments.device
+        arguments.model,
+        batch=arguments.batch,
+        size=arguments.size,
+        dtype=arguments.dtype,
+        device=arguments.device,
     )
 
 
@@ -213,10 +223,12 @@ def _parser() -> _Parser:
 
 def _about_a_model() -> argparse.ArgumentParser:
     about = argparse.ArgumentParser(add_help=False)
-    text = "a network of fastres.models (resnet50, cifar.resnet20), torchvision:NAME, timm:NAME, or path.py:factory"
+    text = "of fastres.models (resnet50, cifar.resnet20), torchvision:NAME, timm:NAME, or path.py:factory"
     about.add_argument("model", metavar="MODEL", help=text)
     about.add_argument("--batch", type=_positive, default=1, help="images (default: 1)")
-    about.add_argument("--size", type=_positive, default=None, help="height and width (default: 224, CIFAR networks 32)")
+    about.add_argument(
+        "--size", type=_positive, default=None, help="height and width (default: 224, CIFAR networks 32)"
+    )
     about.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     about.add_argument("--mode", choices=MODES, default="inference", help="default: inference")
     about.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one")

@@ -1,4 +1,6 @@
-"""What is here: versions, devices, what was built, and per op and backend whether it runs or why not; for bug reports."""
+"""What is here: versions, devices, what was built, and per op and backend whether it runs or why not; for bug
+reports.
+"""
 
 import functools
 import importlib.metadata
@@ -31,7 +33,10 @@ def collect() -> dict[str, Any]:
         "machine": machine(),
         "build": native.build_info(),
         "ops": {name: {b.name: status(op, b) for b in op.backends} for name, op in sorted(REGISTRY.items())},
-        "cache": {"directory": str(env.cache_dir()), "files": [str(p) for p in sorted(env.cache_dir().glob("*.json"))]},
+        "cache": {
+            "directory": str(env.cache_dir()),
+            "files": [str(p) for p in sorted(env.cache_dir().glob("*.json"))],
+        },
         "environment": env.overrides(),
     }
 
@@ -52,9 +57,12 @@ def machine() -> dict[str, Any]:
     """Processor, threads torch uses, GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": cpu_model(), "capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}", "gpus": gpus,
-    }  # fmt: skip
+        "cpu": cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpus": gpus,
+    }
 
 
 @functools.cache
@@ -94,7 +102,12 @@ def live(backend: str) -> bool:
 def text(data: dict[str, Any]) -> str:
     """The same for people."""
     build, hardware = data["build"], data["machine"]
-    absent = {"cuda": "built without CUDA", "driver": "no GPU driver", "nvcc": "not found", "triton": "not installed"}
+    absent = {
+        "cuda": "built without CUDA",
+        "driver": "no GPU driver",
+        "nvcc": "not found",
+        "triton": "not installed",
+    }
     lines = [f"fastres {data['fastres']}"]
     lines += [f"  {name:9} {data[name] or absent[name]}" for name in ("python", "torch", *absent)]
     lines.append(f"  {'cpu':9} {hardware['cpu']}, {hardware['threads']} threads, {hardware['capability']}")
@@ -103,13 +116,16 @@ def text(data: dict[str, Any]) -> str:
     for part in ("cpu", "cuda"):
         built = part in build["built"]
         detail = f"sm {' '.join(build['cuda_archs'])}" if part == "cuda" and built else build.get("compiler") or ""
-        lines.append(f"  {part:9} " + (f"built ({detail})" if built else f"not built: {build['why_not'].get(part, '')}"))
+        lines.append(
+            f"  {part:9} " + (f"built ({detail})" if built else f"not built: {build['why_not'].get(part, '')}")
+        )
     if build.get("git"):
         lines.append(f"  {'revision':9} {build['git']}")
     lines.append("ops")
     lines += _op_lines(data["ops"])
     lines.append("tuning cache")
-    lines.append(f"  {data['cache']['directory']}: {', '.join(Path(p).name for p in data['cache']['files']) or 'empty'}")
+    files = ", ".join(Path(path).name for path in data["cache"]["files"])
+    lines.append(f"  {data['cache']['directory']}: {files or 'empty'}")
     lines.append("environment")
     lines += [f"  {name}={value}" for name, value in data["environment"].items()] or ["  no variable of fastres is set"]
     return "\n".join(lines)

@@ -24,12 +24,16 @@ def need(what: str, *modules: str, extra: str = "demo") -> list[ModuleType]:
     """
     missing = [PACKAGES.get(name, name) for name in modules if not installed(name.partition(".")[0])]
     if missing:
-        raise UnsupportedError(f"{what} needs {' and '.join(missing)}, which is not installed (pip install fastres[{extra}])")
+        raise UnsupportedError(
+            f"{what} needs {' and '.join(missing)}, which is not installed (pip install fastres[{extra}])"
+        )
     return [importlib.import_module(name) for name in modules]
 
 
 class Progress:
-    """Steps of long work on stderr: a bar of rich on a terminal where that is installed, else one line a step."""
+    """Steps of long work on stderr: a bar of rich on a terminal where that is installed, else one line a
+    step.
+    """
 
     def __init__(self, title: str, total: int | None = None, *, quiet: bool = False) -> None:
         self.title, self.total, self.done, self.quiet = title, total, 0, quiet
@@ -37,8 +41,15 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if not self.quiet and sys.stderr.isatty() and installed("rich"):
-            progress, console = importlib.import_module("rich.progress"), importlib.import_module("rich.console")
-            columns = (progress.SpinnerColumn(), *progress.Progress.get_default_columns(), progress.TimeElapsedColumn())
+            progress, console = (
+                importlib.import_module("rich.progress"),
+                importlib.import_module("rich.console"),
+            )
+            columns = (
+                progress.SpinnerColumn(),
+                *progress.Progress.get_default_columns(),
+                progress.TimeElapsedColumn(),
+            )
             self._bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total)

@@ -1,8 +1,10 @@
-"""Measures calls side by side: candidates take turns in one run, and the median of many short batches is reported.
+"""Measures calls side by side: candidates take turns in one run, and the median of many short batches is
+reported.
 
-Taking turns makes slow drifts of a machine (clock, neighbours, temperature) hit all candidates alike, so that ratios hold
-where absolute times do not. A batch is a number of calls between two readings of the clock: wall time on the CPU; on CUDA
-events around the replay of a graph that holds the calls, or around the calls themselves where they cannot be captured.
+Taking turns makes slow drifts of a machine (clock, neighbours, temperature) hit all candidates alike, so that
+ratios hold where absolute times do not. A batch is a number of calls between two readings of the clock: wall
+time on the CPU; on CUDA events around the replay of a graph that holds the calls, or around the calls
+themselves where they cannot be captured.
 """
 
 import math

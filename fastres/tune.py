@@ -1,4 +1,6 @@
-"""What tuning found: validated architectures and fastest backends, shipped as data and kept in the user's cache."""
+"""What tuning found: validated architectures and fastest backends, shipped as data and kept in the user's
+cache.
+"""
 
 import functools
 import json
@@ -15,7 +17,10 @@ from fastres import env
 from fastres.errors import UnsupportedError
 
 FORMAT = 1
-SECTIONS = ("validated", "failed")  # per architecture and backend, the ops that kept or missed the error budget
+SECTIONS = (
+    "validated",
+    "failed",
+)  # per architecture and backend, the ops that kept or missed the error budget
 _SHIPPED = Path(__file__).parent / "tuned"
 _warned: set[str] = set()
 
@@ -28,7 +33,9 @@ def device_name(device: torch.device) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """Architecture a kernel is validated for: ``sm_90``, or the device type where there is no compute capability."""
+    """Architecture a kernel is validated for: ``sm_90``, or the device type where there is no compute
+    capability.
+    """
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -41,7 +48,9 @@ def cache_file(device: torch.device) -> Path:
 
 
 def key(op: str, args: tuple) -> str:
-    """Key of a tuned choice: op, then per argument its dtype, layout and shape (batch in powers of two) or its value."""
+    """Key of a tuned choice: op, then per argument its dtype, layout and shape (batch in powers of two) or
+    its value.
+    """
     parts = [op]
     for arg in args:
         if isinstance(arg, torch.Tensor):
@@ -80,7 +89,9 @@ def _check(data: Any) -> dict:
 
 
 def read(path: Path) -> dict:
-    """Read one tuning file, raising ValueError with the reason where it is corrupt or others could have written it."""
+    """Read one tuning file, raising ValueError with the reason where it is corrupt or others could have
+    written it.
+    """
     try:
         if path.parent != _SHIPPED:
             _check_ownership(path)
@@ -118,7 +129,9 @@ def _read_or_warn(path: Path) -> dict | None:
 
 @functools.lru_cache(maxsize=16)
 def _table(device: torch.device) -> tuple[dict, dict]:
-    """What the device's architecture validated, and tuned choices: shipped ones first, the user's over them."""
+    """What the device's architecture validated, and tuned choices: shipped ones first, the user's over
+    them.
+    """
     validated: dict[str, set[str]] = {}
     choices: dict[str, dict] = {}
     arch = architecture(device)
@@ -140,7 +153,9 @@ def forget() -> None:
 
 
 def choice(op: str, args: tuple, device: torch.device) -> tuple[str | None, tuple | None]:
-    """The backend tuning found fastest for these arguments on this device, and its configuration; None where none."""
+    """The backend tuning found fastest for these arguments on this device, and its configuration; None where
+    none.
+    """
     found = _table(device)[1].get(key(op, args))
     if found is None:
         return None, None
@@ -180,10 +195,12 @@ def store(
     choices: dict[str, dict],
     failed: dict[str, list[str]] | None = None,
 ) -> Path:
-    """Merge new results into the user's cache: directory 0700, file replaced atomically, a corrupt file never touched.
+    """Merge new results into the user's cache: directory 0700, file replaced atomically, a corrupt file never
+    touched.
 
     Args:
-        validated, failed: ops by backend that kept or missed the error budget on this device; the newest verdict holds.
+        validated, failed: ops by backend that kept or missed the error budget on this device; the newest
+            verdict holds.
         choices: ``{key: {"backend": name, ...}}``.
 
     Raises:

@@ -1,8 +1,9 @@
 """Explicit tuning: validates every backend that can run a call, times those that pass, and keeps the fastest.
 
-A candidate is first held against float64 on the op's samples and on the call's own arguments; one that misses the error
-budget is discarded, reported, and never chosen on this device. PyTorch is always a candidate, so a tuned choice is never
-slower than it. Results go to the user's cache (``fastres.tune``) and are used from the next call on.
+A candidate is first held against float64 on the op's samples and on the call's own arguments; one that misses
+the error budget is discarded, reported, and never chosen on this device. PyTorch is always a candidate, so a
+tuned choice is never slower than it. Results go to the user's cache (``fastres.tune``) and are used from the
+next call on.
 """
 
 import copy
@@ -58,7 +59,13 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         found = [candidate.to_dict() for candidate in self.candidates]
-        return {"op": self.op, "key": self.key, "chosen": self.chosen.backend, "speedup": self.speedup, "candidates": found}
+        return {
+            "op": self.op,
+            "key": self.key,
+            "chosen": self.chosen.backend,
+            "speedup": self.speedup,
+            "candidates": found,
+        }
 
 
 @dataclass
@@ -95,7 +102,7 @@ class Session:
             return None
         name = (op.name, backend.name)
         if name not in self._verdicts:
-            self._verdicts[name] = self._on_samples(op, backend)
+            self._verdicts[name] = self.on_samples(op, backend)
         verdict = self._verdicts[name]
         if verdict is None and (reason := judge(op, run, args)):
             verdict = f"on this call: {reason}"
@@ -103,7 +110,7 @@ class Session:
                 self._verdicts[name] = verdict
         return verdict
 
-    def _on_samples(self, op: Op, backend: Backend) -> str | None:
+    def on_samples(self, op: Op, backend: Backend) -> str | None:
         for dtype in DTYPES:
             for label, args in _samples(op, self.device, dtype):
                 if backend.why_not(*args) is None and (reason := judge(op, backend.load(), args)):
@@ -123,7 +130,9 @@ class Session:
         return found
 
     def store(self) -> str:
-        """Write the results to the user's cache; the next call of each op uses them. Returns the file's path."""
+        """Write the results to the user's cache; the next call of each op uses them. Returns the file's
+        path.
+        """
         verdicts: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
         for (op, backend), reason in self._verdicts.items():
             verdicts[reason is None].setdefault(backend, []).append(op)
@@ -164,7 +173,8 @@ def tune_model(
     store: bool = True,
     step: Callable[[str, int], object] | None = None,
 ) -> Session:
-    """Tune every distinct call of an op that the model makes on x, in the mode it is in; the model is not changed.
+    """Tune every distinct call of an op that the model makes on x, in the mode it is in; the model is not
+    changed.
 
     In training mode a copy of the model runs forward and backward, so that gradients are tuned too.
 
@@ -172,7 +182,8 @@ def tune_model(
         step: called before each call with its key and the number of calls.
 
     Raises:
-        UnsupportedError: no fastres op runs in the model, or the user's cache is corrupt and was left as it is.
+        UnsupportedError: no fastres op runs in the model, or the user's cache is corrupt and was left as it
+            is.
     """
     if store:
         tune.check_writable(x.device)  # minutes of work end there otherwise
@@ -190,7 +201,9 @@ def tune_model(
 
 
 def record(model: nn.Module, x: Tensor) -> dict[str, tuple[Op, tuple]]:
-    """The distinct op calls, by tuning key, that the model makes on x; in training mode those of the backward pass too."""
+    """The distinct op calls, by tuning key, that the model makes on x; in training mode those of the backward
+    pass too.
+    """
     recorder = _Recorder()
     if model.training:
         twin = copy.deepcopy(model)
@@ -228,7 +241,9 @@ def _device(args: tuple) -> torch.device:
 
 
 def _candidates(op: Op, args: tuple) -> Iterator[tuple[Backend, tuple | None, Callable]]:
-    """Every backend, and each of its configurations where it has several; refused ones once, to be reported."""
+    """Every backend, and each of its configurations where it has several; refused ones once, to be
+    reported.
+    """
     for backend in op.backends:
         if backend.why_not(*args) is not None:
             yield backend, None, _refused
@@ -245,8 +260,12 @@ def _refused(*args: Any) -> None:
 def _samples(op: Op, device: torch.device, dtype: torch.dtype) -> Iterable[tuple[str, tuple]]:
     for sample in op.samples(device, dtype):
         for layout in LAYOUTS:
-            yield sample.label, tuple(
-                a.contiguous(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a for a in sample.args
+            yield (
+                sample.label,
+                tuple(
+                    a.contiguous(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a
+                    for a in sample.args
+                ),
             )
 
 
@@ -281,7 +300,11 @@ def _fastest(candidates: list[Candidate]) -> Candidate:
 
 
 def _entry(result: Tuned) -> dict[str, Any]:
-    entry: dict[str, Any] = {"backend": result.chosen.backend, "seconds": result.chosen.seconds, "speedup": result.speedup}
+    entry: dict[str, Any] = {
+        "backend": result.chosen.backend,
+        "seconds": result.chosen.seconds,
+        "speedup": result.speedup,
+    }
     if result.chosen.config is not None:
         entry["config"] = list(result.chosen.config)
     return entry

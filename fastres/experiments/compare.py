@@ -1,4 +1,6 @@
-"""Parity first, then speed: every way to run a model judged against float64, and those that pass timed in turns."""
+"""Parity first, then speed: every way to run a model judged against float64, and those that pass timed in
+turns.
+"""
 
 import copy
 import time
@@ -27,8 +29,9 @@ def compare(
 ) -> list[Row]:
     """Compare the ways to run one model.
 
-    Every row names its rival and says what became of it: ``missing`` (it cannot run here, with the reason), or its
-    parity, and, unless that failed, its times and ``ratio``: how many times as long as fastres it takes.
+    Every row names its rival and says what became of it: ``missing`` (it cannot run here, with the reason),
+        or its parity, and, unless that failed, its times and ``ratio``: how many times as long as fastres it
+        takes.
 
     Args:
         training: time a training step (forward, backward, SGD with momentum) instead of evaluation.
@@ -86,7 +89,9 @@ def _prepare(
 
 
 def training_step(run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward, backward and an SGD step with momentum; the learning rate is 0, so that the work never changes."""
+    """Forward, backward and an SGD step with momentum; the learning rate is 0, so that the work never
+    changes.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def step() -> None:

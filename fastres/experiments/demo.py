@@ -1,4 +1,6 @@
-"""The demo: residual networks on real images, in plain PyTorch and with fastres; do they agree, and how fast are they?"""
+"""The demo: residual networks on real images, in plain PyTorch and with fastres; do they agree, and how fast
+are they?
+"""
 
 import json
 import statistics
@@ -25,7 +27,8 @@ MOST_DIFFERENCE = {"early losses": 1e-2, "epoch losses": 0.1, "test accuracy": 0
 
 
 def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Run the demo, print its table, write ``demo.json`` and ``demo.png``; the result says whether all checks held.
+    """Run the demo, print its table, write ``demo.json`` and ``demo.png``; the result says whether all checks
+    held.
 
     Args:
         out: directory of the two files.
@@ -42,9 +45,21 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: boo
         subjects = [_digit_subject(curves, data.test[0]), _photo_subject("resnet18" if quick else "resnet50")]
         networks = []
         for subject in subjects:
-            rows = compare(subject, WAYS, seconds=3.0 if quick else 8.0, step=lambda t, s=subject: progress.step(f"{s.name}: {t}"))
+            rows = compare(
+                subject,
+                WAYS,
+                seconds=3.0 if quick else 8.0,
+                step=lambda t, s=subject: progress.step(f"{s.name}: {t}"),
+            )
             checked = verify(subject, step=lambda t, s=subject: progress.step(f"{s.name}, restore: {t}"))
-            networks.append({"model": subject.label, "rows": rows, "restored": checked["restored"], "backends": _backends(subject)})
+            networks.append(
+                {
+                    "model": subject.label,
+                    "rows": rows,
+                    "restored": checked["restored"],
+                    "backends": _backends(subject),
+                }
+            )
     training = {name: curve.to_dict() for name, curve in curves.items()}
     checks = _check_training(curves) | _check_inference(networks)
     result = {
@@ -60,7 +75,12 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: boo
 
 
 def _digit_subject(curves: dict[str, Curve], images: Tensor) -> Subject:
-    return Subject("ResNet-20 on digits", torch_twin(curves["fastres"].model).eval(), images[:256].contiguous(), images.dtype)
+    return Subject(
+        "ResNet-20 on digits",
+        torch_twin(curves["fastres"].model).eval(),
+        images[:256].contiguous(),
+        images.dtype,
+    )
 
 
 def _photo_subject(name: str) -> Subject:
@@ -106,17 +126,27 @@ def _check_training(curves: dict[str, Curve]) -> dict[str, dict[str, Any]]:
     theirs, ours = curves["torch"], curves["fastres"]
     steps = len(ours.losses) // len(ours.seconds)
     early = max(abs(a - b) for a, b in zip(theirs.losses[:EARLY_STEPS], ours.losses[:EARLY_STEPS], strict=True))
-    means = [[statistics.fmean(c.losses[i : i + steps]) for i in range(0, len(c.losses), steps)] for c in (theirs, ours)]
+    means = [
+        [statistics.fmean(c.losses[i : i + steps]) for i in range(0, len(c.losses), steps)] for c in (theirs, ours)
+    ]
     by_epoch = max(abs(a - b) for a, b in zip(*means, strict=True))
     apart = abs(theirs.accuracies[-1] - ours.accuracies[-1])
     found = {"early losses": early, "epoch losses": by_epoch, "test accuracy": apart}
     checks = {
-        f"{name} differ": {"value": value, "must be at most": MOST_DIFFERENCE[name], "ok": value <= MOST_DIFFERENCE[name]}
+        f"{name} differ": {
+            "value": value,
+            "must be at most": MOST_DIFFERENCE[name],
+            "ok": value <= MOST_DIFFERENCE[name],
+        }
         for name, value in found.items()
     }
     for name, curve in curves.items():
         value = curve.accuracies[-1]
-        checks[f"test accuracy, {name}"] = {"value": value, "must be at least": LEAST_ACCURACY, "ok": value >= LEAST_ACCURACY}
+        checks[f"test accuracy, {name}"] = {
+            "value": value,
+            "must be at least": LEAST_ACCURACY,
+            "ok": value >= LEAST_ACCURACY,
+        }
     return checks
 
 
@@ -125,7 +155,11 @@ def _check_inference(networks: list[dict[str, Any]]) -> dict[str, dict[str, Any]
     for network in networks:
         row = next(row for row in network["rows"] if row["rival"] == rivals.FASTRES)
         name = network["model"].partition(" ")[0]
-        value = {"value": row.get("error"), "torch": row.get("torch_error"), "must be at most": row.get("allowed")}
+        value = {
+            "value": row.get("error"),
+            "torch": row.get("torch_error"),
+            "must be at most": row.get("allowed"),
+        }
         checks[f"error, {name}"] = {**value, "ok": bool(row.get("ok"))}
         checks[f"restore is exact, {name}"] = {"value": network["restored"], "ok": network["restored"]}
     return checks
@@ -149,10 +183,16 @@ def _print(result: dict[str, Any], out: Path) -> None:
         "fastres demo", ("", "time", "fastres is", "result", "beside it"), rows,
         f"{result['cpu']}, {result['threads']} threads, torch {result['torch']}",
     )  # fmt: skip
-    for part, ran in [("training", result["training_backends"]), *((n["model"], n["backends"]) for n in result["inference"])]:
+    for part, ran in [
+        ("training", result["training_backends"]),
+        *((n["model"], n["backends"]) for n in result["inference"]),
+    ]:
         print(f"{part}: " + ", ".join(f"{op} on {' and '.join(backends)}" for op, backends in ran.items()))
     for name, check in result["checks"].items():
-        print(f"{'ok    ' if check['ok'] else 'FAILED'} {name}: " + ", ".join(_said(k, v) for k, v in check.items() if k != "ok"))
+        print(
+            f"{'ok    ' if check['ok'] else 'FAILED'} {name}: "
+            + ", ".join(_said(k, v) for k, v in check.items() if k != "ok")
+        )
     print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}")
 
 
@@ -180,7 +220,15 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         label = f"{'plain PyTorch' if name == 'torch' else name}, {seconds:.2f} s per epoch"
         axes[0][0].plot(curve["losses"], color=colour, linestyle=style, linewidth=width, label=label)
         percent = [100 * value for value in curve["accuracies"]]
-        axes[0][1].plot(range(1, len(percent) + 1), percent, color=colour, linestyle=style, linewidth=width, marker="o", markersize=4)
+        axes[0][1].plot(
+            range(1, len(percent) + 1),
+            percent,
+            color=colour,
+            linestyle=style,
+            linewidth=width,
+            marker="o",
+            markersize=4,
+        )
     axes[0][0].set(yscale="log", xlabel="step", ylabel="training loss")
     axes[0][0].legend(fontsize=9, frameon=False)
     axes[0][0].set_title(f"ResNet-20 on digits ({SIDE}x{SIDE}), same seed", fontsize=10, loc="left")
@@ -192,6 +240,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
         axis.set_title(f"inference: {network['model']}", fontsize=10, loc="left")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"fastres demo — {result['cpu']}, {result['threads']} threads, torch {result['torch']}", fontsize=11)
+    figure.suptitle(
+        f"fastres demo — {result['cpu']}, {result['threads']} threads, torch {result['torch']}", fontsize=11
+    )
     figure.savefig(path, dpi=140)
     pyplot.close(figure)

@@ -1,4 +1,6 @@
-"""Trains one small residual network twice from the same weights, in plain PyTorch and with fastres, on scanned digits."""
+"""Trains one small residual network twice from the same weights, in plain PyTorch and with fastres, on
+scanned digits.
+"""
 
 import time
 from collections.abc import Callable
@@ -56,7 +58,8 @@ def digits() -> Digits:
 def train(data: Digits, epochs: int, step: Callable[[str], object]) -> dict[str, Curve]:
     """Train both networks epoch by epoch in turns, so that both meet the machine in the same state.
 
-    Both start from the same weights, see the same batches in the same order, and are laid out in channels_last.
+    Both start from the same weights, see the same batches in the same order, and are laid out in
+    channels_last.
     """
     torch.manual_seed(0)
     model = cifar.resnet(20, in_channels=1).to(memory_format=torch.channels_last)
@@ -75,7 +78,9 @@ class _Run:
 
     def __init__(self, curve: Curve, data: Digits, epochs: int) -> None:
         self.curve, self.data = curve, data
-        self.optimizer = torch.optim.SGD(curve.model.parameters(), lr=PEAK_RATE, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        self.optimizer = torch.optim.SGD(
+            curve.model.parameters(), lr=PEAK_RATE, momentum=0.9, weight_decay=1e-4, nesterov=True
+        )
         steps = epochs * -(-len(data.train[1]) // BATCH)
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, PEAK_RATE, total_steps=steps)
 

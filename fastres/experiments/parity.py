@@ -1,4 +1,6 @@
-"""Judges a whole model's results: error against the same model in float64, beside PyTorch's own at the same dtype."""
+"""Judges a whole model's results: error against the same model in float64, beside PyTorch's own at the same
+dtype.
+"""
 
 import copy
 import math
@@ -32,7 +34,8 @@ def targets(x: Tensor, classes: int) -> Tensor:
 
 
 def outputs(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What one call leaves: the logits; in training mode the loss, every gradient and every running statistic.
+    """What one call leaves: the logits; in training mode the loss, every gradient and every running
+    statistic.
 
     Args:
         run: the model, or what stands for it (compiled).
@@ -51,7 +54,9 @@ def outputs(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dic
 
 
 class Reference:
-    """The float64 truth of a model on an input, in the mode it is in, with PyTorch's results in both memory formats."""
+    """The float64 truth of a model on an input, in the mode it is in, with PyTorch's results in both memory
+    formats.
+    """
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.dtype = x.dtype
@@ -65,8 +70,8 @@ class Reference:
     def judge(self, actual: dict[str, Tensor]) -> Verdict:
         """Hold results against the truth; PyTorch's own error is the larger one of its two memory formats.
 
-        Several tensors, as in training, count together: the root mean square of their relative errors, which one wrong
-        tensor ruins and the luck of rounding does not.
+        Several tensors, as in training, count together: the root mean square of their relative errors, which
+            one wrong tensor ruins and the luck of rounding does not.
         """
         theirs = max(self.torch, key=self._error)
         if set(actual) != set(self.truth):

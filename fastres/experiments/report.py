@@ -39,7 +39,15 @@ def cells(row: Row) -> list[str]:
     spread = f"{row['p20_s'] * 1e3:.4g} – {row['p80_s'] * 1e3:.4g}"
     ratio = "–" if row["rival"] == FASTRES or row["ratio"] is None else times(row["ratio"])
     median = terminal.milliseconds(row["median_s"])
-    return [row["rival"], median, spread, f"{row['images_per_s']:.1f}", ratio, f"{row['wait_s']:.1f} s", *error]
+    return [
+        row["rival"],
+        median,
+        spread,
+        f"{row['images_per_s']:.1f}",
+        ratio,
+        f"{row['wait_s']:.1f} s",
+        *error,
+    ]
 
 
 def times(ratio: float) -> str:
@@ -52,7 +60,8 @@ def save(directory: Path, stem: str, data: dict[str, Any]) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     text, picture = directory / f"{stem}.json", directory / f"{stem}.png"
     text.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    title = f"{data['model']}, {data['mode']} — {data['gpus'][0] if data['gpus'] else data['cpu']}, torch {data['torch']}"
+    machine = data["gpus"][0] if data["gpus"] else data["cpu"]
+    title = f"{data['model']}, {data['mode']} — {machine}, torch {data['torch']}"
     bars(picture, title, data["rows"])
     return [str(text), str(picture)]
 
@@ -70,9 +79,18 @@ def bars(path: Path, title: str, rows: list[Row]) -> None:
 
 def draw_bars(axes: Any, rows: list[Row]) -> None:
     medians = [row["median_s"] * 1e3 for row in rows]
-    spreads = [[max(row["median_s"] - row["p20_s"], 0) * 1e3 for row in rows], [max(row["p80_s"] - row["median_s"], 0) * 1e3 for row in rows]]  # fmt: skip
+    below = [max(row["median_s"] - row["p20_s"], 0) * 1e3 for row in rows]
+    above = [max(row["p80_s"] - row["median_s"], 0) * 1e3 for row in rows]
     colours = [FASTRES_COLOUR if row["rival"] == FASTRES else TORCH_COLOUR for row in rows]
-    axes.barh([row["rival"] for row in rows], medians, xerr=spreads, color=colours, ecolor="#333333", capsize=3, height=0.62)
+    axes.barh(
+        [row["rival"] for row in rows],
+        medians,
+        xerr=(below, above),
+        color=colours,
+        ecolor="#333333",
+        capsize=3,
+        height=0.62,
+    )
     for index, value in enumerate(medians):
         axes.text(value * 0.02, index, f"{value:.3g} ms", va="center", color="white", fontsize=8, fontweight="bold")
     axes.invert_yaxis()

@@ -1,6 +1,7 @@
 """The ways to run one model that are compared: PyTorch eager and compiled, and fastres."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,9 @@ FASTRES = "fastres"
 
 
 class Rival(NamedTuple):
-    """One way: ``prepare(model, x)`` may change its own copy of the model, and gives what is called and its input."""
+    """One way: ``prepare(model, x)`` may change its own copy of the model, and gives what is called and its
+    input.
+    """
 
     name: str
     prepare: Callable[[nn.Module, Tensor], tuple[Callable[[Tensor], Tensor], Tensor]]
@@ -23,14 +26,33 @@ class Rival(NamedTuple):
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
-        """What must hold while it prepares and is first called: every compilation is a cold one, and none is given up."""
+        """What must hold while it prepares and is first called: every compilation is a cold one, and none is
+        given up.
+        """
         if not self.compiles:
             yield
             return
         inductor, dynamo = torch._inductor.config, torch._dynamo.config
         options = {"force_disable_caches": True, **self.options}
-        with inductor.patch(options), dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        patient = dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+        with all_cores(), inductor.patch(options), patient:
             yield
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Let compilers use every core: where threads are pinned, this one, and so what it starts, is held to
+    one.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _eager(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:

@@ -34,16 +34,22 @@ class Subject(NamedTuple):
 
 
 def names() -> list[str]:
-    """Networks of fastres.models as the command line names them; CIFAR and plain ones take any depth they can have."""
+    """Networks of fastres.models as the command line names them; CIFAR and plain ones take any depth they can
+    have.
+    """
     found = [name for name in models.__all__ if name.islower() and name not in ("cifar", "load_weights", "plain")]
     return [*found, "plain34", "cifar.resnet20", "cifar.plain20", "cifar.preact_resnet164"]
 
 
-def load(name: str, *, batch: int = 1, size: int | None = None, dtype: str = "fp32", device: str | None = None) -> Subject:
-    """Build a model by name, with the weights of seed 0 and lively batch-norm statistics, and an input for it.
+def load(
+    name: str, *, batch: int = 1, size: int | None = None, dtype: str = "fp32", device: str | None = None
+) -> Subject:
+    """Build a model by name, with the weights of seed 0 and lively batch-norm statistics, and an input for
+    it.
 
     Args:
-        name: of ``names()``, ``torchvision:NAME``, ``timm:NAME``, or ``path.py:factory`` (a function of no arguments).
+        name: of ``names()``, ``torchvision:NAME``, ``timm:NAME``, or ``path.py:factory`` (a function of no
+            arguments).
         batch: images.
         size: height and width; None is 224, or 32 for a CIFAR network.
         dtype: of ``DTYPES``; parameters and input.
@@ -71,7 +77,9 @@ def load(name: str, *, batch: int = 1, size: int | None = None, dtype: str = "fp
 
 
 def enliven(model: nn.Module) -> None:
-    """Give batch norms the statistics and parameters of a network in use: at their defaults a wrong fold would pass."""
+    """Give batch norms the statistics and parameters of a network in use: at their defaults a wrong fold
+    would pass.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def draw(like: Tensor, low: float, high: float) -> None:
@@ -106,9 +114,8 @@ def _factory(name: str) -> Callable[[], Any]:
     if found := PLAIN.fullmatch(name):
         return lambda: models.plain(int(found[1]))
     if name not in names():
-        raise ArgumentError(
-            f"MODEL must be one of {', '.join(names())}, torchvision:NAME, timm:NAME or path.py:factory, got {name!r}"
-        )
+        known = ", ".join((*names(), "torchvision:NAME", "timm:NAME"))
+        raise ArgumentError(f"MODEL must be one of {known} or path.py:factory, got {name!r}")
     return getattr(models, name)
 
 

@@ -1,7 +1,7 @@
 """The same network in plain PyTorch: what fastres is compared with.
 
-``torch_twin`` copies a model and gives each fastres block the forward that torchvision writes for it, in ``torch.nn``
-modules and tensor operations alone; parameters, buffers and keys stay.
+``torch_twin`` copies a model and gives each fastres block the forward that torchvision writes for it, in
+``torch.nn`` modules and tensor operations alone; parameters, buffers and keys stay.
 """
 
 import copy

@@ -11,7 +11,9 @@ from fastres.experiments import parity
 from fastres.experiments.subject import Subject
 
 
-def verify(subject: Subject, *, training: bool = False, step: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
+def verify(
+    subject: Subject, *, training: bool = False, step: Callable[[str], object] = lambda text: None
+) -> dict[str, Any]:
     """Optimise a copy of the subject's model, hold it against float64, restore it, and compare bits.
 
     ``ok`` says that all of it holds; the error and what it is measured by stand beside it.

@@ -1,0 +1,12 @@
+"""Benchmarks of ops, blocks and models against PyTorch; run ``pytest benchmarks --benchmark-only``.
+
+Threads are pinned here, before torch is imported: unpinned, medians on small machines have two modes.
+"""
+
+import os
+import sys
+
+PINNED = "torch" not in sys.modules
+if PINNED:
+    os.environ.setdefault("OMP_PROC_BIND", "true")
+PINNED = PINNED and os.environ["OMP_PROC_BIND"].lower() == "true"

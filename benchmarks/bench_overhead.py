@@ -1,0 +1,81 @@
+"""What a call costs before any work: add_act on a tiny tensor, over eager ``relu(x + r)``; and the clock's
+own test.
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import harness
+from fastres import functional, timing
+from fastres.experiments.rivals import FASTRES
+
+LIMIT = {False: 5e-6, True: 10e-6}  # seconds over eager, by whether gradients are wanted
+BATCHES = 2001
+CALLS = 20  # few: a batch is over before the scheduler takes the core away
+SLEEP = 0.02
+COMMON = {"name": "add_act", "shape": [1, 8, 2, 2], "dtype": "float32", "layout": "contiguous"}
+
+
+def measure(grad):
+    """Both calls in turns: seconds per call of every batch, and the median of fastres's excess within a
+    turn.
+    """
+    x, residual = (torch.randn(1, 8, 2, 2, requires_grad=grad) for _ in range(2))
+    calls = {FASTRES: lambda: functional.add_act(x, residual), "eager": lambda: F.relu(x + residual)}
+    found = {name: [] for name in calls}
+    for turn in range(BATCHES):
+        for name in (*calls,) if turn % 2 else (*calls,)[::-1]:
+            call, start = calls[name], time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            found[name].append((time.perf_counter() - start) / CALLS)
+    return found, statistics.median(a - b for a, b in zip(found[FASTRES], found["eager"], strict=True))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_add_act_overhead(benchmark, record, grad):
+    found, excess = measure(grad)
+    rows = []
+    for name, values in found.items():
+        median = statistics.median(values)
+        spread = timing.percentile(values, 0.2), timing.percentile(values, 0.8)
+        measured = timing.Timing(median, *spread, BATCHES, CALLS, "wall").to_dict()
+        ratio = median / statistics.median(found[FASTRES])
+        about = {"rival": name, "ratio": ratio, "over_eager_s": excess, "limit_s": LIMIT[grad]}
+        rows.append({**COMMON, "pass": "with grad" if grad else "without grad", **about, **measured})
+    record(rows)
+    benchmark.extra_info["over_eager_us"] = round(excess * 1e6, 2)
+    x, residual = (torch.randn(1, 8, 2, 2, requires_grad=grad) for _ in range(2))
+    benchmark.pedantic(functional.add_act, args=(x, residual), rounds=50, iterations=CALLS, warmup_rounds=1)
+    assert excess <= LIMIT[grad], f"{excess * 1e6:.1f} µs over eager, allowed {LIMIT[grad] * 1e6:.0f}"
+
+
+def test_the_clock_measures_a_known_sleep(benchmark):
+    measured = timing.interleaved({"sleep": lambda: time.sleep(SLEEP)}, torch.device("cpu"), seconds=0.5)["sleep"]
+    benchmark.pedantic(time.sleep, args=(SLEEP,), rounds=3)
+    assert measured.median == pytest.approx(SLEEP, rel=0.05)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "events"])
+def test_the_clock_measures_a_known_kernel(benchmark, graph):
+    """A kernel that spins for a number of GPU cycles, against many of them in a row by the wall clock."""
+    cycles, many = 2_000_000, 100
+
+    def spin():
+        torch.cuda._sleep(cycles)
+
+    spin()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(many):
+        spin()
+    torch.cuda.synchronize()
+    known = (time.perf_counter() - start) / many
+    measured = timing.interleaved({"spin": spin}, harness.device(), seconds=0.5, graph=graph)["spin"]
+    benchmark.pedantic(spin, rounds=3)
+    assert measured.median == pytest.approx(known, rel=0.05)

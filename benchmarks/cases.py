@@ -1,0 +1,143 @@
+"""The public ops as a user calls them, beside the PyTorch a user would write; every op of the registry is in
+one case.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres import functional
+from fastres.ops import REGISTRY
+
+TRAIN = {"training": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op in one pass: ``fused(*tensors)`` and ``eager(*tensors)`` compute the same."""
+
+    op: str
+    backward: bool
+    fused: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    covers: tuple[str, ...]
+    residual: bool = False
+    convolution: int = 0  # kernel size
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{'forward+backward' if self.backward else 'forward'}"
+
+    def tensors(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """x (channels_last), then what the op takes: convolution weight, residual, statistics, weight,
+        bias.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def image(*size: int) -> Tensor:
+            drawn = torch.randn(size, generator=generator).to(device, dtype)
+            return drawn.contiguous(memory_format=torch.channels_last)
+
+        channels, found = shape[1], [image(*shape)]
+        if self.residual:
+            found.append(image(*shape))
+        if self.convolution:
+            kernel = self.convolution
+            found.append(image(channels, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5)
+        if self.op != "add_act":
+            vectors = torch.randn(4, channels, generator=generator).to(device)
+            found += [vectors[0] * 0.1, vectors[1].abs() + 0.5, vectors[2].abs() + 0.3, vectors[3] * 0.1]
+        return tuple(found)
+
+    def cost(self, tensors: tuple[Tensor, ...]) -> tuple[int, int]:
+        """Bytes and flops of all ops of this case, as their pages tell."""
+        args = self.op_args(tensors)
+        totals = [
+            REGISTRY[name].cost(*(args if not name.endswith("_backward") else (tensors[0], *args)))
+            for name in self.covers
+        ]
+        return sum(t[0] for t in totals), sum(t[1] for t in totals)
+
+    def op_args(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        if self.op == "add_act":
+            return (*tensors, "relu")
+        images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
+        if self.convolution:
+            pad = self.convolution // 2
+            *images, kernel = images
+            return (
+                *images,
+                kernel,
+                None,
+                weight,
+                bias,
+                mean,
+                var,
+                1e-5,
+                (1, 1),
+                (pad, pad),
+                (1, 1),
+                1,
+                "relu",
+            )
+        return (*images, weight, bias, mean, var, 1e-5, "relu")
+
+
+def _convolution(kernel: int, residual: bool) -> tuple[Callable, Callable]:
+    pad = kernel // 2
+
+    def fused(x: Tensor, *rest: Tensor) -> Tensor:
+        *shortcut, w, mean, var, weight, bias = rest
+        run = functional.conv_bn_add_act if residual else functional.conv_bn_act
+        return run(x, *shortcut, w, None, mean, var, weight, bias, padding=pad)
+
+    def eager(x: Tensor, *rest: Tensor) -> Tensor:
+        *shortcut, w, mean, var, weight, bias = rest
+        y = F.batch_norm(F.conv2d(x, w, padding=pad), mean, var, weight, bias)
+        return F.relu(y + shortcut[0] if residual else y)
+
+    return fused, eager
+
+
+def _norm(training: bool) -> dict[str, tuple[Callable, Callable]]:
+    """The batch-norm ops in one mode, by name."""
+
+    def eager(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, mean, var, weight, bias, training))
+
+    def eager_add(x: Tensor, residual: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, mean, var, weight, bias, training) + residual)
+
+    def eager_pool(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(F.batch_norm(x, mean, var, weight, bias, training)), 3, 2, 1)
+
+    return {
+        "bn_act": (lambda *t: functional.bn_act(*t, training=training), eager),
+        "bn_add_act": (lambda *t: functional.bn_add_act(*t, training=training), eager_add),
+        "bn_act_maxpool": (lambda *t: functional.bn_act_maxpool(*t, training=training), eager_pool),
+    }
+
+
+def _all() -> list[Case]:
+    add = (lambda x, r: functional.add_act(x, r), lambda x, r: F.relu(x + r))
+    found = [
+        Case("add_act", False, *add, ("add_act",), residual=True),
+        Case("add_act", True, *add, ("add_act", "add_act_backward"), residual=True),
+    ]
+    evaluation, training = _norm(False), _norm(True)
+    for name in evaluation:
+        residual = "add" in name
+        found.append(Case(name, False, *evaluation[name], (name,), residual))
+        found.append(Case(name, True, *training[name], (f"{name}_train", f"{name}_backward"), residual))
+    for residual, kernel in itertools.product((False, True), (1, 3)):
+        name = "conv_bn_add_act" if residual else "conv_bn_act"
+        found.append(Case(name, False, *_convolution(kernel, residual), (name,), residual, kernel))
+    return found
+
+
+CASES = _all()

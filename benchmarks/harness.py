@@ -1,0 +1,150 @@
+"""What every benchmark shares: the machine, rivals of an op, parity before time, timing in turns, result files.
+
+A result file holds the machine, the versions, the commit, the date and the rows; README's tables come from
+these files.
+"""
+
+import copy
+import datetime
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import benchmarks
+import fastres
+from fastres import budget, info, timing
+from fastres.experiments import rivals
+from fastres.experiments.compare import Row, training_step
+from fastres.experiments.rivals import FASTRES
+from fastres.experiments.subject import Subject
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+SECONDS = 1.0  # for the rivals of one row together
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(place: torch.device) -> str:
+    """Folder of a machine's results: its GPU, or its processor and threads."""
+    if place.type == "cuda":
+        name = torch.cuda.get_device_name(place)
+    else:
+        name = f"{info.cpu_model()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def about(place: torch.device) -> dict[str, Any]:
+    """Machine, versions, commit and date of a result file."""
+    revision = _git("rev-parse", "HEAD")
+    return {
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else info.cpu_model(),
+        **info.machine(), **info.versions(), "fastres": fastres.__version__, "pinned": benchmarks.PINNED,
+        "commit": revision, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }  # fmt: skip
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def save(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS) -> Path:
+    """Write one result file, in one step."""
+    path = folder / device_name(place) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"name": name, **about(place), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+class ParityError(AssertionError):
+    """A result missed the error budget, so nothing was timed."""
+
+
+def check_parity(what: str, actual: Any, same_dtype: Any, truth: Any, dtype: torch.dtype) -> None:
+    """Raise ParityError unless every tensor is within budget."""
+    for index, (found, expected, exact) in enumerate(zip(actual, same_dtype, truth, strict=True)):
+        verdict = budget.within_budget(found, expected, exact, dtype)
+        if not verdict.ok:
+            raise ParityError(f"{what}, output {index}: error {verdict.error:.3g}, allowed {verdict.allowed:.3g}")
+
+
+def compiled(function: Callable, *args: Any) -> tuple[Callable | None, Row]:
+    """torch.compile of a function, called once: the result and how long that took, or why it is missing."""
+    rivals.forget_compiled()
+    start = time.perf_counter()
+    try:
+        with rivals.COMPILE.settings():
+            run = torch.compile(function, dynamic=False)
+            run(*args)
+    except Exception as error:  # the rival's own failure, of whatever type, is a row of the result
+        return None, {"missing": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+    return run, {"wait_s": time.perf_counter() - start}
+
+
+def rows_of(
+    common: Row, calls: Mapping[str, Callable], extra: Mapping[str, Row], place: torch.device, **options: Any
+) -> list[Row]:
+    """Time calls in turns: one row each, with its ratio to fastres, and GB/s and GFLOP/s where ``bytes``,
+    ``flops`` are given.
+
+    Args:
+        common: what all rows share.
+        calls: fastres and its rivals by name.
+        extra: more of each row; a rival that is only here is missing.
+    """
+    times = timing.interleaved(calls, place, **{"seconds": SECONDS, **options})
+    rows = []
+    for name in dict.fromkeys((*calls, *extra)):
+        row = {key: value for key, value in common.items() if key not in ("bytes", "flops")}
+        row |= {"rival": name, **extra.get(name, {})}
+        if name in times:
+            measured = times[name]
+            row |= {**measured.to_dict(), "ratio": measured.median / times[FASTRES].median}
+            if "bytes" in common:
+                row |= {
+                    "gb_per_s": common["bytes"] / measured.median / 1e9,
+                    "gflop_per_s": common["flops"] / measured.median / 1e9,
+                }
+        rows.append(row)
+    return rows
+
+
+def copy_peak(place: torch.device) -> float:
+    """GB/s of a large copy, read and written: the memory peak that bandwidth-bound kernels are held
+    against.
+    """
+    size = 1 << (30 if place.type == "cuda" else 28)
+    source = torch.empty(size, dtype=torch.uint8, device=place).fill_(1)
+    target = torch.empty_like(source)
+    measured = timing.interleaved({"copy": lambda: target.copy_(source)}, place, seconds=1.0)["copy"]
+    return 2 * size / measured.p20 / 1e9
+
+
+def refuse_wrong(rows: list[Row]) -> None:
+    """Fail where fastres itself was refused for its error, or did not run."""
+    for row in rows:
+        if row["rival"] == FASTRES and "median_s" not in row:
+            reason = row.get("missing") or f"error {row['error']:.3g}, allowed {row['allowed']:.3g}"
+            raise ParityError(f"{row['name']} {row['pass']}: {reason}")
+
+
+def show(benchmark: Any, subject: Subject, *, training: bool = False) -> None:
+    """Run the optimised model a few times more for pytest-benchmark's own table."""
+    model = copy.deepcopy(subject.model).train(training)
+    run, x = rivals.OPTIMIZED.prepare(model, subject.x)
+    with torch.set_grad_enabled(training):
+        call = training_step(run, model, x) if training else lambda: run(x)
+        benchmark.pedantic(call, rounds=3, warmup_rounds=1)

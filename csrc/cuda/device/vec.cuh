@@ -107,7 +107,7 @@ cudaError_t with_dtype(DType dtype, F f) {
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, Params params, cudaStream_t stream) {
   void* args[] = {&params};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, args, 0, stream);
+  return cudaLaunchKernel(kernel, grid, block, args, 0, stream);
 }
 
 }  // namespace fastres::cuda

@@ -1,0 +1,56 @@
+"""Builds and loads the CUDA ops for the CPU: their kernels as C++ run by fibers, their bindings as they are.
+
+See cuda_on_cpu/device.h. It needs the CUDA headers but neither nvcc's compiler nor a GPU, and finds mistakes in indices,
+partitions and barriers; it says nothing of what only a GPU does (memory order, rounding of conversions, speed).
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOM = Path(__file__).resolve().parent / "cuda_on_cpu"
+
+
+@functools.cache
+def tools():
+    """csrc/toolchain.py and csrc/recipes.py, which setup.py builds with."""
+    sys.path.insert(0, str(ROOT / "csrc"))
+    try:
+        import recipes
+        import toolchain
+    finally:
+        sys.path.remove(str(ROOT / "csrc"))
+    return toolchain, recipes
+
+
+@functools.cache
+def load() -> None:
+    """Compile (once) and load; afterwards ``torch.ops.fastres_C.cuda_*`` take CPU tensors. Skips where it cannot."""
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA: the kernels run on the GPU")
+    toolchain, recipes = tools()
+    try:
+        nvcc, cxx, found = toolchain.find_nvcc(), toolchain.find_cxx(), toolchain.find_torch()
+    except toolchain.Unmet as reason:
+        pytest.skip(str(reason))
+    kernels, bindings = recipes.sources("cuda", {"kernels": {}})
+    flags = [*recipes.CXX_FLAGS, "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DUSE_CUDA"]
+    flags += ["-isystem", str(found["root"] / "include"), "-isystem", str(nvcc["include"])]
+    device = ["-include", ROOM / "device.h", "-x", "c++"]
+    compiler, options = toolchain.quoted(cxx["command"]), toolchain.quoted(flags)
+    rules = {
+        "cxx": f"{compiler} {options} -MD -MF $out.d $flags -c $in -o $out",
+        "link": f"{compiler} -shared -Wl,-Bsymbolic $in -o $out $flags",
+    }
+    edges = [(f"{path.stem}.o", "cxx", [path], device) for path in kernels]
+    edges += [(f"{path.stem}.o", "cxx", [path], []) for path in [*bindings, ROOM / "runtime.cpp"]]
+    library = [f"-L{found['root']}/lib", "-ltorch_cpu", "-ldl"]
+    edges.append(("cuda_on_cpu.so", "link", [out for out, *_ in edges], library))
+    folder = recipes.WORK / "cuda_on_cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    toolchain.run_ninja(folder, rules, edges)
+    torch.ops.load_library(folder / "cuda_on_cpu.so")

@@ -56,11 +56,10 @@ class Case:
 
     def cost(self, tensors: tuple[Tensor, ...]) -> tuple[int, int]:
         """Bytes and flops of all ops of this case, as their pages tell."""
-        args = self.op_args(tensors)
-        totals = [
-            REGISTRY[name].cost(*(args if not name.endswith("_backward") else (tensors[0], *args)))
-            for name in self.covers
-        ]
+        forward, y = self.op_args(tensors), self.eager(*tensors)
+        backward = (y, y, "relu") if self.op == "add_act" else (y, *forward)
+        args = {name: backward if name.endswith("_backward") else forward for name in self.covers}
+        totals = [REGISTRY[name].cost(*args[name]) for name in self.covers]
         return sum(t[0] for t in totals), sum(t[1] for t in totals)
 
     def op_args(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
@@ -70,21 +69,8 @@ class Case:
         if self.convolution:
             pad = self.convolution // 2
             *images, kernel = images
-            return (
-                *images,
-                kernel,
-                None,
-                weight,
-                bias,
-                mean,
-                var,
-                1e-5,
-                (1, 1),
-                (pad, pad),
-                (1, 1),
-                1,
-                "relu",
-            )
+            geometry = (1, 1), (pad, pad), (1, 1), 1
+            return (*images, kernel, None, weight, bias, mean, var, 1e-5, *geometry, "relu")
         return (*images, weight, bias, mean, var, 1e-5, "relu")
 
 

@@ -17,6 +17,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = {}
+    for noise in ("ignore:dynamo_pgo force disabled", "ignore:.torch.jit.script_method. is deprecated"):
+        config.addinivalue_line("filterwarnings", noise)
 
 
 def pytest_collect_file(file_path, parent):

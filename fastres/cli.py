@@ -142,11 +142,14 @@ def fastres_input(x: Any) -> Any:
 
 
 def explain(arguments: argparse.Namespace) -> int:
+    import torch
+
     import fastres
 
     subject = _subject(arguments)
     model = fastres.optimize(subject.model.train(arguments.mode == "training"))
-    report = fastres.explain(model)
+    with torch.set_grad_enabled(model.training):
+        report = fastres.explain(model, fastres_input(subject.x))
     _show(arguments, {"model": subject.label, **report.to_dict()}, str(report))
     return 0
 

@@ -82,17 +82,9 @@ def draw_bars(axes: Any, rows: list[Row]) -> None:
     below = [max(row["median_s"] - row["p20_s"], 0) * 1e3 for row in rows]
     above = [max(row["p80_s"] - row["median_s"], 0) * 1e3 for row in rows]
     colours = [FASTRES_COLOUR if row["rival"] == FASTRES else TORCH_COLOUR for row in rows]
-    axes.barh(
-        [row["rival"] for row in rows],
-        medians,
-        xerr=(below, above),
-        color=colours,
-        ecolor="#333333",
-        capsize=3,
-        height=0.62,
-    )
-    for index, value in enumerate(medians):
-        axes.text(value * 0.02, index, f"{value:.3g} ms", va="center", color="white", fontsize=8, fontweight="bold")
+    names = [f"{row['rival']}\n{terminal.milliseconds(row['median_s'])}" for row in rows]
+    style = {"ecolor": "#333333", "capsize": 3, "height": 0.62}
+    axes.barh(names, medians, xerr=(below, above), color=colours, **style)
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per call (median; whiskers: 20th to 80th percentile)", fontsize=8)
     axes.tick_params(labelsize=8)

@@ -16,7 +16,15 @@ from fastres.models.cifar import CifarPreActResNet, CifarResNet
 from fastres.nn._module import FusedModule
 
 
-class TorchBasicBlock(nn.Module):
+class Plain(nn.Module):
+    """A module of plain PyTorch; it does not pass for one of fastres, which ``fastres.optimize`` would leave as it is."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__module__ = "plain_torch"
+
+
+class TorchBasicBlock(Plain):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
@@ -24,7 +32,7 @@ class TorchBasicBlock(nn.Module):
         return self.relu(out)
 
 
-class TorchBottleneck(nn.Module):
+class TorchBottleneck(Plain):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
@@ -33,24 +41,26 @@ class TorchBottleneck(nn.Module):
         return self.relu(out)
 
 
-class TorchPlainBlock(nn.Module):
+class TorchPlainBlock(Plain):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(out)))
 
 
-class TorchPlainBottleneck(nn.Module):
+class TorchPlainBottleneck(Plain):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         return self.relu(self.bn3(self.conv3(out)))
 
 
-class _TorchPreAct(nn.Module):
+class _TorchPreAct(Plain):
+    pads: bool  # whether the shortcut is option A, which takes the block's own input
+
     def identity(self, x: Tensor, activated: Tensor) -> Tensor:
         if self.downsample is None:
             return x
-        return self.downsample(x if isinstance(self.downsample, fnn.ZeroPadShortcut) else activated)
+        return self.downsample(x if self.pads else activated)
 
 
 class TorchPreActBasicBlock(_TorchPreAct):
@@ -68,34 +78,34 @@ class TorchPreActBottleneck(_TorchPreAct):
         return out + self.identity(x, activated)
 
 
-class TorchConvBNAct2d(nn.Module):
+class TorchConvBNAct2d(Plain):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         out = self.bn(self.conv(x))
         out = out if residual is None else out + residual
         return out if self.act is None else self.act(out)
 
 
-class TorchResNet(nn.Module):
+class TorchResNet(Plain):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-class TorchCifarResNet(nn.Module):
+class TorchCifarResNet(Plain):
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-class TorchCifarPreActResNet(nn.Module):
+class TorchCifarPreActResNet(Plain):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
         return self.fc(torch.flatten(self.avgpool(self.relu(self.bn(x))), 1))
 
 
-class TorchVGG(nn.Module):
+class TorchVGG(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
@@ -127,6 +137,8 @@ def torch_twin(model: nn.Module) -> nn.Module:
         kind = type(module)
         if kind in TWINS:
             module.__class__ = TWINS[kind]
+            if isinstance(module, _TorchPreAct):
+                module.pads = isinstance(module.downsample, fnn.ZeroPadShortcut)
         elif isinstance(module, FusedModule):
             raise UnsupportedError(f"fastres: {kind.__name__} has no plain PyTorch twin to be compared with")
     return twin

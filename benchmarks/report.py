@@ -1,0 +1,159 @@
+"""``python -m benchmarks.report``: writes README's tables from the result files, and a plot beside each file of models.
+
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; NAME is that of result files (``models``,
+``ops``, ...), one table for each machine that has one, or ``support-matrix``. ``--check`` writes nothing, and exits with 1
+where README differs from what the files give.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.table import cases, duration, markdown, rivals
+from fastres.experiments.rivals import FASTRES
+from fastres.ops import REGISTRY
+
+README = ROOT / "README.md"
+TUNED = ROOT / "fastres" / "tuned"
+COMPILED = RESULTS / "compile"  # what the compile lane reported, a file for each backend
+MARKED = re.compile(r"(<!-- results:([a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+COLUMNS = ("cpu", "onednn", "triton", "cuda", "torch")
+LEGEND = (
+    "fastres: median of a call. Others: their time over that of fastres in the same run,"
+    " so above 1 fastres is faster. Ready after: preparation and first call."
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where README is out of date")
+    arguments = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    try:
+        wanted = render(text)
+    except LookupError as error:
+        print(f"benchmarks.report: {error}", file=sys.stderr)
+        return 1
+    if arguments.check:
+        for name in stale(text, wanted):
+            print(f"README.md: the table {name} is not what the result files give (python -m benchmarks.report)")
+        return 1 if text != wanted else 0
+    README.write_text(wanted, encoding="utf-8")
+    for path in sorted(RESULTS.glob("*/models.json")):
+        plot(json.loads(path.read_text()), path.with_suffix(".png"))
+    return 0
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """README with every marked table as the result files give it.
+
+    Raises:
+        LookupError: a marker names results that no file holds.
+    """
+    return MARKED.sub(lambda found: f"{found[1]}{table(found[2], results)}\n{found[3]}", text)
+
+
+def stale(text: str, wanted: str) -> list[str]:
+    """Names of the tables that differ."""
+    pairs = zip(MARKED.finditer(text), MARKED.finditer(wanted), strict=True)
+    return [old[2] for old, new in pairs if old[0] != new[0]]
+
+
+def table(name: str, results: Path) -> str:
+    if name == "support-matrix":
+        return support_matrix()
+    files = sorted(results.glob(f"*/{name}.json"))
+    if not files:
+        raise LookupError(f"README.md shows results:{name}, but no file {results}/*/{name}.json holds them")
+    parts = [section(json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    return "\n\n".join([*parts, LEGEND])
+
+
+def section(data: dict[str, Any]) -> str:
+    """One machine's table under a line that says where, with what and when."""
+    versions = [f"torch {data['torch']}", *(f"{k} {data[k]}" for k in ("cuda", "driver") if data.get(k))]
+    where = f"**{data['device']}**, {data['threads']} threads{' pinned' if data['pinned'] else ''}"
+    commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
+    return "\n".join([f"{where}, {', '.join(versions)}, {commit}, {data['date']}:", "", markdown(data["rows"])])
+
+
+def support_matrix() -> str:
+    """Op by backend: where a backend exists, and on what it has been validated or compiled."""
+    validated, compiled = validated_on(), {path.stem: architectures(path) for path in COMPILED.glob("*.json")}
+    lines = [["op", *COLUMNS], [":--", *[":-:"] * len(COLUMNS)]]
+    for name, op in sorted(REGISTRY.items()):
+        present = {backend.name for backend in op.backends}
+        lines.append([f"`{name}`", *(_support(name, b, present, validated, compiled) for b in COLUMNS)])
+    notes = [
+        "Parity of everything marked *tested* is checked by the test suite against float64; *compiled* kernels have"
+        " met the compilers for those architectures but no device yet, and are never chosen by default there.",
+    ]
+    return "\n".join(["\n".join("| " + " | ".join(line) + " |" for line in lines), "", *notes])
+
+
+def _support(op: str, backend: str, present: set[str], validated: dict, compiled: dict) -> str:
+    if backend not in present:
+        return "–"
+    if backend in ("cpu", "onednn", "torch"):
+        return "tested"
+    parts = ["tested in the interpreter"] if backend == "triton" else []
+    found = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ()))
+    parts += [f"validated on {', '.join(found)}"] if found else []
+    rest = [arch for arch in compiled.get(backend, ()) if arch not in found]
+    parts += [f"compiled for {', '.join(rest)}"] if rest else []
+    return "; ".join(parts) or "not yet validated"
+
+
+def validated_on() -> dict[str, dict[str, list[str]]]:
+    """Architectures with the ops each backend was validated for, over all shipped files."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in sorted(TUNED.glob("*.json")):
+        for arch, backends in json.loads(path.read_text(encoding="utf-8"))["validated"].items():
+            for backend, ops in backends.items():
+                found.setdefault(arch, {}).setdefault(backend, []).extend(ops)
+    return found
+
+
+def architectures(path: Path) -> list[str]:
+    """Architectures in a report of the compile lane."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return [f"sm_{capability}" for capability in sorted({row["capability"] for row in data["rows"]})]
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    """Speed of every way to run each model, relative to the slowest of them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grouped, names = cases(data["rows"]), rivals(data["rows"])
+    colours = ["#c2410c", "#9aa5b1", "#647084", "#3b4a63", "#1f2937"]
+    height = 0.8 / len(names)
+    figure, axes = pyplot.subplots(figsize=(8.5, 0.6 + 0.95 * len(grouped)), layout="constrained")
+    for column, name in enumerate(names):
+        found = [(index, by[name]) for index, by in enumerate(grouped.values()) if "median_s" in by.get(name, {})]
+        slowest = [max(r["median_s"] for r in list(grouped.values())[i].values() if "median_s" in r) for i, _ in found]
+        lengths = [most / row["median_s"] for most, (_, row) in zip(slowest, found, strict=True)]
+        places = [index + (column - (len(names) - 1) / 2) * height for index, _ in found]
+        axes.barh(places, lengths, height * 0.92, label=name, color=colours[column % len(colours)])
+        for place, length, (_, row) in zip(places, lengths, found, strict=True):
+            weight = "bold" if name == FASTRES else "normal"
+            axes.text(length + 0.01, place, duration(row["median_s"]), va="center", fontsize=7, fontweight=weight)
+    labels = [" ".join(filter(None, (case[0], case[1], "batch " + case[2].split("x")[0], case[3]))) for case in grouped]
+    axes.set_yticks(range(len(grouped)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as the slowest", fontsize=8)
+    axes.set_title(f"{data['device']}, torch {data['torch']}, {data['date']}", fontsize=9, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

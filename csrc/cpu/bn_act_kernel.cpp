@@ -7,18 +7,16 @@
 
 namespace fastres::cpu::FASTRES_LEVEL {
 
-void bn_statistics(const BnArgs& args, int64_t begin, int64_t end) {
-  with_dtype(args.dtype, [&](auto type) {
-    with_bool(args.channels_last, [&](auto last) {
-      using scalar_t = decltype(type);
-      using acc_t = acc_of<scalar_t>;
-      constexpr int64_t L = kLanes<acc_t>;
-      const auto* x = static_cast<const scalar_t*>(args.x);
-      const auto* shift = static_cast<const acc_t*>(args.shift);
-      reduce_chunks<last.value, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
-        const auto d = load<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, last.value>(shift, entry);
-        return Pair<Vec<acc_t, L>>{d, d * d};
-      });
+void bn_statistics(const BnArgs& shared, int64_t begin, int64_t end) {
+  with_traits(shared, [&](BnArgs args, auto type, auto last, auto) {
+    using scalar_t = decltype(type);
+    using acc_t = acc_of<scalar_t>;
+    constexpr int64_t L = kLanes<acc_t>;
+    const auto* x = static_cast<const scalar_t*>(args.x);
+    const auto* shift = static_cast<const acc_t*>(args.shift);
+    reduce_chunks<last.value, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
+      const auto d = load<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, last.value>(shift, entry);
+      return Pair<Vec<acc_t, L>>{d, d * d};
     });
   });
 }

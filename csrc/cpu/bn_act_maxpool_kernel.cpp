@@ -120,7 +120,7 @@ FASTRES_INLINE Vec<acc_t, L> scan_window(const BnActMaxpoolArgs& args, const Rin
 }
 
 void bn_act_maxpool_forward(const BnActMaxpoolArgs& args, int64_t begin, int64_t end) {
-  with_traits(args.bn, [&](auto type, auto last, auto is_relu) {
+  with_traits(args.bn, [&](const BnArgs&, auto type, auto last, auto is_relu) {
     using scalar_t = decltype(type);
     using acc_t = acc_of<scalar_t>;
     constexpr int64_t L = kLanes<acc_t>;
@@ -202,7 +202,7 @@ class TapFinder {
 };
 
 void bn_act_maxpool_sums(const BnActMaxpoolArgs& args, int64_t begin, int64_t end) {
-  with_traits(args.bn, [&](auto type, auto last, auto is_relu) {
+  with_traits(args.bn, [&](const BnArgs&, auto type, auto last, auto is_relu) {
     using scalar_t = decltype(type);
     using acc_t = acc_of<scalar_t>;
     constexpr int64_t L = kLanes<acc_t>;
@@ -222,7 +222,7 @@ void bn_act_maxpool_sums(const BnActMaxpoolArgs& args, int64_t begin, int64_t en
                          });
         }
       } else {
-        part.for_each_plane([&](int64_t image, double* sum_a, double* sum_b) {
+        part.for_each_plane([&](int64_t image, int64_t, double* sum_a, double* sum_b) {
           for (int64_t row = 0; row < args.out_h; ++row) {
             finder.run(image * args.out_h + row);
             reduce_plane<acc_t, L>(count, sum_a, sum_b, [&](int64_t i, auto lanes) {
@@ -263,7 +263,7 @@ FASTRES_INLINE void gather_dz(const BnActMaxpoolArgs& args, int64_t image, int64
 }
 
 void bn_act_maxpool_gradient(const BnActMaxpoolArgs& args, int64_t begin, int64_t end) {
-  with_traits(args.bn, [&](auto type, auto last, auto) {
+  with_traits(args.bn, [&](const BnArgs&, auto type, auto last, auto) {
     with_bool(args.bn.training, [&](auto training) {
       using scalar_t = decltype(type);
       using acc_t = acc_of<scalar_t>;

@@ -8,12 +8,13 @@
 
 namespace fastres::cpu::FASTRES_LEVEL {
 
-// Calls f(scalar type, is channels_last, is relu) with the three as compile-time values.
+// Calls f(args, scalar type, is channels_last, is relu), the latter three as compile-time values. f takes args by value: no
+// store can alias its own copy, so that pointers and sizes stay in registers.
 template <typename F>
 FASTRES_INLINE void with_traits(const BnArgs& args, F f) {
   with_dtype(args.dtype, [&](auto type) {
     with_bool(args.channels_last, [&](auto last) {
-      with_bool(args.act == Act::kRelu, [&](auto is_relu) { f(type, last, is_relu); });
+      with_bool(args.act == Act::kRelu, [&](auto is_relu) { f(args, type, last, is_relu); });
     });
   });
 }
@@ -44,11 +45,11 @@ struct Chunk {
     memset(sum_b + first, 0, count * sizeof(double));
   }
 
-  // f(plane, its channel's sums), for contiguous chunks.
+  // f(plane, channel, the channel's sums), for contiguous chunks.
   template <typename F>
   void for_each_plane(F f) const {
     for (int64_t n = row_begin; n < row_end; ++n)
-      for (int64_t c = c_begin; c < c_end; ++c) f(n * args.channels + c, sum_a + c * kSumLanes, sum_b + c * kSumLanes);
+      for (int64_t c = c_begin; c < c_end; ++c) f(n * args.channels + c, c, sum_a + c * kSumLanes, sum_b + c * kSumLanes);
   }
 };
 
@@ -62,9 +63,9 @@ FASTRES_INLINE void reduce_chunks(const BnArgs& args, int64_t begin, int64_t end
     if constexpr (kChannelsLast) {
       reduce_rows<acc_t, L>(chunk.row_begin, chunk.row_end, args.cols, args.numel, chunk.sum_a, chunk.sum_b, term);
     } else {
-      chunk.for_each_plane([&](int64_t plane, double* sum_a, double* sum_b) {
+      chunk.for_each_plane([&](int64_t plane, int64_t c, double* sum_a, double* sum_b) {
         reduce_plane<acc_t, L>(args.cols, sum_a, sum_b, [&](int64_t i, auto lanes) {
-          return term(plane * args.cols + i, plane % args.channels, lanes);
+          return term(plane * args.cols + i, c, lanes);
         });
       });
     }
@@ -85,8 +86,8 @@ FASTRES_INLINE void for_each_row(const BnArgs& args, int64_t begin, int64_t end,
 }
 
 template <bool kAdd>
-FASTRES_INLINE void forward(const BnArgs& args, int64_t begin, int64_t end) {
-  with_traits(args, [&](auto type, auto last, auto is_relu) {
+FASTRES_INLINE void forward(const BnArgs& shared, int64_t begin, int64_t end) {
+  with_traits(shared, [&](BnArgs args, auto type, auto last, auto is_relu) {
     using scalar_t = decltype(type);
     using acc_t = acc_of<scalar_t>;
     constexpr int64_t L = kLanes<acc_t>;
@@ -126,8 +127,8 @@ FASTRES_INLINE auto load_dz(const BnArgs& args, int64_t offset, int64_t entry, L
 
 // With a residual, dz is its gradient: it is written here, and the second pass reads it instead of grad_y and y.
 template <bool kAdd>
-FASTRES_INLINE void sums(const BnArgs& args, int64_t begin, int64_t end) {
-  with_traits(args, [&](auto type, auto last, auto is_relu) {
+FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
+  with_traits(shared, [&](BnArgs args, auto type, auto last, auto is_relu) {
     using scalar_t = decltype(type);
     using acc_t = acc_of<scalar_t>;
     constexpr int64_t L = kLanes<acc_t>;
@@ -158,8 +159,8 @@ FASTRES_INLINE void store_grad_x(const BnArgs& args, V dz, scalar_t* to, int64_t
 }
 
 template <bool kAdd>
-FASTRES_INLINE void gradient(const BnArgs& args, int64_t begin, int64_t end) {
-  with_traits(args, [&](auto type, auto last, auto is_relu) {
+FASTRES_INLINE void gradient(const BnArgs& shared, int64_t begin, int64_t end) {
+  with_traits(shared, [&](BnArgs args, auto type, auto last, auto is_relu) {
     with_bool(args.training, [&](auto training) {
       using scalar_t = decltype(type);
       using acc_t = acc_of<scalar_t>;

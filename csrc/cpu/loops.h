@@ -71,9 +71,11 @@ FASTRES_INLINE V first_lanes(V v, int64_t n) {
 // f(i, Vec<double, kDoubles>) for the pieces of v, which start at lane i.
 template <typename acc_t, int64_t L, typename F>
 FASTRES_INLINE void for_doubles(Vec<acc_t, L> v, F f) {
-  acc_t lanes[L];
-  store<L>(lanes, v, Whole{});
-  for (int64_t i = 0; i < L; i += kDoubles) f(i, load<double, kDoubles>(lanes + i, Whole{}));
+  struct {
+    Vec<acc_t, kDoubles> of[L / kDoubles];
+  } pieces;
+  memcpy(&pieces, &v, sizeof(v));
+  for (int64_t i = 0; i < L; i += kDoubles) f(i, to_double<kDoubles>(pieces.of[i / kDoubles]));
 }
 
 // Channels last: a pair of sums per column, over rows [begin, end) of a tensor that ends after `numel` elements, maybe inside
@@ -90,13 +92,10 @@ FASTRES_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t cols, int64_
   int64_t row = begin;
   for (; row + kGroup <= whole_end; row += kGroup) {
     for (int64_t col = 0; col < cols; col += L) {
-      auto v = term(row * cols + col, col, Whole{});
-      for (int64_t k = 1; k < kGroup; ++k) {
-        const auto next = term((row + k) * cols + col, col, Whole{});
-        v.a += next.a;
-        v.b += next.b;
-      }
-      accumulate(col, v);
+      const int64_t offset = row * cols + col;
+      const auto v0 = term(offset, col, Whole{}), v1 = term(offset + cols, col, Whole{}),
+                 v2 = term(offset + 2 * cols, col, Whole{}), v3 = term(offset + 3 * cols, col, Whole{});
+      accumulate(col, Pair{(v0.a + v1.a) + (v2.a + v3.a), (v0.b + v1.b) + (v2.b + v3.b)});
     }
   }
   for (; row < end; ++row) {
@@ -113,25 +112,31 @@ FASTRES_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t cols, int64_
 // Contiguous: one pair of sums, kDoubles lanes each, over `count` elements of a plane. term(i, lanes) -> Pair.
 template <typename acc_t, int64_t L, typename Term>
 FASTRES_INLINE void reduce_plane(int64_t count, double* sum_a, double* sum_b, Term term) {
+  using V = Vec<acc_t, L>;
   auto a = load<double, kDoubles>(sum_a, Whole{});
   auto b = load<double, kDoubles>(sum_b, Whole{});
-  for (int64_t i = 0; i < count;) {
-    Pair<Vec<acc_t, L>> v{};
-    const int64_t group_end = i + kGroup * L;
-    for (; i + L <= min(group_end, count); i += L) {
-      const auto next = term(i, Whole{});
-      v.a += next.a;
-      v.b += next.b;
-    }
-    if (i < min(group_end, count)) {
-      const auto next = term(i, Part{count - i});
-      v.a += first_lanes<L>(next.a, count - i);
-      v.b += first_lanes<L>(next.b, count - i);
-      i = count;
-    }
-    for_doubles<acc_t, L>(v.a, [&](int64_t, auto piece) { a += piece; });
-    for_doubles<acc_t, L>(v.b, [&](int64_t, auto piece) { b += piece; });
+  const auto accumulate = [&](V group_a, V group_b) {
+    for_doubles<acc_t, L>(group_a, [&](int64_t, auto piece) { a += piece; });
+    for_doubles<acc_t, L>(group_b, [&](int64_t, auto piece) { b += piece; });
+  };
+  int64_t i = 0;
+  for (; i + kGroup * L <= count; i += kGroup * L) {
+    const Pair<V> v0 = term(i, Whole{}), v1 = term(i + L, Whole{}), v2 = term(i + 2 * L, Whole{}),
+                  v3 = term(i + 3 * L, Whole{});
+    accumulate((v0.a + v1.a) + (v2.a + v3.a), (v0.b + v1.b) + (v2.b + v3.b));
   }
+  V rest_a{}, rest_b{};
+  for (; i + L <= count; i += L) {
+    const Pair<V> v = term(i, Whole{});
+    rest_a += v.a;
+    rest_b += v.b;
+  }
+  if (i < count) {
+    const Pair<V> v = term(i, Part{count - i});
+    rest_a += first_lanes<L>(v.a, count - i);
+    rest_b += first_lanes<L>(v.b, count - i);
+  }
+  accumulate(rest_a, rest_b);
   store<kDoubles>(sum_a, a, Whole{});
   store<kDoubles>(sum_b, b, Whole{});
 }

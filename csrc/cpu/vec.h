@@ -62,9 +62,46 @@ FASTRES_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- 16-bit formats <-> float ------------------------------------------------------------------------------------------
 
+// Between lanes of different sizes. GCC builds such conversions from halves, so whole registers get their instruction.
+template <int64_t L>
+FASTRES_INLINE Vec<uint32_t, L> to_32(Vec<uint16_t, L> h) {
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (L == 16) return (Vec<uint32_t, L>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#endif
+#if FASTRES_CPU_LEVEL >= 3
+  if constexpr (L == 8) return (Vec<uint32_t, L>)_mm256_cvtepu16_epi32((__m128i)h);
+#endif
+  return __builtin_convertvector(h, Vec<uint32_t, L>);
+}
+
+template <int64_t L>
+FASTRES_INLINE Vec<uint16_t, L> to_16(Vec<uint32_t, L> u) {
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (L == 16) return (Vec<uint16_t, L>)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)u);
+#endif
+#if FASTRES_CPU_LEVEL >= 3
+  if constexpr (L == 8) {  // values fit in 16 bits: no saturation
+    const __m256i packed = _mm256_packus_epi32((__m256i)u, (__m256i)u);
+    return (Vec<uint16_t, L>)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
+  }
+#endif
+  return __builtin_convertvector(u, Vec<uint16_t, L>);
+}
+
+template <int64_t L, typename V>
+FASTRES_INLINE Vec<double, L> to_double(V v) {
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (L == 8 && sizeof(V) == 32) return (Vec<double, L>)_mm512_maskz_cvtps_pd(0xff, (__m256)v);
+#endif
+#if FASTRES_CPU_LEVEL >= 3
+  if constexpr (L == 4 && sizeof(V) == 16) return (Vec<double, L>)_mm256_cvtps_pd((__m128)v);
+#endif
+  return __builtin_convertvector(v, Vec<double, L>);
+}
+
 template <int64_t L>
 FASTRES_INLINE Vec<float, L> widen(bf16, Vec<uint16_t, L> h) {
-  return bits_as<Vec<float, L>>(__builtin_convertvector(h, Vec<uint32_t, L>) << 16);
+  return bits_as<Vec<float, L>>(to_32<L>(h) << 16);
 }
 
 template <int64_t L>
@@ -72,7 +109,7 @@ FASTRES_INLINE Vec<uint16_t, L> narrow(bf16, Vec<float, L> v) {
   const auto u = bits_as<Vec<uint32_t, L>>(v);
   const auto rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest even
   const auto nan = (u >> 16) | 0x40;                          // quiet, never rounded up to infinity
-  return __builtin_convertvector(v != v ? nan : rounded, Vec<uint16_t, L>);
+  return to_16<L>(v != v ? nan : rounded);
 }
 
 // The conversion instruction where the level has it (F16C, AVX-512), else integer arithmetic.
@@ -84,7 +121,7 @@ FASTRES_INLINE Vec<float, L> widen(fp16, Vec<uint16_t, L> h) {
 #if FASTRES_CPU_LEVEL >= 3
   if constexpr (L == 8) return (Vec<float, L>)_mm256_cvtph_ps((__m128i)h);
 #endif
-  const auto u = __builtin_convertvector(h, Vec<uint32_t, L>);
+  const auto u = to_32<L>(h);
   const auto magnitude = (u & 0x7fff) << 13;
   const auto rebiased = magnitude + (112u << 23);
   const auto special = magnitude + (224u << 23);                                        // infinity, NaN
@@ -113,7 +150,7 @@ FASTRES_INLINE Vec<uint16_t, L> narrow(fp16, Vec<float, L> v) {
   auto bits = magnitude < (113u << 23) ? tiny : rebiased;
   bits = magnitude >= (143u << 23) ? infinity : bits;
   bits = v != v ? nan : bits;
-  return __builtin_convertvector(bits | (u & 0x80000000) >> 16, Vec<uint16_t, L>);
+  return to_16<L>(bits | (u & 0x80000000) >> 16);
 }
 
 // ---- how much of a vector to move: all lanes, all lanes past the caches, or the first n lanes --------------------------------
@@ -188,15 +225,8 @@ FASTRES_INLINE void stream_fence() {
 
 template <typename acc_t, int64_t L, typename scalar_t, typename Lanes>
 FASTRES_INLINE Vec<acc_t, L> load(const scalar_t* p, Lanes lanes) {
-  if constexpr (sizeof(scalar_t) == 2) {
-    const auto v = widen<L>(scalar_t{}, move_in<Vec<uint16_t, L>>(p, lanes));
-    if constexpr (sizeof(acc_t) == 8) return __builtin_convertvector(v, Vec<acc_t, L>);
-    else return v;
-  } else {
-    const auto v = move_in<Vec<scalar_t, L>>(p, lanes);
-    if constexpr (sizeof(acc_t) != sizeof(scalar_t)) return __builtin_convertvector(v, Vec<acc_t, L>);
-    else return v;
-  }
+  if constexpr (sizeof(scalar_t) == 2) return widen<L>(scalar_t{}, move_in<Vec<uint16_t, L>>(p, lanes));
+  else return move_in<Vec<acc_t, L>>(p, lanes);
 }
 
 template <int64_t L, typename scalar_t, typename V, typename Lanes>

@@ -2,7 +2,7 @@
 
 A tile is [BLOCK_E elements, BLOCK_C channels]. The elements of a channel are numbered 0 .. N*H*W - 1 in memory order, and
 a program walks ``tiles`` consecutive tiles of them with its channels' parameters in registers. Reductions hold one
-partial result per lane, merge the lanes in a fixed tree, store one partial per program and merge those in a second
+fp32 result per lane, merge the lanes in a fixed fp64 tree, store one partial per program and merge those in a second
 kernel: no atomics, the same bits every time.
 """
 
@@ -42,18 +42,29 @@ def _offsets(element, channel, channels, plane, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def _sum(lanes):
+    """Sum of lanes or partials, along axis 0, in fp64: opposite signs cancel."""
+    return tl.sum(lanes.to(tl.float64), axis=0)[None, :]
+
+
+@triton.jit
 def _pivot(x_ptr, channel, channel_ok, channels, plane, SAMPLE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Mean of each channel's first SAMPLE elements, a power of two: exact where they are equal."""
+    """Mean of each channel's first SAMPLE elements (a power of two: exact where they are equal), where it is far from zero.
+
+    Where it is not, 0: subtracting a pivot among values of both signs would only round them.
+    """
     offset = _offsets(tl.arange(0, SAMPLE)[:, None], channel, channels, plane, CHANNELS_LAST)
     x = tl.load(x_ptr + offset, mask=channel_ok, other=0.0).to(tl.float32)
-    return tl.sum(x * (1.0 / SAMPLE), axis=0)[None, :]
+    mean = tl.sum(x * (1.0 / SAMPLE), axis=0)[None, :]
+    var = tl.sum((x - mean) * (x - mean) * (1.0 / SAMPLE), axis=0)[None, :]
+    return tl.where(mean * mean > 16 * var, mean, 0.0)
 
 
 @triton.jit
 def _merge(mean, m2, count):
     """Merge along axis 0 the statistics of disjoint sets: mean, sum of squared deviations, count (Chan et al. 1983)."""
-    merged = tl.div_rn(tl.sum(count * mean, axis=0), tl.sum(count, axis=0))[None, :]
-    delta = tl.where(count > 0, mean - merged, 0.0)
+    merged = _sum(count * mean) / _sum(count)
+    delta = tl.where(count > 0, mean - merged, 0.0).to(tl.float32)
     return merged, tl.sum(m2 + count * delta * delta, axis=0)[None, :]
 
 
@@ -65,7 +76,7 @@ def bn_statistics_kernel(
     # of d = x - pivot: mean and M2 = sum (d - mean(d))^2 of this program's elements, per channel
     # grid (channel tiles, programs along elements); partials are [channels, programs]
     # one read of the element size per element
-    # Welford in fp32 per lane, lanes merged by _merge; d keeps its bits where x is far from zero
+    # Welford in fp32 per lane, lanes merged in fp64; d keeps its bits where x is far from zero
     # a lane that saw no element has count 0; a constant channel has d = 0, so M2 = 0 exactly
     channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     pivot = _pivot(x_ptr, channel, channel_ok, channels, plane, SAMPLE, CHANNELS_LAST)
@@ -100,8 +111,8 @@ def bn_statistics_merge_kernel(
 ):
     # mean = pivot + mean(d) and biased variance of one channel from its partials
     # program c owns channel c; its partials are adjacent; its pivot is in mean_ptr, where the mean replaces it
-    # two fp32 reads per partial
-    # fp32
+    # two fp64 reads per partial
+    # fp64, rounded once
     # every partial but the last has ``share`` elements; none is empty
     channel = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[None, :]
     p = tl.arange(0, BLOCK_P)[:, None]
@@ -148,7 +159,7 @@ def bn_act_backward_reduce_kernel(
     # dz = mask * grad_y; partial sums of dz and dz * (x - mean), per channel
     # grid and partials as in the statistics
     # reads grad_y and x (and y, where its sign is the mask; else y is computed again from x); writes dz where asked
-    # fp32 sums; dz is exact
+    # fp32 sums per lane, lanes merged in fp64; dz is exact
     # evaluation (grad_x_ptr given) has constant statistics, so grad_x = scale * dz is finished in this pass
     channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     mean, _, scale, bias = load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, channel_ok, eps)
@@ -176,8 +187,8 @@ def bn_act_backward_reduce_kernel(
         tile += 1
 
     partial = channel * tl.num_programs(1) + tl.program_id(1)
-    tl.store(partial_dz_ptr + partial, tl.sum(sum_dz, axis=0)[None, :], mask=channel_ok)
-    tl.store(partial_dzx_ptr + partial, tl.sum(sum_dzx, axis=0)[None, :], mask=channel_ok)
+    tl.store(partial_dz_ptr + partial, _sum(sum_dz), mask=channel_ok)
+    tl.store(partial_dzx_ptr + partial, _sum(sum_dzx), mask=channel_ok)
 
 
 @triton.jit
@@ -186,14 +197,14 @@ def bn_act_backward_merge_kernel(
 ):
     # grad_bias = sum dz; grad_weight = sum dz * (x - mean) * invstd
     # program c owns channel c; its partials are adjacent
-    # two fp32 reads per partial
-    # fp32, in a fixed tree
+    # two fp64 reads per partial
+    # fp64 in a fixed tree, rounded once
     # the outputs are fp32 whatever the parameters' dtype: grad_x is computed from them
-    channel = tl.program_id(0).to(tl.int64)
-    p = tl.arange(0, BLOCK_P)
-    offset = channel * programs + p
-    sum_dz = tl.sum(tl.load(partial_dz_ptr + offset, mask=p < programs, other=0.0), axis=0)
-    sum_dzx = tl.sum(tl.load(partial_dzx_ptr + offset, mask=p < programs, other=0.0), axis=0)
+    channel = (tl.program_id(0).to(tl.int64) + tl.arange(0, 1))[None, :]
+    p = tl.arange(0, BLOCK_P)[:, None]
+    partial = channel * programs + p
+    sum_dz = _sum(tl.load(partial_dz_ptr + partial, mask=p < programs, other=0.0))
+    sum_dzx = _sum(tl.load(partial_dzx_ptr + partial, mask=p < programs, other=0.0))
     invstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(var_ptr + channel).to(tl.float32) + eps))
     tl.store(grad_bias_ptr + channel, sum_dz)
     tl.store(grad_weight_ptr + channel, sum_dzx * invstd)

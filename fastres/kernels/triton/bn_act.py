@@ -128,4 +128,4 @@ def _per_channel(x: Tensor) -> Tensor:
 
 
 def _partials(x: Tensor, cut: Plan) -> Tensor:
-    return torch.empty(x.shape[1], cut.grid[1], dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape[1], cut.grid[1], dtype=torch.float64, device=x.device)

@@ -16,7 +16,7 @@ from fastres.experiments.rivals import FASTRES
 LIMIT = {False: 5e-6, True: 10e-6}  # seconds over eager, by whether gradients are wanted
 BATCHES = 2001
 CALLS = 20  # few: a batch is over before the scheduler takes the core away
-SLEEP = 0.02
+SLEEP = 0.05
 COMMON = {"name": "add_act", "shape": [1, 8, 2, 2], "dtype": "float32", "layout": "contiguous"}
 
 

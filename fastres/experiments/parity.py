@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastres import budget
 
-NEGLIGIBLE = 1e-6  # of the largest gradient: what is smaller is zero but for rounding, as a bias before batch norm
+NEGLIGIBLE = 1e-9  # of the largest gradient: zero but for rounding, as that of a bias before batch norm
 
 
 class Verdict(NamedTuple):
@@ -79,18 +79,24 @@ class Reference:
         if len(actual) == 1:
             ((name, found),) = actual.items()
             verdict = budget.within_budget(found, theirs[name], self.truth[name], self.dtype)
-            return Verdict(verdict.ok, verdict.error, self._error(theirs), verdict.allowed)
+            return Verdict(verdict.ok, verdict.error, self._same_measure(found, theirs[name], name, verdict), verdict.allowed)
         allowed = budget.FACTOR * self._error(theirs) + budget.FLOOR_ULPS["rms"] * torch.finfo(self.dtype).eps
         error = self._error(actual)
         return Verdict(error <= allowed, error, self._error(theirs), allowed)
 
+    def _same_measure(self, found: Tensor, theirs: Tensor, name: str, verdict: budget.Verdict) -> float:
+        """PyTorch's error by the measure that a verdict was given by."""
+        ours, beside = budget.errors(found, self.truth[name]), budget.errors(theirs, self.truth[name])
+        return next((beside[measure] for measure, error in ours.items() if error == verdict.error), math.nan)
+
     def _error(self, found: dict[str, Tensor]) -> float:
         sizes = {name: t.double().square().mean().sqrt().item() for name, t in self.truth.items()}
-        least = NEGLIGIBLE * max((size for name, size in sizes.items() if name.startswith("gradient")), default=0.0)
+        largest = max((size for name, size in sizes.items() if name.startswith("gradient")), default=0.0)
         total = 0.0
         for name, truth in self.truth.items():
             difference = (found[name].double() - truth).square().mean().sqrt().item()
-            size = max(sizes[name], least, torch.finfo(torch.float64).tiny)
+            size = sizes[name] if sizes[name] > NEGLIGIBLE * largest else largest
+            size = max(size, torch.finfo(torch.float64).tiny)
             total += (difference / size) ** 2
         error = math.sqrt(total / len(self.truth))
         return error if math.isfinite(error) else math.inf

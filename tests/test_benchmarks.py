@@ -1,0 +1,201 @@
+"""The instruments: the clock, what is compared with what, the tables of README."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import harness, report, table
+from benchmarks.cases import CASES
+from fastres import models, timing
+from fastres.errors import UnsupportedError
+from fastres.experiments import parity, rivals, twin
+from fastres.experiments.compare import compare
+from fastres.experiments.subject import Subject, enliven, load
+from fastres.ops import REGISTRY
+
+pytestmark = pytest.mark.none
+CPU = torch.device("cpu")
+
+
+def test_the_clock_measures_a_known_sleep():
+    found = timing.interleaved({"a": lambda: time.sleep(0.05), "b": lambda: time.sleep(0.1)}, CPU, seconds=0.3)
+    assert found["a"].p20 == pytest.approx(0.05, rel=0.05)
+    assert found["b"].p20 == pytest.approx(0.1, rel=0.05)
+    assert found["a"].batches == found["b"].batches >= 5
+
+
+def test_the_clock_takes_many_short_calls_in_one_batch():
+    found = timing.interleaved({"short": lambda: None}, CPU, seconds=0.05)["short"]
+    assert found.calls == timing.MAX_CALLS and found.median < 1e-5
+
+
+def test_percentiles():
+    assert timing.percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert timing.percentile([0.0, 10.0], 0.2) == 2.0
+
+
+def small_vgg():
+    layers = nn.Conv2d(3, 512, 3, padding=1), nn.BatchNorm2d(512), nn.ReLU(True), nn.MaxPool2d(2, 2)
+    model = models.VGG(nn.Sequential(*layers), init_weights=False)
+    model.classifier = nn.Linear(512 * 7 * 7, 10)
+    return model
+
+
+NETWORKS = {
+    "resnet18": (models.resnet18, (1, 3, 64, 64)),
+    "resnet50": (models.resnet50, (1, 3, 64, 64)),
+    "VGG": (lambda: small_vgg(), (1, 3, 32, 32)),
+    "plain18": (lambda: models.plain(18), (1, 3, 64, 64)),
+    "cifar.resnet": (lambda: models.cifar.resnet(8), (2, 3, 16, 16)),
+    "cifar.plain": (lambda: models.cifar.plain(8), (2, 3, 16, 16)),
+    "cifar.preact": (lambda: models.cifar.preact_resnet(11), (2, 3, 16, 16)),
+    "cifar.preact, option A": (lambda: models.cifar.preact_resnet(8, shortcut="A", bottleneck=False), (2, 3, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_twin_is_the_same_network_without_fastres(name):
+    make, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model = make()
+    enliven(model)
+    plain = twin.torch_twin(model.eval())
+    assert list(plain.state_dict()) == list(model.state_dict())
+    x = torch.randn(shape)
+    with torch.no_grad():
+        verdict = parity.Reference(plain, x).judge({"logits": model(x)})
+    assert verdict.ok, verdict
+    calls = []
+    with _Watch(calls), torch.no_grad():
+        plain(x)
+    assert calls and not any(name.startswith("fastres") for name in calls)
+
+
+class _Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    enliven(model)
+    return Subject("small", model.eval(), torch.randn(2, 3, 8, 8), torch.float32)
+
+
+def way(name, prepare):
+    return rivals.Rival(name, prepare, "contiguous", {})
+
+
+def test_what_is_wrong_is_not_timed_and_what_is_missing_is_a_row():
+    def missing(model, x):
+        raise ImportError("no such compiler")
+
+    ways = (
+        way("fastres", lambda model, x: (model, x)),
+        way("wrong", lambda model, x: ((lambda x: model(x) * 1.001), x)),
+        way("missing", missing),
+    )
+    rows = {row["rival"]: row for row in compare(small(), ways, seconds=0.01)}
+    assert rows["fastres"]["ok"] and rows["fastres"]["ratio"] == 1.0
+    assert not rows["wrong"]["ok"] and "median_s" not in rows["wrong"]
+    assert rows["missing"]["missing"] == "ImportError: no such compiler"
+    assert [table.cell(rows[name]) for name in ("wrong", "missing")] == ["wrong", "missing"]
+
+
+@pytest.mark.parametrize("part", ["gradient of 0.weight", "gradient of 1.bias", "1.running_var", "loss"])
+def test_one_wrong_tensor_of_a_training_step_is_found(part):
+    subject = small()
+    model = subject.model.train()
+    reference = parity.Reference(model, subject.x)
+    found = parity.outputs(model, model, subject.x)
+    assert reference.judge(dict(found)).ok
+    found[part] = found[part] * 1.0001
+    assert not reference.judge(found).ok
+
+
+def test_a_missing_gradient_is_found():
+    subject = small()
+    model = subject.model.train()
+    reference = parity.Reference(model, subject.x)
+    found = parity.outputs(model, model, subject.x)
+    del found["gradient of 0.weight"]
+    assert not reference.judge(found).ok
+
+
+def test_a_twin_of_a_foreign_block_is_refused():
+    class Own(models.ResNet):
+        pass
+
+    with pytest.raises(UnsupportedError, match="Own"):
+        twin.torch_twin(Own(twin.fnn.BasicBlock, (1, 1, 1, 1)))
+
+
+def test_every_op_is_benchmarked():
+    assert {name for case in CASES for name in case.covers} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.id} {case.convolution}")
+def test_a_case_computes_the_same_fused_and_eager(case):
+    tensors = case.tensors((2, 16, 6, 6), torch.float32, CPU)
+    fused, eager = case.fused(*tensors), case.eager(*tensors)
+    torch.testing.assert_close(fused, eager, rtol=1e-4, atol=1e-5)
+    moved, flops = case.cost(tensors)
+    assert moved > 0 and flops > 0
+
+
+def test_subjects_are_the_same_every_time():
+    a, b = (load("cifar.resnet8", batch=2, size=16, device="cpu") for _ in range(2))
+    assert torch.equal(a.x, b.x)
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = [
+        {"name": "net", "pass": "inference", "shape": [1, 3, 8, 8], "dtype": "float32", "rival": "fastres", "median_s": 0.01,
+         "ratio": 1.0},
+        {"name": "net", "pass": "inference", "shape": [1, 3, 8, 8], "dtype": "float32", "rival": "eager", "median_s": 0.015,
+         "ratio": 1.5},
+        {"name": "net", "pass": "inference", "shape": [1, 3, 8, 8], "dtype": "float32", "rival": "tool", "missing": "absent"},
+    ]  # fmt: skip
+    return harness.save("models", rows, CPU, tmp_path).parent.parent
+
+
+def test_a_result_file_says_where_when_and_with_what(results):
+    (path,) = results.glob("*/models.json")
+    data = json.loads(path.read_text())
+    assert {"device", "cpu", "threads", "torch", "cuda", "driver", "python", "commit", "dirty", "date", "rows"} <= set(data)
+    assert data["name"] == "models" and len(data["rows"]) == 3
+
+
+def test_tables_are_written_from_the_files_and_checked(results):
+    readme = "# x\n<!-- results:models -->\nmade up: 100x\n<!-- /results -->\nend\n"
+    wanted = report.render(readme, results)
+    assert "1.50×" in wanted and "missing" in wanted and "made up" not in wanted and wanted.endswith("end\n")
+    assert report.stale(readme, wanted) == ["models"]
+    assert report.render(wanted, results) == wanted
+    assert report.stale(wanted, wanted) == []
+    with pytest.raises(LookupError, match="results:nothing"):
+        report.render("<!-- results:nothing -->\n<!-- /results -->", results)
+
+
+def test_readme_shows_only_what_the_result_files_give():
+    if not report.README.exists():
+        pytest.skip("README.md is not written yet")
+    text = report.README.read_text(encoding="utf-8")
+    wanted = report.render(text)
+    assert not report.stale(text, wanted), "run python -m benchmarks.report"
+
+
+def test_the_support_matrix_lists_every_op():
+    lines = report.support_matrix().splitlines()
+    assert {line.split("`")[1] for line in lines if line.startswith("| `")} == set(REGISTRY)

@@ -1,17 +1,29 @@
 // Formula: mean = sum(x) / n, var = sum((x - mean)^2) / n, n = N * H * W.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: one read.
-// Accumulate type: float; Welford in a thread, Chan between threads and blocks.
+// Accumulate type: float, of x - pivot, Welford in a thread, Chan between threads and blocks; mean is rounded once more.
 // Invariants: fixed order whatever the device; a constant channel has var == 0 exactly; var is not negative.
 #include "cuda/bn_statistics.h"
 #include "cuda/device/bn_merge.cuh"
 
 namespace fastres::cuda {
 
+// The first element of a channel. What is left of x is as large as its spread, however far the mean is from zero.
+__device__ __forceinline__ int64_t pivot_offset(const BnGeometry& g, int64_t channel) {
+  return g.channels_last ? channel : channel * g.plane;
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
   const auto* x = static_cast<const typename Traits::scalar_t*>(p.x);
   const Tile tile(p.geometry, false);
+  const int lane = threadIdx.x * Traits::kLanes;
+  float pivot[Traits::kLanes] = {};
+  if (lane < tile.channels) {
+    const int64_t offset = pivot_offset(p.geometry, tile.channel + lane);
+#pragma unroll
+    for (int j = 0; j < Traits::kLanes; ++j) pivot[j] = to_float(x[offset + j]);
+  }
 
   // A thread's own positions.
   Moments<Traits::kVec> moments{};
@@ -21,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
       [&](int slot, int64_t) {
         float values[Traits::kVec];
 #pragma unroll
-        for (int j = 0; j < Traits::kVec; ++j) values[j] = to_float(x_in[slot].v[j]);
+        for (int j = 0; j < Traits::kVec; ++j) values[j] = to_float(x_in[slot].v[j]) - pivot[Traits::lane(j)];
         moments.add(values);
       });
 
@@ -31,7 +43,6 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
     else return moments.folded();
   }();
   reduce_along_y<kThreads>(own);
-  const int lane = threadIdx.x * Traits::kLanes;
   if (threadIdx.y > 0 || lane >= tile.channels) return;
   float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
 #pragma unroll
@@ -52,7 +63,7 @@ __global__ void __launch_bounds__(kMergeThreads) bn_statistics_merge_kernel(cons
     return Moments<1>{static_cast<float>(count), {partial[0]}, {partial[g.channels]}};
   });
   if (threadIdx.y > 0 || channel >= g.channels) return;
-  p.mean[channel] = own.mean[0];
+  p.mean[channel] = channel_value({p.x, p.dtype}, pivot_offset(g, channel), 0.0f) + own.mean[0];
   p.var[channel] = relu(own.m2[0] / static_cast<float>(g.elements));
 }
 

@@ -4,10 +4,10 @@ import contextlib
 import copy
 import io
 import pickle
+import warnings
 from collections import Counter
 from functools import partial
 
-import numpy
 import pytest
 import torch
 from _modules import called, compare, inference, lively, plainly, steady, step
@@ -15,7 +15,6 @@ from _torchvision import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import fastres
 import fastres.nn as fnn
 
 resnet = torchvision.models.resnet
@@ -162,7 +161,7 @@ def penalty(forward, module, x, context=contextlib.nullcontext):
 @every_block
 @both_modes
 def test_double_backward(make, training):
-    compare(lively(make()).train(training), images(), run=penalty)
+    compare(steady(make()).train(training), images(), run=penalty)
 
 
 def gradients(forward, module, x, context=contextlib.nullcontext):
@@ -313,7 +312,9 @@ def test_tracers_see_the_modules():
         "conv1", "bn1", "relu", "conv2", "bn2", "downsample.0", "downsample.1",
     }  # fmt: skip
     compare(block, images(), ours=lambda m, x: torch.fx.symbolic_trace(m)(x))
-    compare(block, images(), ours=lambda m, x: torch.jit.trace(m, x)(x), run=inference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, still used to export
+        compare(block, images(), ours=lambda m, x: torch.jit.trace(m, x)(x), run=inference)
 
 
 def test_function_transforms():
@@ -334,72 +335,6 @@ def test_function_transforms():
 
     compare(block, x, run=per_sample)
     compare(block, x, run=tangent)
-
-
-BAD_INPUTS = {
-    "rank 2": torch.zeros(2, 16),
-    "rank 3": torch.zeros(16, 9, 9),
-    "channels": torch.zeros(2, 3, 9, 9),
-    "float64": torch.zeros(2, 16, 9, 9).double(),
-    "float16": torch.zeros(2, 16, 9, 9).half(),
-    "int64": torch.zeros(2, 16, 9, 9).long(),
-    "bool": torch.zeros(2, 16, 9, 9).bool(),
-    "complex": torch.zeros(2, 16, 9, 9, dtype=torch.complex64),
-    "other device": torch.zeros(2, 16, 9, 9, device="meta"),
-    "no height": torch.zeros(2, 16, 0, 9),
-    "sparse": torch.zeros(2, 16, 9, 9).to_sparse(),
-    "None": None,
-    "list": [1.0],
-    "NumPy": numpy.zeros((2, 16, 9, 9), "float32"),
-}
-
-
-@pytest.mark.parametrize("x", BAD_INPUTS.values(), ids=BAD_INPUTS)
-@pytest.mark.parametrize("make", [BLOCKS["BasicBlock"], BLOCKS["Bottleneck"], BLOCKS["PreActBottleneck"]])
-@both_modes
-def test_bad_inputs_raise_as_in_pytorch(make, x, training):
-    block = make().train(training)
-    for context in (torch.no_grad, torch.enable_grad):
-        other = copy.deepcopy(block)
-        with pytest.raises(Exception) as theirs, context():
-            plainly(other, x)
-        with pytest.raises((theirs.type, fastres.ArgumentTypeError)), context():
-            block(x)
-        if not isinstance(block, fnn.PreActBottleneck):  # where batch norm comes before the layer that refuses
-            assert all(torch.equal(value, other.state_dict()[name]) for name, value in block.state_dict().items())
-
-
-def test_one_value_a_channel_raises_in_training_and_empty_batches_pass():
-    block = lively(fnn.BasicBlock(16, 16))
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
-        block(torch.zeros(1, 16, 1, 1))
-    for training in (True, False):
-        compare(block.train(training), images()[:0])
-        compare(block.train(training), images()[:0], run=inference)
-
-
-@pytest.mark.parametrize("options", [{"groups": 2}, {"base_width": 128}, {"dilation": 2}])
-def test_basic_blocks_refuse_as_torchvision(options):
-    with pytest.raises((ValueError, NotImplementedError)) as theirs:
-        resnet.BasicBlock(16, 16, **options)
-    with pytest.raises(theirs.type) as ours:
-        fnn.BasicBlock(16, 16, **options)
-    assert str(ours.value) == str(theirs.value)
-
-
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: fnn.shortcut("D", 16, 16), "option must be one of"),
-        (lambda: fnn.shortcut("A", 16, 8), "planes must be at least inplanes"),
-        (lambda: fnn.ConvBNAct2d(16, 16, act="gelu"), "act must be"),
-        (lambda: fnn.PlainBlock(16, 16, 1, nn.Identity()), "downsample must be None"),
-        (lambda: fnn.PlainBottleneck(16, 4, 1, nn.Identity()), "downsample must be None"),
-    ],
-)
-def test_wrong_arguments_say_what_must_be(make, text):
-    with pytest.raises(fastres.ArgumentError, match=f"fastres.nn.*{text}.*got"):
-        make()
 
 
 def test_option_a_is_the_identity_padded():

@@ -1,0 +1,79 @@
+"""Wrong inputs and arguments of blocks: PyTorch's own error, or one that says what must be."""
+
+import copy
+
+import numpy
+import pytest
+import torch
+from _modules import compare, inference, lively, plainly
+from _torchvision import torchvision
+from torch import nn
+
+import fastres
+import fastres.nn as fnn
+
+MAKERS = [lambda: fnn.BasicBlock(16, 16), lambda: fnn.Bottleneck(16, 4), lambda: fnn.PreActBottleneck(16, 4)]
+BAD_INPUTS = {
+    "rank 2": torch.zeros(2, 16),
+    "rank 3": torch.zeros(16, 9, 9),
+    "channels": torch.zeros(2, 3, 9, 9),
+    "float64": torch.zeros(2, 16, 9, 9).double(),
+    "float16": torch.zeros(2, 16, 9, 9).half(),
+    "int64": torch.zeros(2, 16, 9, 9).long(),
+    "bool": torch.zeros(2, 16, 9, 9).bool(),
+    "complex": torch.zeros(2, 16, 9, 9, dtype=torch.complex64),
+    "other device": torch.zeros(2, 16, 9, 9, device="meta"),
+    "no height": torch.zeros(2, 16, 0, 9),
+    "sparse": torch.zeros(2, 16, 9, 9).to_sparse(),
+    "None": None,
+    "list": [1.0],
+    "NumPy": numpy.zeros((2, 16, 9, 9), "float32"),
+}
+
+
+@pytest.mark.parametrize("x", BAD_INPUTS.values(), ids=BAD_INPUTS)
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_bad_inputs_raise_as_in_pytorch(make, x, training):
+    block = make().train(training)
+    for context in (torch.no_grad, torch.enable_grad):
+        other = copy.deepcopy(block)
+        with pytest.raises(Exception) as theirs, context():
+            plainly(other, x)
+        with pytest.raises((theirs.type, fastres.ArgumentTypeError)), context():
+            block(x)
+        if not isinstance(block, fnn.PreActBottleneck):  # where batch norm comes before the layer that refuses
+            assert all(torch.equal(value, other.state_dict()[name]) for name, value in block.state_dict().items())
+
+
+def test_one_value_a_channel_raises_in_training_and_empty_batches_pass():
+    block = lively(fnn.BasicBlock(16, 16))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        block(torch.zeros(1, 16, 1, 1))
+    for training in (True, False):
+        compare(block.train(training), torch.zeros(0, 16, 9, 9))
+        compare(block.train(training), torch.zeros(0, 16, 9, 9), run=inference)
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"base_width": 128}, {"dilation": 2}])
+def test_basic_blocks_refuse_as_torchvision(options):
+    with pytest.raises((ValueError, NotImplementedError)) as theirs:
+        torchvision.models.resnet.BasicBlock(16, 16, **options)
+    with pytest.raises(theirs.type) as ours:
+        fnn.BasicBlock(16, 16, **options)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: fnn.shortcut("D", 16, 16), "option must be one of"),
+        (lambda: fnn.shortcut("A", 16, 8), "planes must be at least inplanes"),
+        (lambda: fnn.ConvBNAct2d(16, 16, act="gelu"), "act must be"),
+        (lambda: fnn.PlainBlock(16, 16, 1, nn.Identity()), "downsample must be None"),
+        (lambda: fnn.PlainBottleneck(16, 4, 1, nn.Identity()), "downsample must be None"),
+    ],
+)
+def test_wrong_arguments_say_what_must_be(make, text):
+    with pytest.raises(fastres.ArgumentError, match=f"fastres.nn.*{text}.*got"):
+        make()

@@ -6,6 +6,7 @@ Importing builds nothing, warns of nothing and touches no GPU; native libraries 
 from fastres import functional, nn
 from fastres.dispatch import use
 from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VerificationError
+from fastres.optimize import explain, optimize, refresh, restore
 
 __version__ = "0.1.0"
 
@@ -14,7 +15,11 @@ __all__ = [
     "ArgumentTypeError",
     "UnsupportedError",
     "VerificationError",
+    "explain",
     "functional",
     "nn",
+    "optimize",
+    "refresh",
+    "restore",
     "use",
 ]

@@ -1,0 +1,185 @@
+"""``optimize``, ``restore`` and ``refresh``: what a user calls on a model."""
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastres import functional
+from fastres.errors import UnsupportedError, must
+from fastres.optimize.convert import Conversion, cast, to_channels_last
+from fastres.optimize.sites import Site, check_skip, follows_layout, sites, unwrap
+from fastres.optimize.swap import STATE, State, state_of, swap, unswap
+from fastres.optimize.verify import Reference
+
+_log = logging.getLogger("fastres")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def optimize(
+    model: Model,
+    mode: str | None = None,
+    strict: bool = False,
+    inplace: bool = True,
+    skip: str | Sequence[str] = (),
+    channels_last: bool | str = "auto",
+    dtype: torch.dtype | None = None,
+    verify: Tensor | tuple | None = None,
+) -> Model:
+    """Make a model run fused steps wherever its layers allow, in training and in evaluation.
+
+    Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped
+    in place: each module gets a subclass of its own class, so parameters, buffers, hooks, state-dict keys,
+    optimizers and ``isinstance`` stay. What is not recognised is left alone; ``fastres.explain`` says why,
+    ``fastres.restore`` undoes all. Calling it again changes the options.
+
+    Args:
+        model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped.
+        mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The
+            swapped modules serve both; evaluation folds batch norm only where autograd is off.
+        strict: raise if any batch norm of the model would stay outside a fused step.
+        inplace: False optimises a deep copy and leaves the model alone.
+        skip: glob patterns of module names to be left alone with all inside them, such as ``"layer4.*"``.
+        channels_last: whether swapped modules bring their input to channels_last (values do not change); ``"auto"``
+            does on the CPU in float32 and bfloat16 and on CUDA in half precision, for networks whose code follows the
+            layout. With True, and on CUDA, 4-D weights are stored so too.
+        dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
+            The originals are kept, in this model but not in its copies, for ``restore``.
+        verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
+            its error against float64 is within twice that of plain PyTorch at the same dtype, plus a floor.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be.
+        UnsupportedError: strict, and something is refused (all refusals are listed); or the model is compiled,
+            scripted, traced or sharded. The model is unchanged.
+        VerificationError: the swap missed the budget; the model is restored.
+    """
+    network = unwrap(model, "optimize")
+    _check_options(mode, channels_last, dtype)
+    if not inplace:
+        model = copy.deepcopy(model)
+        network = unwrap(model, "optimize")
+    patterns = check_skip(network, skip)
+    found = sites(network, patterns)
+    if strict:
+        _refuse_any(found)
+    modes = [(module, module.training) for module in model.modules()]
+    if mode is not None:
+        model.train(mode == "training")
+    try:
+        reference = None if verify is None else Reference(network, verify, dtype)
+        conversions = _convert(network, found, channels_last, dtype)
+        _swap(network, found, patterns, *conversions)
+        verdict = None if reference is None else reference.judge(network)
+    except Exception:
+        _restore(network)
+        for module, training in modes:
+            module.training = training
+        raise
+    if verdict is not None:
+        vars(network)[STATE].verified = verdict
+    _log.info("%s", _summary(network, found, verdict))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo ``optimize`` exactly: the classes, the parameters' memory format and dtype; returns the model.
+
+    Parameters that were cast get their original bits back unless they were written since (trained, loaded): then
+    the new values stay, in the original dtype. The training mode stays as it is.
+    """
+    _restore(unwrap(model, "restore"))
+    return model
+
+
+def refresh(model: nn.Module | None = None) -> None:
+    """Drop the folded weights of a model, or all: needed after writes through ``tensor.data``, which go unseen."""
+    functional.forget_folds(None if model is None else list(unwrap(model, "refresh").parameters()))
+
+
+def _check_options(mode: object, channels_last: object, dtype: object) -> None:
+    if mode not in (None, "training", "inference"):
+        raise must("optimize", "mode", "None, 'training' or 'inference'", repr(mode))
+    if channels_last not in (True, False, "auto"):
+        raise must("optimize", "channels_last", "True, False or 'auto'", repr(channels_last))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise must("optimize", "dtype", "None or a floating torch.dtype", dtype)
+
+
+def _refuse_any(found: list[Site]) -> None:
+    refusals = {name: reason for site in found for name, reason in site.left.items()}
+    if refusals:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in refusals.items())
+        raise UnsupportedError(f"fastres.optimize: strict, and {len(refusals)} modules cannot be fused:\n{lines}")
+    if not any(site.status in ("fusable", "fused", "fastres") for site in found):
+        raise UnsupportedError("fastres.optimize: strict, and the model holds nothing that can be fused")
+
+
+def _wants_channels_last(network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None) -> bool:
+    if option != "auto":
+        return bool(option)
+    weight = next((p for p in network.parameters() if p.dim() == 4), None)
+    if weight is None or not any(site.status in ("fusable", "fused", "fastres") for site in found):
+        return False
+    suits = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+    return (dtype or weight.dtype) in suits.get(weight.device.type, ()) and follows_layout(network) is None
+
+
+def _convert(
+    network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None
+) -> tuple[bool, list[Conversion]]:
+    """Whether inputs go to channels_last, and what was done to parameters, now or in an earlier call."""
+    channels_last = _wants_channels_last(network, found, option, dtype)
+    before = state_of(network)
+    conversions = [] if before is None else list(before.conversions)
+    if dtype is not None:
+        conversions += cast(network, dtype)
+    if channels_last and (option is True or next(network.parameters()).is_cuda):
+        conversions += to_channels_last(network)
+    return channels_last, conversions
+
+
+def _swap(
+    network: nn.Module,
+    found: list[Site],
+    patterns: tuple[str, ...],
+    channels_last: bool,
+    conversions: list[Conversion],
+) -> None:
+    """Swap the sites, and the network itself: it carries what concerns the whole."""
+    for site in found:
+        if site.status == "skipped":
+            unswap(site.module)
+        elif site.status in ("fusable", "fused"):
+            _install(site.module, State(channels_last))
+    own = State(channels_last)
+    own.conversions, own.skip = conversions, patterns
+    _install(network, own)
+
+
+def _install(module: nn.Module, state: State) -> None:
+    swap(module, state)
+    state.prepare(module)
+
+
+def _restore(network: nn.Module) -> None:
+    for module in list(network.modules()):
+        state = state_of(module)
+        if state is not None:
+            unswap(module)
+            for conversion in reversed(state.conversions):
+                conversion.undo()
+
+
+def _summary(network: nn.Module, found: list[Site], verdict: dict[str, float] | None) -> str:
+    steps = Counter(step.op for site in found if site.status in ("fusable", "fused") for step in site.steps)
+    left = sum(len(site.left) for site in found)
+    fused = ", ".join(f"{count} {op}" for op, count in sorted(steps.items())) or "nothing"
+    text = f"fastres.optimize: {type(network).__name__}: fused {fused}; {left} norm layers left alone"
+    if verdict is not None:
+        text += f"; error {verdict['error']:.2g} against float64, PyTorch's own {verdict['torch_error']:.2g}"
+    return text if not left else f"{text} (fastres.explain(model) says why)"

@@ -1,0 +1,75 @@
+"""Parameters in another memory format or dtype, and back: the same bits, unless they were written in between."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Conversion:
+    """One parameter or buffer: where it lives, what it held, and the mark of what it was made to hold."""
+
+    owner: nn.Module
+    name: str
+    original: Tensor | None  # None: only the memory format changed
+    mark: tuple
+
+    def undo(self) -> None:
+        """Put the original back; a value written since is kept, in the original's dtype or contiguous."""
+        tensor: Any = self.owner._parameters.get(self.name)
+        is_parameter = tensor is not None
+        tensor = tensor if is_parameter else self.owner._buffers.get(self.name)
+        if tensor is None:
+            return
+        if self.original is None:
+            new = tensor.data.contiguous()
+        else:
+            new = self.original if _mark(tensor) == self.mark else tensor.data.to(self.original.dtype)
+        if is_parameter:
+            tensor.data = new
+            if tensor.grad is not None:
+                tensor.grad.data = tensor.grad.data.to(new.dtype)
+        else:
+            self.owner._buffers[self.name] = new
+
+
+def _mark(tensor: Any) -> tuple:
+    return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
+
+
+def _tensors(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Every parameter and buffer with each module that holds it."""
+    found = []
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            found += [(module, name, tensor) for name, tensor in table.items() if tensor is not None]
+    return found
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> list[Conversion]:
+    """``model.to(dtype)``, which can be undone."""
+    before = [
+        (owner, name, tensor.detach() if isinstance(tensor, nn.Parameter) else tensor)
+        for owner, name, tensor in _tensors(model)
+        if tensor.is_floating_point() and tensor.dtype != dtype
+    ]
+    model.to(dtype)
+    made = []
+    for owner, name, original in before:
+        table = owner._parameters if name in owner._parameters else owner._buffers
+        made.append(Conversion(owner, name, original, _mark(table[name])))
+    return made
+
+
+def to_channels_last(model: nn.Module) -> list[Conversion]:
+    """4-D parameters in channels_last, as ``model.to(memory_format=torch.channels_last)`` has them."""
+    made = []
+    for owner, name, tensor in _tensors(model):
+        if not isinstance(tensor, nn.Parameter) or tensor.dim() != 4 or not tensor.is_contiguous():
+            continue
+        if not tensor.is_contiguous(memory_format=torch.channels_last):
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            made.append(Conversion(owner, name, None, ()))
+    return made

@@ -1,0 +1,274 @@
+"""The graph of a forward rewritten into fused steps over the same children, and compiled to Python by torch.fx.
+
+Found, wherever the values in between have no other use: conv-bn, conv-bn-relu, conv-bn-add, conv-bn-add-relu, bn-relu,
+bn-add-relu, add-relu, conv-bn-relu-maxpool. A step reads its modules at every call and falls back to calling them one
+by one (``fastres.nn._fused``), so a plan only has to be right about how values flow. ``nn.Identity`` is passed by.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fastres.nn import _fused, _sequence
+from fastres.optimize.trace import CannotTrace, trace
+
+_RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
+_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+_READ_ONLY = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+_FRESH = (nn.Conv2d, nn.BatchNorm2d)
+Node = Any  # fx.Node: torch types its arguments so widely that nothing follows
+
+
+@dataclass(frozen=True)
+class Step:
+    """One fused step: the op's name, the children it covers (an activation may be functional: ``"relu"``)."""
+
+    op: str
+    modules: tuple[str, ...]
+
+
+@dataclass
+class Plan:
+    """What a module's forward became: ``run(None, module, x)``, or why there is nothing to run."""
+
+    run: Callable[..., Any] | None = None
+    steps: list[Step] = field(default_factory=list)
+    reason: str | None = None
+    graph: fx.GraphModule | None = None
+    identities: tuple[nn.Module, ...] = ()
+    readable: bool = True  # whether the forward could be traced at all
+    rejoined: bool = False  # whether a view became a reshape, so that channels_last values pass
+
+
+def plan(module: nn.Module, base: Any, training: bool) -> Plan:
+    """Plan ``base.forward`` on this module in one mode; never raises, ``reason`` says what stood in the way."""
+    try:
+        graph = trace(module, base, training)
+    except CannotTrace as error:
+        return Plan(reason=str(error), readable=False)
+    rewriting = _Rewriting(module, graph)
+    steps = rewriting.fuse()
+    rejoined = _reshape(graph)
+    if not steps and not rejoined:
+        return Plan(reason="it holds no run of layers that fuse")
+    identities = rewriting.pass_identities()
+    _read_children_from_owner(graph)
+    compiled = fx.GraphModule(nn.Module(), graph, "Plan")
+    return Plan(type(compiled).forward, steps, None, compiled, identities, rejoined=rejoined)
+
+
+def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A child called as itself."""
+    return module(*args, **kwargs)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+class _Rewriting:
+    """One graph being rewritten."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        self.module, self.graph = module, graph
+        self.position = {node: index for index, node in enumerate(graph.nodes)}
+
+    def kind(self, node: Any) -> type | None:
+        """Exact type of the child a node calls with one value, or None."""
+        if _is_node(node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            return type(self.module._modules[node.target])
+        return None
+
+    def is_relu(self, node: Node) -> bool:
+        if node.op == "call_function":
+            return node.target in _RELU_FUNCTIONS and not set(node.kwargs) - {"inplace"} and len(node.args) == 1
+        if node.op == "call_method":
+            return node.target in ("relu", "relu_") and len(node.args) == 1
+        return self.kind(node) is nn.ReLU
+
+    def is_add(self, node: Node) -> bool:
+        if node.op == "call_method" and node.target not in ("add", "add_", "__add__", "__iadd__"):
+            return False
+        if node.op not in ("call_method", "call_function") or node.kwargs or len(node.args) != 2:
+            return False
+        if node.op == "call_function" and node.target not in _ADD_FUNCTIONS:
+            return False
+        return all(_is_node(arg) for arg in node.args) and node.args[0] is not node.args[1]
+
+    def writes(self, node: Node) -> bool:
+        """Whether an addition writes into its first operand."""
+        return node.target in (operator.iadd, "add_", "__iadd__")
+
+    def next(self, node: Node) -> Node | None:
+        """The one user of a value, past identities; None where it has several or is returned."""
+        while len(node.users) == 1:
+            node = next(iter(node.users))
+            if self.kind(node) is not nn.Identity:
+                return None if node.op == "output" else node
+        return None
+
+    def source(self, node: Any) -> Any:
+        """Where a value comes from, past identities that nothing else reads."""
+        while self.kind(node) is nn.Identity and len(node.users) == 1:
+            node = node.args[0]
+        return node
+
+    def is_private(self, node: Node) -> bool:
+        """Whether only this value's one user can see it: writing into it, or later reading it, changes nothing else."""
+        if len(node.users) != 1 or node.op in ("placeholder", "get_attr"):
+            return False
+        if self.kind(node) in _FRESH or node.target in (_fused.conv_bn_act, _fused.bn_act, _fused.add_act):
+            return True
+        return all(self.is_private(source) for source in node.all_input_nodes)
+
+    def only_reads(self, node: Node) -> bool:
+        """Whether a step leaves its inputs as they are."""
+        if node.target in (_fused.conv_bn_act, _fused.bn_act, _fused.add_act):
+            return True
+        if node.op != "call_module":
+            return False
+        todo = [self.module._modules[node.target]]
+        while todo:
+            child = todo.pop()
+            if isinstance(child, nn.Sequential):
+                todo += child.children()
+            elif not (type(child) in _READ_ONLY or (type(child) is nn.ReLU and not child.inplace)):
+                return False
+        return True
+
+    def fuse(self) -> list[Step]:
+        steps = []
+        for node in list(self.graph.nodes):
+            if self.kind(node) is nn.BatchNorm2d:
+                step = self.fuse_from_bn(node)
+            elif self.is_add(node):
+                step = self.fuse_add(node)
+            else:
+                continue
+            steps += [step] if step is not None else []
+        return steps
+
+    def fuse_from_bn(self, bn: Node) -> Step | None:
+        before, chain, residual, act, pool = self.source(bn.args[0]), [bn], None, None, None
+        conv = before if self.kind(before) is nn.Conv2d and len(before.users) == 1 else None
+        after = self.next(bn)
+        if after is not None and self.is_add(after):
+            residual = self.other_operand(after, bn)
+            if residual is not None:
+                chain.append(after)
+                after = self.next(after)
+        if after is not None and self.is_relu(after):
+            act = after
+            chain.append(after)
+            after = self.next(after)
+            if residual is None and after is not None and self.kind(after) is nn.MaxPool2d:
+                pool = after
+                chain.append(after)
+        if conv is not None and not self.may_move(conv, chain):
+            conv = None
+        if conv is None and (act is None or not self.may_move(bn, chain)):
+            return None
+        return self.replace(conv, bn, act, pool, residual, chain)
+
+    def other_operand(self, add: Node, bn: Node) -> Node | None:
+        """The value added to bn's; None where the addition would write into a value that others see."""
+        first, second = add.args
+        if self.source(first) is bn:
+            return second
+        return None if self.writes(add) and not self.is_private(first) else first
+
+    def may_move(self, first: Node, chain: list[Node]) -> bool:
+        """Whether a step may run where its chain ends: nothing in between may write into what it reads first."""
+        if all(self.is_private(source) for source in first.all_input_nodes):
+            return True
+        start, end = self.position[first], self.position[chain[-1]]
+        between = [node for node, index in self.position.items() if start < index < end]
+        between = [node for node in between if node not in chain and self.kind(node) is not nn.Identity]
+        return all(self.only_reads(node) for node in between)
+
+    def replace(self, conv: Any, bn: Node, act: Any, pool: Any, residual: Any, chain: list[Node]) -> Step:
+        """Put one step where the chain ends."""
+        x = (conv or bn).args[0]
+        activation = None if act is None else act if act.op == "call_module" else "relu"
+        function: Any
+        args: tuple
+        if pool is not None and conv is not None:
+            op, function, args = "conv_bn_act_maxpool", _sequence.conv_bn_act_maxpool, (conv, bn, activation, pool, x)
+        elif pool is not None:
+            op, function, args = "bn_act_maxpool", _fused.bn_act_maxpool, (bn, activation, pool, x)
+        elif conv is not None:
+            op = "conv_bn_act" if residual is None else "conv_bn_add_act"
+            function, args = _fused.conv_bn_act, (conv, bn, activation, x, residual)
+        else:
+            op = "bn_act" if residual is None else "bn_add_act"
+            function, args = _fused.bn_act, (bn, activation, x, residual)
+        covered = [node for node in (conv, bn, activation, pool) if node is not None]
+        return self.put(op, function, args, covered, [*([conv] if conv else []), *chain])
+
+    def fuse_add(self, add: Node) -> Step | None:
+        act = self.next(add)
+        if act is None or not self.is_relu(act) or (self.writes(add) and not self.is_private(add.args[0])):
+            return None
+        if not self.may_move(add, [add, act]):
+            return None
+        activation = act if act.op == "call_module" else "relu"
+        return self.put("add_act", _fused.add_act, (activation, *add.args), [activation], [add, act])
+
+    def put(self, op: str, function: Callable, args: tuple, covered: list, gone: list[Node]) -> Step:
+        """Replace the nodes ``gone`` by one call; a covered module stands in args by the node that called it."""
+        end = gone[-1]
+        with self.graph.inserting_before(end):
+            children = {node: self.child(node.target) for node in covered if _is_node(node)}
+            node = self.graph.call_function(function, tuple(children.get(arg, arg) for arg in args))
+        step = Step(op, tuple(node.target if _is_node(node) else node for node in covered))
+        node.meta["step"] = step
+        self.position[node] = self.position[end]
+        end.replace_all_uses_with(node)
+        for old in reversed(gone):
+            while old.users:  # identities in between
+                identity = next(iter(old.users))
+                identity.replace_all_uses_with(old)
+                self.graph.erase_node(identity)
+            self.graph.erase_node(old)
+            self.position.pop(old)
+        return step
+
+    def child(self, name: str) -> Node:
+        """A child as a value, not yet said where from: ``_read_children_from_owner`` does."""
+        return self.graph.create_node("get_attr", name)
+
+    def pass_identities(self) -> tuple[nn.Module, ...]:
+        """Drop the remaining identities; returns all there were, to be looked at for hooks."""
+        for node in list(self.graph.nodes):
+            if self.kind(node) is nn.Identity:
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+        children = self.module._modules.values()
+        return tuple(child for child in children if type(child) is nn.Identity)
+
+
+def _reshape(graph: fx.Graph) -> bool:
+    """``x.view(...)`` becomes ``x.reshape(...)``: the same values, also where x is channels_last."""
+    found = [node for node in graph.nodes if node.op == "call_method" and node.target == "view"]
+    for node in found:
+        node.target = "reshape"
+    return bool(found)
+
+
+def _read_children_from_owner(graph: fx.Graph) -> None:
+    """Read children from ``owner._modules`` at every call: past nn.Module's slow attribute lookup, always current."""
+    owner, first = list(graph.nodes)[:2]
+    with graph.inserting_after(first):
+        children = graph.call_function(getattr, (owner, "_modules"))
+    for node in list(graph.nodes):
+        if node.op in ("call_module", "get_attr"):
+            with graph.inserting_before(node):
+                child = graph.call_function(operator.getitem, (children, node.target))
+                new = child if node.op == "get_attr" else graph.call_function(call, (child, *node.args), node.kwargs)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)

@@ -1,0 +1,241 @@
+"""``explain``: which kernel runs where in a model, or why a module was left alone; which backend one call gets."""
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.dispatch import Choice
+from fastres.errors import must, must_type
+from fastres.ops import REGISTRY
+from fastres.optimize.plan import Plan, Step
+from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
+from fastres.optimize.swap import state_of
+from fastres.optimize.verify import unseen_randomness
+
+_UNSEEN = {"fusable": "fastres.optimize(model) would fuse it", "skipped": "skipped by optimize(skip=...)"}
+
+
+@dataclasses.dataclass
+class StepReport:
+    """One fused step: its op, the modules it covers, and the choices it led to on the example input, if any."""
+
+    op: str
+    modules: tuple[str, ...]
+    choices: list[Choice] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"op": self.op, "modules": list(self.modules), "runs": [choice.to_dict() for choice in self.choices]}
+
+    def __str__(self) -> str:
+        runs = ", ".join(f"{choice.op}: {choice.backend.name}" for choice in self.choices)
+        return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "")
+
+
+@dataclasses.dataclass
+class ModuleReport:
+    """One module with layers of its own. ``status``: fused, fusable (not optimised yet), fastres (a fused block by
+    itself), skipped or left; ``left`` tells of each norm layer outside any step why."""
+
+    name: str
+    type: str
+    status: str
+    steps: list[StepReport]
+    left: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"module": self.name, "type": self.type, "status": self.status, "left": dict(self.left)}
+        return {**own, "steps": [step.to_dict() for step in self.steps]}
+
+    def __str__(self) -> str:
+        hint = f" ({_UNSEEN[self.status]})" if self.status in _UNSEEN else ""
+        lines = [f"{self.name or '(the model)'} [{self.type}]: {self.status}{hint}"]
+        lines += [f"    {step}" for step in self.steps]
+        lines += [f"    {name} left alone: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class Report:
+    """What runs where in a model: ``str()`` for people, ``to_dict()`` for programs."""
+
+    model: str
+    training: bool
+    modules: list[ModuleReport]
+    notes: list[str]
+    verified: dict[str, float] | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Steps by op, fused now; modules by status; norm layers left alone."""
+        ops = Counter(step.op for module in self.modules if module.status == "fused" for step in module.steps)
+        statuses = Counter(module.status for module in self.modules)
+        return {**statuses, **ops, "norms_left_alone": sum(len(module.left) for module in self.modules)}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "mode": "training" if self.training else "evaluation",
+            "counts": self.counts,
+            "notes": list(self.notes),
+            "verified": self.verified,
+            "modules": [module.to_dict() for module in self.modules],
+        }
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in self.counts.items())
+        head = [f"{self.model}, {'training' if self.training else 'evaluation'}: {counts}"]
+        head += [f"note: {note}" for note in self.notes]
+        return "\n".join([*head, *map(str, self.modules)])
+
+
+def explain(target: nn.Module | str | Callable, *args: Any) -> Report | Choice:
+    """Tell which kernel runs where, and why.
+
+    Args:
+        target: a model; or an op's name (``"bn_act"``, with the op's arguments); or a function of
+            ``fastres.functional`` (with its arguments).
+        args: for a model, optionally an example input: a copy of the model runs on it, with autograd as it is now, and
+            every step tells its backend. For an op, the arguments of the call in question.
+
+    Returns:
+        For a model a ``Report``, for an op the dispatcher's ``Choice``; both have ``str()`` and ``to_dict()``.
+
+    Raises:
+        TypeError, ValueError: no such op, or arguments that the op refuses.
+    """
+    if isinstance(target, nn.Module):
+        return _explain_model(unwrap(target, "explain"), args)
+    if isinstance(target, str):
+        if target not in REGISTRY:
+            known = f"a module, a function of fastres.functional or one of {sorted(REGISTRY)}"
+            raise must("explain", "target", known, repr(target))
+        return REGISTRY[target].explain(*args)
+    if not callable(target):
+        raise must_type("explain", "target", "a torch.nn.Module, an op's name or a function", target)
+    return _explain_call(target, args)
+
+
+class _Found(Exception):
+    """Ends a call once its op is known, before it runs."""
+
+
+class _Choices(TorchDispatchMode):
+    """Sees every fastres op that runs, and tells ``heard`` the choice for its arguments."""
+
+    def __init__(self, heard: Callable[[Choice], None]) -> None:
+        super().__init__()
+        self.heard = heard
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace == "fastres":
+            whole = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
+            self.heard(REGISTRY[func._schema.name.removeprefix("fastres::")].explain(*whole))
+        return func(*args, **(kwargs or {}))
+
+
+def _explain_call(function: Callable, args: tuple) -> Choice:
+    found: list[Choice] = []
+
+    def first(choice: Choice) -> None:
+        found.append(choice)
+        raise _Found
+
+    try:
+        with _Choices(first):
+            function(*args)
+    except _Found:
+        return found[0]
+    raise must("explain", "target", "a function that runs a fastres op", getattr(function, "__name__", function))
+
+
+def _explain_model(model: nn.Module, inputs: tuple) -> Report:
+    state = state_of(model)
+    found = sites(model)
+    seen = _observe(model, inputs) if inputs else {}
+    reports = [_module_report(site, seen) for site in found]
+    for report in reports:
+        if report.status == "fusable" and state is not None and matches(report.name, state.skip):
+            report.status = "skipped"
+    verified = None if state is None else state.verified
+    return Report(type(model).__name__, model.training, reports, _notes(model, found), verified)
+
+
+def _module_report(site: Site, seen: dict[tuple[str, Step | None], list[Choice]]) -> ModuleReport:
+    steps = [StepReport(step.op, step.modules, seen.get((site.name, step), [])) for step in site.steps]
+    own = seen.get((site.name, None), [])  # a block of fastres.nn: one entry an op
+    steps += [StepReport(choice.op, (), [choice]) for choice in own]
+    return ModuleReport(site.name, type(site.module).__name__, site.status, steps, dict(site.left))
+
+
+def _notes(model: nn.Module, found: list[Site]) -> list[str]:
+    notes = []
+    if model.training:
+        notes.append("in training the convolutions are PyTorch's; batch norm, addition and ReLU after them are fused")
+    elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
+        notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
+    state = state_of(model)
+    if state is not None and any(site.status in ("fused", "fastres") for site in found):
+        if state.channels_last:
+            notes.append("inputs are brought to channels_last")
+        else:
+            reason = follows_layout(model)
+            notes.append("inputs keep their memory format" + (f": {reason}" if reason else ""))
+    return notes
+
+
+def _observe(model: nn.Module, inputs: tuple) -> dict[tuple[str, Step | None], list[Choice]]:
+    """The choices of each module's steps when a copy of the model runs on inputs."""
+    seen: dict[tuple[str, Step | None], list[Choice]] = {}
+    where: list[tuple[str, Step | None]] = []
+    subject = copy.deepcopy(model)
+    for name, module in subject.named_modules():
+        state = state_of(module)
+        if state is not None:
+            state.training = _observed(state.training, name, where)
+            state.evaluation = _observed(state.evaluation, name, where)
+        elif type(module).__module__.startswith("fastres."):
+            module.register_forward_pre_hook(lambda *_, name=name: where.append((name, None)))
+            module.register_forward_hook(lambda *_: where.pop() and None, always_call=True)
+
+    def heard(choice: Choice) -> None:
+        if where:
+            seen.setdefault(where[-1], []).append(choice)
+
+    with unseen_randomness(), _Choices(heard):
+        subject(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
+    return seen
+
+
+def _observed(plan: Plan, name: str, where: list) -> Plan:
+    """A plan that says, while it runs, which step it is at."""
+    graph = plan.graph
+    if graph is None:
+        return plan
+
+    class Observer(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            with _at(where, (name, n.meta["step"])) if "step" in n.meta else _nowhere():
+                return super().run_node(n)
+
+    return dataclasses.replace(plan, run=lambda _, owner, x: Observer(graph).run(owner, x))
+
+
+@contextmanager
+def _at(where: list, place: tuple) -> Iterator[None]:
+    where.append(place)
+    try:
+        yield
+    finally:
+        where.pop()
+
+
+@contextmanager
+def _nowhere() -> Iterator[None]:
+    yield

@@ -1,0 +1,136 @@
+"""The class swap: a module becomes an instance of a subclass of its own class, whose forward runs the plan.
+
+Parameters, buffers, hooks, keys, identity and ``isinstance`` stay; so do pickling, deepcopy and ``repr``. All that the
+swap adds is one entry of the instance's ``__dict__``, which ``unswap`` removes.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres import functional
+from fastres.nn import _fused
+from fastres.optimize.convert import Conversion
+from fastres.optimize.plan import Plan, plan
+
+STATE, _ORIGINAL = "_fastres", "_fastres_original"
+
+
+class State:
+    """What a swapped module carries: its options, and its plans, which copies and pickles leave behind."""
+
+    def __init__(self, channels_last: bool = False) -> None:
+        self.channels_last = channels_last
+        self.children: tuple[nn.Module | None, ...] | None = None  # the plans hold for these children
+        self.training = self.evaluation = Plan()
+        self.conversions: list[Conversion] = []
+        self.skip: tuple[str, ...] = ()
+        self.verified: dict[str, float] | None = None
+
+    def __deepcopy__(self, memo: dict) -> "State":
+        return State(self.channels_last)
+
+    def __reduce__(self) -> tuple:
+        return State, (self.channels_last,)
+
+    def prepare(self, module: nn.Module) -> None:
+        """Plan both modes anew."""
+        base = original_class(module)
+        self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
+        self.children = tuple(module._modules.values())
+
+    def current(self, module: nn.Module) -> Plan:
+        """The plan of the module's mode, if it can run now: its children are those it was made for, no identity that it
+        passes by has a hook."""
+        if not torch.compiler.is_compiling() and self.children != tuple(module._modules.values()):
+            self.prepare(module)
+        now = self.training if module.training else self.evaluation
+        if now.identities and (_fused.why_not() is not None or any(map(_fused.has_hooks, now.identities))):
+            return Plan(reason="an Identity has hooks, which must fire")
+        return now
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class a module has, or had before it was swapped."""
+    return getattr(type(module), _ORIGINAL, type(module))
+
+
+def state_of(module: nn.Module) -> State | None:
+    """What a swapped module carries; None for any other."""
+    return module.__dict__.get(STATE)
+
+
+@functools.cache
+def swapped_class(base: Any) -> Any:
+    """The subclass of base that runs plans."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__.get(STATE)
+        if state is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            return base.forward(self, *args, **kwargs)  # also for torch.fx, which so sees the layers it knows
+        (x,) = args
+        if state.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        run = state.current(self).run
+        return base.forward(self, x) if run is None else run(None, self, x)
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        if mode != self.training:
+            functional.forget_folds(self.parameters())
+        return base.train(self, mode)
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        if name != "training":
+            _forget_plan(self)
+        base.__setattr__(self, name, value)
+
+    def __delattr__(self: nn.Module, name: str) -> None:
+        _forget_plan(self)
+        base.__delattr__(self, name)
+
+    def __reduce_ex__(self: Any, protocol: int) -> Any:
+        reduced: Any = base.__reduce_ex__(self, protocol)
+        if reduced[1][:1] != (type(self),):
+            return reduced  # the class has its own way
+        return (rebuild, (base,), *reduced[2:])
+
+    def __setstate__(self: nn.Module, state: dict) -> None:
+        base.__setstate__(self, state)
+        own = State(self.__dict__[STATE].channels_last)
+        own.prepare(self)
+        self.__dict__[STATE] = own
+
+    functools.update_wrapper(forward, base.forward)
+    members = {f.__name__: f for f in (train, __setattr__, __delattr__, __reduce_ex__, __setstate__)}
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base)(base.__name__, (base,), {**names, **members, "forward": forward, _ORIGINAL: base})
+
+
+def _forget_plan(module: nn.Module) -> None:
+    state = module.__dict__.get(STATE)
+    if state is not None:
+        state.children = None
+
+
+def rebuild(base: type) -> Any:
+    """An empty swapped instance, for pickle and deepcopy to fill."""
+    cls = swapped_class(base)
+    return cls.__new__(cls)
+
+
+def swap(module: nn.Module, state: State) -> None:
+    """Make a module run its plan; an already swapped one gets the new state."""
+    cls = swapped_class(original_class(module))
+    if type(module) is not cls:
+        object.__setattr__(module, "__class__", cls)
+    module.__dict__[STATE] = state
+
+
+def unswap(module: nn.Module) -> None:
+    """Give a module its class back and take away what the swap added."""
+    if module.__dict__.pop(STATE, None) is not None:
+        base = original_class(module)
+        if type(module) is swapped_class(base):  # else another tool put its class on top, which runs base's forward now
+            object.__setattr__(module, "__class__", base)

@@ -1,0 +1,74 @@
+"""Is an optimised model as right as the one it came from? Both run on copies, beside a float64 one."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastres import budget
+from fastres.errors import VerificationError, must, must_type
+from fastres.optimize.swap import unswap
+
+
+class Reference:
+    """What plain PyTorch answers on an input, in the model's dtype and in float64."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor | tuple, dtype: torch.dtype | None) -> None:
+        self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        if not all(isinstance(value, Tensor) for value in self.inputs) or not self.inputs:
+            raise must_type("optimize", "verify", "a tensor or a tuple of tensors", inputs)
+        if dtype is not None:
+            self.inputs = _cast(self.inputs, dtype)
+        original = copy.deepcopy(model)
+        for module in original.modules():
+            unswap(module)
+        self.plain = _outputs(original if dtype is None else original.to(dtype), self.inputs)
+        self.truth = _outputs(original.double(), _cast(self.inputs, torch.float64))
+        if not self.plain:
+            raise must("optimize", "verify", "an input for which the model returns floating tensors", "none")
+
+    def judge(self, model: nn.Module) -> dict[str, float]:
+        """Errors of the optimised model and of PyTorch's.
+
+        Raises:
+            VerificationError: an output misses the budget.
+        """
+        own = _outputs(copy.deepcopy(model), self.inputs)
+        worst = {"error": 0.0, "torch_error": 0.0}
+        for index, (actual, plain, truth) in enumerate(zip(own, self.plain, self.truth, strict=True)):
+            verdict = budget.within_budget(actual, plain, truth, plain.dtype)
+            errors = {"error": budget.error(actual, truth), "torch_error": budget.error(plain, truth)}
+            if not verdict.ok:
+                raise VerificationError(
+                    f"fastres.optimize: output {index} must be within the error budget on verify's input, got "
+                    f"{verdict.error:.3g} against {verdict.allowed:.3g} allowed (RMS error against float64: "
+                    f"{errors['error']:.3g}, PyTorch's own {errors['torch_error']:.3g}); the model is restored"
+                )
+            worst = max(worst, errors, key=lambda pair: pair["error"])
+        return worst
+
+
+def _cast(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(value.to(dtype) if value.is_floating_point() else value for value in inputs)
+
+
+@contextmanager
+def unseen_randomness() -> Iterator[None]:
+    """The same random numbers at every entry, and the caller's generators as they were after it."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        yield
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """All floating tensors a copy of the model returns, and in training its buffers after the step."""
+    with unseen_randomness(), torch.no_grad():
+        result = model(*(value.clone() for value in inputs))
+    found = pytree.tree_leaves(result)
+    if model.training:
+        found += [buffer for _, buffer in model.named_buffers()]
+    return [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]

@@ -1,7 +1,7 @@
 """Builds and loads the CUDA ops for the CPU: their kernels as C++ run by fibers, their bindings as they are.
 
-See cuda_on_cpu/device.h. It needs the CUDA headers but neither nvcc's compiler nor a GPU, and finds mistakes in indices,
-partitions and barriers; it says nothing of what only a GPU does (memory order, rounding of conversions, speed).
+See cuda_on_cpu/device.h. It needs the CUDA headers but neither nvcc's compiler nor a GPU, and finds mistakes in
+indices, partitions and barriers; it says nothing of what only a GPU does (memory order, speed).
 """
 
 import functools

@@ -4,6 +4,7 @@ Both are evaluation ops: statistics are given, batch norm is folded into a cache
 the convolution with ``bn_act``. Parameters may be wider than x (autocast): they are rounded to x's dtype once folded.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -144,13 +145,26 @@ def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
     return reason or triton_module("conv_bn_act").why_not(x, weight, *rest)
 
 
-def run_triton(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+def triton_configs(x, *rest) -> list[tuple]:
+    """The tiles that tuning may choose from."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return triton_module("conv_bn_act").candidates(x, tf32)
+
+
+def load_triton(config: tuple | None = None) -> Callable:
+    return run_triton if config is None else functools.partial(run_triton, config=config)
+
+
+def run_triton(
+    x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act, config=None
+):
     kernels = triton_module("conv_bn_act")
+    config = None if config is None else kernels.configs.ConvConfig(*config)
     form = ("triton", x.dtype)
     parameters = (weight, bias, bn_weight, bn_bias, mean, var)
     w, b = _fold.folded(parameters, eps, form, lambda w, b: (kernels.pack(w.to(x.dtype)), b))
     kernel = tuple(weight.shape[2:])
-    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act)
+    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, config=config)
 
 
 def backends(with_residual: bool) -> list[Backend]:
@@ -161,7 +175,9 @@ def backends(with_residual: bool) -> list[Backend]:
 
     return [
         Backend("onednn", adapt(why_not_onednn), lambda: adapt(run_onednn)),
-        Backend("triton", adapt(why_not_triton_conv), lambda: adapt(run_triton)),
+        Backend(
+            "triton", adapt(why_not_triton_conv), lambda config=None: adapt(load_triton(config)), adapt(triton_configs)
+        ),
     ]
 
 

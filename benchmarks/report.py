@@ -1,8 +1,8 @@
 """``python -m benchmarks.report``: writes README's tables from the result files, and a plot beside each file of models.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; NAME is that of result files (``models``,
-``ops``, ...), one table for each machine that has one, or ``support-matrix``. ``--check`` writes nothing, and exits with 1
-where README differs from what the files give.
+``ops``, ...), one table for each machine that has one, or ``support-matrix``. ``--check`` writes nothing, and exits
+with 1 where README differs from what the files give.
 """
 
 import argparse

@@ -194,13 +194,13 @@ class _progress:
 def _parser() -> _Parser:
     parser = _Parser(prog="fastres", description="Residual networks in PyTorch, faster.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print only JSON on stdout")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    about = _about_a_model()
+    a_model = _about_a_model()
 
-    def command(run: Callable[[argparse.Namespace], int], text: str, *parents: argparse.ArgumentParser) -> _Parser:
-        added = commands.add_parser(run.__name__, help=text, description=text, parents=[*parents, common])
+    def command(run: Callable[[argparse.Namespace], int], text: str, *about: _Parser) -> _Parser:
+        added = commands.add_parser(run.__name__, help=text, description=text, parents=[*about, common])
         added.set_defaults(run=run)
         return added
 
@@ -213,19 +213,19 @@ def _parser() -> _Parser:
     show.add_argument("--out", type=Path, default=Path(), help="directory of demo.png and demo.json (default: here)")
     show.add_argument("--epochs", type=_positive, default=None, help="epochs of each training")
     show.add_argument("--quick", action="store_true", help="a shorter training and fewer measurements")
-    measure = command(bench, "Compare parity and speed with eager PyTorch and torch.compile.", about)
+    measure = command(bench, "Compare parity and speed with eager PyTorch and torch.compile.", a_model)
     measure.add_argument("--out", type=Path, help="directory for a JSON file and a plot")
     measure.add_argument("--seconds", type=_seconds, default=10.0, help="time for the measurement (default: 10)")
-    command(verify, "Hold the optimised model against float64, beside PyTorch's own error.", about)
-    tuning = command(tune, "Validate every backend on this device and keep the fastest for each call.", about)
+    command(verify, "Hold the optimised model against float64, beside PyTorch's own error.", a_model)
+    tuning = command(tune, "Validate every backend on this device and keep the fastest for each call.", a_model)
     tuning.add_argument("--seconds", type=_seconds, default=0.5, help="time for each call (default: 0.5)")
     tuning.add_argument("--dry-run", action="store_true", help="store nothing")
-    command(explain, "Tell per module which kernel runs, or why it was left alone.", about)
+    command(explain, "Tell per module which kernel runs, or why it was left alone.", a_model)
     return parser
 
 
-def _about_a_model() -> argparse.ArgumentParser:
-    about = argparse.ArgumentParser(add_help=False)
+def _about_a_model() -> _Parser:
+    about = _Parser(add_help=False)
     text = "of fastres.models (resnet50, cifar.resnet20), torchvision:NAME, timm:NAME, or path.py:factory"
     about.add_argument("model", metavar="MODEL", help=text)
     about.add_argument("--batch", type=_positive, default=1, help="images (default: 1)")

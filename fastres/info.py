@@ -83,7 +83,7 @@ def status(op: Op, backend: Backend) -> str:
     device = torch.device("cuda" if on_gpu else "cpu")
     reasons = [backend.why_not(*sample.args) for sample in op.samples(device, torch.float32)]
     if None not in reasons:
-        return reasons[0]
+        return next(reason for reason in reasons if reason is not None)
     if backend.name in GPU_KERNELS and (unproven := tune.why_not_validated(op.name, backend.name, device)):
         return f"live when forced: {unproven}"
     return "live in the interpreter" if interpreted else "live"
@@ -133,7 +133,8 @@ def text(data: dict[str, Any]) -> str:
 
 def _op_lines(ops: dict[str, dict[str, str]]) -> list[str]:
     """One line an op with its live backends, then each reason once with the backends it holds for."""
-    lines, reasons = [], {}
+    lines: list[str] = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for name, backends in ops.items():
         lines.append(f"  {name:24} " + " ".join(b for b, state in backends.items() if state.startswith("live")))
         for backend, state in backends.items():

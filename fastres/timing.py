@@ -149,8 +149,13 @@ class _GraphClock(_EventClock):
         self.batch()
         self.estimate = self.batch()
 
+    captured = True
+
     def run(self) -> None:
-        self.graph.replay()
+        if self.captured:
+            self.graph.replay()
+        else:
+            super().run()
 
 
 class _AnyClock(_GraphClock):
@@ -161,7 +166,7 @@ class _AnyClock(_GraphClock):
             super().warm_up()
         except RuntimeError:  # not capturable: it synchronises, or allocates outside the graph's pool
             torch.cuda.synchronize()
-            self.method, self.run = _EventClock.method, lambda: _EventClock.run(self)
+            self.method, self.captured = _EventClock.method, False
             _EventClock.warm_up(self)
 
 

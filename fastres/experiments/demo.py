@@ -43,23 +43,7 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: boo
         data = digits()
         curves = train(data, epochs, progress.step)
         subjects = [_digit_subject(curves, data.test[0]), _photo_subject("resnet18" if quick else "resnet50")]
-        networks = []
-        for subject in subjects:
-            rows = compare(
-                subject,
-                WAYS,
-                seconds=3.0 if quick else 8.0,
-                step=lambda t, s=subject: progress.step(f"{s.name}: {t}"),
-            )
-            checked = verify(subject, step=lambda t, s=subject: progress.step(f"{s.name}, restore: {t}"))
-            networks.append(
-                {
-                    "model": subject.label,
-                    "rows": rows,
-                    "restored": checked["restored"],
-                    "backends": _backends(subject),
-                }
-            )
+        networks = [_infer(subject, 3.0 if quick else 8.0, progress) for subject in subjects]
     training = {name: curve.to_dict() for name, curve in curves.items()}
     checks = _check_training(curves) | _check_inference(networks)
     result = {
@@ -72,6 +56,17 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: boo
     if not quiet:
         _print(result, out)
     return result
+
+
+def _infer(subject: Subject, seconds: float, progress: terminal.Progress) -> dict[str, Any]:
+    """Compare the ways to run one network, and check that ``restore`` is exact."""
+
+    def step(text: str) -> None:
+        progress.step(f"{subject.name}: {text}")
+
+    rows = compare(subject, WAYS, seconds=seconds, step=step)
+    restored = verify(subject, step=step)["restored"]
+    return {"model": subject.label, "rows": rows, "restored": restored, "backends": _backends(subject)}
 
 
 def _digit_subject(curves: dict[str, Curve], images: Tensor) -> Subject:

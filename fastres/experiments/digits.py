@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import terminal
+from fastres.experiments.subject import laid_out
 from fastres.experiments.twin import torch_twin
 from fastres.models import cifar
 
@@ -62,7 +63,7 @@ def train(data: Digits, epochs: int, step: Callable[[str], object]) -> dict[str,
     channels_last.
     """
     torch.manual_seed(0)
-    model = cifar.resnet(20, in_channels=1).to(memory_format=torch.channels_last)
+    model = laid_out(cifar.resnet(20, in_channels=1), torch.channels_last)
     curves = {"torch": Curve(torch_twin(model)), "fastres": Curve(model)}
     runs = {name: _Run(curve, data, epochs) for name, curve in curves.items()}
     names = list(curves)

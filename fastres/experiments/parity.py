@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres import budget
+from fastres.experiments.subject import laid_out
 
 NEGLIGIBLE = 1e-9  # of the largest gradient: zero but for rounding, as that of a bias before batch norm
 
@@ -64,7 +65,7 @@ class Reference:
         self.truth = outputs(twin, twin, x.double())
         self.torch = []
         for layout in (torch.contiguous_format, torch.channels_last):
-            twin = copy.deepcopy(model).to(memory_format=layout)
+            twin = laid_out(copy.deepcopy(model), layout)
             self.torch.append(outputs(twin, twin, x.contiguous(memory_format=layout)))
 
     def judge(self, actual: dict[str, Tensor]) -> Verdict:
@@ -79,7 +80,8 @@ class Reference:
         if len(actual) == 1:
             ((name, found),) = actual.items()
             verdict = budget.within_budget(found, theirs[name], self.truth[name], self.dtype)
-            return Verdict(verdict.ok, verdict.error, self._same_measure(found, theirs[name], name, verdict), verdict.allowed)
+            beside = self._same_measure(found, theirs[name], name, verdict)
+            return Verdict(verdict.ok, verdict.error, beside, verdict.allowed)
         allowed = budget.FACTOR * self._error(theirs) + budget.FLOOR_ULPS["rms"] * torch.finfo(self.dtype).eps
         error = self._error(actual)
         return Verdict(error <= allowed, error, self._error(theirs), allowed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres.experiments.subject import laid_out
 
 FASTRES = "fastres"
 _numbers = itertools.count()
@@ -62,14 +63,14 @@ def _eager(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
 
 
 def _channels_last(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
-    return model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return laid_out(model, torch.channels_last), x.contiguous(memory_format=torch.channels_last)
 
 
 def _compiled(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
-    model, x = _channels_last(model, x)
+    network, x = _channels_last(model, x)
 
     def forward(x: Tensor) -> Tensor:
-        return model(x)
+        return network(x)
 
     # What torch.compile made belongs to a code object: with one of its own no rival gets what another one compiled.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")

@@ -1,5 +1,6 @@
 """The model a command is about: named, built, with inputs of its size."""
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -76,6 +77,11 @@ def load(
     return Subject(name, model, x.to(place, DTYPES[dtype]), DTYPES[dtype])
 
 
+def laid_out(model: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The model with its weights in a memory format."""
+    return model.to(memory_format=layout)  # type: ignore[call-overload]
+
+
 def enliven(model: nn.Module) -> None:
     """Give batch norms the statistics and parameters of a network in use: at their defaults a wrong fold
     would pass.
@@ -110,9 +116,10 @@ def _factory(name: str) -> Callable[[], Any]:
     if path.endswith(".py"):
         return _from_file(Path(path), function)
     if found := CIFAR.fullmatch(name):
-        return lambda: getattr(cifar, found[1])(int(found[2]))
+        family, depth = found.groups()
+        return lambda: getattr(cifar, family)(int(depth))
     if found := PLAIN.fullmatch(name):
-        return lambda: models.plain(int(found[1]))
+        return functools.partial(models.plain, int(found[1]))
     if name not in names():
         known = ", ".join((*names(), "torchvision:NAME", "timm:NAME"))
         raise ArgumentError(f"MODEL must be one of {known} or path.py:factory, got {name!r}")

@@ -5,6 +5,7 @@
 """
 
 import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,11 @@ from fastres.nn._module import FusedModule
 
 
 class Plain(nn.Module):
-    """A module of plain PyTorch; it does not pass for one of fastres, which ``fastres.optimize`` would leave as it is."""
+    """A module of plain PyTorch; it does not pass for one of fastres, which ``fastres.optimize`` leaves alone."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -8,7 +8,7 @@ import torch
 
 import fastres
 from fastres.experiments import parity
-from fastres.experiments.subject import Subject
+from fastres.experiments.subject import Subject, laid_out
 
 
 def verify(
@@ -29,7 +29,7 @@ def verify(
     restored = fastres.restore(fastres.optimize(copy.deepcopy(model)))
     plain = copy.deepcopy(model)
     if next(restored.parameters()).dim() == 4 and is_channels_last(restored):
-        plain = plain.to(memory_format=torch.channels_last)
+        plain = laid_out(plain, torch.channels_last)
     step("restored network")
     same = same_bits(parity.outputs(restored, restored, x), parity.outputs(plain, plain, x))
     return {"model": subject.label, **verdict.to_dict(), "restored": same, "ok": verdict.ok and same}

@@ -1,7 +1,7 @@
 """Compile every Triton kernel x configuration x dtype ahead of time, with no GPU, and read the machine code.
 
-The ops' own host code runs on meta tensors of ResNet-50 sizes with ``launch`` replaced by a recorder, so what is compiled
-is what a device would be asked to run. ``FASTRES_COMPILE_REPORT=path`` keeps the table as JSON.
+The ops' own host code runs on meta tensors of ResNet-50 sizes with ``launch`` replaced by a recorder, so what is
+compiled is what a device would be asked to run. ``FASTRES_COMPILE_REPORT=path`` keeps the table as JSON.
 """
 
 import concurrent.futures

@@ -41,6 +41,7 @@ def why_not_device(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"it runs on cuda (or anywhere with TRITON_INTERPRET=1), the tensors are on {device.type}"
-    if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        return f"it needs compute capability {OLDEST_CAPABILITY} or newer, got {torch.cuda.get_device_capability(device)}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        return f"it needs compute capability {OLDEST_CAPABILITY} or newer, got {capability}"
     return None

@@ -1,7 +1,7 @@
 """Triton kernels of the batch-norm family: statistics, normalisation, backward, in both memory formats.
 
-A tile is [BLOCK_E elements, BLOCK_C channels]. The elements of a channel are numbered 0 .. N*H*W - 1 in memory order, and
-a program walks ``tiles`` consecutive tiles of them with its channels' parameters in registers. Reductions hold one
+A tile is [BLOCK_E elements, BLOCK_C channels]. The elements of a channel are numbered 0 .. N*H*W - 1 in memory order,
+and a program walks ``tiles`` consecutive tiles of them with its channels' parameters in registers. Reductions hold one
 fp32 result per lane, merge the lanes in a fixed fp64 tree, store one partial per program and merge those in a second
 kernel: no atomics, the same bits every time.
 """
@@ -36,9 +36,10 @@ def _elements(tile, BLOCK_E: tl.constexpr):
 def _offsets(element, channel, channels, plane, CHANNELS_LAST: tl.constexpr):
     """Offset of each (element, channel); plane is H*W."""
     if CHANNELS_LAST:
-        return element * channels + channel
+        offset = element * channels + channel
     else:
-        return (element // plane * channels + channel) * plane + element % plane
+        offset = (element // plane * channels + channel) * plane + element % plane
+    return offset
 
 
 @triton.jit
@@ -49,9 +50,9 @@ def _sum(lanes):
 
 @triton.jit
 def _pivot(x_ptr, channel, channel_ok, channels, plane, SAMPLE: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """Mean of each channel's first SAMPLE elements (a power of two: exact where they are equal), where it is far from zero.
+    """Mean of each channel's first SAMPLE elements, if far from zero; exact if they are equal, SAMPLE a power of two.
 
-    Where it is not, 0: subtracting a pivot among values of both signs would only round them.
+    Else 0: subtracting a pivot from values of both signs would only round them.
     """
     offset = _offsets(tl.arange(0, SAMPLE)[:, None], channel, channels, plane, CHANNELS_LAST)
     x = tl.load(x_ptr + offset, mask=channel_ok, other=0.0).to(tl.float32)
@@ -102,7 +103,8 @@ def bn_statistics_kernel(
     partial = channel * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_mean_ptr + partial, mean, mask=channel_ok)
     tl.store(partial_m2_ptr + partial, m2, mask=channel_ok)
-    tl.store(pivot_ptr + channel, pivot, mask=channel_ok & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:
+        tl.store(pivot_ptr + channel, pivot, mask=channel_ok)
 
 
 @triton.jit

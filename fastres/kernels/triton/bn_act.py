@@ -95,7 +95,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """grad_x, dz (where y, the saved output, is given), grad_weight and grad_bias in fp32."""
     grad_y, x, cut = grad_y.resolve_neg(), x.resolve_neg(), plan(x, config)
-    weight, bias, mean, var = parameters(weight, bias, mean, var)
+    weight, bias = parameters(weight, bias)
+    mean, var = mean.resolve_neg().contiguous(), var.resolve_neg().contiguous()
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     dz = None if y is None else torch.empty_like(grad_x)
     partial_dz, partial_dzx = _partials(x, cut), _partials(x, cut)

@@ -25,5 +25,6 @@ def bn_add_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = y.resolve_neg()
     grad_x, dz, grad_weight, grad_bias = bn_act.backward(grad_y, y, x, weight, None, mean, var, eps, act, training)
+    assert dz is not None  # as y was given
     dtype = mean.dtype if weight is None else weight.dtype
     return grad_x, dz, grad_weight.to(dtype), grad_bias.to(dtype)

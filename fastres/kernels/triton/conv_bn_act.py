@@ -22,7 +22,7 @@ KERNELS = ((1, 1), (3, 3))
 
 @triton.jit
 def _tile_order(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile of this program: bands of GROUP_M rows, column by column, so that neighbours in time share operands in L2."""
+    """This program's tile: bands of GROUP_M rows, column by column, so that neighbours in time share operands in L2."""
     program = tl.program_id(0)
     band = GROUP_M * tiles_n
     first = program // band * GROUP_M
@@ -99,7 +99,7 @@ def _conv_act_kernel(
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Weights of a convolution as the kernel reads them, [C_out, KH * KW * C_in]: a view where they are channels_last."""
+    """Weights as the kernel reads them, [C_out, KH * KW * C_in]: a view where they are channels_last."""
     return weight.resolve_neg().permute(0, 2, 3, 1).contiguous().flatten(1)
 
 
@@ -122,7 +122,7 @@ def conv_act(
         (images, channels_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     if allow_tf32 is None:
-        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     tf32 = allow_tf32 and x.dtype == torch.float32
     config = config or heuristic(x, channels_out, pixels, kernel, tf32)
     launch(
@@ -169,5 +169,6 @@ def limits(device: torch.device) -> configs.Limits:
     """What the device allows; the interpreter, on the CPU, is held to sm_80's limits."""
     if device.type != "cuda":
         return configs.Limits(80, 163 << 10)
-    properties = torch.cuda.get_device_properties(device)
-    return configs.Limits(10 * properties.major + properties.minor, properties.shared_memory_per_block_optin)
+    found = torch.cuda.get_device_properties(device)
+    shared_bytes = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return configs.Limits(10 * found.major + found.minor, shared_bytes)

@@ -51,7 +51,7 @@ def load_parameter(ptr, channel, valid, DEFAULT: tl.constexpr):
 
 @triton.jit
 def load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, valid, eps):
-    """Per channel: mean, invstd = 1 / sqrt(var + eps) in true square root and division, scale = weight * invstd, bias."""
+    """Per channel: mean, invstd = 1 / sqrt(var + eps) by true root and division, scale = weight * invstd, bias."""
     weight = load_parameter(weight_ptr, channel, valid, 1.0)
     bias = load_parameter(bias_ptr, channel, valid, 0.0)
     mean = load_parameter(mean_ptr, channel, valid, 0.0)

@@ -40,7 +40,8 @@ def load() -> None:
     kernels, bindings = recipes.sources("cuda", {"kernels": {}})
     flags = [*recipes.CXX_FLAGS, "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DUSE_CUDA"]
     flags += ["-isystem", str(found["root"] / "include"), "-isystem", str(nvcc["include"])]
-    device = ["-include", ROOM / "device.h", "-x", "c++"]
+    # A misaligned vector access, which a CPU forgives, ends the process as it ends a CUDA context.
+    device = ["-include", ROOM / "device.h", "-x", "c++", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     compiler, options = toolchain.quoted(cxx["command"]), toolchain.quoted(flags)
     rules = {
         "cxx": f"{compiler} {options} -MD -MF $out.d $flags -c $in -o $out",
@@ -48,7 +49,7 @@ def load() -> None:
     }
     edges = [(f"{path.stem}.o", "cxx", [path], device) for path in kernels]
     edges += [(f"{path.stem}.o", "cxx", [path], []) for path in [*bindings, ROOM / "runtime.cpp"]]
-    library = [f"-L{found['root']}/lib", "-ltorch_cpu", "-ldl"]
+    library = [f"-L{found['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
     edges.append(("cuda_on_cpu.so", "link", [out for out, *_ in edges], library))
     folder = recipes.WORK / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from fastres.ops import REGISTRY
 
 SOURCES = sorted((Path(__file__).resolve().parents[1] / "csrc" / "cuda").glob("*.cpp"))
 OPS = [name for path in SOURCES for name in re.findall(r'm\.def\(\s*"cuda_(\w+)\(', path.read_text())]
+REDUCTIONS = [name for name in OPS if name.endswith("_train") or ("bn" in name and name.endswith("_backward"))]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Partial tiles of channels, idle threads, sizes that forbid vectors, planes smaller than a block, several splits.
 SHAPES = [
@@ -124,6 +125,12 @@ def test_partitions(device, name, dtype, layout):
         assert_parity(name, laid_out(args, layout), dtype, f"{shape} {act}")
 
 
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_more_splits_than_one_round_of_the_merge(device, name):
+    args = arguments(name, draw((4, 256, 56, 56), torch.float32, device))
+    assert_parity(name, laid_out(args, "channels_last"), torch.float32, "many splits")
+
+
 @everywhere
 def test_misaligned_in_poison(device, name, dtype, layout):
     """At any offset in memory full of NaN the results are those of aligned memory: nothing else is read."""
@@ -140,7 +147,7 @@ def test_misaligned_in_poison(device, name, dtype, layout):
     for offset in range(9):
         found = run(name, *mapped(args, shifted(offset)))
         for a, b in zip(found, expected, strict=True):
-            if name.endswith("_train") or ("bn" in name and name.endswith("_backward")):
+            if name in REDUCTIONS:
                 torch.testing.assert_close(a, b)  # sums in another order
             else:
                 assert torch.equal(a, b)

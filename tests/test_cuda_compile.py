@@ -5,6 +5,7 @@
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -95,6 +96,33 @@ def test_every_kernel_is_compiled_for_every_architecture(capsys) -> None:
 def test_no_kernel_spills() -> None:
     spills = [row for row in report() if row["stores"] or row["loads"] or row["stack"]]
     assert not spills
+
+
+def machine_code(library: Path) -> dict[tuple[str, str], list[str]]:
+    """Instructions, in order, of every kernel of a library, by architecture and symbol."""
+    triton = pytest.importorskip("triton", reason="cuobjdump comes with triton, which is not installed")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([cuobjdump, "-sass", library], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for code in re.split(r"^\s*code for sm_", text, flags=re.M)[1:]:
+        arch = code.partition("\n")[0].strip()
+        for function in code.split("Function : ")[1:]:
+            symbol = function.split(maxsplit=1)[0]
+            lines = re.finditer(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", function, re.M)
+            found[arch, symbol] = [line[1] for line in lines]
+    return found
+
+
+def test_vector_kernels_have_a_batch_of_16_byte_loads_in_flight() -> None:
+    """Left free, the compiler puts each load right before its use; then latency, not bandwidth, is what is measured."""
+    build()
+    code = machine_code(tools()[1].WORK / "cuda" / tools()[1].PRODUCTS["cuda"])
+    vector = {key: names for key, names in code.items() if re.search(r"_kernelI.*Li[48]E", key[1])}
+    assert {arch.rstrip("af") for arch, _ in vector} == {arch.rstrip("af") for arch in build()["cuda_archs"]}
+    for key, names in vector.items():
+        memory = [name for name in names if name.startswith(("LDG", "STG"))]
+        batches = itertools.groupby(memory, lambda name: name.startswith("LDG") and ".128" in name)
+        assert max(len(list(batch)) for wide, batch in batches if wide) >= 4, key
 
 
 def test_few_instantiations() -> None:

@@ -2,7 +2,8 @@
 
 Two errors are measured, over the entries that are finite in the truth: the largest, relative to the largest magnitude,
 and the root mean square, relative to the root mean square. Each may be twice PyTorch's plus a floor of a few units in the
-last place (more for float64, whose truth carries PyTorch's own rounding). NaN and infinity must stand where they stand in PyTorch's result, with the same sign.
+last place (more for float64, whose truth carries PyTorch's own rounding). NaN and infinity must stand where they stand in
+PyTorch's result, with the same sign.
 """
 
 from typing import NamedTuple

@@ -143,9 +143,11 @@ def choose(op: str, backends: Sequence[Backend], args: tuple) -> Choice:
         if name in GPU_KERNELS and refusals[name] is None:
             refusals[name] = tune.why_not_validated(op, name, device)
     tuned, config = tune.choice(op, args, device)
-    source = "tuned" if tuned in by_name and refusals[tuned] is None else "order of preference"
-    chosen = tuned if source == "tuned" else next(name for name in by_name if refusals[name] is None)
+    if tuned is not None and tuned in by_name and refusals[tuned] is None:
+        chosen, source, legal = tuned, "tuned", by_name[tuned].configs
+    else:
+        chosen, source, legal = next(name for name in by_name if refusals[name] is None), "order of preference", None
     reasons = {name: reason or f"{chosen} comes first" for name, reason in refusals.items() if name != chosen}
-    legal = by_name[chosen].configs if source == "tuned" and config is not None else None
-    config = config if legal is not None and config in map(tuple, legal(*args)) else None
+    if config is not None and (legal is None or config not in [tuple(candidate) for candidate in legal(*args)]):
+        config = None
     return Choice(op, by_name[chosen], source, reasons, config)

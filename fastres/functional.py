@@ -6,6 +6,7 @@ before any memory is touched. ``fastres.explain(op, *args)`` tells which backend
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +214,7 @@ def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
     _fold.forget(weights)
 
 
-def _check_running(op: str, x: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+def _check_running(op: str, x: Tensor, mean: Any, var: Any) -> None:
     """Refuse running buffers that could only be half updated."""
     if (mean is None) != (var is None):
         raise must(op, "running_mean and running_var", "both tensors or both None", f"{type(mean)} and {type(var)}")
@@ -225,7 +226,9 @@ def _check_running(op: str, x: Tensor, mean: Tensor | None, var: Tensor | None) 
 def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None) -> None:
     if mean is None or var is None:
         name = "running_mean" if mean is None else "running_var"
-        raise must(op, name, "a tensor when training is False", None, "pass training=True to use the batch's statistics")
+        raise must(
+            op, name, "a tensor when training is False", None, "pass training=True to use the batch's statistics"
+        )
 
 
 def _pair(value: Size) -> tuple[int, int]:

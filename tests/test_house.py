@@ -84,7 +84,9 @@ def test_layers_import_downward(room):
 
 
 def test_kernels_include_no_torch_header():
-    kernels = [p for p in tracked() if p.name.endswith(("_kernel.cu", "_kernel.cpp")) or "csrc/cuda/device" in relative(p)]
+    kernels = [
+        p for p in tracked() if p.name.endswith(("_kernel.cu", "_kernel.cpp")) or "csrc/cuda/device" in relative(p)
+    ]
     wrong = [relative(p) for p in kernels if re.search(r"#include\s*[<\"](torch|ATen|c10)/", p.read_text())]
     assert kernels and not wrong, wrong
 
@@ -135,7 +137,9 @@ def test_an_op_has_its_stem_in_every_room():
 
 
 def test_importing_is_light():
-    code = "import sys, fastres; print([m for m in ('triton', 'torchvision', 'timm', 'fastres._C') if m in sys.modules])"
+    code = (
+        "import sys, fastres; print([m for m in ('triton', 'torchvision', 'timm', 'fastres._C') if m in sys.modules])"
+    )
     import sys
 
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -5,6 +5,8 @@ no hooks, no patched forward) it runs the fused op on their parameters; otherwis
 would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says which.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.fx
 import torch.nn.functional as F
@@ -73,15 +75,13 @@ def _followed(x: Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or _transforms() or forward_ad._current_level >= 0
 
 
-def conv_bn_act(
-    conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None
-) -> Tensor:
+def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(bn(conv(x)) [+ residual])``; one op in evaluation, the convolution and ``bn_act`` otherwise."""
     buffers = bn._buffers
     if not bn.training and not _followed(x) and why_not(conv, bn, act) is None and buffers["running_mean"] is not None:
         convolution, norm = conv._parameters, bn._parameters
         inputs = (x,) if residual is None else (x, residual)
-        run = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
+        run: Callable[..., Tensor] = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
         try:
             return run(
                 *inputs, convolution["weight"], convolution["bias"], buffers["running_mean"], buffers["running_var"],

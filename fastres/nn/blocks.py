@@ -121,9 +121,7 @@ class PlainBlock(BasicBlock):
     ``downsample`` None.
     """
 
-    def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args, **kwargs
-    ) -> None:
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args, **kwargs) -> None:
         _no_shortcut("nn.PlainBlock", downsample)
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
@@ -139,9 +137,7 @@ class PlainBottleneck(Bottleneck):
     ``Bottleneck``, with ``downsample`` None.
     """
 
-    def __init__(
-        self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args, **kwargs
-    ) -> None:
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args, **kwargs) -> None:
         _no_shortcut("nn.PlainBottleneck", downsample)
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 

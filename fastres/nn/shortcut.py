@@ -24,9 +24,7 @@ class ZeroPadShortcut(nn.Module):
     def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
         super().__init__()
         if planes < inplanes:
-            raise must(
-                "nn.ZeroPadShortcut", "planes", f"at least inplanes ({inplanes})", planes, "use option B"
-            )
+            raise must("nn.ZeroPadShortcut", "planes", f"at least inplanes ({inplanes})", planes, "use option B")
         self.inplanes, self.planes, self.stride = inplanes, planes, stride
 
     def forward(self, x: Tensor) -> Tensor:

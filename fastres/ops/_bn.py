@@ -5,6 +5,7 @@ y = act((x - mean) / sqrt(var + eps) * weight + bias [+ residual]) with one mean
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ def activate(y: Tensor, act: str) -> Tensor:
     return y.relu_() if act == "relu" else y
 
 
-def match(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+def match(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     """Parameters in one dtype that torch's batch norm takes beside x: fp32 beside a narrower x, else x's dtype."""
     dtype = statistics_dtype(x)
     return tuple(None if p is None else p.to(dtype) for p in parameters)
@@ -36,9 +37,7 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
     return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
 
-def normalize_train(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with the batch's statistics: y, mean and biased var.
 
     The running buffers of torch's own pass, at momentum 1, hand out mean and var; the saved 1/sqrt(var + eps) could not
@@ -74,15 +73,25 @@ def differentiate(
 
 
 def differentiate_twice(
-    dz: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: tuple[Tensor, Tensor], eps: float, training: bool
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: tuple[Tensor, Tensor],
+    eps: float,
+    training: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same gradients through autograd, so that they can be differentiated again (create_graph=True)."""
     inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
     with torch.enable_grad():
-        running = (None, None) if training else tuple(match(x, *stats))
-        y = F.batch_norm(x, *running, *match(x, weight, bias), training=training, momentum=0.0, eps=eps)
+        mean, var = (None, None) if training else match(x, *stats)
+        scale, shift = match(x, weight, bias)
+        y = F.batch_norm(x, mean, var, scale, shift, training, 0.0, eps)
         found = iter(torch.autograd.grad(y, inputs, dz, create_graph=True)) if inputs else iter(())
-    return tuple(next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias))
+    grad_x, grad_weight, grad_bias = (
+        next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)
+    )
+    return grad_x, grad_weight, grad_bias
 
 
 def parameter_grads(
@@ -96,7 +105,9 @@ def parameter_grads(
 def refuse_statistics_gradient(mean: Tensor, var: Tensor) -> None:
     """Given statistics are constants, as in PyTorch."""
     if mean.requires_grad or var.requires_grad:
-        raise RuntimeError("fastres: mean and var must not require grad: batch norm is not differentiated by given statistics")
+        raise RuntimeError(
+            "fastres: mean and var must not require grad: batch norm is not differentiated by given statistics"
+        )
 
 
 def check_forward(
@@ -148,21 +159,30 @@ def samples(device: torch.device, dtype: torch.dtype, build: Callable) -> list[S
     generator = torch.Generator().manual_seed(0)
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def case(label: str, shape: tuple, eps: float = 1e-5, act: str = "relu", shift: float = 0.3, affine: str = "wb") -> Sample:
+    def case(
+        label: str, shape: tuple, eps: float = 1e-5, act: str = "relu", shift: float = 0.3, affine: str = "wb"
+    ) -> Sample:
         channels = shape[1]
 
         def draw(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, dtype=torch.float64)
 
         x, residual = draw(*shape) * 1.5 + shift, draw(*shape)
-        weight, bias, mean, var = draw(channels), draw(channels), draw(channels) * 0.2 + shift, draw(channels).square() + 0.5
+        weight, bias, mean, var = (
+            draw(channels),
+            draw(channels),
+            draw(channels) * 0.2 + shift,
+            draw(channels).square() + 0.5,
+        )
         if channels > 2:
             weight[1] = 0.0
         activations = [t.to(device, dtype) for t in (x, residual)]
         weight, bias, mean, var = (t.to(device, parameters) for t in (weight, bias, mean, var))
         return Sample(
             label,
-            build(*activations, weight if "w" in affine else None, bias if "b" in affine else None, mean, var, eps, act),
+            build(
+                *activations, weight if "w" in affine else None, bias if "b" in affine else None, mean, var, eps, act
+            ),
         )
 
     return [

@@ -6,6 +6,7 @@ the convolution with ``bn_act``. Parameters may be wider than x (autocast): they
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ PARAMETERS = (
 )
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: object) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
     """The convolution in x's dtype."""
     return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
 
@@ -37,14 +38,16 @@ def reference(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, str
     return activate(y if residual is None else y.add_(residual), act)
 
 
-def differentiable(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+def differentiable(
+    x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
+):
     """The same without in-place steps, for autograd."""
     y = normalize(convolve(x, weight, bias, stride, padding, dilation, groups), bn_weight, bn_bias, mean, var, eps)
     y = y if residual is None else y + residual
     return F.relu(y) if act == "relu" else y
 
 
-def save(ctx, tensors: tuple[Tensor | None, ...]) -> None:
+def save(ctx, tensors: tuple[Any, ...]) -> None:
     """Keep all tensor arguments for backward; the last two are the statistics."""
     refuse_statistics_gradient(*tensors[-2:])
     ctx.save_for_backward(*tensors)
@@ -68,9 +71,7 @@ def output_shape(x: Tensor, weight: Tensor, stride: tuple, padding: tuple, dilat
 def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
     _check.images(op, x=x, weight=weight)
     out_channels, in_channels, *kernel = weight.shape
-    _check.per_channel(
-        op, out_channels, x, bias=bias, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var
-    )
+    _check.per_channel(op, out_channels, x, bias=bias, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var)
     _check.pair(op, "stride", stride, 1)
     _check.pair(op, "padding", padding, 0)
     _check.pair(op, "dilation", dilation, 1)
@@ -79,9 +80,13 @@ def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, str
     if groups < 1 or out_channels % groups:
         raise must(op, "groups", f"at least 1 and a divisor of the {out_channels} output channels", groups)
     if x.shape[1] != in_channels * groups:
-        raise must(op, "x", f"of {in_channels * groups} channels (weight {tuple(weight.shape)}, groups {groups})", x.shape[1])
+        raise must(
+            op, "x", f"of {in_channels * groups} channels (weight {tuple(weight.shape)}, groups {groups})", x.shape[1]
+        )
     if 0 in x.shape[1:] or 0 in weight.shape:
-        raise must(op, "x and weight", "without a dimension of size 0 but the batch", (tuple(x.shape), tuple(weight.shape)))
+        raise must(
+            op, "x and weight", "without a dimension of size 0 but the batch", (tuple(x.shape), tuple(weight.shape))
+        )
     shape = output_shape(x, weight, stride, padding, dilation)
     if min(shape[2:]) < 1:
         raise must(op, "kernel", f"no larger than x's padded size {tuple(x.shape[2:])}", tuple(kernel), "pad more")
@@ -147,7 +152,7 @@ def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
 
 def triton_configs(x, *rest) -> list[tuple]:
     """The tiles that tuning may choose from."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return triton_module("conv_bn_act").candidates(x, tf32)
 
 

@@ -7,9 +7,10 @@ A fold is valid while every tensor it came from keeps its storage and its versio
 optimizers and load_state_dict advance. Writes through ``tensor.data`` do not: call ``fastres.refresh()`` after those.
 """
 
+import functools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class _Entry:
     """One convolution with one batch norm: what it was folded from, and each backend's finished form."""
 
     def __init__(self, parameters: tuple[Tensor | None, ...], eps: float, anchor: weakref.ref) -> None:
-        self.anchor, self.eps, self.forms = anchor, eps, {}
+        self.anchor, self.eps = anchor, eps
+        self.forms: dict[Hashable, Any] = {}
         # Aliases keep the storages alive, so that an address in use again cannot pass for the old tensor.
         self.sources = tuple(None if p is None else (p.detach(), p._version, p.data_ptr()) for p in parameters)
 
@@ -39,16 +41,13 @@ class _Entry:
         return True
 
 
-def fold(
-    weight: Tensor,
-    bias: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """The folded weight and bias, always new tensors."""
+def _drop(key: tuple[int, int], _: weakref.ref) -> None:
+    _entries.pop(key, None)
+
+
+def fold(parameters: Sequence[Any], eps: float) -> tuple[Tensor, Tensor]:
+    """The folded weight and bias, always new tensors, of weight, bias, bn_weight, bn_bias, mean and var."""
+    weight, bias, bn_weight, bn_bias, mean, var = parameters
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     with torch.inference_mode(False), torch.no_grad():
         scale = torch.rsqrt(var.double() + eps)
@@ -61,9 +60,7 @@ def fold(
         return (weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
 
 
-def folded(
-    parameters: tuple[Tensor | None, ...], eps: float, form: Hashable, finish: Callable[[Tensor, Tensor], Any]
-) -> Any:
+def folded(parameters: tuple[Any, ...], eps: float, form: Hashable, finish: Callable[[Tensor, Tensor], Any]) -> Any:
     """``finish(folded weight, folded bias)``, computed once per form until one of the parameters changes.
 
     Args:
@@ -72,16 +69,16 @@ def folded(
     """
     weight, mean = parameters[0], parameters[4]
     if any(p is not None and p.is_inference() for p in parameters):  # their changes cannot be seen: fold every time
-        return finish(*fold(*parameters, eps))
+        return finish(*fold(parameters, eps))
     key = (id(weight), id(mean))
     entry = _entries.get(key)
     if entry is None or entry.anchor() is not weight or not entry.holds(parameters, eps):
-        entry = _Entry(parameters, eps, weakref.ref(weight, lambda _, key=key: _entries.pop(key, None)))
+        entry = _Entry(parameters, eps, weakref.ref(weight, functools.partial(_drop, key)))
         with _lock:
             _entries[key] = entry
     result = entry.forms.get(form)
     if result is None:
-        result = entry.forms[form] = finish(*fold(*parameters, eps))
+        result = entry.forms[form] = finish(*fold(parameters, eps))
     return result
 
 

@@ -75,7 +75,7 @@ class Op:
 
         torch.library.register_fake(f"fastres::{name}", checked_fake, lib=_LIBRARY)
         self._function = None
-        if backward is not None:
+        if backward is not None and setup_context is not None:
             torch.library.register_autograd(f"fastres::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
             self._function = _eager_function(name, setup_context, backward)
         self._packet = getattr(torch.ops.fastres, name).default

@@ -15,9 +15,7 @@ from fastres.ops._op import Op, Sample
 
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding"
 SCHEMA = f"(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act, {_WINDOW}) -> Tensor"
-SCHEMA_TRAIN = (
-    f"(Tensor x, Tensor? weight, Tensor? bias, float eps, str act, {_WINDOW}) -> (Tensor, Tensor, Tensor)"
-)
+SCHEMA_TRAIN = f"(Tensor x, Tensor? weight, Tensor? bias, float eps, str act, {_WINDOW}) -> (Tensor, Tensor, Tensor)"
 SCHEMA_BACKWARD = (
     "(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act,"
     f" bool training, {_WINDOW}) -> (Tensor, Tensor, Tensor)"
@@ -117,9 +115,7 @@ def gradients(ctx, grad_y):
         dz = torch.where(z.detach() <= 0, 0, dz) if ctx.act == "relu" else dz
         return _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
-    found = BN_ACT_MAXPOOL_BACKWARD(
-        grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training, *ctx.window
-    )
+    found = BN_ACT_MAXPOOL_BACKWARD(grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training, *ctx.window)
     return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
 
 

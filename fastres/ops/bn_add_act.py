@@ -11,7 +11,9 @@ from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check
 from fastres.ops._op import Op, Sample
 
-SCHEMA = "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act) -> Tensor"
+)
 SCHEMA_TRAIN = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor)"
 )

@@ -92,6 +92,10 @@ class _Child:
     def __call__(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         return self._tracer.create_proxy("call_module", self._name, args, kwargs)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # isinstance() asks for it
+        return type(self._module)
+
     def __bool__(self) -> bool:
         return bool(self._module)
 

@@ -1,9 +1,8 @@
-// Formula: dz = grad_y where act passes it; grad_bias = sum(dz), grad_weight = sum(dz * xhat), xhat = (x - mean) * invstd,
-//   grad_x = weight * invstd * (dz - grad_bias / n - xhat * grad_weight / n) in training, weight * invstd * dz in evaluation.
+// Formula: dz = grad_y where act passes it; grad_bias = sum(dz), grad_weight = sum(dz * xhat); grad_x = see normalise_grad.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: reduction two reads (and, in evaluation, the one write of grad_x), grad_x two reads, one write.
-// Accumulate type: float; grad_x is rounded once. No division by weight, which may be 0.
-// Invariants: the mask is that of bn_act, bit for bit; fixed order whatever the device.
+// Accumulate type: float; grad_x is rounded once.
+// Invariants: the mask is that of bn_act, bit for bit; no division by weight, which may be 0; fixed order on any device.
 #include "cuda/bn_act_backward.h"
 #include "cuda/device/bn_backward.cuh"
 #include "cuda/device/bn_merge.cuh"

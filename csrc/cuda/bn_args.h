@@ -8,8 +8,8 @@
 
 namespace fastres::cuda {
 
-constexpr int kTileChannels = 256;   // most channels of one block, channels_last
-constexpr int64_t kBlocks = 8 * 132; // blocks wanted: 8 for each multiprocessor of an H100, on every device: same bits on all
+constexpr int kTileChannels = 256;    // most channels of one block, channels_last
+constexpr int64_t kBlocks = 8 * 132;  // wanted: 8 for each multiprocessor of an H100, and on every device, for the same bits
 
 // One value per channel, in the caller's dtype; data is null where the parameter is absent.
 struct ChannelVector {

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from fastres.optimize.swap import unswap
 
 
 class Reference:
-    """What plain PyTorch answers on an input, in the model's dtype and in float64."""
+    """What plain PyTorch answers on an input: in float64, and in the model's dtype for either memory format, because
+    the rounding of one run is a matter of luck."""
 
     def __init__(self, model: nn.Module, inputs: Tensor | tuple, dtype: torch.dtype | None) -> None:
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -25,9 +26,12 @@ class Reference:
         original = copy.deepcopy(model)
         for module in original.modules():
             unswap(module)
-        self.plain = _outputs(original if dtype is None else original.to(dtype), self.inputs)
+        plain = original if dtype is None else original.to(dtype)
+        self.plain = [_outputs(plain, self.inputs)]
+        with suppress(RuntimeError):  # a network that views memory as contiguous has no such run
+            self.plain.append(_outputs(plain, _channels_last(self.inputs)))
         self.truth = _outputs(original.double(), _cast(self.inputs, torch.float64))
-        if not self.plain:
+        if not self.truth:
             raise must("optimize", "verify", "an input for which the model returns floating tensors", "none")
 
     def judge(self, model: nn.Module) -> dict[str, float]:
@@ -36,11 +40,15 @@ class Reference:
         Raises:
             VerificationError: an output misses the budget.
         """
-        own = _outputs(copy.deepcopy(model), self.inputs)
+        own = _outputs(model, self.inputs)
         worst = {"error": 0.0, "torch_error": 0.0}
-        for index, (actual, plain, truth) in enumerate(zip(own, self.plain, self.truth, strict=True)):
-            verdict = budget.within_budget(actual, plain, truth, plain.dtype)
-            errors = {"error": budget.error(actual, truth), "torch_error": budget.error(plain, truth)}
+        for index, (actual, truth, *plain) in enumerate(zip(own, self.truth, *self.plain, strict=True)):
+            verdicts = [budget.within_budget(actual, theirs, truth, theirs.dtype) for theirs in plain]
+            verdict = max(verdicts, key=lambda one: (one.ok, one.allowed))
+            errors = {
+                "error": budget.error(actual, truth),
+                "torch_error": max(budget.error(theirs, truth) for theirs in plain),
+            }
             if not verdict.ok:
                 raise VerificationError(
                     f"fastres.optimize: output {index} must be within the error budget on verify's input, got "
@@ -49,6 +57,11 @@ class Reference:
                 )
             worst = max(worst, errors, key=lambda pair: pair["error"])
         return worst
+
+
+def _channels_last(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    last = torch.channels_last
+    return tuple(value.contiguous(memory_format=last) if value.dim() == 4 else value for value in inputs)
 
 
 def _cast(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -66,6 +79,7 @@ def unseen_randomness() -> Iterator[None]:
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """All floating tensors a copy of the model returns, and in training its buffers after the step."""
+    model = copy.deepcopy(model)
     with unseen_randomness(), torch.no_grad():
         result = model(*(value.clone() for value in inputs))
     found = pytree.tree_leaves(result)

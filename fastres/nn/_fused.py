@@ -19,7 +19,7 @@ from fastres.errors import ArgumentError
 
 Act = nn.Module | str | None
 _transforms = torch._C._are_functorch_transforms_active
-_LEAVES = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
+_FUSIBLE = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -36,7 +36,7 @@ def has_hooks(module: nn.Module) -> bool:
 def _why_not_module(module: nn.Module) -> str | None:
     """Why a module must be called rather than read."""
     kind = type(module)
-    if kind not in _LEAVES:
+    if kind not in _FUSIBLE:
         return f"{kind.__name__} is not one of the plain torch.nn modules that fuse"
     if has_hooks(module):
         return f"{kind.__name__} has hooks, which must fire"
@@ -55,6 +55,23 @@ def why_not(*modules: Act) -> str | None:
     if _any_global_hook():
         return "a global module hook is registered, which must fire"
     return None
+
+
+def _is_relu(act: Act) -> bool:
+    """Whether what stands in the activation's place is one that fuses, or nothing: it may have been replaced."""
+    return not isinstance(act, nn.Module) or type(act) is nn.ReLU
+
+
+def _fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
+    """Whether a call may be one op: each module is of the kind its place asks for, and nothing must see it called."""
+    return (
+        type(bn) is nn.BatchNorm2d
+        and (conv is None or type(conv) is nn.Conv2d)
+        and (pool is None or type(pool) is nn.MaxPool2d)
+        and _is_relu(act)
+        and not _followed(x)
+        and why_not(conv, bn, act, pool) is None
+    )
 
 
 def _why_not_options(module: nn.Module) -> str | None:
@@ -78,7 +95,7 @@ def _followed(x: Tensor) -> bool:
 def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(bn(conv(x)) [+ residual])``; one op in evaluation, the convolution and ``bn_act`` otherwise."""
     buffers = bn._buffers
-    if not bn.training and not _followed(x) and why_not(conv, bn, act) is None and buffers["running_mean"] is not None:
+    if not bn.training and _fuses(x, conv, bn, act, None) and buffers["running_mean"] is not None:
         convolution, norm = conv._parameters, bn._parameters
         inputs = (x,) if residual is None else (x, residual)
         run: Callable[..., Tensor] = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
@@ -95,7 +112,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them."""
-    if not _followed(x) and why_not(bn, act) is None:
+    if _fuses(x, None, bn, act, None):
         statistics, momentum = _statistics(bn), _momentum(bn)
         try:
             if residual is None:
@@ -112,7 +129,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
     """``pool(act(bn(x)))``."""
-    if not _followed(x) and why_not(bn, act, pool) is None:
+    if _fuses(x, None, bn, act, pool):
         window = pool.kernel_size, pool.stride, pool.padding
         try:
             y = functional.bn_act_maxpool(x, *_statistics(bn), _momentum(bn), bn.eps, _name(act), *window)
@@ -130,7 +147,7 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     if residual is not None:
         if _followed(x):
             y = x + residual
-        elif x.dtype == residual.dtype and x.shape == residual.shape and why_not(act) is None:
+        elif x.dtype == residual.dtype and x.shape == residual.shape and _is_relu(act) and why_not(act) is None:
             return functional.add_act(x, residual, _name(act))
         else:
             y = (x + residual).to(x.dtype)

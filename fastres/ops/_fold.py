@@ -1,7 +1,7 @@
 """Batch norm folded into copies of convolution weights, kept until a parameter changes; the originals stay untouched.
 
 conv(x, w, b) normalised is conv(x, w * s, (b - mean) * s + bias) with s = bn_weight / sqrt(var + eps), one s per output
-channel (Jacob et al. 2018, section 3.2). Folded in float64 and rounded once, to fp32 (fp64 for fp64 weights).
+channel (Jacob et al. 2018, section 3.2). s in float64, the product in fp32 (fp64 for fp64 weights).
 
 A fold is valid while every tensor it came from keeps its storage and its version counter, which all in-place operations,
 optimizers and load_state_dict advance. Writes through ``tensor.data`` do not: call ``fastres.refresh()`` after those.
@@ -57,7 +57,7 @@ def fold(parameters: Sequence[Any], eps: float) -> tuple[Tensor, Tensor]:
         shift = shift * scale
         if bn_bias is not None:
             shift = shift + bn_bias.double()
-        return (weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
+        return weight.to(dtype) * scale.to(dtype).view(-1, 1, 1, 1), shift.to(dtype)
 
 
 def folded(parameters: tuple[Any, ...], eps: float, form: Hashable, finish: Callable[[Tensor, Tensor], Any]) -> Any:

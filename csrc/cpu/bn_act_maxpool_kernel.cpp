@@ -59,8 +59,9 @@ class Ring {
   explicit Ring(const BnActMaxpoolArgs& args)
       : args_(args), row_(args.in_w * args.pixel), y_(args.kernel_h * args.line_size()),
         x_(kKeepX ? args.kernel_h * args.line_size() : 1) {
-    for (int64_t i = 0; i < args.kernel_h * args.line_size(); i += L)  // padding, never the maximum
-      store<L>(y_ + i, Vec<acc_t, L>{} - static_cast<acc_t>(__builtin_inff()), Part{min(L, args.kernel_h * args.line_size() - i)});
+    for_each<L>(args.kernel_h * args.line_size(), static_cast<scalar_t*>(y_), false, [&](int64_t i, auto lanes) {
+      store<L>(y_ + i, Vec<acc_t, L>{} - static_cast<acc_t>(__builtin_inff()), lanes);  // padding, never the maximum
+    });
   }
 
   const scalar_t* y(int64_t row) const { return y_ + row % args_.kernel_h * args_.line_size(); }

@@ -153,7 +153,7 @@ FASTRES_INLINE Vec<uint16_t, L> narrow(fp16, Vec<float, L> v) {
   return to_16<L>(bits | (u & 0x80000000) >> 16);
 }
 
-// ---- how much of a vector to move: all lanes, all lanes past the caches, or the first n lanes --------------------------------
+// ---- how much of a vector to move: all lanes, all lanes past the caches, or the first n lanes, 0 < n < L --------------------------------
 
 struct Whole {};
 struct Stream {};
@@ -171,6 +171,23 @@ template <typename V, typename T>
 FASTRES_INLINE V move_in(const T* p, Stream) {
   return move_in<V>(p, Whole{});
 }
+// Copies fewer than 2 * kPiece bytes, an even number: the ends of rows, too short for a call of memcpy.
+template <int64_t kPiece>
+FASTRES_INLINE void copy_end(char* to, const char* from, int64_t bytes) {
+  const int64_t piece = bytes & kPiece;
+  if (piece) memcpy(to, from, kPiece);
+  if constexpr (kPiece > 2) copy_end<kPiece / 2>(to + piece, from + piece, bytes);
+}
+
+#if FASTRES_CPU_LEVEL == 3
+template <typename T>
+FASTRES_INLINE __m256i first_mask(Part part) {
+  Vec<T, 32 / sizeof(T)> lane;
+  for (int64_t i = 0; i < static_cast<int64_t>(32 / sizeof(T)); ++i) lane[i] = i;
+  return (__m256i)(lane < static_cast<T>(part.n));
+}
+#endif
+
 template <typename V, typename T>
 FASTRES_INLINE V move_in(const T* p, Part part) {  // lanes beyond the part are zero
 #if FASTRES_CPU_LEVEL >= 4
@@ -179,9 +196,12 @@ FASTRES_INLINE V move_in(const T* p, Part part) {  // lanes beyond the part are 
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return (V)_mm512_maskz_loadu_epi32(mask, p);
   if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
   if constexpr (sizeof(V) == 16 && sizeof(T) == 2) return (V)_mm_maskz_loadu_epi16(mask, p);
+#elif FASTRES_CPU_LEVEL == 3
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 8) return (V)_mm256_maskload_epi64((const long long*)p, first_mask<int64_t>(part));
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return (V)_mm256_maskload_epi32((const int*)p, first_mask<int32_t>(part));
 #endif
   V v{};
-  memcpy(&v, p, part.n * sizeof(T));
+  copy_end<sizeof(V) / 2>((char*)&v, (const char*)p, part.n * sizeof(T));
   return v;
 }
 
@@ -197,8 +217,11 @@ FASTRES_INLINE void move_out(T* p, V v, Part part) {
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) return _mm512_mask_storeu_epi32(p, mask, (__m512i)v);
   if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
   if constexpr (sizeof(V) == 16 && sizeof(T) == 2) return _mm_mask_storeu_epi16(p, mask, (__m128i)v);
+#elif FASTRES_CPU_LEVEL == 3
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 8) return _mm256_maskstore_epi64((long long*)p, first_mask<int64_t>(part), (__m256i)v);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_maskstore_epi32((int*)p, first_mask<int32_t>(part), (__m256i)v);
 #endif
-  memcpy(p, &v, part.n * sizeof(T));
+  copy_end<sizeof(V) / 2>((char*)p, (const char*)&v, part.n * sizeof(T));
 }
 template <typename V, typename T>
 FASTRES_INLINE void move_out(T* p, V v, Stream) {  // p is aligned to the size of V

@@ -62,9 +62,12 @@ def _pivot(x_ptr, channel, channel_ok, channels, plane, SAMPLE: tl.constexpr, CH
 
 
 @triton.jit
-def _merge(mean, m2, count):
-    """Merge along axis 0 the statistics of disjoint sets: mean, sum of squared deviations, count (Chan et al. 1983)."""
-    merged = _sum(count * mean) / _sum(count)
+def _merge(mean, m2, count, total):
+    """Merge along axis 0 the statistics of disjoint sets: mean, sum of squared deviations, count (Chan et al. 1983).
+
+    total is the sum of count, known to the caller: one scalar division, not one per lane.
+    """
+    merged = _sum(count * mean) * (tl.full([], 1.0, tl.float64) / total)
     delta = tl.where(count > 0, mean - merged, 0.0).to(tl.float32)
     return merged, tl.sum(m2 + count * delta * delta, axis=0)[None, :]
 
@@ -85,7 +88,8 @@ def bn_statistics_kernel(
     m2 = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
     count = tl.zeros([BLOCK_E, 1], tl.float32)
     seen = 0.0
-    tile, end = _share(tiles, INDEX)
+    first, end = _share(tiles, INDEX)
+    tile = first
     while tile < end:
         element = _elements(tile, BLOCK_E)
         valid = (element < elements) & channel_ok
@@ -99,7 +103,7 @@ def bn_statistics_kernel(
         count += tl.where(element < elements, 1.0, 0.0)
         tile += 1
 
-    mean, m2 = _merge(mean, m2, count)
+    mean, m2 = _merge(mean, m2, count, tl.minimum(end * BLOCK_E, elements) - first * BLOCK_E)
     partial = channel * tl.num_programs(1) + tl.program_id(1)
     tl.store(partial_mean_ptr + partial, mean, mask=channel_ok)
     tl.store(partial_m2_ptr + partial, m2, mask=channel_ok)
@@ -122,7 +126,7 @@ def bn_statistics_merge_kernel(
     mean = tl.load(partial_mean_ptr + partial, mask=p < programs, other=0.0)
     m2 = tl.load(partial_m2_ptr + partial, mask=p < programs, other=0.0)
     count = tl.where(p < programs, tl.minimum(elements - p.to(tl.int64) * share, share), 0).to(tl.float32)
-    mean, m2 = _merge(mean, m2, count)
+    mean, m2 = _merge(mean, m2, count, elements)
     tl.store(mean_ptr + channel, tl.load(mean_ptr + channel) + mean)
     tl.store(var_ptr + channel, m2 / elements)
 

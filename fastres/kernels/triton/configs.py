@@ -42,9 +42,9 @@ class ConvConfig(NamedTuple):
 
 FLAT = (FlatConfig(2048, 4), FlatConfig(1024, 4), FlatConfig(4096, 8))
 
-# At most 16 elements a thread: 16-byte accesses, and sums that leave registers for many warps.
+# 8 or 16 elements a thread: 16-byte accesses, and sums that leave registers for many warps.
 CHANNELS_LAST = (TileConfig(32, 64, 4), TileConfig(16, 128, 4), TileConfig(64, 64, 8))
-CONTIGUOUS = (TileConfig(1024, 1, 4), TileConfig(512, 1, 4), TileConfig(1024, 1, 8))
+CONTIGUOUS = (TileConfig(1024, 1, 4), TileConfig(2048, 1, 8), TileConfig(2048, 1, 4))
 
 # The partition of a reduction follows from the shape alone, so results are the same bits on every device.
 PROGRAMS = 2048  # programs a per-channel kernel aims for: 132 multiprocessors x 16

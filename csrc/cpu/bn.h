@@ -75,7 +75,8 @@ struct BnCall {
   Channels weight, bias, mean, invstd;
   Scratch scratch;
 
-  BnCall(const char* op, std::initializer_list<Named> activations, const std::string& act)
+  // pooled: y has other sizes than x, so that the two layouts of 1x1 planes do not coincide.
+  BnCall(const char* op, std::initializer_list<Named> activations, const std::string& act, bool pooled = false)
       : op(op), x(activations.begin()->tensor) {
     for (const auto& [param, tensor] : activations) check_cpu(op, param, tensor);
     format = check_activations(op, activations, true);
@@ -87,7 +88,7 @@ struct BnCall {
     args.x = x.data_ptr();
     args.stream = should_stream(args.numel, args.dtype);
     const int64_t plane = x.size(2) * x.size(3);
-    args.channels_last = format == Format::channels_last || plane == 1;
+    args.channels_last = format == Format::channels_last || (plane == 1 && !pooled);
     if (args.channels_last) {  // whole vectors, and enough of them to hide the cost of a row
       const int64_t step = args.channels * kColsMultiple / std::gcd(args.channels, kColsMultiple);
       args.cols = (64 + step - 1) / step * step;

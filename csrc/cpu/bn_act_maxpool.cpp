@@ -27,10 +27,28 @@ BnActMaxpoolArgs pool_args(BnCall& call, const Ints& kernel, const Ints& stride,
   FASTRES_CHECK(kernel[0] < kNoTap / kernel[1], call.op, "kernel_size", "of fewer than " << kNoTap << " positions",
                 show({kernel.data(), 2}));
   const bool last = call.args.channels_last;
-  const int64_t n = call.x.size(0), c = call.x.size(1);
-  return {call.args, should_stream(n * c * out[0] * out[1], call.args.dtype), last ? n : n * c, last ? c : 1,
-          call.x.size(2), call.x.size(3), out[0], out[1], kernel[0], kernel[1], stride[0], stride[1], padding[0],
-          padding[1], nullptr};
+  const int64_t n = call.x.size(0), c = call.x.size(1), pixel = last ? c : 1;
+  const int64_t phase_size = (call.x.size(3) + 2 * padding[1] + stride[1] - 1) / stride[1] * pixel;
+  int64_t* offsets = call.scratch.take<int64_t>(kernel[1]);
+  for (int64_t q = 0; q < kernel[1]; ++q) offsets[q] = q % stride[1] * phase_size + q / stride[1] * pixel;
+  return {.bn = call.args,
+          .stream_y = should_stream(n * c * out[0] * out[1], call.args.dtype),
+          .images = last ? n : n * c,
+          .pixel = pixel,
+          .in_h = call.x.size(2),
+          .in_w = call.x.size(3),
+          .out_h = out[0],
+          .out_w = out[1],
+          .kernel_h = kernel[0],
+          .kernel_w = kernel[1],
+          .stride_h = stride[0],
+          .stride_w = stride[1],
+          .pad_h = padding[0],
+          .pad_w = padding[1],
+          .taps = nullptr,
+          .phase_size = phase_size,
+          .line_size = stride[1] * phase_size + kColsMultiple,
+          .tap_offsets = offsets};
 }
 
 // Runs the kernel over the rows of all images, `row_size` elements each.
@@ -51,7 +69,7 @@ Tensor apply(BnCall& call, const BnActMaxpoolArgs& args) {
 Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                       const Tensor& var, double eps, const std::string& act, const Ints& kernel_size, const Ints& stride,
                       const Ints& padding) {
-  BnCall call("bn_act_maxpool", {{"x", x}}, act);
+  BnCall call("bn_act_maxpool", {{"x", x}}, act, true);
   const BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
   call.read_affine(weight, bias);
   call.read_statistics(mean, var, eps);
@@ -62,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const O
                                                         const OptionalTensor& bias, double eps, const std::string& act,
                                                         const Ints& kernel_size, const Ints& stride,
                                                         const Ints& padding) {
-  BnCall call("bn_act_maxpool_train", {{"x", x}}, act);
+  BnCall call("bn_act_maxpool_train", {{"x", x}}, act, true);
   const BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
   call.read_affine(weight, bias);
   const Statistics statistics = batch_statistics(call, eps);
@@ -75,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y,
                                                            const std::string& act, bool training,
                                                            const Ints& kernel_size, const Ints& stride,
                                                            const Ints& padding) {
-  BnCall call("bn_act_maxpool_backward", {{"x", x}}, act);
+  BnCall call("bn_act_maxpool_backward", {{"x", x}}, act, true);
   BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
   const std::array<int64_t, 4> sizes{x.size(0), x.size(1), args.out_h, args.out_w};
   check_cpu(call.op, "grad_y", grad_y);

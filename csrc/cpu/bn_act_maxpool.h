@@ -19,9 +19,8 @@ struct BnActMaxpoolArgs {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
   uint16_t* taps;  // backward: position of each maximum in its window, like grad_y; written by sums, read by gradient
 
-  int64_t phase_size() const { return (in_w + 2 * pad_w + stride_w - 1) / stride_w * pixel; }
-  int64_t tap_offset(int64_t column) const { return column % stride_w * phase_size() + column / stride_w * pixel; }
-  int64_t line_size() const { return stride_w * phase_size() + kColsMultiple; }  // loads may run over the end
+  int64_t phase_size, line_size;  // elements of a phase, and of a line: all phases, and room for loads that run over the end
+  const int64_t* tap_offsets;     // where in a line column 0 ... kernel_w - 1 of the first window is
 };
 
 FASTRES_CPU_KERNEL(bn_act_maxpool_forward, BnActMaxpoolArgs)   // output rows of all images

@@ -37,16 +37,59 @@ FASTRES_INLINE void for_each_pixel(const BnActMaxpoolArgs& args, int64_t image, 
                 [&](int64_t i, auto lanes) { body(base + i, kLast ? i : channel, lanes); });
 }
 
-// Copies a row of pixels into a line, and back.
-template <typename T>
-FASTRES_INLINE void split(const BnActMaxpoolArgs& args, const T* row, T* line) {
-  for (int64_t w = 0; w < args.in_w; ++w)
-    memcpy(line + args.tap_offset(w + args.pad_w), row + w * args.pixel, args.pixel * sizeof(T));
+// copy(at in a row, at in a line) for the pixels of a row, phase by phase.
+template <typename Copy>
+FASTRES_INLINE void for_each_place(const BnActMaxpoolArgs& args, Copy copy) {
+  const int64_t stride = args.stride_w, pixel = args.pixel;
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    const int64_t skipped = args.pad_w > phase ? (args.pad_w - phase + stride - 1) / stride : 0;  // columns of padding
+    int64_t in_line = phase * args.phase_size + skipped * pixel;
+    for (int64_t w = phase + skipped * stride - args.pad_w; w < args.in_w; w += stride, in_line += pixel)
+      copy(w * pixel, in_line);
+  }
 }
+
+// Where the even and the odd columns of a row go in a line of two phases: the compiler shuffles these loops.
 template <typename T>
-FASTRES_INLINE void join(const BnActMaxpoolArgs& args, const T* line, T* row) {
-  for (int64_t w = 0; w < args.in_w; ++w)
-    memcpy(row + w * args.pixel, line + args.tap_offset(w + args.pad_w), args.pixel * sizeof(T));
+struct EvenOdd {
+  T *even, *odd;
+  EvenOdd(const BnActMaxpoolArgs& args, T* line)
+      : even(line + args.pad_w % 2 * args.phase_size + args.pad_w / 2),
+        odd(line + (args.pad_w + 1) % 2 * args.phase_size + (args.pad_w + 1) / 2) {}
+};
+
+// Copies a row of pixels into a line, and back.
+template <bool kLast, typename T>
+FASTRES_INLINE void split(const BnActMaxpoolArgs& args, const T* __restrict__ row, T* __restrict__ line) {
+  if (!kLast && args.stride_w == 2) {
+    const EvenOdd<T> to(args, line);
+    const int64_t pairs = args.in_w / 2;
+    for (int64_t k = 0; k < pairs; ++k) to.even[k] = row[2 * k];
+    for (int64_t k = 0; k < pairs; ++k) to.odd[k] = row[2 * k + 1];
+    if (args.in_w % 2) to.even[pairs] = row[2 * pairs];
+    return;
+  }
+  for_each_place(args, [&, size = args.pixel * sizeof(T)](int64_t in_row, int64_t in_line) {
+    if constexpr (kLast) memcpy(line + in_line, row + in_row, size);
+    else line[in_line] = row[in_row];
+  });
+}
+template <bool kLast, typename T>
+FASTRES_INLINE void join(const BnActMaxpoolArgs& args, const T* __restrict__ line, T* __restrict__ row) {
+  if (!kLast && args.stride_w == 2) {
+    const EvenOdd<const T> from(args, line);
+    const int64_t pairs = args.in_w / 2;
+    for (int64_t k = 0; k < pairs; ++k) {
+      row[2 * k] = from.even[k];
+      row[2 * k + 1] = from.odd[k];
+    }
+    if (args.in_w % 2) row[2 * pairs] = from.even[pairs];
+    return;
+  }
+  for_each_place(args, [&, size = args.pixel * sizeof(T)](int64_t in_row, int64_t in_line) {
+    if constexpr (kLast) memcpy(row + in_row, line + in_line, size);
+    else row[in_row] = line[in_line];
+  });
 }
 
 // The last kernel_h input rows of one image, activated, and x beside them where kKeepX.
@@ -57,15 +100,15 @@ class Ring {
 
  public:
   explicit Ring(const BnActMaxpoolArgs& args)
-      : args_(args), row_(args.in_w * args.pixel), y_(args.kernel_h * args.line_size()),
-        x_(kKeepX ? args.kernel_h * args.line_size() : 1) {
-    for_each<L>(args.kernel_h * args.line_size(), static_cast<scalar_t*>(y_), false, [&](int64_t i, auto lanes) {
+      : args_(args), row_(args.in_w * args.pixel), y_(args.kernel_h * args.line_size),
+        x_(kKeepX ? args.kernel_h * args.line_size : 1) {
+    for_each<L>(args.kernel_h * args.line_size, static_cast<scalar_t*>(y_), false, [&](int64_t i, auto lanes) {
       store<L>(y_ + i, Vec<acc_t, L>{} - static_cast<acc_t>(__builtin_inff()), lanes);  // padding, never the maximum
     });
   }
 
-  const scalar_t* y(int64_t row) const { return y_ + row % args_.kernel_h * args_.line_size(); }
-  const scalar_t* x(int64_t row) const { return x_ + row % args_.kernel_h * args_.line_size(); }
+  const scalar_t* y() const { return y_; }
+  const scalar_t* x() const { return x_; }
 
   // Makes the input rows [first, end) of an image available.
   void advance(int64_t image, int64_t first, int64_t end) {
@@ -85,9 +128,9 @@ class Ring {
                                channel_value<acc_t, L, kLast>(scale, entry), channel_value<acc_t, L, kLast>(bias, entry));
       store<L>(row_ + i, kRelu ? relu(z) : z, lanes);
     });
-    const int64_t slot = row % args_.kernel_h * args_.line_size();
-    split(args_, static_cast<const scalar_t*>(row_), y_ + slot);
-    if constexpr (kKeepX) split(args_, x, x_ + slot);
+    const int64_t slot = row % args_.kernel_h * args_.line_size;
+    split<kLast>(args_, static_cast<const scalar_t*>(row_), y_ + slot);
+    if constexpr (kKeepX) split<kLast>(args_, x, x_ + slot);
   }
 
   const BnActMaxpoolArgs& args_;
@@ -95,27 +138,34 @@ class Ring {
   int64_t image_ = -1, next_ = 0;
 };
 
-// Input rows under output row `out_row`: those of the window that exist.
+// The input rows under one output row that exist, the first tap in them, and where in the ring they start.
 struct Rows {
-  int64_t top, first, end;
+  int64_t first, end, tap, slot;
 };
 FASTRES_INLINE Rows window_rows(const BnActMaxpoolArgs& args, int64_t out_row) {
   const int64_t top = out_row * args.stride_h - args.pad_h;
-  return {top, top < 0 ? 0 : top, min(top + args.kernel_h, args.in_h)};
+  const int64_t first = top < 0 ? 0 : top;
+  return {first, min(top + args.kernel_h, args.in_h), (first - top) * args.kernel_w,
+          first % args.kernel_h * args.line_size};
 }
 
-// found(better, offset, row, column) for each tap of the windows of L outputs, in scan order; `offset` into the lines.
-template <int64_t L, typename acc_t, typename RingT, typename Found>
-FASTRES_INLINE Vec<acc_t, L> scan_window(const BnActMaxpoolArgs& args, const RingT& ring, Rows rows, int64_t j, Found found) {
+// The maxima of L windows; found(better, offset, tap) for each tap, in scan order; `offset` into the lines of the ring.
+template <int64_t L, typename acc_t, typename scalar_t, typename Found>
+FASTRES_INLINE Vec<acc_t, L> scan_window(const BnActMaxpoolArgs& args, const scalar_t* lines, Rows rows, int64_t j,
+                                         Found found) {
   Vec<acc_t, L> best = Vec<acc_t, L>{} - static_cast<acc_t>(__builtin_inff());
+  int64_t slot = rows.slot;
+  int tap = static_cast<int>(rows.tap);
   for (int64_t row = rows.first; row < rows.end; ++row) {
     for (int64_t column = 0; column < args.kernel_w; ++column) {
-      const int64_t offset = args.tap_offset(column) + j;
-      const auto v = load<acc_t, L>(ring.y(row) + offset, Whole{});
+      const int64_t offset = slot + args.tap_offsets[column] + j;
+      const auto v = load<acc_t, L>(lines + offset, Whole{});
       const auto better = (v > best) | (v != v);
       best = better ? v : best;
-      found(better, offset, row, column);
+      found(better, offset, tap++);
     }
+    slot += args.line_size;
+    if (slot == args.kernel_h * args.line_size) slot = 0;
   }
   return best;
 }
@@ -132,7 +182,7 @@ void bn_act_maxpool_forward(const BnActMaxpoolArgs& args, int64_t begin, int64_t
       ring.advance(unit / args.out_h, rows.first, rows.end);
       auto* y = static_cast<scalar_t*>(args.bn.out) + unit * count;
       for_each<L>(count, y, args.stream_y, [&](int64_t j, auto lanes) {
-        store<L>(y + j, scan_window<L, acc_t>(args, ring, rows, j, [](auto...) {}), lanes);
+        store<L>(y + j, scan_window<L, acc_t>(args, ring.y(), rows, j, [](auto...) {}), lanes);
       });
     }
   });
@@ -167,14 +217,12 @@ class TapFinder {
     for (int64_t base = 0; base < count_; base += step) {
       for_each<L>(min(step, count_ - base), taps, false, [&](int64_t i, auto lanes) {
         const int64_t j = base + i;
-        const auto row_tap = static_cast<int>((rows.first - rows.top) * args_.kernel_w);
-        Ints tap = __builtin_convertvector(move_in<Vec<uint16_t, L>>(first_ + j, Whole{}), Ints) + row_tap;
+        Ints tap = __builtin_convertvector(move_in<Vec<uint16_t, L>>(first_ + j, Whole{}), Ints) + static_cast<int>(rows.tap);
         Vec<acc_t, L> x{};
-        const auto y = scan_window<L, acc_t>(
-            args_, ring_, rows, j, [&](auto better, int64_t offset, int64_t row, int64_t column) {
-              tap = better ? Ints{} + static_cast<int>((row - rows.top) * args_.kernel_w + column) : tap;
-              x = better ? load<acc_t, L>(ring_.x(row) + offset, Whole{}) : x;
-            });
+        const auto y = scan_window<L, acc_t>(args_, ring_.y(), rows, j, [&](auto better, int64_t offset, int position) {
+          tap = better ? Ints{} + position : tap;
+          x = better ? load<acc_t, L>(ring_.x() + offset, Whole{}) : x;
+        });
         auto grad = load<acc_t, L>(grad_y + j, lanes);
         if constexpr (kRelu) {
           grad = relu_gradient(grad, y, acc_t{});
@@ -182,7 +230,7 @@ class TapFinder {
         } else {  // nothing is above -infinity: the first position, as in torch
           for (int64_t lane = 0; lane < L && j + lane < count_; ++lane)
             if (y[lane] == -__builtin_inff())
-              x[lane] = load<acc_t, 1>(ring_.x(rows.first) + args_.tap_offset(first_[j + lane]) + j + lane, Whole{})[0];
+              x[lane] = load<acc_t, 1>(ring_.x() + rows.slot + args_.tap_offsets[first_[j + lane]] + j + lane, Whole{})[0];
         }
         const auto x_centred = x - channel_value<acc_t, L, kLast>(mean, kLast ? i : image % args_.bn.channels);
         move_out(taps + j, __builtin_convertvector(tap, Vec<uint16_t, L>), lanes);
@@ -241,7 +289,7 @@ template <int64_t L, typename scalar_t, typename acc_t>
 FASTRES_INLINE void gather_dz(const BnActMaxpoolArgs& args, int64_t image, int64_t row, acc_t* dz) {
   using Ints = decltype(Vec<acc_t, L>{} < Vec<acc_t, L>{});
   const int64_t count = args.out_w * args.pixel;
-  memset(dz, 0, args.line_size() * sizeof(acc_t));
+  memset(dz, 0, args.line_size * sizeof(acc_t));
   const int64_t lowest = row + args.pad_h - args.kernel_h + 1;  // the window that has this row as its last one
   const int64_t first = lowest <= 0 ? 0 : (lowest + args.stride_h - 1) / args.stride_h;
   const int64_t last = min((row + args.pad_h) / args.stride_h, args.out_h - 1);
@@ -251,7 +299,7 @@ FASTRES_INLINE void gather_dz(const BnActMaxpoolArgs& args, int64_t image, int64
     const uint16_t* taps = args.taps + unit * count;
     const int64_t kernel_row = row + args.pad_h - out_row * args.stride_h;
     for (int64_t column = 0; column < args.kernel_w; ++column) {
-      acc_t* to = dz + args.tap_offset(column);
+      acc_t* to = dz + args.tap_offsets[column];
       const auto wanted = static_cast<int>(kernel_row * args.kernel_w + column);
       for_each<L>(count, grad_y, false, [&](int64_t j, auto lanes) {
         const auto grad = load<acc_t, L>(grad_y + j, lanes);
@@ -270,11 +318,11 @@ void bn_act_maxpool_gradient(const BnActMaxpoolArgs& args, int64_t begin, int64_
       using acc_t = acc_of<scalar_t>;
       constexpr int64_t L = kLanes<acc_t>;
       constexpr bool kLast = last.value;
-      Line<acc_t> line(args.line_size()), dz_row(args.in_w * args.pixel);
+      Line<acc_t> line(args.line_size), dz_row(args.in_w * args.pixel);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t image = unit / args.in_h;
         gather_dz<L, scalar_t>(args, image, unit % args.in_h, static_cast<acc_t*>(line));
-        join(args, static_cast<const acc_t*>(line), static_cast<acc_t*>(dz_row));
+        join<kLast>(args, static_cast<const acc_t*>(line), static_cast<acc_t*>(dz_row));
         const int64_t offset = unit * args.in_w * args.pixel;
         auto* grad_x = static_cast<scalar_t*>(args.bn.out) + offset;
         for_each_pixel<kLast, L>(args, image, grad_x, args.bn.stream, [&](int64_t i, int64_t entry, auto lanes) {

@@ -92,6 +92,21 @@ FASTRES_INLINE void join(const BnActMaxpoolArgs& args, const T* __restrict__ lin
   });
 }
 
+// Taps between memory and lanes as wide as acc_t's.
+template <typename acc_t, int64_t L>
+using TapLanes = decltype(Vec<acc_t, L>{} < Vec<acc_t, L>{});
+template <typename acc_t, int64_t L, typename Lanes>
+FASTRES_INLINE TapLanes<acc_t, L> load_taps(const uint16_t* p, Lanes lanes) {
+  const auto taps = move_in<Vec<uint16_t, L>>(p, lanes);
+  if constexpr (sizeof(acc_t) == 4) return (TapLanes<acc_t, L>)to_32<L>(taps);
+  else return __builtin_convertvector(taps, TapLanes<acc_t, L>);
+}
+template <typename acc_t, int64_t L, typename Lanes>
+FASTRES_INLINE void store_taps(uint16_t* p, TapLanes<acc_t, L> taps, Lanes lanes) {
+  if constexpr (sizeof(acc_t) == 4) move_out(p, to_16<L>((Vec<uint32_t, L>)taps), lanes);
+  else move_out(p, __builtin_convertvector(taps, Vec<uint16_t, L>), lanes);
+}
+
 // The last kernel_h input rows of one image, activated, and x beside them where kKeepX.
 template <bool kLast, bool kRelu, bool kKeepX, typename scalar_t>
 class Ring {
@@ -194,7 +209,7 @@ template <bool kLast, bool kRelu, typename scalar_t>
 class TapFinder {
   using acc_t = acc_of<scalar_t>;
   static constexpr int64_t L = kLanes<acc_t>;
-  using Ints = decltype(Vec<acc_t, L>{} < Vec<acc_t, L>{});
+  using Ints = TapLanes<acc_t, L>;
 
  public:
   explicit TapFinder(const BnActMaxpoolArgs& args)
@@ -217,7 +232,7 @@ class TapFinder {
     for (int64_t base = 0; base < count_; base += step) {
       for_each<L>(min(step, count_ - base), taps, false, [&](int64_t i, auto lanes) {
         const int64_t j = base + i;
-        Ints tap = __builtin_convertvector(move_in<Vec<uint16_t, L>>(first_ + j, Whole{}), Ints) + static_cast<int>(rows.tap);
+        Ints tap = load_taps<acc_t, L>(first_ + j, Whole{}) + static_cast<int>(rows.tap);
         Vec<acc_t, L> x{};
         const auto y = scan_window<L, acc_t>(args_, ring_.y(), rows, j, [&](auto better, int64_t offset, int position) {
           tap = better ? Ints{} + position : tap;
@@ -233,7 +248,7 @@ class TapFinder {
               x[lane] = load<acc_t, 1>(ring_.x() + rows.slot + args_.tap_offsets[first_[j + lane]] + j + lane, Whole{})[0];
         }
         const auto x_centred = x - channel_value<acc_t, L, kLast>(mean, kLast ? i : image % args_.bn.channels);
-        move_out(taps + j, __builtin_convertvector(tap, Vec<uint16_t, L>), lanes);
+        store_taps<acc_t, L>(taps + j, tap, lanes);
         store<L>(dz + j, grad, lanes);
         store<L>(dz_x + j, grad * x_centred, lanes);
       });
@@ -287,7 +302,6 @@ void bn_act_maxpool_sums(const BnActMaxpoolArgs& args, int64_t begin, int64_t en
 // dz of one input row, in a line: the gradients of those windows over it whose maximum lies in it.
 template <int64_t L, typename scalar_t, typename acc_t>
 FASTRES_INLINE void gather_dz(const BnActMaxpoolArgs& args, int64_t image, int64_t row, acc_t* dz) {
-  using Ints = decltype(Vec<acc_t, L>{} < Vec<acc_t, L>{});
   const int64_t count = args.out_w * args.pixel;
   memset(dz, 0, args.line_size * sizeof(acc_t));
   const int64_t lowest = row + args.pad_h - args.kernel_h + 1;  // the window that has this row as its last one
@@ -303,7 +317,7 @@ FASTRES_INLINE void gather_dz(const BnActMaxpoolArgs& args, int64_t image, int64
       const auto wanted = static_cast<int>(kernel_row * args.kernel_w + column);
       for_each<L>(count, grad_y, false, [&](int64_t j, auto lanes) {
         const auto grad = load<acc_t, L>(grad_y + j, lanes);
-        const auto tap = __builtin_convertvector(move_in<Vec<uint16_t, L>>(taps + j, lanes), Ints);
+        const auto tap = load_taps<acc_t, L>(taps + j, lanes);
         const auto sum = load<acc_t, L>(to + j, Whole{});
         store<L>(to + j, tap == wanted ? sum + grad : sum, Whole{});
       });

@@ -86,6 +86,39 @@ def test_misaligned_storage_gives_the_same_bits(dtype, memory_format):
         assert same_bits(every_op(*[shifted(t, n) for t, n in zip(tensors, offsets, strict=True)]), expected)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 17, 331, 333), (3, 64, 192, 128)])
+def test_outputs_beyond_the_caches_equal_those_within(shape, dtype, memory_format):
+    if dtype in (torch.float32, torch.float64):
+        shape = (3, shape[1], shape[2] // 2, shape[3])
+    x, residual, grad_y = [
+        torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3)
+    ]
+    c = shape[1]
+    channels = torch.linspace(-1, 2, c), torch.linspace(1, -1, c), torch.zeros(c), torch.ones(c)
+
+    def activations(x, residual, grad_y):
+        y = op("bn_add_act")(x, residual, *channels, 1e-5, "relu")
+        return [
+            y,
+            op("bn_act")(x, *channels, 1e-5, "relu"),
+            op("bn_act_maxpool")(x, *channels, 1e-5, "relu", [1, 1], [1, 1], [0, 0]),
+            op("bn_act_backward")(grad_y, x, *channels, 1e-5, "relu", False)[0],
+            *op("bn_add_act_backward")(grad_y, y, x, channels[0], *channels[2:], 1e-5, "relu", False)[:2],
+            op("bn_act_maxpool_backward")(grad_y, x, *channels, 1e-5, "relu", False, [1, 1], [1, 1], [0, 0])[
+                0
+            ],
+            op("add_act")(x, residual, "relu"),
+            op("add_act_backward")(grad_y, y, "relu"),
+        ]
+
+    images = [activations(*one) for one in zip(x.split(1), residual.split(1), grad_y.split(1), strict=True)]
+    assert same_bits(
+        activations(x, residual, grad_y), [torch.cat(parts) for parts in zip(*images, strict=True)]
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_value_passes(dtype):
     x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype)

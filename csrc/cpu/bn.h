@@ -169,7 +169,7 @@ struct BnCall {
   }
 };
 
-// ---- training: statistics of x, and the gradients that depend on them ---------------------------------------------------------
+// ---- training: statistics of x, and the gradients that depend on them -----------------------------------------
 
 struct Statistics {
   Tensor mean, var;

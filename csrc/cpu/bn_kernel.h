@@ -136,12 +136,18 @@ FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
     const auto* x = static_cast<const scalar_t*>(args.x);
     const auto* mean = static_cast<const acc_t*>(args.mean);
     auto* grad_residual = static_cast<scalar_t*>(args.grad_residual);
+    // Whole vectors of rows are aligned where the tensor is.
+    const bool stream = kAdd && kLast && args.stream && reinterpret_cast<uintptr_t>(grad_residual) % kVectorBytes == 0;
     reduce_chunks<kLast, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
       const auto dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
-      if constexpr (kAdd) store<L>(grad_residual + offset, dz, lanes);
+      if constexpr (kAdd) {
+        if (is_whole(lanes) && stream) store<L>(grad_residual + offset, dz, Stream{});
+        else store<L>(grad_residual + offset, dz, lanes);
+      }
       const auto x_centred = load<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, kLast>(mean, entry);
       return Pair<Vec<acc_t, L>>{dz, dz * x_centred};
     });
+    if (stream) stream_fence();
   });
 }
 
@@ -149,7 +155,9 @@ FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
 template <bool kTraining, bool kLast, int64_t L, typename scalar_t, typename V, typename Lanes>
 FASTRES_INLINE void store_grad_x(const BnArgs& args, V dz, scalar_t* to, int64_t offset, int64_t entry, Lanes lanes) {
   using acc_t = acc_of<scalar_t>;
-  const auto value = [&](const void* table) { return channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(table), entry); };
+  const auto value = [&](const void* table) {
+    return channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(table), entry);
+  };
   if constexpr (kTraining) {
     const auto x = load<acc_t, L>(static_cast<const scalar_t*>(args.x) + offset, lanes);
     store<L>(to, normalise_grad(dz, x, value(args.mean), value(args.scale), value(args.mean_dz), value(args.slope)), lanes);

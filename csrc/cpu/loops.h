@@ -49,7 +49,7 @@ FASTRES_INLINE Vec<T, L> channel_value(const acc_t* table, int64_t entry) {
   else return static_cast<T>(table[entry]) - Vec<T, L>{};
 }
 
-// ---- reductions: two sums per channel ---------------------------------------------------------------------------------------
+// ---- reductions: two sums per channel -----------------------------------------------------------------
 
 template <typename V>
 struct Pair {
@@ -84,7 +84,9 @@ template <typename acc_t, int64_t L, typename Term>
 FASTRES_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t cols, int64_t numel, double* sum_a, double* sum_b,
                                 Term term) {
   const auto accumulate = [&](int64_t col, auto v) {
-    const auto add = [&](double* sum, auto piece) { store<kDoubles>(sum, load<double, kDoubles>(sum, Whole{}) + piece, Whole{}); };
+    const auto add = [&](double* sum, auto piece) {
+      store<kDoubles>(sum, load<double, kDoubles>(sum, Whole{}) + piece, Whole{});
+    };
     for_doubles<acc_t, L>(v.a, [&](int64_t i, auto piece) { add(sum_a + col + i, piece); });
     for_doubles<acc_t, L>(v.b, [&](int64_t i, auto piece) { add(sum_b + col + i, piece); });
   };

@@ -2,6 +2,8 @@
 // Included by *_kernel.cpp only; everything lives in the namespace of the level it is compiled for.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/lanes.h"
 
 namespace fastres::cpu::FASTRES_LEVEL {
@@ -13,6 +15,8 @@ struct Stream {};
 struct Part {
   int64_t n;
 };
+FASTRES_INLINE constexpr bool is_whole(Whole) { return true; }
+FASTRES_INLINE constexpr bool is_whole(Part) { return false; }
 
 template <typename V, typename T>
 FASTRES_INLINE V move_in(const T* p, Whole) {
@@ -35,9 +39,10 @@ FASTRES_INLINE void copy_end(char* to, const char* from, int64_t bytes) {
 #if FASTRES_CPU_LEVEL == 3
 template <typename T>
 FASTRES_INLINE __m256i first_mask(Part part) {
-  Vec<T, 32 / sizeof(T)> lane;
-  for (int64_t i = 0; i < static_cast<int64_t>(32 / sizeof(T)); ++i) lane[i] = i;
-  return (__m256i)(lane < static_cast<T>(part.n));
+  using Int = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vec<Int, 32 / sizeof(Int)> lane;
+  for (int64_t i = 0; i < static_cast<int64_t>(32 / sizeof(Int)); ++i) lane[i] = i;
+  return (__m256i)(lane < static_cast<Int>(part.n));
 }
 #endif
 
@@ -50,8 +55,9 @@ FASTRES_INLINE V move_in(const T* p, Part part) {  // lanes beyond the part are 
   if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return (V)_mm256_maskz_loadu_epi16(mask, p);
   if constexpr (sizeof(V) == 16 && sizeof(T) == 2) return (V)_mm_maskz_loadu_epi16(mask, p);
 #elif FASTRES_CPU_LEVEL == 3
-  if constexpr (sizeof(V) == 32 && sizeof(T) == 8) return (V)_mm256_maskload_epi64((const long long*)p, first_mask<int64_t>(part));
-  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return (V)_mm256_maskload_epi32((const int*)p, first_mask<int32_t>(part));
+  const __m256i mask = first_mask<T>(part);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 8) return (V)_mm256_maskload_epi64((const long long*)p, mask);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return (V)_mm256_maskload_epi32((const int*)p, mask);
 #endif
   V v{};
   copy_end<sizeof(V) / 2>((char*)&v, (const char*)p, part.n * sizeof(T));
@@ -71,8 +77,9 @@ FASTRES_INLINE void move_out(T* p, V v, Part part) {
   if constexpr (sizeof(V) == 32 && sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, mask, (__m256i)v);
   if constexpr (sizeof(V) == 16 && sizeof(T) == 2) return _mm_mask_storeu_epi16(p, mask, (__m128i)v);
 #elif FASTRES_CPU_LEVEL == 3
-  if constexpr (sizeof(V) == 32 && sizeof(T) == 8) return _mm256_maskstore_epi64((long long*)p, first_mask<int64_t>(part), (__m256i)v);
-  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_maskstore_epi32((int*)p, first_mask<int32_t>(part), (__m256i)v);
+  const __m256i mask = first_mask<T>(part);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 8) return _mm256_maskstore_epi64((long long*)p, mask, (__m256i)v);
+  if constexpr (sizeof(V) == 32 && sizeof(T) == 4) return _mm256_maskstore_epi32((int*)p, mask, (__m256i)v);
 #endif
   copy_end<sizeof(V) / 2>((char*)p, (const char*)&v, part.n * sizeof(T));
 }

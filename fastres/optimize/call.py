@@ -71,17 +71,12 @@ def optimize(
     if mode is not None:
         model.train(mode == "training")
     try:
-        reference = None if verify is None else Reference(network, verify, dtype)
-        conversions = _convert(network, found, channels_last, dtype)
-        _swap(network, found, patterns, *conversions)
-        verdict = None if reference is None else reference.judge(network)
+        verdict = _apply(network, found, patterns, channels_last, dtype, verify)
     except Exception:
         _restore(network)
         for module, training in modes:
             module.training = training
         raise
-    if verdict is not None:
-        vars(network)[STATE].verified = verdict
     _log.info("%s", _summary(network, found, verdict))
     return model
 
@@ -99,6 +94,23 @@ def restore(model: Model) -> Model:
 def refresh(model: nn.Module | None = None) -> None:
     """Drop the folded weights of a model, or all: needed after writes through ``tensor.data``, which go unseen."""
     functional.forget_folds(None if model is None else list(unwrap(model, "refresh").parameters()))
+
+
+def _apply(
+    network: nn.Module,
+    found: list[Site],
+    patterns: tuple[str, ...],
+    channels_last: bool | str,
+    dtype: torch.dtype | None,
+    verify: Tensor | tuple | None,
+) -> dict[str, float] | None:
+    """Convert, swap, and compare if asked to; the errors found then."""
+    reference = None if verify is None else Reference(network, verify, dtype)
+    _swap(network, found, patterns, *_convert(network, found, channels_last, dtype))
+    if reference is None:
+        return None
+    vars(network)[STATE].verified = verdict = reference.judge(network)
+    return verdict
 
 
 def _check_options(mode: object, channels_last: object, dtype: object) -> None:

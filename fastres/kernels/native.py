@@ -4,7 +4,6 @@
 """
 
 import importlib
-import importlib.util
 import json
 import re
 import threading
@@ -88,7 +87,7 @@ def _old_torch() -> str | None:
 
 
 def _load_cpu() -> str | None:
-    if importlib.util.find_spec("fastres._C") is None:
+    if not any(_PACKAGE.glob("_C.*")):  # looked for here alone: an editable install elsewhere may offer its own
         return _not_built("cpu")
     if reason := _old_torch():
         return reason

@@ -13,5 +13,6 @@ class FusedModule(nn.Module):
     """
 
     def train(self, mode: bool = True) -> "FusedModule":
-        functional.forget_folds(self.parameters())
+        if mode != self.training:
+            functional.forget_folds(self.parameters())
         return super().train(mode)

@@ -127,7 +127,8 @@ def test_partitions(device, name, dtype, layout):
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_more_splits_than_one_round_of_the_merge(device, name):
-    args = arguments(name, draw((4, 256, 56, 56), torch.float32, device))
+    x = draw((4, 256, 56, 56), torch.float32, device)  # so many values that one would lie on ReLU's edge
+    args = arguments(name, x, torch.Generator().manual_seed(0), act="none")
     assert_parity(name, laid_out(args, "channels_last"), torch.float32, "many splits")
 
 

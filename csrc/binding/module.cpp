@@ -2,6 +2,8 @@
 // tensors never cross pybind11.
 #include <pybind11/pybind11.h>
 
+#include "cpu/level.h"
+
 namespace {
 
 // What was built, as JSON: written by setup.py just before this file is compiled.
@@ -16,4 +18,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "build_info", [] { return pybind11::module_::import("json").attr("loads")(kBuildInfo); },
       "What was built, with what, and why the rest was not, as a dict.");
+  m.def(
+      "cpu_features",
+      [] {
+        using pybind11::literals::operator""_a;
+        return pybind11::dict("level"_a = fastres::cpu::cpu_level(), "bf16_dot"_a = fastres::cpu::has_bf16_dot());
+      },
+      "The x86-64 level whose kernels run here, and whether the processor multiplies pairs of bfloat16.");
 }

@@ -23,11 +23,27 @@ inline int cpu_level() {
 #endif
 }
 
+// Whether this machine multiplies pairs of bfloat16 (VDPBF16PS); level 4 alone does not say so.
+inline bool has_bf16_dot() {
+#if defined(__x86_64__)
+  return cpu_level() >= 4 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fastres::cpu
 
 // Declares `void name(const Args&, int64_t begin, int64_t end)` for every level, and the function that forwards to this
 // machine's. All kernels have this one shape: the work of a range of a parallel loop.
 #if defined(__x86_64__)
+// For kernels made of fused multiply-adds: levels 3 and 4 only; the binding refuses on a lesser machine.
+#define FASTRES_FMA_KERNEL(name, Args)                                     \
+  namespace v3 { void name(const Args&, int64_t, int64_t); }               \
+  namespace v4 { void name(const Args&, int64_t, int64_t); }               \
+  inline void name(const Args& args, int64_t begin, int64_t end) {         \
+    return cpu_level() >= 4 ? v4::name(args, begin, end) : v3::name(args, begin, end); \
+  }
 #define FASTRES_CPU_KERNEL(name, Args)                                     \
   namespace v1 { void name(const Args&, int64_t, int64_t); }               \
   namespace v3 { void name(const Args&, int64_t, int64_t); }               \
@@ -40,6 +56,8 @@ inline int cpu_level() {
     }                                                                      \
   }
 #else
+#define FASTRES_FMA_KERNEL(name, Args) \
+  inline void name(const Args&, int64_t, int64_t) {}
 #define FASTRES_CPU_KERNEL(name, Args)                                     \
   namespace v1 { void name(const Args&, int64_t, int64_t); }               \
   inline void name(const Args& args, int64_t begin, int64_t end) { v1::name(args, begin, end); }

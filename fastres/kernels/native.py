@@ -59,6 +59,11 @@ def build_info() -> dict:
     return _record()
 
 
+def cpu_features() -> dict:
+    """The x86-64 ``level`` whose kernels run here, and ``bf16_dot``; once ``why_not_cpu()`` said None."""
+    return importlib.import_module("fastres._C").cpu_features()
+
+
 def _why_not(part: str) -> str | None:
     load()
     assert _refusals is not None

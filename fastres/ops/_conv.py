@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres.errors import must, must_type
 from fastres.kernels import inplace
 from fastres.kernels.layout import memory_format, why_not_dense
-from fastres.ops import _check, _fold
+from fastres.ops import _check, _conv_cpu, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
 from fastres.ops._op import Backend, Sample
@@ -194,13 +194,18 @@ def run_triton(
     return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, config=config)
 
 
+def why_not_cpu(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
+    return _why_not_folded(x, residual) or _conv_cpu.why_not(x, weight, dilation, groups)
+
+
 def backends(with_residual: bool) -> list[Backend]:
-    """oneDNN and Triton; an op without residual passes None in its place."""
+    """Native CPU, oneDNN and Triton; an op without residual passes None in its place."""
 
     def adapt(function: Callable) -> Callable:
         return function if with_residual else lambda x, *rest: function(x, None, *rest)
 
     return [
+        Backend("cpu", adapt(why_not_cpu), lambda: adapt(_conv_cpu.run)),
         Backend("onednn", adapt(why_not_onednn), lambda: adapt(run_onednn)),
         Backend(
             "triton", adapt(why_not_triton_conv), lambda config=None: adapt(load_triton(config)), adapt(triton_configs)

@@ -1,0 +1,114 @@
+// Binding of conv_bn_act: packing of weights, checks, output, registration.
+#include "cpu/conv_bn_act.h"
+
+#include <array>
+
+#include "cpu/conv_host.h"
+
+namespace fastres::cpu {
+namespace {
+
+constexpr const char* kOp = "conv_bn_act";
+using Ints = std::vector<int64_t>;
+using Pair = std::array<int64_t, 2>;
+
+Pair pair_of(const char* param, const Ints& values, int64_t least) {
+  FASTRES_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least && std::max(values[0], values[1]) < 1 << 20,
+                kOp, param, "two numbers of at least " << least, show({values.data(), values.size()}));
+  return {values[0], values[1]};
+}
+
+// The dtype of t, if this machine convolves it.
+DType convolved_dtype(const char* param, const Tensor& t) {
+  check_cpu(kOp, param, t);
+  FASTRES_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, kOp, param,
+                "float32 or bfloat16", show(t.scalar_type()));
+  const char* lacks = conv_lacks(dtype_of(t));
+  FASTRES_CHECK(lacks == nullptr, kOp, "the processor", "one with " << lacks << " for " << show(t.scalar_type()), "one without");
+  return dtype_of(t);
+}
+
+// Rows of words, one for each output channel, in the order that ConvArgs tells.
+Tensor conv_pack(const Tensor& weight) {
+  const int64_t per_word = kWordBytes / element_size(convolved_dtype("weight", weight));
+  FASTRES_CHECK(weight.dim() == 2 && weight.numel() > 0 && weight.is_contiguous() && weight.size(1) % per_word == 0, kOp,
+                "weight", "contiguous rows of whole words of 32 bits", show(weight.sizes()));
+  const int64_t out_channels = weight.size(0), depth = weight.size(1) / per_word;
+  Tensor packed = empty_vector(packed_words(out_channels, depth) * per_word, weight.scalar_type(), weight);
+  const auto* from = static_cast<const uint32_t*>(weight.data_ptr());
+  auto* to = static_cast<uint32_t*>(packed.data_ptr());
+  const int64_t block = conv_tile().channels, lanes = conv_tile().lanes;
+  parallel_for(0, ceil_div(out_channels, block), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * block; first < std::min(end * block, out_channels); first += block) {
+      const int64_t found = std::min(block, out_channels - first), width = ceil_div(found, lanes) * lanes;
+      for (int64_t k = 0; k < width; ++k)
+        for (int64_t d = 0; d < depth; ++d)
+          to[first * depth + d * width + k] = k < found ? from[(first + k) * depth + d] : 0;
+    }
+  });
+  return packed;
+}
+
+// `channels` is the number a tap reads, at least x's: with `padded`, x is copied with that many and its padding first.
+Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, const Tensor& bias,
+                   const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
+                   int64_t channels, bool padded, const std::string& act) {
+  const DType dtype = convolved_dtype("x", x);
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0, kOp, "x", "four-dimensional and not empty", show(x.sizes()));
+  const int64_t size = element_size(dtype), out_channels = bias.numel();
+  const Pair kernel = pair_of("kernel_size", kernel_size, 1), by = pair_of("stride", stride, 1);
+  const Pair pads = pair_of("padding", padding, 0), spread = pair_of("dilation", dilation, 1);
+  const int64_t room_h = x.size(2) + 2 * pads[0] - spread[0] * (kernel[0] - 1) - 1;
+  const int64_t room_w = x.size(3) + 2 * pads[1] - spread[1] * (kernel[1] - 1) - 1;
+  FASTRES_CHECK(room_h >= 0 && room_w >= 0, kOp, "the kernel", "no larger than the padded input",
+                show({kernel_size.data(), kernel_size.size()}));
+  FASTRES_CHECK(padded ? channels >= x.size(1) && spread[1] == 1 : channels == x.size(1) && is_dense(x, Format::channels_last),
+                kOp, "x", "dense in channels_last, of " << channels << " channels", show(x.sizes()));
+  const int64_t taps_w = padded ? 1 : kernel[1], run = channels * size / kWordBytes * (padded ? kernel[1] : 1);
+  FASTRES_CHECK(channels * size % kWordBytes == 0 && run <= kConvMostRun, kOp, "channels",
+                "whole words of 32 bits, at most " << kConvMostRun << " to a tap", channels);
+  FASTRES_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && out_channels > 0, kOp,
+                "bias", "contiguous float32 on cpu, a value for each output channel", show(bias.sizes()));
+  FASTRES_CHECK(weight.is_cpu() && weight.scalar_type() == x.scalar_type() && weight.is_contiguous() &&
+                    weight.numel() * size == packed_words(out_channels, kernel[0] * taps_w * run) * kWordBytes,
+                kOp, "weight", "packed for this convolution, of x's dtype", show(weight.sizes()));
+  Tensor y = empty_activation(std::array{x.size(0), out_channels, room_h / by[0] + 1, room_w / by[1] + 1},
+                              Format::channels_last, x);
+  if (residual) {
+    check_like(kOp, "residual", *residual, y);
+    FASTRES_CHECK(is_dense(*residual, Format::channels_last), kOp, "residual", "dense in channels_last",
+                  "strides " << show(residual->strides()));
+  }
+  const int64_t height = x.size(2) + (padded ? 2 * pads[0] : 0), width = x.size(3) + (padded ? 2 * pads[1] : 0);
+  Tensor source = x;
+  if (padded) {
+    source = empty_activation(std::array{x.size(0), height, width, channels}, Format::contiguous, x);
+    run_pad({size, x.data_ptr(), source.data_ptr(), x.size(0), x.size(1), x.size(2), x.size(3), x.stride(0), x.stride(1),
+             x.stride(2), x.stride(3), channels, pads[0], pads[1]});
+  }
+  const int64_t pixel_step = channels * size;
+  run_conv({.dtype = dtype, .act = act_of(kOp, act),
+            .stream = should_stream(y.numel(), dtype) && out_channels % conv_tile().lanes == 0,
+            .x = source.data_ptr(), .weight = weight.data_ptr(), .bias = static_cast<const float*>(bias.data_ptr()),
+            .residual = residual ? residual->data_ptr() : nullptr, .y = y.data_ptr(), .images = x.size(0),
+            .height = height, .width = width, .image_step = height * width * pixel_step, .row_step = width * pixel_step,
+            .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels,
+            .kernel_h = kernel[0], .kernel_w = taps_w, .stride_h = by[0], .stride_w = by[1],
+            .pad_h = padded ? 0 : pads[0], .pad_w = padded ? 0 : pads[1], .dilation_h = spread[0],
+            .dilation_w = spread[1], .run = run, .block = 0});
+  return y;
+}
+
+}  // namespace
+}  // namespace fastres::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
+  m.def("cpu_conv_bn_act(Tensor x, Tensor? residual, Tensor weight, Tensor bias, int[] kernel_size, int[] stride, "
+        "int[] padding, int[] dilation, int channels, bool padded, str act) -> Tensor");
+  m.def("cpu_conv_pack(Tensor weight) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
+  m.impl("cpu_conv_bn_act", TORCH_BOX(&fastres::cpu::conv_bn_act));
+  m.impl("cpu_conv_pack", TORCH_BOX(&fastres::cpu::conv_pack));
+}

@@ -1,0 +1,46 @@
+// Arguments and kernel of the convolution with batch norm folded into its weights; a range counts tiles of the output.
+#pragma once
+
+#include "common/types.h"
+#include "cpu/level.h"
+
+namespace fastres::cpu {
+
+// A tile is `pixels` neighbouring output pixels by `channels` output channels: what the registers of this machine hold.
+// Channels come in vectors of `lanes`.
+struct ConvTile {
+  int64_t pixels, channels, lanes;
+};
+inline ConvTile conv_tile() { return cpu_level() >= 4 ? ConvTile{7, 64, 16} : ConvTile{6, 16, 8}; }
+
+constexpr int64_t kConvMostRun = 16384;  // words that a tap may read, zeros for padding included
+
+// Sizes in pixels, steps of x in bytes. A tap reads a run of words of 32 bits from a pixel of x on, one float32 or two
+// bfloat16 values each. Weights: for each block of `channels`, for each tap and word, a word for each output channel,
+// their number rounded up to whole vectors.
+struct ConvArgs {
+  DType dtype;  // of x, weight, residual and y: float32 or bfloat16
+  Act act;
+  bool stream;  // write y past the caches: y is aligned and out_channels are whole vectors
+  const void* x;
+  const void* weight;
+  const float* bias;
+  const void* residual;  // or null
+  void* y;
+  int64_t images, height, width, image_step, row_step, pixel_step;
+  int64_t out_h, out_w, out_channels;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, run;
+  int64_t block;  // tiles of pixels for which all channels are computed before the next ones
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t conv_pixel_tiles(const ConvArgs& args) {
+  return ceil_div(args.images * args.out_h * args.out_w, conv_tile().pixels);
+}
+inline int64_t conv_tiles(const ConvArgs& args) {
+  return conv_pixel_tiles(args) * ceil_div(args.out_channels, conv_tile().channels);
+}
+
+FASTRES_FMA_KERNEL(conv_bn_act_forward, ConvArgs)
+
+}  // namespace fastres::cpu

@@ -1,0 +1,171 @@
+// Formula: y = act(conv2d(x, weight) + bias [+ residual]), batch norm folded into weight and bias; groups = 1.
+// Layout: channels last; a tile of pixels by channels stays in registers while all taps and input channels are added up.
+// Bytes per output: x once per block of channels, mostly from L2, weights once per block of pixels, residual and y once.
+// Accumulate type: float, in the order of taps and channels, then bias and residual; one rounding, to the output type.
+// Invariants: an output's sum is the same in every tile and for any number of threads; padding is a run of zeros.
+#include "cpu/conv_bn_act.h"
+
+#include <utility>
+
+#include "common/epilogue.h"
+#include "cpu/loops.h"
+
+#if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
+
+namespace fastres::cpu::FASTRES_LEVEL {
+namespace {
+
+constexpr int64_t kWide = kLanes<float>;
+constexpr int kMostPixels = FASTRES_CPU_LEVEL >= 4 ? 7 : 6;   // 7 x 4 sums and 4 vectors of weights: all 32 registers
+constexpr int kMostVectors = FASTRES_CPU_LEVEL >= 4 ? 4 : 2;  // 6 x 2 sums, 2 vectors of weights, x: 15 of 16 registers
+constexpr int64_t kBlockChannels = kMostVectors * kWide;
+constexpr int64_t kWord = 4;
+using Sum = Vec<float, kWide>;
+
+alignas(64) constexpr char kZeros[kConvMostRun * kWord] = {};
+
+// ---- one step of a sum: a word of x times a vector of words of the weights --------------------------
+
+#if FASTRES_CPU_LEVEL >= 4
+#define FASTRES_BF16_DOT __attribute__((target("avx512bf16")))
+FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
+  float word;
+  memcpy(&word, x, kWord);
+  return (Sum)_mm512_fmadd_ps(_mm512_set1_ps(word), (__m512)weight, (__m512)sum);
+}
+FASTRES_BF16_DOT FASTRES_INLINE Sum multiply_add(bf16, const char* x, Sum weight, Sum sum) {
+  int word;
+  memcpy(&word, x, kWord);
+  return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(word), (__m512bh)weight);
+}
+#else
+#define FASTRES_BF16_DOT
+FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
+  float word;
+  memcpy(&word, x, kWord);
+  return (Sum)_mm256_fmadd_ps(_mm256_set1_ps(word), (__m256)weight, (__m256)sum);
+}
+#endif
+
+// Where the taps of the kPixels neighbouring output pixels from `pixel` on begin.
+template <int kPixels>
+struct Window {
+  int64_t row[kPixels], col[kPixels];  // of the first tap: negative in the padding
+  const char* first[kPixels];
+
+  FASTRES_INLINE Window(const ConvArgs& args, int64_t pixel) {
+    const int64_t plane = args.out_h * args.out_w;
+    int64_t image = pixel / plane, y = pixel % plane / args.out_w, x = pixel % args.out_w;
+    if (plane == 0) image = y = x = 0;
+    for (int p = 0; p < kPixels; ++p) {
+      row[p] = y * args.stride_h - args.pad_h;
+      col[p] = x * args.stride_w - args.pad_w;
+      first[p] = static_cast<const char*>(args.x) + image * args.image_step + row[p] * args.row_step + col[p] * args.pixel_step;
+      if (++x == args.out_w) {
+        x = 0;
+        if (++y == args.out_h) y = 0, ++image;
+      }
+    }
+  }
+
+  // Whether a row of taps lies in the padding for every pixel.
+  FASTRES_INLINE bool is_outside(const ConvArgs& args, int64_t down) const {
+    for (int p = 0; p < kPixels; ++p)
+      if (static_cast<uint64_t>(row[p] + down) < static_cast<uint64_t>(args.height)) return false;
+    return true;
+  }
+
+  FASTRES_INLINE const char* tap(const ConvArgs& args, int p, int64_t down, int64_t right) const {
+    const bool inside = static_cast<uint64_t>(row[p] + down) < static_cast<uint64_t>(args.height) &&
+                        static_cast<uint64_t>(col[p] + right) < static_cast<uint64_t>(args.width);
+    return inside ? first[p] + down * args.row_step + right * args.pixel_step : kZeros;
+  }
+};
+
+// One tile of kPixels by kVectors vectors, from `pixel` and `channel` on; `last` lanes of the last vector exist.
+template <typename scalar_t, int kPixels, int kVectors>
+FASTRES_BF16_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const float* weight, int64_t pixel,
+                                                     int64_t channel, int64_t last) {
+  const Window<kPixels> window(args, pixel);
+  const int64_t out = pixel * args.out_channels + channel;
+  const auto* residual = static_cast<const scalar_t*>(args.residual);
+  if (residual != nullptr)
+    for (int p = 0; p < kPixels; ++p)
+      for (int64_t line = 0; line < kVectors * kWide; line += 64 / static_cast<int64_t>(sizeof(scalar_t)))
+        __builtin_prefetch(residual + out + p * args.out_channels + line);
+  Sum sum[kPixels][kVectors] = {};
+  for (int64_t ky = 0; ky < args.kernel_h; ++ky) {
+    if (window.is_outside(args, ky * args.dilation_h)) {
+      weight += args.kernel_w * args.run * kVectors * kWide;
+      continue;
+    }
+    for (int64_t kx = 0; kx < args.kernel_w; ++kx) {
+      const char* x[kPixels];
+      for (int p = 0; p < kPixels; ++p) x[p] = window.tap(args, p, ky * args.dilation_h, kx * args.dilation_w);
+      for (int64_t word = 0; word < args.run * kWord; word += kWord) {
+        Sum w[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(weight + v * kWide, Whole{});
+        weight += kVectors * kWide;
+#pragma GCC unroll 8
+        for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(scalar_t{}, x[p] + word, w[v], sum[p][v]);
+      }
+    }
+  }
+  auto* y = static_cast<scalar_t*>(args.y);
+  const auto finish = [&](int p, int v, auto lanes) __attribute__((always_inline)) {
+    const int64_t at = out + p * args.out_channels + v * kWide;
+    Sum value = sum[p][v] + load<float, kWide>(args.bias + channel + v * kWide, lanes);
+    if (residual != nullptr) value += load<float, kWide>(residual + at, lanes);
+    if (args.act == Act::kRelu) value = relu(value);
+    store<kWide>(y + at, value, lanes);
+  };
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      if (args.stream) finish(p, v, Stream{});
+      else if (v + 1 < kVectors || last == kWide) finish(p, v, Whole{});
+      else finish(p, v, Part{last});
+}
+
+using Tile = void (*)(const ConvArgs&, const float*, int64_t, int64_t, int64_t);
+
+template <typename scalar_t, int... i>
+void tiles(const ConvArgs& args, int64_t begin, int64_t end, std::integer_sequence<int, i...>) {
+  static constexpr Tile table[] = {tile<scalar_t, i / kMostVectors + 1, i % kMostVectors + 1>...};
+  const int64_t pixels = args.images * args.out_h * args.out_w, blocks = ceil_div(args.out_channels, kBlockChannels);
+  const int64_t depth = args.kernel_h * args.kernel_w * args.run;
+  for (int64_t at = begin; at < end;) {  // tiles of a block of pixels, for one block of channels after the other
+    const int64_t first = at / (args.block * blocks) * args.block;
+    const int64_t count = min(args.block, ceil_div(pixels, kMostPixels) - first);
+    const int64_t place = at - first * blocks, block = place / count;
+    const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, args.out_channels - channel);
+    const int64_t vectors = ceil_div(channels, kWide);
+    const auto* weight = static_cast<const float*>(args.weight) + channel * depth;
+    const int64_t stop = min(end, at - place % count + count);
+    for (int64_t t = first + place % count; at < stop; ++at, ++t) {
+      const int64_t pixel = t * kMostPixels, found = min(kMostPixels, pixels - pixel);
+      table[(found - 1) * kMostVectors + vectors - 1](args, weight, pixel, channel, channels - (vectors - 1) * kWide);
+    }
+  }
+}
+
+}  // namespace
+
+void conv_bn_act_forward(const ConvArgs& args, int64_t begin, int64_t end) {
+  constexpr auto shapes = std::make_integer_sequence<int, kMostPixels * kMostVectors>{};
+#if FASTRES_CPU_LEVEL >= 4
+  if (args.dtype == DType::kBFloat16) tiles<bf16>(args, begin, end, shapes);
+  else tiles<float>(args, begin, end, shapes);
+#else
+  tiles<float>(args, begin, end, shapes);
+#endif
+  if (args.stream) stream_fence();
+}
+
+}  // namespace fastres::cpu::FASTRES_LEVEL
+
+#endif

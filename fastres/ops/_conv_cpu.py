@@ -1,0 +1,75 @@
+"""The native CPU backend of the convolution ops: a direct convolution in registers with the whole epilogue fused.
+
+Folded weights are packed once for the machine's registers and serve every input size. Activations travel channels_last;
+an image of few channels (the stem's) is first copied with its padding written out, so that a row of taps is one run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.kernels import native
+from fastres.kernels.layout import memory_format
+from fastres.ops import _fold
+
+FEW_CHANNELS = 16  # below, the copy costs less than a tap for every few channels (7x7 stem of 3 channels)
+_PER_WORD = {torch.float32: 1, torch.bfloat16: 2}  # channels in the 32 bits a kernel multiplies at once
+
+
+def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> str | None:
+    """Why the kernel cannot run a call, beyond what all folded backends ask."""
+    if x.device.type != "cpu":
+        return f"it runs on cpu, the tensors are on {x.device.type}"
+    reason = native.why_not("cpu_conv_bn_act")
+    if reason is not None:
+        return reason
+    if x.dtype not in _PER_WORD:
+        return f"it has no {str(x.dtype).removeprefix('torch.')} kernel"
+    features = native.cpu_features()
+    if features["level"] < 3:
+        return "this processor has no AVX2 and FMA"
+    if x.dtype == torch.bfloat16 and not features["bf16_dot"]:
+        return "this processor has no AVX-512 BF16"
+    if groups != 1:
+        return f"it convolves in one group, got groups={groups}"
+    if _is_padded(x) and dilation[1] != 1:
+        return f"few or odd channels are convolved without dilation, got dilation={dilation}"
+    if x.shape[1] * weight.shape[3] > 16384:
+        return f"it reads at most 16384 values a tap, got {x.shape[1]} channels"
+    return None
+
+
+class Packed:
+    """Folded weights in the order the kernel reads them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+        self.padded = _is_padded(weight, dtype)
+        channels, per_word = weight.shape[1], _PER_WORD[dtype]
+        self.channels = -(-channels // per_word) * per_word
+        rows = torch.nn.functional.pad(weight.to(dtype).permute(0, 2, 3, 1), (0, self.channels - channels))
+        self.weight = native.op("cpu_conv_pack")(rows.reshape(len(rows), -1).contiguous())
+        self.bias = bias.float().contiguous()
+        self.finite = bool(weight.isfinite().all())
+
+
+def _is_padded(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether an input of these channels is copied with its padding first."""
+    return x.shape[1] < FEW_CHANNELS or x.shape[1] % _PER_WORD[dtype or x.dtype] != 0
+
+
+def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    """The convolution with its epilogue, in x's memory format."""
+    dtype = x.dtype
+    parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
+    packed = _fold.folded(parameters, eps, ("cpu", dtype), lambda w, b: Packed(w, b, dtype))
+    layout = memory_format(x)
+    if not packed.padded:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    kernel_size = weight.shape[2:]
+    y = native.op("cpu_conv_bn_act")(
+        x, residual, packed.weight, packed.bias, kernel_size, stride, padding, dilation, packed.channels, packed.padded, act
+    )
+    return y.contiguous(memory_format=layout)

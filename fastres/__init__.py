@@ -6,6 +6,7 @@ Importing builds nothing, warns of nothing and touches no GPU; native libraries 
 from fastres import functional, nn
 from fastres.dispatch import use
 from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VerificationError
+from fastres.frozen import freeze
 from fastres.optimize import explain, optimize, refresh, restore
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "UnsupportedError",
     "VerificationError",
     "explain",
+    "freeze",
     "functional",
     "nn",
     "optimize",

@@ -41,9 +41,10 @@ Tensor conv_pack(const Tensor& weight) {
   parallel_for(0, ceil_div(out_channels, block), 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * block; first < std::min(end * block, out_channels); first += block) {
       const int64_t found = std::min(block, out_channels - first), width = ceil_div(found, lanes) * lanes;
-      for (int64_t k = 0; k < width; ++k)
-        for (int64_t d = 0; d < depth; ++d)
-          to[first * depth + d * width + k] = k < found ? from[(first + k) * depth + d] : 0;
+      for (int64_t d0 = 0; d0 < depth; d0 += 16)  // a cache line of each row after the other
+        for (int64_t k = 0; k < width; ++k)
+          for (int64_t d = d0; d < std::min(d0 + 16, depth); ++d)
+            to[first * depth + d * width + k] = k < found ? from[(first + k) * depth + d] : 0;
     }
   });
   return packed;
@@ -95,7 +96,7 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
             .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels,
             .kernel_h = kernel[0], .kernel_w = taps_w, .stride_h = by[0], .stride_w = by[1],
             .pad_h = padded ? 0 : pads[0], .pad_w = padded ? 0 : pads[1], .dilation_h = spread[0],
-            .dilation_w = spread[1], .run = run, .block = 0});
+            .dilation_w = spread[1], .run = run, .dense = false, .block = 0});
   return y;
 }
 

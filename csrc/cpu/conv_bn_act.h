@@ -30,6 +30,7 @@ struct ConvArgs {
   int64_t images, height, width, image_step, row_step, pixel_step;
   int64_t out_h, out_w, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, run;
+  bool dense;     // 1x1, stride 1, no padding: each pixel of y reads the same pixel of x
   int64_t block;  // tiles of pixels for which all channels are computed before the next ones
 };
 

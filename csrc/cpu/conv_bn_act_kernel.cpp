@@ -1,7 +1,7 @@
 // Formula: y = act(conv2d(x, weight) + bias [+ residual]), batch norm folded into weight and bias; groups = 1.
 // Layout: channels last; a tile of pixels by channels stays in registers while all taps and input channels are added up.
 // Bytes per output: x once per block of channels, mostly from L2, weights once per block of pixels, residual and y once.
-// Accumulate type: float, in the order of taps and channels, then bias and residual; one rounding, to the output type.
+// Accumulate type: float, in blocks, in the order of taps and channels; then bias and residual; one rounding, at the end.
 // Invariants: an output's sum is the same in every tile and for any number of threads; padding is a run of zeros.
 #include "cpu/conv_bn_act.h"
 
@@ -20,6 +20,7 @@ constexpr int kMostPixels = FASTRES_CPU_LEVEL >= 4 ? 7 : 6;   // 7 x 4 sums and 
 constexpr int kMostVectors = FASTRES_CPU_LEVEL >= 4 ? 4 : 2;  // 6 x 2 sums, 2 vectors of weights, x: 15 of 16 registers
 constexpr int64_t kBlockChannels = kMostVectors * kWide;
 constexpr int64_t kWord = 4;
+constexpr int64_t kSumWords = 256;  // added up before they join the total: long sums keep the accuracy of short ones
 using Sum = Vec<float, kWide>;
 
 alignas(64) constexpr char kZeros[kConvMostRun * kWord] = {};
@@ -54,9 +55,15 @@ struct Window {
   const char* first[kPixels];
 
   FASTRES_INLINE Window(const ConvArgs& args, int64_t pixel) {
-    const int64_t plane = args.out_h * args.out_w;
-    int64_t image = pixel / plane, y = pixel % plane / args.out_w, x = pixel % args.out_w;
-    if (plane == 0) image = y = x = 0;
+    if (args.dense) {  // every pixel of x is a pixel of y
+      for (int p = 0; p < kPixels; ++p) {
+        row[p] = col[p] = 0;
+        first[p] = static_cast<const char*>(args.x) + (pixel + p) * args.pixel_step;
+      }
+      return;
+    }
+    const int64_t line = pixel / args.out_w;
+    int64_t image = line / args.out_h, y = line % args.out_h, x = pixel % args.out_w;
     for (int p = 0; p < kPixels; ++p) {
       row[p] = y * args.stride_h - args.pad_h;
       col[p] = x * args.stride_w - args.pad_w;
@@ -93,31 +100,45 @@ FASTRES_BF16_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const
     for (int p = 0; p < kPixels; ++p)
       for (int64_t line = 0; line < kVectors * kWide; line += 64 / static_cast<int64_t>(sizeof(scalar_t)))
         __builtin_prefetch(residual + out + p * args.out_channels + line);
-  Sum sum[kPixels][kVectors] = {};
+  Sum sum[kPixels][kVectors] = {}, total[kPixels][kVectors];
+  bool has_total = false;
+  int64_t since = 0;  // words added up in sum
   for (int64_t ky = 0; ky < args.kernel_h; ++ky) {
-    if (window.is_outside(args, ky * args.dilation_h)) {
-      weight += args.kernel_w * args.run * kVectors * kWide;
-      continue;
-    }
+    const bool outside = window.is_outside(args, ky * args.dilation_h);
     for (int64_t kx = 0; kx < args.kernel_w; ++kx) {
       const char* x[kPixels];
       for (int p = 0; p < kPixels; ++p) x[p] = window.tap(args, p, ky * args.dilation_h, kx * args.dilation_w);
-      for (int64_t word = 0; word < args.run * kWord; word += kWord) {
-        Sum w[kVectors];
+      for (int64_t word = 0; word < args.run;) {
+        const int64_t stop = min(args.run, word + kSumWords - since);
+        since += stop - word;
+        if (outside) weight += (stop - word) * kVectors * kWide, word = stop;
+        for (; word < stop; ++word, weight += kVectors * kWide) {
+          Sum w[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(weight + v * kWide, Whole{});
-        weight += kVectors * kWide;
+          for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(weight + v * kWide, Whole{});
 #pragma GCC unroll 8
-        for (int p = 0; p < kPixels; ++p)
+          for (int p = 0; p < kPixels; ++p)
 #pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(scalar_t{}, x[p] + word, w[v], sum[p][v]);
+            for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(scalar_t{}, x[p] + word * kWord, w[v], sum[p][v]);
+        }
+        if (since == kSumWords) {
+          since = 0;
+#pragma GCC unroll 8
+          for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) {
+              total[p][v] = has_total ? total[p][v] + sum[p][v] : sum[p][v];
+              sum[p][v] = Sum{};
+            }
+          has_total = true;
+        }
       }
     }
   }
   auto* y = static_cast<scalar_t*>(args.y);
   const auto finish = [&](int p, int v, auto lanes) __attribute__((always_inline)) {
     const int64_t at = out + p * args.out_channels + v * kWide;
-    Sum value = sum[p][v] + load<float, kWide>(args.bias + channel + v * kWide, lanes);
+    Sum value = (has_total ? total[p][v] + sum[p][v] : sum[p][v]) + load<float, kWide>(args.bias + channel + v * kWide, lanes);
     if (residual != nullptr) value += load<float, kWide>(residual + at, lanes);
     if (args.act == Act::kRelu) value = relu(value);
     store<kWide>(y + at, value, lanes);

@@ -23,6 +23,7 @@ inline const char* conv_lacks(DType dtype) {
 }
 
 inline void run_conv(ConvArgs args) {
+  args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
   const int64_t tile_bytes = conv_tile().pixels * args.stride_h * args.stride_w * args.pixel_step;
   args.block = std::max<int64_t>(4, kBlockBytes / tile_bytes);
   const int64_t work = conv_tile().pixels * conv_tile().channels * args.kernel_h * args.kernel_w * args.run;

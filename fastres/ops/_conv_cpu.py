@@ -24,13 +24,9 @@ def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -
     reason = native.why_not("cpu_conv_bn_act")
     if reason is not None:
         return reason
-    if x.dtype not in _PER_WORD:
-        return f"it has no {str(x.dtype).removeprefix('torch.')} kernel"
-    features = native.cpu_features()
-    if features["level"] < 3:
-        return "this processor has no AVX2 and FMA"
-    if x.dtype == torch.bfloat16 and not features["bf16_dot"]:
-        return "this processor has no AVX-512 BF16"
+    reason = lacks(x.dtype)
+    if reason is not None:
+        return reason
     if groups != 1:
         return f"it convolves in one group, got groups={groups}"
     if _is_padded(x) and dilation[1] != 1:
@@ -38,6 +34,16 @@ def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -
     if x.shape[1] * weight.shape[3] > 16384:
         return f"it reads at most 16384 values a tap, got {x.shape[1]} channels"
     return None
+
+
+def lacks(dtype: torch.dtype) -> str | None:
+    """Why the native library, once loaded, has no convolution of a dtype for this processor."""
+    if dtype not in _PER_WORD:
+        return f"it has no {str(dtype).removeprefix('torch.')} kernel"
+    features = native.cpu_features()
+    if features["level"] < 3:
+        return "this processor has no AVX2 and FMA"
+    return "this processor has no AVX-512 BF16" if dtype == torch.bfloat16 and not features["bf16_dot"] else None
 
 
 class Packed:

@@ -1,0 +1,54 @@
+// A frozen network on the CPU: the rows of its program, and the kernels that only programs use.
+#pragma once
+
+#include "common/types.h"
+#include "cpu/level.h"
+
+namespace fastres::cpu {
+
+enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd };
+
+// A value: bytes into the arena, or one of the tensors of the call; `step` bytes from one image of the batch to the next,
+// 0 where the arena holds only the images of one pass.
+struct Place {
+  int64_t offset, step;
+};
+constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;
+
+// One row of a program. A segment is followed by `count` steps, which run for `chunk` images at a time, so that what
+// passes between them stays in the caches. Activations are channels last, without gaps. `weight` and `bias` count the
+// constants of the call: packed weights and a bias for kConv, rows of mean, scale and bias for kBn. kPad copies every
+// stride-th pixel of the input, or of a value, and adds padding and channels of zeros.
+struct PlanRow {
+  Step kind;
+  int64_t count, chunk;
+  Place x, residual, y;
+  int64_t weight, bias, relu;
+  int64_t channels, height, width, out_channels, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t run;  // of a convolution, in words; its pixels hold `channels` values
+};
+constexpr int64_t kRowFields = sizeof(PlanRow) / sizeof(int64_t);
+
+struct PoolArgs {
+  DType dtype;
+  const void* x;
+  void* y;
+  int64_t images, channels, height, width, out_h, out_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+struct BnPixelsArgs {
+  DType dtype;
+  Act act;
+  const void* x;
+  const float* constants;  // mean, scale and bias of each channel
+  void* y;
+  int64_t channels;
+};
+
+FASTRES_FMA_KERNEL(max_pool, PoolArgs)  // a range counts rows of y
+FASTRES_FMA_KERNEL(avg_pool, PoolArgs)  // the same; of the pixels inside the image
+FASTRES_FMA_KERNEL(bn_pixels, BnPixelsArgs)  // a range counts pixels
+
+}  // namespace fastres::cpu

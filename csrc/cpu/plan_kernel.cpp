@@ -1,0 +1,90 @@
+// Formula: the largest (NaN if there is one) or the mean of a window's pixels in the image; act((x - mean) * scale + bias).
+// Layout: channels last; a thread owns rows of y (pools) or pixels (bn), vectors run along the channels.
+// Bytes per output: a window of reads, mostly from L1, and one write.
+// Accumulate type: float; sums in the order of pixels, one rounding, to the output type.
+// Invariants: every window touches its image, which the binding checks.
+#include "cpu/plan.h"
+
+#include "common/epilogue.h"
+#include "cpu/loops.h"
+
+#if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
+
+namespace fastres::cpu::FASTRES_LEVEL {
+namespace {
+
+constexpr int64_t kWide = kLanes<float>;
+using Values = Vec<float, kWide>;
+
+// For each pixel of y: result = finish(fold of join over the window's pixels, their number).
+template <typename scalar_t, typename Join, typename Finish>
+FASTRES_INLINE void pool_rows(const PoolArgs& args, int64_t begin, int64_t end, float start, Join join, Finish finish) {
+  auto* y = static_cast<scalar_t*>(args.y);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t image = at / args.out_h, top = at % args.out_h * args.stride_h - args.pad_h;
+    const auto* x = static_cast<const scalar_t*>(args.x) + image * args.height * args.width * args.channels;
+    const int64_t h0 = top < 0 ? 0 : top, h1 = min(top + args.kernel_h, args.height);
+    for (int64_t out = 0; out < args.out_w; ++out) {
+      const int64_t left = out * args.stride_w - args.pad_w;
+      const int64_t w0 = left < 0 ? 0 : left, w1 = min(left + args.kernel_w, args.width);
+      scalar_t* to = y + (at * args.out_w + out) * args.channels;
+      for_each<kWide>(args.channels, to, false, [&](int64_t c, auto lanes) {
+        Values value = start - Values{};
+        for (int64_t h = h0; h < h1; ++h)
+          for (int64_t w = w0; w < w1; ++w)
+            value = join(value, load<float, kWide>(x + (h * args.width + w) * args.channels + c, lanes));
+        store<kWide>(to + c, finish(value, static_cast<float>((h1 - h0) * (w1 - w0))), lanes);
+      });
+    }
+  }
+}
+
+template <typename scalar_t>
+void max_rows(const PoolArgs& args, int64_t begin, int64_t end) {
+  pool_rows<scalar_t>(
+      args, begin, end, -__builtin_inff(),
+      [](Values best, Values v) { return (v > best) | (v != v) ? v : best; },  // a NaN stays: nothing is greater
+      [](Values best, float) { return best; });
+}
+
+template <typename scalar_t>
+void avg_rows(const PoolArgs& args, int64_t begin, int64_t end) {
+  pool_rows<scalar_t>(
+      args, begin, end, 0.0f, [](Values sum, Values v) { return sum + v; },
+      [](Values sum, float count) { return sum / count; });
+}
+
+template <typename scalar_t>
+void normalise_pixels(const BnPixelsArgs& args, int64_t begin, int64_t end) {
+  const float *mean = args.constants, *scale = mean + args.channels, *bias = scale + args.channels;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    const auto* x = static_cast<const scalar_t*>(args.x) + pixel * args.channels;
+    auto* y = static_cast<scalar_t*>(args.y) + pixel * args.channels;
+    for_each<kWide>(args.channels, y, false, [&](int64_t c, auto lanes) {
+      const Values v = normalise(load<float, kWide>(x + c, lanes), load<float, kWide>(mean + c, lanes),
+                                 load<float, kWide>(scale + c, lanes), load<float, kWide>(bias + c, lanes));
+      store<kWide>(y + c, args.act == Act::kRelu ? relu(v) : v, lanes);
+    });
+  }
+}
+
+}  // namespace
+
+void max_pool(const PoolArgs& args, int64_t begin, int64_t end) {
+  if (args.dtype == DType::kBFloat16) max_rows<bf16>(args, begin, end);
+  else max_rows<float>(args, begin, end);
+}
+
+void avg_pool(const PoolArgs& args, int64_t begin, int64_t end) {
+  if (args.dtype == DType::kBFloat16) avg_rows<bf16>(args, begin, end);
+  else avg_rows<float>(args, begin, end);
+}
+
+void bn_pixels(const BnPixelsArgs& args, int64_t begin, int64_t end) {
+  if (args.dtype == DType::kBFloat16) normalise_pixels<bf16>(args, begin, end);
+  else normalise_pixels<float>(args, begin, end);
+}
+
+}  // namespace fastres::cpu::FASTRES_LEVEL
+
+#endif

@@ -1,0 +1,308 @@
+"""Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.errors import UnsupportedError
+from fastres.frozen.record import Operation, Recording, Value
+from fastres.ops import _fold
+
+Pair = tuple[int, int]
+_ONE = (1, 1)
+
+
+@dataclass(eq=False)
+class Layer:
+    """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, relu or pad (strided identity with
+    further channels of zeros); ``kernel`` of an avg_pool is (0, 0) for all pixels."""
+
+    kind: str
+    name: str
+    x: Value
+    y: Value
+    residual: Value | None = None
+    relu: bool = False
+    kernel: Pair = _ONE
+    stride: Pair = _ONE
+    padding: Pair = (0, 0)
+    dilation: Pair = _ONE
+    ceil: bool = False
+    out_channels: int = 0
+    weight: Tensor | None = None  # conv, linear: (K, C, R, S), folded; bn: (3, C) of mean, scale, bias
+    bias: Tensor | None = None
+
+
+def layers(recording: Recording) -> list[Layer]:
+    """The layers of a recorded network, in an order in which they can run.
+
+    Raises:
+        UnsupportedError: listing every operation that a plan has no step for.
+    """
+    return _Builder(recording).build()
+
+
+class _Builder:
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.found: list[Layer] = []
+        self.same: dict[Value, Value] = {}  # a value that holds what an earlier one holds
+        self.makers: dict[Value, Layer] = {}
+        self.sources: dict[Value, Operation] = {}
+        self.refused: dict[str, int] = {}
+
+    def build(self) -> list[Layer]:
+        for operation in self.recording.operations:
+            self.sources[operation.result] = operation
+            take = getattr(self, "on_" + _stem(operation.target), None)
+            if take is None or take(*operation.args, y=operation.result) is _REFUSED:
+                self.refused[operation.target] = self.refused.get(operation.target, 0) + 1
+        needed = self.needed()
+        if self.refused:
+            what = ", ".join(f"{target} ({count}x)" for target, count in sorted(self.refused.items()))
+            raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; fastres.optimize serves such networks")
+        return needed
+
+    def needed(self) -> list[Layer]:
+        """The layers that lead to the output, with every alias resolved."""
+        end = self.value(self.recording.y)
+        kept: list[Layer] = []
+        wanted = {end}
+        for layer in reversed(self.found):
+            if layer.y in wanted:
+                wanted |= {layer.x} if layer.residual is None else {layer.x, layer.residual}
+                kept.append(layer)
+        if end not in self.makers:
+            raise UnsupportedError("fastres.freeze: the network computes nothing that a plan could run")
+        return kept[::-1]
+
+    def value(self, value: Value) -> Value:
+        while value in self.same:
+            value = self.same[value]
+        return value
+
+    def add(self, layer: Layer) -> None:
+        layer.x = self.value(layer.x)
+        self.found.append(layer)
+        self.makers[layer.y] = layer
+
+    def pass_on(self, x: Value, y: Value) -> None:
+        x.uses += y.uses - 1
+        self.same[y] = x
+
+    def private(self, value: Any, *kinds: str) -> Layer | None:
+        """The layer of one of these kinds that made a value nobody else uses, if it has no addition or ReLU yet."""
+        value = self.value(value)
+        layer = self.makers.get(value)
+        fits = layer is not None and layer.kind in kinds and not layer.relu and layer.residual is None
+        return layer if fits and value.uses == 1 else None
+
+    def rename(self, layer: Layer, y: Value) -> None:
+        del self.makers[layer.y]
+        layer.y = y
+        self.makers[y] = layer
+
+    # ---- one method an operation, with its arguments -----------------------------------------------
+
+    def on_convolution(self, x, weight, bias, stride, padding, dilation, transposed, _, groups, *, y):
+        if transposed or groups != 1 or weight.constant is None or len(weight.shape) != 4:
+            return _REFUSED
+        pairs = [_pair(value) for value in (stride, padding, dilation)]
+        self.add(_conv(x, weight, None if bias is None else bias.constant, *pairs, y))
+
+    def on_native_batch_norm(self, x, weight, bias, mean, var, training, _, eps, *, y):
+        if training or mean is None or len(x.shape) != 4:
+            return _REFUSED
+        parameters = [None if p is None else p.constant for p in (weight, bias, mean, var)]
+        conv = self.private(x, "conv")
+        if conv is not None:
+            conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *parameters), eps)
+            return self.rename(conv, y)
+        gamma, beta, mu, variance = parameters
+        scale = (variance.double() + eps).rsqrt() * (1.0 if gamma is None else gamma.double())
+        beta = torch.zeros_like(mu) if beta is None else beta
+        self.add(Layer("bn", _layer_name(mean), x, y, weight=torch.stack([mu.float(), scale.float(), beta.float()])))
+
+    def on__native_batch_norm_legit_no_training(self, x, weight, bias, mean, var, momentum, eps, *, y):
+        return self.on_native_batch_norm(x, weight, bias, mean, var, False, momentum, eps, y=y)
+
+    def on_conv_bn_act(self, x, *parameters, y):
+        return self.on_conv_bn_add_act(x, None, *parameters, y=y)
+
+    def on_conv_bn_add_act(self, x, residual, weight, bias, g, b, m, v, eps, stride, padding, dilation, groups, act, *, y):
+        if groups != 1 or weight.constant is None:
+            return _REFUSED
+        pairs = [_pair(value) for value in (stride, padding, dilation)]
+        conv = _conv(x, weight, None if bias is None else bias.constant, *pairs, y)
+        folded = [None if p is None else p.constant for p in (g, b, m, v)]
+        conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *folded), eps)
+        conv.residual = None if residual is None else self.value(residual)
+        conv.relu = act == "relu"
+        self.add(conv)
+
+    def on_add(self, x, residual, alpha=1, *, y):
+        if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
+            return _REFUSED
+        for first, second in ((x, residual), (residual, x)):
+            layer = self.private(first, "conv", "linear")
+            if layer is not None:  # it moves here, where both operands exist
+                self.found.remove(layer)
+                self.found.append(layer)
+                layer.residual = self.value(second)
+                return self.rename(layer, y)
+        self.add(Layer("add", "add", x, y, residual=self.value(residual)))
+
+    def on_add_act(self, x, residual, act, *, y):
+        if self.on_add(x, residual, y=y) is _REFUSED:
+            return _REFUSED
+        self.makers[y].relu = act == "relu"
+
+    def on_relu(self, x, *, y):
+        x = self.value(x)
+        layer = self.makers.get(x)
+        if layer is not None and layer.kind in ("conv", "linear", "bn", "add") and not layer.relu and x.uses == 1:
+            layer.relu = True
+            return self.rename(layer, y)
+        self.add(Layer("relu", "relu", x, y, relu=True))
+
+    def on_max_pool2d_with_indices(self, x, kernel, stride=(), padding=(0, 0), dilation=(1, 1), ceil=False, *, y):
+        if _pair(dilation) != _ONE:
+            return _REFUSED
+        kernel = _pair(kernel)
+        self.add(Layer("max_pool", "max_pool", x, y, None, False, kernel, _pair(stride or kernel), _pair(padding), ceil=ceil))
+
+    def on_avg_pool2d(self, x, kernel, stride=(), padding=(0, 0), ceil=False, with_padding=True, divisor=None, *, y):
+        kernel, padding = _pair(kernel), _pair(padding)
+        if divisor is not None or (with_padding and padding != (0, 0)):
+            return _REFUSED
+        self.add(Layer("avg_pool", "avg_pool", x, y, None, False, kernel, _pair(stride or kernel), padding, ceil=ceil))
+
+    def on_mean(self, x, dims, keepdim=False, *, y):
+        if len(x.shape) != 4 or sorted(dim % 4 for dim in dims) != [2, 3]:
+            return _REFUSED
+        self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
+
+    def on__adaptive_avg_pool2d(self, x, size, *, y):
+        if tuple(size) == (1, 1):
+            self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
+        elif tuple(size) == x.shape[2:]:
+            self.pass_on(self.value(x), y)
+        else:
+            return _REFUSED
+
+    def on_addmm(self, bias, x, weight, *, y, beta=1, alpha=1):
+        matrix = self.transposed(weight)
+        source = self.value(x)
+        if matrix is None or bias.constant is None or bias.constant.dim() != 1 or beta != 1 or alpha != 1:
+            return _REFUSED
+        kernel = source.shape[2:] if len(source.shape) == 4 else _ONE
+        rows = matrix.constant.detach()
+        rows = rows.reshape(len(rows), -1, *kernel)
+        self.add(Layer("linear", _layer_name(matrix), source, y, None, False, kernel, out_channels=len(rows),
+                       weight=rows.float(), bias=bias.constant.float()))  # fmt: skip
+
+    def transposed(self, weight: Value) -> Value | None:
+        source = self.sources.get(weight)
+        return source.args[0] if source is not None and source.target == "aten.t.default" else None
+
+    def on_t(self, weight, *, y):
+        return None if weight.constant is not None else _REFUSED
+
+    def on_view(self, x, shape, *, y):
+        flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
+        pixels = len(x.shape) == 4 and len(y.shape) == 4 and y.shape == x.shape
+        if not flat and not pixels:
+            return _REFUSED
+        self.pass_on(self.value(x), y)
+
+    on__unsafe_view = on_view
+
+    def on_squeeze(self, x, *_, y):
+        if x.shape[2:].count(1) != len(x.shape[2:]):
+            return _REFUSED
+        self.pass_on(self.value(x), y)
+
+    def on_clone(self, x, *_, y):
+        self.pass_on(self.value(x), y)
+
+    def on_as_strided_(self, x, shape, strides, *_, y):
+        return self.pass_on(self.value(x), y) if tuple(shape) == x.shape else _REFUSED
+
+    def on_empty(self, *_, y):
+        return None  # the unused outputs of a batch norm in evaluation
+
+    def on_slice(self, x, dim=0, start=None, end=None, step=1, *, y):
+        whole = not start and (end is None or end >= x.shape[dim])
+        if not whole or (step != 1 and dim not in (2, 3)) or len(x.shape) != 4:
+            return _REFUSED
+        if step == 1:
+            return self.pass_on(self.value(x), y)
+        stride = (step, 1) if dim == 2 else (1, step)
+        before = self.private(x, "pad")
+        if before is not None:
+            before.stride = (before.stride[0] * stride[0], before.stride[1] * stride[1])
+            return self.rename(before, y)
+        self.add(Layer("pad", "subsample", x, y, stride=stride, out_channels=x.shape[1]))
+
+    def on_constant_pad_nd(self, x, pad, value=0, *, y):
+        if len(pad) != 6 or any(pad[:5]) or pad[5] < 0 or value != 0:
+            return _REFUSED
+        before = self.private(x, "pad")
+        if before is not None:
+            before.out_channels, before.name = y.shape[1], "zero_pad"
+            return self.rename(before, y)
+        self.add(Layer("pad", "zero_pad", x, y, out_channels=y.shape[1]))
+
+
+_REFUSED = object()
+_Method = Callable[..., object]
+
+
+def _stem(target: str) -> str:
+    name = target.split(".")[1]
+    return {"relu_": "relu", "add_": "add", "flatten": "view", "reshape": "view"}.get(name, name)
+
+
+def _pair(value: Any) -> Pair:
+    values = tuple(int(v) for v in ([value] if isinstance(value, int) else value))
+    return values if len(values) == 2 else (values[0], values[0])  # type: ignore[return-value]
+
+
+def _layer_name(parameter: Value) -> str:
+    return parameter.name.rpartition(".")[0] or parameter.name
+
+
+def _conv(x: Value, weight: Value, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, y: Value) -> Layer:
+    constant = weight.constant
+    assert constant is not None
+    zero = torch.zeros(len(constant)) if bias is None else bias.float()
+    return Layer("conv", _layer_name(weight), x, y, None, False, constant.shape[2:], stride, padding, dilation,
+                 out_channels=len(constant), weight=constant.float(), bias=zero)  # fmt: skip
+
+
+def output_size(layer: Layer, size: Pair) -> Pair:
+    """Height and width of a layer's output."""
+    if layer.kind in ("bn", "add", "relu"):
+        return size
+    if layer.kind == "linear" or layer.kernel == (0, 0):
+        return _ONE
+    if layer.kind == "pad":
+        return tuple(math.ceil(s / t) for s, t in zip(size, layer.stride, strict=True))  # type: ignore[return-value]
+    found = []
+    geometry = zip(size, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+    for s, k, t, p, d in geometry:
+        room = s + 2 * p - d * (k - 1) - 1
+        out = (-(-room // t) if layer.ceil else room // t) + 1
+        if layer.ceil and (out - 1) * t >= s + p:
+            out -= 1  # the last window must start inside the image or its left padding
+        found.append(out)
+    return found[0], found[1]
+
+
+def with_weight(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
+    """The layer with other constants."""
+    return replace(layer, weight=weight, bias=bias)

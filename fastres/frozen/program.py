@@ -1,0 +1,216 @@
+"""Layers laid out for one input size: shapes, passes over the batch, and a place in the arena for every value.
+
+The batch goes through early layers a few images at a time, so that what passes between them stays in the last-level
+cache, and through later ones all at once, so that their large weights are read once. A run of layers with one such number
+is a segment; a value that crosses into another segment is held for the whole batch, any other for one pass.
+"""
+
+import functools
+import itertools
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.errors import must
+from fastres.frozen.layers import Layer, output_size
+from fastres.frozen.record import Value
+
+KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add")  # enum Step of csrc/cpu/plan.h, in its order
+FIELDS = 27  # of a row, struct PlanRow there
+import os; BUDGET = float(os.environ.get('BUDGET','0.5'))
+NONE, INPUT, OUTPUT = -1, -2, -3
+ALIGNMENT = 4096  # of a value in the arena, in bytes
+FEW_CHANNELS = 16  # an image of fewer is copied with its padding, so that a row of taps is one run of neighbours
+Size = tuple[int, int, int]  # channels, height, width
+
+
+class Step(NamedTuple):
+    """A layer on one input size: the values it reads and writes, with their sizes."""
+
+    layer: Layer
+    x: Value
+    residual: Value | None
+    y: Value
+    x_size: Size
+    y_size: Size
+    padded: bool = False  # whether x comes with its padding written out
+
+    @property
+    def row_kind(self) -> str:
+        return {"linear": "conv", "relu": "add"}.get(self.layer.kind, self.layer.kind)
+
+
+@dataclass
+class Program:
+    """Rows for the native runner, the constants they count, the arena they need, and what each row computes."""
+
+    rows: Tensor
+    constants: list[Tensor]
+    arena_bytes: int
+    output: Size
+    steps: list[Step]
+    chunks: list[int] = field(default_factory=list)  # images a pass, for each step
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """Size of the last-level cache as Linux tells it, else 8 MiB."""
+    levels = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [re.fullmatch(r"(\d+)K", path.read_text().strip()) for path in levels]
+    return max((int(size[1]) << 10 for size in sizes if size), default=8 << 20)
+
+
+def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype) -> list[Step]:
+    """Every layer with its sizes; copies of the input, and of images with few channels, become steps of their own.
+
+    Raises:
+        ArgumentError: the images are too small, or not of the size that a linear layer was made for.
+    """
+    sizes, found, per_word = {x: size}, list[Step](), 4 // dtype.itemsize
+    plain = Value(())  # the input, channels last
+
+    def copied(source: Value, y: Value, name: str, channels: int, padding: tuple[int, int]) -> Value:
+        _, height, width = sizes[source]
+        sizes[y] = (channels, height + 2 * padding[0], width + 2 * padding[1])
+        pad = Layer("pad", name, source, y, padding=padding, out_channels=channels)
+        found.append(Step(pad, source, None, y, sizes[source], sizes[y]))
+        return y
+
+    def readable(value: Value | None) -> Value | None:
+        if value is not x:
+            return value
+        return plain if plain in sizes else copied(x, plain, "input", size[0], (0, 0))
+
+    for layer in layers:
+        channels, *image = sizes[layer.x]
+        is_conv = layer.kind in ("conv", "linear")
+        padded = is_conv and (channels < FEW_CHANNELS or channels % per_word != 0)
+        source = layer.x
+        if padded:
+            wide = -(-channels // per_word) * per_word
+            source = copied(layer.x, Value(()), layer.name, wide, layer.padding)
+        elif layer.kind != "pad":
+            source = readable(layer.x)
+        y = output_size(layer, (image[0], image[1]))
+        if min(y) < 1 or (layer.kind == "linear" and tuple(image) != tuple(layer.kernel)):
+            raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
+        sizes[layer.y] = (layer.out_channels or channels, *y)
+        found.append(Step(layer, source, readable(layer.residual), layer.y, sizes[source], sizes[layer.y], padded))
+    return found
+
+
+def passes(found: list[Step], batch: int, itemsize: int) -> list[int]:
+    """Images a pass for each step: a power of two, as many as keep its live values in the last-level cache, and no more
+    than a later step takes, so that the batch comes together once."""
+    last = {value: index for index, step in enumerate(found) for value in (step.x, step.residual) if value is not None}
+    live, fits = dict[Value, int](), []
+    for index, step in enumerate(found):
+        live[step.y] = _bytes(step.y_size, itemsize)
+        if step.residual is not None and last[step.residual] == index:
+            live.pop(step.residual, None)  # y takes its place
+        fits.append(max(1, cache_bytes() * BUDGET // sum(live.values())))
+        live = {value: size for value, size in live.items() if last.get(value, -1) > index}
+    return [min(batch, 1 << (int(least).bit_length() - 1)) for least in _minima(fits)]
+
+
+def _minima(numbers: list[int]) -> list[int]:
+    """The least of each number and all after it."""
+    return list(itertools.accumulate(reversed(numbers), min))[::-1]
+
+
+def program(found: list[Step], batch: int, dtype: torch.dtype, constants: dict[Layer, tuple[Tensor, ...]]) -> Program:
+    """Rows for the runner; ``constants`` are the packed weights and biases of the layers that have them."""
+    chunks = passes(found, batch, dtype.itemsize)
+    places, arena_bytes = _Arena(found, chunks, batch, dtype.itemsize).place()
+    rows, tensors = [], list[Tensor]()
+    for index, step in enumerate(found):
+        if index == 0 or chunks[index] != chunks[index - 1]:
+            count = next((i for i in range(index, len(found)) if chunks[i] != chunks[index]), len(found)) - index
+            rows.append([0, count, chunks[index]] + [0] * (FIELDS - 3))
+        own = constants.get(step.layer, ())
+        first = len(tensors) if own else NONE
+        tensors += own
+        rows.append(_row(step, places, dtype, first))
+    return Program(torch.tensor(rows), tensors, arena_bytes, found[-1].y_size, found, chunks)
+
+
+def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, weight: int) -> list[int]:
+    """The fields of struct PlanRow, in its order."""
+    layer, (channels, height, width), (out_channels, out_h, out_w) = step.layer, step.x_size, step.y_size
+    kernel, padding, run = layer.kernel, layer.padding, channels * dtype.itemsize // 4
+    if step.padded:
+        kernel, padding, run = (layer.kernel[0], 1), (0, 0), run * layer.kernel[1]
+    if kernel == (0, 0):
+        kernel = (height, width)
+    x = (INPUT, 0) if step.x not in places else places[step.x]
+    residual = (NONE, 0) if step.residual is None else places[step.residual]
+    row = [KINDS.index(step.row_kind), 0, 0, *x, *residual, *places[step.y], weight, weight + 1 if weight >= 0 else NONE, step.layer.relu]
+    if step.row_kind == "pad":
+        out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
+    row += [channels, height, width, out_channels, out_h, out_w]
+    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run)]
+
+
+def _bytes(size: Size, itemsize: int) -> int:
+    return -(-size[0] * size[1] * size[2] * itemsize // ALIGNMENT) * ALIGNMENT
+
+
+class _Arena:
+    """Where each value lives: ``(offset, bytes from one image to the next)``, 0 for a value of one pass.
+
+    A value whose residual nobody reads later takes the residual's place: the kernels read an element before they write it.
+    """
+
+    def __init__(self, found: list[Step], chunks: list[int], batch: int, itemsize: int) -> None:
+        self.found, self.chunks, self.batch, self.itemsize = found, chunks, batch, itemsize
+        self.made = {step.y: index for index, step in enumerate(found)}
+        self.last = {step.y: index for index, step in enumerate(found)}
+        for index, step in enumerate(found):
+            self.last.update({value: index for value in (step.x, step.residual) if value in self.made})
+
+    def segment(self, index: int) -> tuple[int, int]:
+        """First and last step of the segment of a step."""
+        first = last = index
+        while first > 0 and self.chunks[first - 1] == self.chunks[index]:
+            first -= 1
+        while last + 1 < len(self.chunks) and self.chunks[last + 1] == self.chunks[index]:
+            last += 1
+        return first, last
+
+    def place(self) -> tuple[dict[Value, tuple[int, int]], int]:
+        places: dict[Value, tuple[int, int]] = {}
+        taken: list[tuple[int, int, int, int]] = []  # first step, last step, offset, end
+        for index, step in enumerate(self.found):
+            image = step.y_size[0] * step.y_size[1] * step.y_size[2] * self.itemsize
+            if index + 1 == len(self.found):
+                places[step.y] = (OUTPUT, image)
+                break
+            whole = self.segment(index) != self.segment(self.last[step.y])
+            begin = self.segment(index)[0] if whole else index
+            end = self.segment(self.last[step.y])[1] if whole else self.last[step.y]
+            heir = self.inherited(step, index, whole, places)
+            if heir is not None:
+                places[step.y] = places[heir]
+                taken = [(a, max(b, end), lo, hi) if lo == places[heir][0] and a <= index <= b else (a, b, lo, hi)
+                         for a, b, lo, hi in taken]  # fmt: skip
+                continue
+            size = -(-image * (self.batch if whole else self.chunks[index]) // ALIGNMENT) * ALIGNMENT
+            offset = 0
+            for lo, hi in sorted((lo, hi) for a, b, lo, hi in taken if a <= end and begin <= b):
+                if offset + size <= lo:
+                    break
+                offset = max(offset, hi)
+            taken.append((begin, end, offset, offset + size))
+            places[step.y] = (offset, image if whole else 0)
+        return places, max((hi for *_, hi in taken), default=0)
+
+    def inherited(self, step: Step, index: int, whole: bool, places: dict[Value, tuple[int, int]]) -> Value | None:
+        """The residual whose place y takes, if nobody reads it later and it is held alike."""
+        old = step.residual
+        if old is None or self.last[old] != index or old is step.x or whole != (places[old][1] != 0):
+            return None
+        return old if self.segment(self.made[old]) == self.segment(index) or whole else None

@@ -1,0 +1,122 @@
+"""What a network computes, as a list of PyTorch's own operations: recorded while it runs once on an example.
+
+Everything a frozen network does is in this list, whatever Python produced it. An operation that reads a value (a branch
+on data), draws a random number or writes into memory that others see has no place in a static plan and is refused.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.errors import UnsupportedError
+
+_PASSED = frozenset(("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"))
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor between two operations, or a constant of the network."""
+
+    shape: tuple[int, ...]
+    constant: Tensor | None = None
+    name: str = ""  # of a parameter or buffer
+    uses: int = 0
+
+
+@dataclass
+class Operation:
+    """One call: ``args`` are those of PyTorch's schema with a ``Value`` for each tensor."""
+
+    target: str
+    args: tuple
+    result: Value
+
+
+@dataclass
+class Recording:
+    """The operations that lead from ``x`` to ``y``."""
+
+    x: Value
+    y: Value
+    operations: list[Operation] = field(default_factory=list)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names, self.operations = names, []
+        self.values: dict[int, Value] = {}
+        self.alive: list[Tensor] = []  # so that no id is used twice
+        self.constants: dict[int, Value] = {}
+        self.in_storage: dict[int, set[int]] = {}
+
+    def value(self, tensor: Tensor) -> Value:
+        found = self.values.get(id(tensor)) or self.constants.get(id(tensor))
+        if found is None:
+            found = Value(tuple(tensor.shape), tensor.detach(), self.names.get(id(tensor), "a constant"))
+            self.constants[id(tensor)] = found
+            self.alive.append(tensor)
+        return found
+
+    def produce(self, tensor: Tensor) -> Value:
+        value = self.values[id(tensor)] = Value(tuple(tensor.shape))
+        self.alive.append(tensor)
+        self.in_storage.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        target = str(func)
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        if not isinstance(first, Tensor):
+            raise UnsupportedError(f"fastres.freeze: the network reads a value ({target}), which a plan cannot follow")
+        if target in _PASSED:
+            self.values[id(first)] = self.value(args[0])
+            self.alive.append(first)
+            return out
+        operands = tuple(self.value(arg) if isinstance(arg, Tensor) else arg for arg in (*args, *kwargs.values()))
+        if func._schema.is_mutable:
+            self.refuse_shared_write(args[0], target)
+        for operand in operands:
+            if isinstance(operand, Value):
+                operand.uses += 1
+        self.operations.append(Operation(target, operands, self.produce(first)))
+        return out
+
+    def refuse_shared_write(self, tensor: Tensor, target: str) -> None:
+        if id(tensor) not in self.values:
+            raise UnsupportedError(f"fastres.freeze: the network writes into its input or its parameters ({target})")
+        if len(self.in_storage.get(tensor.untyped_storage().data_ptr(), ())) > 1:
+            raise UnsupportedError(f"fastres.freeze: the network writes into memory that a view shares ({target})")
+
+
+def record(model: nn.Module, example: Tensor) -> Recording:
+    """Run the model once, in evaluation and without autograd, and list its operations.
+
+    Raises:
+        UnsupportedError: it returns anything but one tensor, or does what a plan cannot.
+    """
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    recorder = _Recorder(names)
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.no_grad():
+            x = example.detach().clone()
+            start = recorder.produce(x)
+            with recorder:
+                y = model(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not isinstance(y, Tensor) or id(y) not in recorder.values:
+        what = type(y).__name__ if not isinstance(y, Tensor) else "one that does not depend on the input"
+        raise UnsupportedError(f"fastres.freeze: the network must return one tensor, got {what}")
+    end = recorder.values[id(y)]
+    end.uses += 1
+    return Recording(start, end, recorder.operations)

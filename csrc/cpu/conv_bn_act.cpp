@@ -50,10 +50,10 @@ Tensor conv_pack(const Tensor& weight) {
   return packed;
 }
 
-// `channels` is the number a tap reads, at least x's: with `padded`, x is copied with that many and its padding first.
+// With `winograd` the weights are transformed. `channels` is the number a tap reads, at least x's: with `padded`, x is copied with that many and its padding first.
 Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, const Tensor& bias,
                    const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
-                   int64_t channels, bool padded, const std::string& act) {
+                   int64_t channels, bool padded, bool winograd, const std::string& act) {
   const DType dtype = convolved_dtype("x", x);
   FASTRES_CHECK(x.dim() == 4 && x.numel() > 0, kOp, "x", "four-dimensional and not empty", show(x.sizes()));
   const int64_t size = element_size(dtype), out_channels = bias.numel();
@@ -68,11 +68,15 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
   const int64_t taps_w = padded ? 1 : kernel[1], run = channels * size / kWordBytes * (padded ? kernel[1] : 1);
   FASTRES_CHECK(channels * size % kWordBytes == 0 && run <= kConvMostRun, kOp, "channels",
                 "whole words of 32 bits, at most " << kConvMostRun << " to a tap", channels);
+  const int64_t depth = winograd ? kWinogradPoints * channels : kernel[0] * taps_w * run;
   FASTRES_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && out_channels > 0, kOp,
                 "bias", "contiguous float32 on cpu, a value for each output channel", show(bias.sizes()));
   FASTRES_CHECK(weight.is_cpu() && weight.scalar_type() == x.scalar_type() && weight.is_contiguous() &&
-                    weight.numel() * size == packed_words(out_channels, kernel[0] * taps_w * run) * kWordBytes,
+                    weight.numel() * size == packed_words(out_channels, depth) * kWordBytes,
                 kOp, "weight", "packed for this convolution, of x's dtype", show(weight.sizes()));
+  FASTRES_CHECK(!winograd || (dtype == DType::kFloat32 && !padded && kernel == Pair{3, 3} && by == Pair{1, 1} &&
+                              spread == Pair{1, 1} && channels % conv_tile().lanes == 0),
+                kOp, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", channels);
   Tensor y = empty_activation(std::array{x.size(0), out_channels, room_h / by[0] + 1, room_w / by[1] + 1},
                               Format::channels_last, x);
   if (residual) {
@@ -88,7 +92,7 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
              x.stride(2), x.stride(3), channels, pads[0], pads[1]});
   }
   const int64_t pixel_step = channels * size;
-  run_conv({.dtype = dtype, .act = act_of(kOp, act),
+  const ConvArgs args{.dtype = dtype, .act = act_of(kOp, act),
             .stream = should_stream(y.numel(), dtype) && out_channels % conv_tile().lanes == 0,
             .x = source.data_ptr(), .weight = weight.data_ptr(), .bias = static_cast<const float*>(bias.data_ptr()),
             .residual = residual ? residual->data_ptr() : nullptr, .y = y.data_ptr(), .images = x.size(0),
@@ -96,7 +100,8 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
             .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels,
             .kernel_h = kernel[0], .kernel_w = taps_w, .stride_h = by[0], .stride_w = by[1],
             .pad_h = padded ? 0 : pads[0], .pad_w = padded ? 0 : pads[1], .dilation_h = spread[0],
-            .dilation_w = spread[1], .run = run, .dense = false, .block = 0});
+            .dilation_w = spread[1], .run = run, .dense = false, .block = 0};
+  winograd ? run_winograd(args) : run_conv(args);
   return y;
 }
 
@@ -105,7 +110,7 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv_bn_act(Tensor x, Tensor? residual, Tensor weight, Tensor bias, int[] kernel_size, int[] stride, "
-        "int[] padding, int[] dilation, int channels, bool padded, str act) -> Tensor");
+        "int[] padding, int[] dilation, int channels, bool padded, bool winograd, str act) -> Tensor");
   m.def("cpu_conv_pack(Tensor weight) -> Tensor");
 }
 

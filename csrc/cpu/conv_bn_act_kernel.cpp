@@ -8,45 +8,14 @@
 #include <utility>
 
 #include "common/epilogue.h"
-#include "cpu/loops.h"
+#include "cpu/conv_tile.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
 
 namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
 
-constexpr int64_t kWide = kLanes<float>;
-constexpr int kMostPixels = FASTRES_CPU_LEVEL >= 4 ? 7 : 6;   // 7 x 4 sums and 4 vectors of weights: all 32 registers
-constexpr int kMostVectors = FASTRES_CPU_LEVEL >= 4 ? 4 : 2;  // 6 x 2 sums, 2 vectors of weights, x: 15 of 16 registers
-constexpr int64_t kBlockChannels = kMostVectors * kWide;
-constexpr int64_t kWord = 4;
-constexpr int64_t kSumWords = 256;  // added up before they join the total: long sums keep the accuracy of short ones
-using Sum = Vec<float, kWide>;
-
 alignas(64) constexpr char kZeros[kConvMostRun * kWord] = {};
-
-// ---- one step of a sum: a word of x times a vector of words of the weights --------------------------
-
-#if FASTRES_CPU_LEVEL >= 4
-#define FASTRES_BF16_DOT __attribute__((target("avx512bf16")))
-FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
-  float word;
-  memcpy(&word, x, kWord);
-  return (Sum)_mm512_fmadd_ps(_mm512_set1_ps(word), (__m512)weight, (__m512)sum);
-}
-FASTRES_BF16_DOT FASTRES_INLINE Sum multiply_add(bf16, const char* x, Sum weight, Sum sum) {
-  int word;
-  memcpy(&word, x, kWord);
-  return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(word), (__m512bh)weight);
-}
-#else
-#define FASTRES_BF16_DOT
-FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
-  float word;
-  memcpy(&word, x, kWord);
-  return (Sum)_mm256_fmadd_ps(_mm256_set1_ps(word), (__m256)weight, (__m256)sum);
-}
-#endif
 
 // Where the taps of the kPixels neighbouring output pixels from `pixel` on begin.
 template <int kPixels>
@@ -111,16 +80,9 @@ FASTRES_BF16_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const
       for (int64_t word = 0; word < args.run;) {
         const int64_t stop = min(args.run, word + kSumWords - since);
         since += stop - word;
-        if (outside) weight += (stop - word) * kVectors * kWide, word = stop;
-        for (; word < stop; ++word, weight += kVectors * kWide) {
-          Sum w[kVectors];
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(weight + v * kWide, Whole{});
-#pragma GCC unroll 8
-          for (int p = 0; p < kPixels; ++p)
-#pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(scalar_t{}, x[p] + word * kWord, w[v], sum[p][v]);
-        }
+        if (outside) weight += (stop - word) * kVectors * kWide;
+        else weight = add_words<scalar_t, kPixels, kVectors>(sum, x, word, stop, weight);
+        word = stop;
         if (since == kSumWords) {
           since = 0;
 #pragma GCC unroll 8

@@ -5,6 +5,7 @@
 
 #include "cpu/conv_bn_act.h"
 #include "cpu/host.h"
+#include "cpu/winograd.h"
 
 namespace fastres::cpu {
 
@@ -29,6 +30,16 @@ inline void run_conv(ConvArgs args) {
   const int64_t work = conv_tile().pixels * conv_tile().channels * args.kernel_h * args.kernel_w * args.run;
   parallel_for(0, conv_tiles(args), ceil_div(kLeastWork, work),
                [&](int64_t begin, int64_t end) { conv_bn_act_forward(args, begin, end); });
+}
+
+// A 3x3 convolution with stride 1 in float32, with transformed weights; channels in whole vectors.
+inline void run_winograd(const ConvArgs& conv) {
+  WinogradArgs args{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0};
+  const int64_t tiles = conv.images * args.tiles_h * args.tiles_w;
+  const int64_t most = std::clamp<int64_t>(kWinogradBytes / (conv.run * kWinogradPoints * kWordBytes), 1, kWinogradMost);
+  args.groups = ceil_div(tiles, most);
+  parallel_for(0, args.groups * winograd_blocks(conv), 1,
+               [&](int64_t begin, int64_t end) { winograd_forward(args, begin, end); });
 }
 
 // Images with their padding written out and `out_channels` channels, the further ones zero, so that a row of taps is one

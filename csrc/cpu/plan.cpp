@@ -65,14 +65,19 @@ void conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
                     row.stride_w >= 1 && row.dilation_h >= 1 && row.dilation_w >= 1 &&
                     (row.run * kWordBytes == pixel_step || (row.pad_w == 0 && row.kernel_w == 1 && reach_w <= row.width * pixel_step)),
                 kOp, "a convolution's taps", "within its pixels", row.run);
+  const int64_t depth = row.winograd ? kWinogradPoints * row.run : row.kernel_h * row.kernel_w * row.run;
   const Tensor &weight = call.constant(row.weight), &bias = call.constant(row.bias);
   FASTRES_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == row.out_channels, kOp, "a bias",
                 "float32, one for each output channel", show(bias.sizes()));
   FASTRES_CHECK(dtype_of(weight) == call.dtype &&
-                    weight.numel() * call.size == packed_words(row.out_channels, row.kernel_h * row.kernel_w * row.run) * kWordBytes,
+                    weight.numel() * call.size == packed_words(row.out_channels, depth) * kWordBytes,
                 kOp, "weights", "packed for their convolution", show(weight.sizes()));
+  FASTRES_CHECK(!row.winograd || (call.dtype == DType::kFloat32 && row.channels % conv_tile().lanes == 0 && row.run == row.channels &&
+                                  row.kernel_h * row.kernel_w == 9 && row.kernel_h == 3 &&
+                                  row.stride_h * row.stride_w * row.dilation_h * row.dilation_w == 1),
+                kOp, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
   const int64_t y_bytes = row.out_h * row.out_w * row.out_channels * call.size;
-  run_conv({.dtype = call.dtype, .act = row.relu ? Act::kRelu : Act::kNone, .stream = false,
+  const ConvArgs args{.dtype = call.dtype, .act = row.relu ? Act::kRelu : Act::kNone, .stream = false,
             .x = call.at(row.x, first, images, image_step), .weight = weight.data_ptr(),
             .bias = static_cast<const float*>(bias.data_ptr()),
             .residual = row.residual.offset == kNone ? nullptr : call.at(row.residual, first, images, y_bytes),
@@ -80,7 +85,8 @@ void conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
             .image_step = image_step, .row_step = row.width * pixel_step, .pixel_step = pixel_step, .out_h = row.out_h,
             .out_w = row.out_w, .out_channels = row.out_channels, .kernel_h = row.kernel_h, .kernel_w = row.kernel_w,
             .stride_h = row.stride_h, .stride_w = row.stride_w, .pad_h = row.pad_h, .pad_w = row.pad_w,
-            .dilation_h = row.dilation_h, .dilation_w = row.dilation_w, .run = row.run, .dense = false, .block = 0});
+            .dilation_h = row.dilation_h, .dilation_w = row.dilation_w, .run = row.run, .dense = false, .block = 0};
+  row.winograd ? run_winograd(args) : run_conv(args);
 }
 
 void pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {

@@ -1,8 +1,7 @@
 """Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ class Layer:
     dilation: Pair = _ONE
     ceil: bool = False
     out_channels: int = 0
+    winograd: bool = False  # a conv with transformed weights
     weight: Tensor | None = None  # conv, linear: (K, C, R, S), folded; bn: (3, C) of mean, scale, bias
     bias: Tensor | None = None
 
@@ -259,7 +259,6 @@ class _Builder:
 
 
 _REFUSED = object()
-_Method = Callable[..., object]
 
 
 def _stem(target: str) -> str:
@@ -302,7 +301,3 @@ def output_size(layer: Layer, size: Pair) -> Pair:
         found.append(out)
     return found[0], found[1]
 
-
-def with_weight(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
-    """The layer with other constants."""
-    return replace(layer, weight=weight, bias=bias)

@@ -44,9 +44,16 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
     if reason is not None:
         raise UnsupportedError(f"fastres.freeze: the plan's kernels cannot run: {reason}")
     recording = record(model, example)
-    frozen = Frozen(type(model).__name__, layers(recording), recording.x, dtype, len(recording.y.shape) == 2)
-    frozen.program(example.shape)
-    return frozen
+    found = layers(recording)
+    for step in steps(found, recording.x, _size(example), dtype):
+        weight = step.layer.weight
+        if step.layer.kind == "conv" and weight is not None and not step.padded:
+            step.layer.winograd = _conv_cpu.suits_winograd(weight, dtype, step.layer.stride, step.layer.dilation, step.y_size[1:])
+    return Frozen(type(model).__name__, found, recording.x, dtype, len(recording.y.shape) == 2)
+
+
+def _size(x: Tensor) -> tuple[int, int, int]:
+    return x.shape[1], x.shape[2], x.shape[3]
 
 
 def _check(model: object, example: object, dtype: object) -> torch.dtype:
@@ -115,8 +122,8 @@ class Frozen(nn.Module):
         with self._lock:
             found = self._programs.get(key)
             if found is None:
-                batch, *size = key
-                laid = steps(self._layers, self._x, (size[0], size[1], size[2]), self.dtype)
+                batch, channels, height, width = key
+                laid = steps(self._layers, self._x, (channels, height, width), self.dtype)
                 found = self._programs[key] = program(laid, batch, self.dtype, self._constants)
                 if len(self._programs) > _PROGRAMS:
                     self._programs.popitem(last=False)
@@ -176,7 +183,7 @@ def _constants(layer: Layer, dtype: torch.dtype) -> Iterator[Tensor]:
     if bias is None:  # mean, scale and bias of a batch norm
         yield weight.contiguous()
     else:
-        packed = _conv_cpu.Packed(weight, bias, dtype)
+        packed = _conv_cpu.Packed(weight, bias, dtype, layer.winograd)
         yield from (packed.weight, packed.bias)
 
 

@@ -20,8 +20,7 @@ from fastres.frozen.layers import Layer, output_size
 from fastres.frozen.record import Value
 
 KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add")  # enum Step of csrc/cpu/plan.h, in its order
-FIELDS = 27  # of a row, struct PlanRow there
-import os; BUDGET = float(os.environ.get('BUDGET','0.5'))
+FIELDS = 28  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 FEW_CHANNELS = 16  # an image of fewer is copied with its padding, so that a row of taps is one run of neighbours
@@ -112,7 +111,7 @@ def passes(found: list[Step], batch: int, itemsize: int) -> list[int]:
         live[step.y] = _bytes(step.y_size, itemsize)
         if step.residual is not None and last[step.residual] == index:
             live.pop(step.residual, None)  # y takes its place
-        fits.append(max(1, cache_bytes() * BUDGET // sum(live.values())))
+        fits.append(max(1, cache_bytes() // sum(live.values())))
         live = {value: size for value, size in live.items() if last.get(value, -1) > index}
     return [min(batch, 1 << (int(least).bit_length() - 1)) for least in _minima(fits)]
 
@@ -152,7 +151,7 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
     row += [channels, height, width, out_channels, out_h, out_w]
-    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run)]
+    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, layer.winograd)]
 
 
 def _bytes(size: Size, itemsize: int) -> int:

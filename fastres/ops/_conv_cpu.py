@@ -14,6 +14,7 @@ from fastres.kernels.layout import memory_format
 from fastres.ops import _fold
 
 FEW_CHANNELS = 16  # below, the copy costs less than a tap for every few channels (7x7 stem of 3 channels)
+Pair = tuple[int, int]
 _PER_WORD = {torch.float32: 1, torch.bfloat16: 2}  # channels in the 32 bits a kernel multiplies at once
 
 
@@ -47,16 +48,30 @@ def lacks(dtype: torch.dtype) -> str | None:
 
 
 class Packed:
-    """Folded weights in the order the kernel reads them."""
+    """Folded weights in the order the kernel reads them, transformed for Winograd's algorithm if asked to."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-        self.padded = _is_padded(weight, dtype)
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, winograd: bool = False) -> None:
+        self.padded, self.winograd = _is_padded(weight, dtype), winograd
         channels, per_word = weight.shape[1], _PER_WORD[dtype]
         self.channels = -(-channels // per_word) * per_word
-        rows = torch.nn.functional.pad(weight.to(dtype).permute(0, 2, 3, 1), (0, self.channels - channels))
+        if winograd:
+            g = torch.tensor(_TRANSFORM, dtype=torch.float64)
+            rows = torch.einsum("yi,kcij,xj->kyxc", g, weight.double(), g).float()
+        else:
+            rows = torch.nn.functional.pad(weight.to(dtype).permute(0, 2, 3, 1), (0, self.channels - channels))
         self.weight = native.op("cpu_conv_pack")(rows.reshape(len(rows), -1).contiguous())
         self.bias = bias.float().contiguous()
         self.finite = bool(weight.isfinite().all())
+
+
+_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G of F(2x2, 3x3), Lavin 2016
+
+
+def suits_winograd(weight: Tensor, dtype: torch.dtype, stride: Pair, dilation: Pair, out: Pair) -> bool:
+    """Whether Winograd's F(2x2, 3x3) is the faster way: 16 multiplications for four outputs instead of 36."""
+    if tuple(weight.shape[2:]) != (3, 3) or (*stride, *dilation) != (1, 1, 1, 1) or dtype != torch.float32:
+        return False
+    return weight.shape[1] % 16 == 0 and min(weight.shape[:2]) >= 32 and min(out) >= 4
 
 
 def _is_padded(x: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -68,7 +83,8 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
     """The convolution with its epilogue, in x's memory format."""
     dtype = x.dtype
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
-    packed = _fold.folded(parameters, eps, ("cpu", dtype), lambda w, b: Packed(w, b, dtype))
+    winograd = suits_winograd(weight, dtype, stride, dilation, (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2))
+    packed = _fold.folded(parameters, eps, ("cpu", dtype, winograd), lambda w, b: Packed(w, b, dtype, winograd))
     layout = memory_format(x)
     if not packed.padded:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -76,6 +92,6 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
         residual = residual.contiguous(memory_format=torch.channels_last)
     kernel_size = weight.shape[2:]
     y = native.op("cpu_conv_bn_act")(
-        x, residual, packed.weight, packed.bias, kernel_size, stride, padding, dilation, packed.channels, packed.padded, act
+        x, residual, packed.weight, packed.bias, kernel_size, stride, padding, dilation, packed.channels, packed.padded, winograd, act
     )
     return y.contiguous(memory_format=layout)

@@ -1,0 +1,24 @@
+// Arguments and kernel of the 3x3 convolution by Winograd's F(2x2, 3x3); a range counts units of tiles by channels.
+#pragma once
+
+#include "cpu/conv_bn_act.h"
+
+namespace fastres::cpu {
+
+constexpr int64_t kWinogradPoints = 16;         // of a transformed tile, 4x4: that many weights an input channel
+constexpr int64_t kWinogradMost = 56;           // tiles transformed together,
+constexpr int64_t kWinogradBytes = 512 << 10;   // or fewer, so that they take half an L2
+
+// Of `conv` it reads what a 3x3 convolution with stride 1 in float32 has; weights have 16 points for 9 taps,
+// transformed before they were packed: channels in whole vectors.
+struct WinogradArgs {
+  ConvArgs conv;
+  int64_t tiles_h, tiles_w;  // of 2x2 outputs, in each image
+  int64_t groups;            // of tiles, over all images
+};
+
+inline int64_t winograd_blocks(const ConvArgs& conv) { return ceil_div(conv.out_channels, conv_tile().channels); }
+
+FASTRES_FMA_KERNEL(winograd_forward, WinogradArgs)  // a range counts groups times blocks of channels
+
+}  // namespace fastres::cpu

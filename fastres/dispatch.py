@@ -110,6 +110,11 @@ class use:
         forget()
 
 
+def is_forced() -> bool:
+    """Whether a backend is forced for any op, by ``use`` or the environment."""
+    return bool(_forced or env.forced_backend())
+
+
 def _wish(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
     """The backend forced for op and what forced it; a wish for all ops passes by an op that lacks the backend."""
     names = [backend.name for backend in backends]

@@ -1,8 +1,6 @@
 // Binding of a frozen network: checks that a program stays within its memory, then runs it step by step.
 #include "cpu/plan.h"
 
-#include <sys/mman.h>
-
 #include "cpu/add_act.h"
 #include "cpu/conv_host.h"
 
@@ -164,14 +162,10 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
   }
 }
 
-// Fresh memory in large pages where the system has them: fewer misses of the address cache over weights and activations.
 Tensor large_pages(const Tensor& like, int64_t bytes) {
   FASTRES_CHECK(bytes >= 0, kOp, "bytes", "at least 0", bytes);
   Tensor memory = empty_vector(bytes, ScalarType::Byte, like);
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+  advise_large_pages(memory, bytes);
   return memory;
 }
 

@@ -46,6 +46,10 @@ def layers(recording: Recording) -> list[Layer]:
     return _Builder(recording).build()
 
 
+class _Refused(Exception):
+    """No layer does what an operation does with these arguments."""
+
+
 class _Builder:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
@@ -59,7 +63,11 @@ class _Builder:
         for operation in self.recording.operations:
             self.sources[operation.result] = operation
             take = getattr(self, "on_" + _stem(operation.target), None)
-            if take is None or take(*operation.args, y=operation.result) is _REFUSED:
+            try:
+                if take is None:
+                    raise _Refused
+                take(*operation.args, y=operation.result)
+            except _Refused:
                 self.refused[operation.target] = self.refused.get(operation.target, 0) + 1
         needed = self.needed()
         if self.refused:
@@ -109,56 +117,56 @@ class _Builder:
     # ---- one method an operation, with its arguments -----------------------------------------------
 
     def on_convolution(self, x, weight, bias, stride, padding, dilation, transposed, _, groups, *, y):
-        if transposed or groups != 1 or weight.constant is None or len(weight.shape) != 4:
-            return _REFUSED
+        if transposed or groups != 1 or len(weight.shape) != 4:
+            raise _Refused
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        self.add(_conv(x, weight, None if bias is None else bias.constant, *pairs, y))
+        self.add(_conv(x, weight, _constant(bias), *pairs, y))
 
     def on_native_batch_norm(self, x, weight, bias, mean, var, training, _, eps, *, y):
         if training or mean is None or len(x.shape) != 4:
-            return _REFUSED
-        parameters = [None if p is None else p.constant for p in (weight, bias, mean, var)]
+            raise _Refused
+        parameters = [_constant(p) for p in (weight, bias, mean, var)]
         conv = self.private(x, "conv")
         if conv is not None:
             conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *parameters), eps)
-            return self.rename(conv, y)
+            self.rename(conv, y)
+            return
         gamma, beta, mu, variance = parameters
         scale = (variance.double() + eps).rsqrt() * (1.0 if gamma is None else gamma.double())
         beta = torch.zeros_like(mu) if beta is None else beta
         self.add(Layer("bn", _layer_name(mean), x, y, weight=torch.stack([mu.float(), scale.float(), beta.float()])))
 
     def on__native_batch_norm_legit_no_training(self, x, weight, bias, mean, var, momentum, eps, *, y):
-        return self.on_native_batch_norm(x, weight, bias, mean, var, False, momentum, eps, y=y)
+        self.on_native_batch_norm(x, weight, bias, mean, var, False, momentum, eps, y=y)
 
     def on_conv_bn_act(self, x, *parameters, y):
-        return self.on_conv_bn_add_act(x, None, *parameters, y=y)
+        self.on_conv_bn_add_act(x, None, *parameters, y=y)
 
     def on_conv_bn_add_act(self, x, residual, weight, bias, g, b, m, v, eps, stride, padding, dilation, groups, act, *, y):
-        if groups != 1 or weight.constant is None:
-            return _REFUSED
+        if groups != 1:
+            raise _Refused
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        conv = _conv(x, weight, None if bias is None else bias.constant, *pairs, y)
-        folded = [None if p is None else p.constant for p in (g, b, m, v)]
-        conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *folded), eps)
+        conv = _conv(x, weight, _constant(bias), *pairs, y)
+        conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *map(_constant, (g, b, m, v))), eps)
         conv.residual = None if residual is None else self.value(residual)
         conv.relu = act == "relu"
         self.add(conv)
 
     def on_add(self, x, residual, alpha=1, *, y):
         if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
-            return _REFUSED
+            raise _Refused
         for first, second in ((x, residual), (residual, x)):
             layer = self.private(first, "conv", "linear")
             if layer is not None:  # it moves here, where both operands exist
                 self.found.remove(layer)
                 self.found.append(layer)
                 layer.residual = self.value(second)
-                return self.rename(layer, y)
+                self.rename(layer, y)
+            return
         self.add(Layer("add", "add", x, y, residual=self.value(residual)))
 
     def on_add_act(self, x, residual, act, *, y):
-        if self.on_add(x, residual, y=y) is _REFUSED:
-            return _REFUSED
+        self.on_add(x, residual, y=y)
         self.makers[y].relu = act == "relu"
 
     def on_relu(self, x, *, y):
@@ -166,24 +174,25 @@ class _Builder:
         layer = self.makers.get(x)
         if layer is not None and layer.kind in ("conv", "linear", "bn", "add") and not layer.relu and x.uses == 1:
             layer.relu = True
-            return self.rename(layer, y)
+            self.rename(layer, y)
+            return
         self.add(Layer("relu", "relu", x, y, relu=True))
 
     def on_max_pool2d_with_indices(self, x, kernel, stride=(), padding=(0, 0), dilation=(1, 1), ceil=False, *, y):
         if _pair(dilation) != _ONE:
-            return _REFUSED
+            raise _Refused
         kernel = _pair(kernel)
         self.add(Layer("max_pool", "max_pool", x, y, None, False, kernel, _pair(stride or kernel), _pair(padding), ceil=ceil))
 
     def on_avg_pool2d(self, x, kernel, stride=(), padding=(0, 0), ceil=False, with_padding=True, divisor=None, *, y):
         kernel, padding = _pair(kernel), _pair(padding)
         if divisor is not None or (with_padding and padding != (0, 0)):
-            return _REFUSED
+            raise _Refused
         self.add(Layer("avg_pool", "avg_pool", x, y, None, False, kernel, _pair(stride or kernel), padding, ceil=ceil))
 
     def on_mean(self, x, dims, keepdim=False, *, y):
         if len(x.shape) != 4 or sorted(dim % 4 for dim in dims) != [2, 3]:
-            return _REFUSED
+            raise _Refused
         self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
 
     def on__adaptive_avg_pool2d(self, x, size, *, y):
@@ -192,14 +201,16 @@ class _Builder:
         elif tuple(size) == x.shape[2:]:
             self.pass_on(self.value(x), y)
         else:
-            return _REFUSED
+            raise _Refused
 
     def on_addmm(self, bias, x, weight, *, y, beta=1, alpha=1):
         matrix = self.transposed(weight)
         source = self.value(x)
-        if matrix is None or bias.constant is None or bias.constant.dim() != 1 or beta != 1 or alpha != 1:
-            return _REFUSED
-        kernel = source.shape[2:] if len(source.shape) == 4 else _ONE
+        if matrix is None or matrix.constant is None or bias.constant is None or bias.constant.dim() != 1:
+            raise _Refused
+        if beta != 1 or alpha != 1:
+            raise _Refused
+        kernel = _pair(source.shape[2:]) if len(source.shape) == 4 else _ONE
         rows = matrix.constant.detach()
         rows = rows.reshape(len(rows), -1, *kernel)
         self.add(Layer("linear", _layer_name(matrix), source, y, None, False, kernel, out_channels=len(rows),
@@ -210,55 +221,58 @@ class _Builder:
         return source.args[0] if source is not None and source.target == "aten.t.default" else None
 
     def on_t(self, weight, *, y):
-        return None if weight.constant is not None else _REFUSED
+        if weight.constant is None:
+            raise _Refused
 
     def on_view(self, x, shape, *, y):
         flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
         pixels = len(x.shape) == 4 and len(y.shape) == 4 and y.shape == x.shape
         if not flat and not pixels:
-            return _REFUSED
+            raise _Refused
         self.pass_on(self.value(x), y)
 
     on__unsafe_view = on_view
 
     def on_squeeze(self, x, *_, y):
         if x.shape[2:].count(1) != len(x.shape[2:]):
-            return _REFUSED
+            raise _Refused
         self.pass_on(self.value(x), y)
 
     def on_clone(self, x, *_, y):
         self.pass_on(self.value(x), y)
 
     def on_as_strided_(self, x, shape, strides, *_, y):
-        return self.pass_on(self.value(x), y) if tuple(shape) == x.shape else _REFUSED
+        if tuple(shape) != x.shape:
+            raise _Refused
+        self.pass_on(self.value(x), y)
 
     def on_empty(self, *_, y):
-        return None  # the unused outputs of a batch norm in evaluation
+        pass  # the unused outputs of a batch norm in evaluation
 
     def on_slice(self, x, dim=0, start=None, end=None, step=1, *, y):
         whole = not start and (end is None or end >= x.shape[dim])
         if not whole or (step != 1 and dim not in (2, 3)) or len(x.shape) != 4:
-            return _REFUSED
+            raise _Refused
         if step == 1:
-            return self.pass_on(self.value(x), y)
+            self.pass_on(self.value(x), y)
+            return
         stride = (step, 1) if dim == 2 else (1, step)
         before = self.private(x, "pad")
         if before is not None:
             before.stride = (before.stride[0] * stride[0], before.stride[1] * stride[1])
-            return self.rename(before, y)
+            self.rename(before, y)
+            return
         self.add(Layer("pad", "subsample", x, y, stride=stride, out_channels=x.shape[1]))
 
     def on_constant_pad_nd(self, x, pad, value=0, *, y):
         if len(pad) != 6 or any(pad[:5]) or pad[5] < 0 or value != 0:
-            return _REFUSED
+            raise _Refused
         before = self.private(x, "pad")
         if before is not None:
             before.out_channels, before.name = y.shape[1], "zero_pad"
-            return self.rename(before, y)
+            self.rename(before, y)
+            return
         self.add(Layer("pad", "zero_pad", x, y, out_channels=y.shape[1]))
-
-
-_REFUSED = object()
 
 
 def _stem(target: str) -> str:
@@ -271,15 +285,22 @@ def _pair(value: Any) -> Pair:
     return values if len(values) == 2 else (values[0], values[0])  # type: ignore[return-value]
 
 
+def _constant(value: Value | None) -> Tensor | None:
+    """The tensor of a parameter; what the network computes itself is none."""
+    if value is not None and value.constant is None:
+        raise _Refused
+    return None if value is None else value.constant
+
+
 def _layer_name(parameter: Value) -> str:
     return parameter.name.rpartition(".")[0] or parameter.name
 
 
 def _conv(x: Value, weight: Value, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, y: Value) -> Layer:
-    constant = weight.constant
+    constant = _constant(weight)
     assert constant is not None
     zero = torch.zeros(len(constant)) if bias is None else bias.float()
-    return Layer("conv", _layer_name(weight), x, y, None, False, constant.shape[2:], stride, padding, dilation,
+    return Layer("conv", _layer_name(weight), x, y, None, False, _pair(constant.shape[2:]), stride, padding, dilation,
                  out_channels=len(constant), weight=constant.float(), bias=zero)  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
     reach the plan. Other batch and image sizes are planned at their first call; calls from several threads may overlap.
 
     Args:
-        model: a network that maps one image batch to one tensor: any composition of convolutions in one group, batch norm,
+        model: a network from one image batch to one tensor: any composition of convolutions in one group, batch norm,
             additions, ReLU, max and average pooling and linear layers, however its Python is written.
         example: images (N, C, H, W) on the CPU, float32 or bfloat16; the network runs once on them.
         dtype: ``torch.float32`` or ``torch.bfloat16`` for weights and activations; None is the parameters' own. In bfloat16
@@ -46,9 +46,9 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
     recording = record(model, example)
     found = layers(recording)
     for step in steps(found, recording.x, _size(example), dtype):
-        weight = step.layer.weight
-        if step.layer.kind == "conv" and weight is not None and not step.padded:
-            step.layer.winograd = _conv_cpu.suits_winograd(weight, dtype, step.layer.stride, step.layer.dilation, step.y_size[1:])
+        layer, out = step.layer, step.y_size[1:]
+        if layer.kind == "conv" and layer.weight is not None and not step.padded:
+            layer.winograd = _conv_cpu.suits_winograd(layer.weight, dtype, layer.stride, layer.dilation, out)
     return Frozen(type(model).__name__, found, recording.x, dtype, len(recording.y.shape) == 2)
 
 
@@ -62,9 +62,8 @@ def _check(model: object, example: object, dtype: object) -> torch.dtype:
     if isinstance(model, Frozen):
         raise must("freeze", "model", "the network itself", "one that is frozen already")
     check_images("example", example)
-    parameters = {p.dtype for p in model.parameters() if p.is_floating_point()} or {example.dtype}  # type: ignore[attr-defined]
     if dtype is None:
-        dtype = next(iter(parameters))
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), getattr(example, "dtype", None))
     if dtype not in DTYPES:
         raise must("freeze", "dtype", "torch.float32 or torch.bfloat16", dtype)
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())} - {"cpu"}
@@ -137,7 +136,7 @@ class Frozen(nn.Module):
         if x.shape[1] != self.channels or 0 in x.shape[1:]:
             raise must("freeze", "x", f"of {self.channels} channels and not without pixels", tuple(x.shape))
         if x.requires_grad and torch.is_grad_enabled():
-            raise must("freeze", "x", "without gradient", "one that requires it", "a plan has no backward: use fastres.optimize")
+            raise must("freeze", "x", "without gradient", "one that requires it", "fastres.optimize has a backward")
         plan = self.program((max(x.shape[0], 1), *x.shape[1:]))
         with torch.inference_mode(False), torch.no_grad():
             channels, *pixels = plan.output

@@ -69,7 +69,7 @@ def _fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.
         and (conv is None or type(conv) is nn.Conv2d)
         and (pool is None or type(pool) is nn.MaxPool2d)
         and _is_relu(act)
-        and not _followed(x)
+        and not is_followed(x)
         and why_not(conv, bn, act, pool) is None
     )
 
@@ -84,7 +84,7 @@ def _why_not_options(module: nn.Module) -> str | None:
     return None
 
 
-def _followed(x: Tensor) -> bool:
+def is_followed(x: Tensor) -> bool:
     """Whether modules must be called because something follows the call that cannot see into an op: torch.fx and
     torch.jit.trace, which name what they see after the modules; torch.func and forward-mode derivatives."""
     if torch.compiler.is_compiling():
@@ -145,7 +145,7 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(x [+ residual])``, in x's dtype, as where a residual is added in place."""
     y = x
     if residual is not None:
-        if _followed(x):
+        if is_followed(x):
             y = x + residual
         elif x.dtype == residual.dtype and x.shape == residual.shape and _is_relu(act) and why_not(act) is None:
             return functional.add_act(x, residual, _name(act))

@@ -83,15 +83,16 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
     """The convolution with its epilogue, in x's memory format."""
     dtype = x.dtype
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
-    winograd = suits_winograd(weight, dtype, stride, dilation, (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2))
+    out = (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)  # of a 3x3 convolution with stride 1
+    winograd = suits_winograd(weight, dtype, stride, dilation, out)
     packed = _fold.folded(parameters, eps, ("cpu", dtype, winograd), lambda w, b: Packed(w, b, dtype, winograd))
     layout = memory_format(x)
     if not packed.padded:
         x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    kernel_size = weight.shape[2:]
     y = native.op("cpu_conv_bn_act")(
-        x, residual, packed.weight, packed.bias, kernel_size, stride, padding, dilation, packed.channels, packed.padded, winograd, act
-    )
+        x, residual, packed.weight, packed.bias, weight.shape[2:], stride, padding, dilation,
+        packed.channels, packed.padded, winograd, act,
+    )  # fmt: skip
     return y.contiguous(memory_format=layout)

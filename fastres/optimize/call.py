@@ -13,8 +13,9 @@ from fastres import functional
 from fastres.errors import UnsupportedError, must
 from fastres.optimize.convert import Conversion, cast, to_channels_last
 from fastres.optimize.sites import Site, check_skip, follows_layout, sites, unwrap
-from fastres.optimize.swap import STATE, State, state_of, swap, unswap
+from fastres.optimize.swap import STATE, State, forget, state_of, swap, unswap
 from fastres.optimize.verify import Reference
+from fastres.optimize.whole import Whole, forget_all
 
 _log = logging.getLogger("fastres")
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +94,11 @@ def restore(model: Model) -> Model:
 
 def refresh(model: nn.Module | None = None) -> None:
     """Drop the folded weights of a model, or all: needed after writes through ``tensor.data``, which go unseen."""
-    functional.forget_folds(None if model is None else list(unwrap(model, "refresh").parameters()))
+    if model is None:
+        functional.forget_folds()
+        forget_all()
+    else:
+        forget(unwrap(model, "refresh"))
 
 
 def _apply(
@@ -168,7 +173,7 @@ def _swap(
             unswap(site.module)
         elif site.status in ("fusable", "fused"):
             _install(site.module, State(channels_last))
-    own = State(channels_last)
+    own = State(channels_last, Whole())
     own.conversions, own.skip = conversions, patterns
     _install(network, own)
 

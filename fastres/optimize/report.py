@@ -163,8 +163,10 @@ def _explain_model(model: nn.Module, inputs: tuple) -> Report:
     for report in reports:
         if report.status == "fusable" and state is not None and matches(report.name, state.skip):
             report.status = "skipped"
-    verified = None if state is None else state.verified
-    return Report(type(model).__name__, model.training, reports, _notes(model, found), verified)
+    verified, notes = None if state is None else state.verified, _notes(model, found)
+    if state is not None and state.whole is not None and inputs and not model.training:
+        notes.append(state.whole.describe(model, inputs[0]))
+    return Report(type(model).__name__, model.training, reports, notes, verified)
 
 
 def _module_report(site: Site, seen: dict[tuple[str, Step | None], list[Choice]]) -> ModuleReport:

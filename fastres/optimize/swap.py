@@ -14,6 +14,7 @@ from fastres import functional
 from fastres.nn import _fused
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
+from fastres.optimize.whole import Whole
 
 STATE, _ORIGINAL = "_fastres", "_fastres_original"
 
@@ -21,8 +22,9 @@ STATE, _ORIGINAL = "_fastres", "_fastres_original"
 class State:
     """What a swapped module carries: its options, and its plans, which copies and pickles leave behind."""
 
-    def __init__(self, channels_last: bool = False) -> None:
+    def __init__(self, channels_last: bool = False, whole: Whole | None = None) -> None:
         self.channels_last = channels_last
+        self.whole = whole  # of the network itself; its modules have None
         self.children: tuple[nn.Module | None, ...] | None = None  # the plans hold for these children
         self.training = self.evaluation = Plan()
         self.conversions: list[Conversion] = []
@@ -30,10 +32,14 @@ class State:
         self.verified: dict[str, float] | None = None
 
     def __deepcopy__(self, memo: dict) -> "State":
-        return State(self.channels_last)
+        return self.fresh()
 
     def __reduce__(self) -> tuple:
-        return State, (self.channels_last,)
+        return _rebuild_state, (self.channels_last, self.whole is not None)
+
+    def fresh(self) -> "State":
+        """The same options, with nothing planned yet."""
+        return State(self.channels_last, None if self.whole is None else Whole())
 
     def prepare(self, module: nn.Module) -> None:
         """Plan both modes anew."""
@@ -71,6 +77,10 @@ def swapped_class(base: Any) -> Any:
         if state is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             return base.forward(self, *args, **kwargs)  # also for torch.fx, which so sees the layers it knows
         (x,) = args
+        if state.whole is not None and not self.training:
+            y = state.whole.run(self, x)
+            if y is not None:
+                return y
         if state.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         run = state.current(self).run
@@ -78,7 +88,7 @@ def swapped_class(base: Any) -> Any:
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         if mode != self.training:
-            functional.forget_folds(self.parameters())
+            forget(self)
         return base.train(self, mode)
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
@@ -98,7 +108,7 @@ def swapped_class(base: Any) -> Any:
 
     def __setstate__(self: nn.Module, state: dict) -> None:
         base.__setstate__(self, state)
-        own = State(self.__dict__[STATE].channels_last)
+        own = self.__dict__[STATE].fresh()
         own.prepare(self)
         self.__dict__[STATE] = own
 
@@ -106,6 +116,18 @@ def swapped_class(base: Any) -> Any:
     members = {f.__name__: f for f in (train, __setattr__, __delattr__, __reduce_ex__, __setstate__)}
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base)(base.__name__, (base,), {**names, **members, "forward": forward, _ORIGINAL: base})
+
+
+def _rebuild_state(channels_last: bool, is_whole: bool) -> State:
+    return State(channels_last, Whole() if is_whole else None)
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what was made of a module's parameters: they may have been written to unseen."""
+    functional.forget_folds(module.parameters())
+    for state in map(state_of, module.modules()):
+        if state is not None and state.whole is not None:
+            state.whole.forget()
 
 
 def _forget_plan(module: nn.Module) -> None:

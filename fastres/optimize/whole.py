@@ -1,0 +1,141 @@
+"""An optimised network in evaluation as one native plan, for as long as nothing about it has changed.
+
+Eligible is a call without autograd on a plain CPU tensor of the network's dtype, where nothing follows the call (a mode, a
+transform, torch.compile) and no backend is forced. Unchanged means: every module's attributes, children, parameters,
+buffers and hooks are the same objects as when the plan was made, and no tensor was written to since. Otherwise the
+network's modules run one by one, and a new plan is made for what it has become.
+"""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastres import dispatch
+from fastres.errors import ArgumentError, UnsupportedError
+from fastres.frozen import Frozen, freeze
+from fastres.nn import _fused
+
+_KEPT = ("_modules", "_parameters", "_buffers")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RAISED = "it raised"
+_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+
+
+class _Made:
+    """A plan with what it was made from."""
+
+    def __init__(self, model: nn.Module, plan: Frozen | None, reason: str | None) -> None:
+        self.plan, self.reason = plan, reason
+        self.dicts = [state for module in model.modules() for state in _dicts(module)]
+        self.objects = list(chain.from_iterable(state.values() for state in self.dicts))  # alive, so that no id is reused
+        self.ids = list(map(id, self.objects))
+        self.tensors = [*model.parameters(), *model.buffers()]
+        self.marks = self.now()
+
+    def now(self) -> list[tuple[int, int]]:
+        return [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]
+
+    def holds(self) -> bool:
+        ids = list(map(id, chain.from_iterable(state.values() for state in self.dicts)))
+        return ids == self.ids and self.now() == self.marks
+
+
+def _dicts(module: nn.Module) -> Iterator[dict]:
+    state = module.__dict__
+    yield state
+    yield from (state[name] for name in (*_KEPT, *_HOOKS))
+
+
+_all: weakref.WeakSet["Whole"] = weakref.WeakSet()
+
+
+def forget_all() -> None:
+    """Drop the plans of all networks."""
+    for whole in list(_all):
+        whole.forget()
+
+
+class Whole:
+    """The plan of one network; copies and pickles leave it behind."""
+
+    def __init__(self) -> None:
+        self._made: _Made | None = None
+        self._lock = threading.RLock()
+        _all.add(self)
+
+    def forget(self) -> None:
+        self._made = None
+
+    def run(self, model: nn.Module, x: Tensor) -> Tensor | None:
+        """The network's answer, or None where its modules must run."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _why_not_call(x) is not None:
+            return None
+        plan = self._current(model, x).plan
+        if plan is None or x.dtype != plan.dtype or x.shape[1] != plan.channels:
+            return None
+        try:
+            return plan(x)
+        except ArgumentError:
+            return None  # the modules raise PyTorch's own error
+
+    def describe(self, model: nn.Module, x: Tensor) -> str:
+        """What ``explain`` notes: the plan, or why the modules run one by one."""
+        if torch.is_grad_enabled():
+            return "autograd is on, so the modules run one by one; without it an unchanged network on a CPU runs as one plan"
+        reason = _why_not_call(x) or self._current(model, x).reason
+        if reason is None:
+            return "as long as nothing changes, the whole network runs as one native plan (fastres.freeze shows its steps)"
+        return f"the modules run one by one: {reason}"
+
+    def _current(self, model: nn.Module, x: Tensor) -> _Made:
+        with self._lock:
+            made = self._made
+            if made is None or not made.holds():
+                made = _make(model, x)
+                self._made = None if made.reason is not None and made.reason.startswith(_RAISED) else made
+        return made
+
+
+def _why_not_call(x: Any) -> str | None:
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dim() != 4 or x.numel() == 0:
+        return "the input is not a plain batch of images on the CPU"
+    if _modes() or _function_modes() or _fused.is_followed(x):
+        return "a mode, a transform or a tracer follows the call"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses dtypes op by op"
+    if dispatch.is_forced():
+        return "a backend is forced"
+    return None
+
+
+def _make(model: nn.Module, x: Tensor) -> _Made:
+    reason = _why_not_model(model)
+    plan = None
+    if reason is None:
+        try:
+            plan = freeze(model, x.detach()[:1].clone())
+        except (ArgumentError, UnsupportedError) as error:
+            reason = str(error).partition(": ")[2]
+        except Exception as error:  # the network's own, on this input: its modules raise it again
+            reason = f"{_RAISED} {type(error).__name__} on this input"
+    return _Made(model, plan, reason)
+
+
+def _why_not_model(model: nn.Module) -> str | None:
+    if _has_any_global_hook():
+        return "a global module hook is registered, which must fire"
+    for name, module in model.named_modules():
+        if _fused.has_hooks(module):
+            return f"{name or 'the network'} has hooks, which must fire"
+        if module.training:
+            return f"{name or 'the network'} is in training mode"
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        return "its parameters are inference tensors, whose changes cannot be seen"
+    return None

@@ -49,7 +49,9 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
         layer, out = step.layer, step.y_size[1:]
         if layer.kind == "conv" and layer.weight is not None and not step.padded:
             layer.winograd = _conv_cpu.suits_winograd(layer.weight, dtype, layer.stride, layer.dilation, out)
-    return Frozen(type(model).__name__, found, recording.x, dtype, len(recording.y.shape) == 2)
+    frozen = Frozen(type(model).__name__, found, recording.x, dtype, len(recording.y.shape) == 2)
+    frozen.program(tuple(example.shape))
+    return frozen
 
 
 def _size(x: Tensor) -> tuple[int, int, int]:
@@ -129,6 +131,10 @@ class Frozen(nn.Module):
             else:
                 self._programs.move_to_end(key)
         return found
+
+    def last_shape(self) -> tuple[int, ...] | None:
+        """The input shape planned or run last."""
+        return next(reversed(self._programs), None)
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.dispatch import Choice
 from fastres.errors import must, must_type
+from fastres.frozen import Frozen
+from fastres.frozen import report as frozen_report
 from fastres.ops import REGISTRY
 from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
@@ -95,21 +97,24 @@ class Report:
         return "\n".join([*head, *map(str, self.modules)])
 
 
-def explain(target: nn.Module | str | Callable, *args: Any) -> Report | Choice:
+def explain(target: nn.Module | str | Callable, *args: Any) -> Report | Choice | frozen_report.PlanReport:
     """Tell which kernel runs where, and why.
 
     Args:
         target: a model; or an op's name (``"bn_act"``, with the op's arguments); or a function of
             ``fastres.functional`` (with its arguments).
         args: for a model, optionally an example input: a copy of the model runs on it, with autograd as it is now, and
-            every step tells its backend. For an op, the arguments of the call in question.
+            every step tells its backend. For a frozen network, optionally an input on which its steps are timed. For an op, the arguments of the call in question.
 
     Returns:
-        For a model a ``Report``, for an op the dispatcher's ``Choice``; both have ``str()`` and ``to_dict()``.
+        For a model a ``Report``, for a frozen one a ``PlanReport``, for an op the dispatcher's ``Choice``; all have
+        ``str()`` and ``to_dict()``.
 
     Raises:
         TypeError, ValueError: no such op, or arguments that the op refuses.
     """
+    if isinstance(target, Frozen):
+        return frozen_report.explain(target, *args)
     if isinstance(target, nn.Module):
         return _explain_model(unwrap(target, "explain"), args)
     if isinstance(target, str):

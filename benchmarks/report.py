@@ -103,7 +103,7 @@ def _support(op: str, backend: str, present: set[str], validated: dict, compiled
     parts = ["tested in the interpreter"] if backend == "triton" else []
     found = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ()))
     parts += [f"validated on {', '.join(found)}"] if found else []
-    rest = [arch for arch in compiled.get(backend, ()) if arch not in found]
+    rest = [arch for arch in compiled.get(backend, ()) if arch.rstrip("af") not in found]
     parts += [f"compiled for {', '.join(rest)}"] if rest else []
     return "; ".join(parts) or "not yet validated"
 
@@ -119,9 +119,9 @@ def validated_on() -> dict[str, dict[str, list[str]]]:
 
 
 def architectures(path: Path) -> list[str]:
-    """Architectures in a report of the compile lane."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return [f"sm_{capability}" for capability in sorted({row["capability"] for row in data["rows"]})]
+    """Architectures in a report of the compile lane, the oldest first."""
+    found = {row["arch"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    return [f"sm_{arch}" for arch in sorted(found, key=lambda arch: int(arch.rstrip("af")))]
 
 
 def plot(data: dict[str, Any], path: Path) -> None:

@@ -77,3 +77,21 @@ def test_basic_blocks_refuse_as_torchvision(options):
 def test_wrong_arguments_say_what_must_be(make, text):
     with pytest.raises(fastres.ArgumentError, match=f"fastres.nn.*{text}.*got"):
         make()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_pytorchs_modules_take_passes(training):
+    """Options that PyTorch takes and the ops do not: the layers are called one by one."""
+    whole = numpy.int64
+    block = nn.Sequential(
+        nn.Conv2d(16, 32, 3, stride=whole(2), groups=whole(2)),
+        nn.BatchNorm2d(32, eps=numpy.float32(1e-4), momentum=numpy.float32(0.2)),
+        nn.ReLU(),
+        nn.MaxPool2d(whole(3), whole(2), whole(1)),
+    )
+    x = torch.randn(2, 16, 9, 9)
+    block.train(training)
+    expected = copy.deepcopy(block)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert torch.equal(fastres.optimize(copy.deepcopy(block), channels_last=False)(x), copy.deepcopy(expected)(x))

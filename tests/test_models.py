@@ -241,6 +241,7 @@ def test_plain_networks_have_the_layers_of_residual_ones(depth):
     ("call", "text"),
     [
         (lambda: models.plain(20), "models.plain: depth must be one of"),
+        (lambda: models.plain([18]), "models.plain: depth must be one of"),
         (lambda: models.cifar.resnet(21), r"models.cifar.resnet: depth must be 6n \+ 2"),
         (lambda: models.cifar.resnet("20"), r"models.cifar.resnet: depth must be 6n \+ 2"),
         (lambda: models.cifar.plain(2), r"models.cifar.plain: depth must be 6n \+ 2"),

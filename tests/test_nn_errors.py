@@ -69,6 +69,7 @@ def test_basic_blocks_refuse_as_torchvision(options):
     [
         (lambda: fnn.shortcut("D", 16, 16), "option must be one of"),
         (lambda: fnn.shortcut("A", 16, 8), "planes must be at least inplanes"),
+        (lambda: fnn.ZeroPadShortcut(16, 32, 0), "stride must be at least 1"),
         (lambda: fnn.ConvBNAct2d(16, 16, act="gelu"), "act must be"),
         (lambda: fnn.PlainBlock(16, 16, 1, nn.Identity()), "downsample must be None"),
         (lambda: fnn.PlainBottleneck(16, 4, 1, nn.Identity()), "downsample must be None"),
@@ -77,6 +78,13 @@ def test_basic_blocks_refuse_as_torchvision(options):
 def test_wrong_arguments_say_what_must_be(make, text):
     with pytest.raises(fastres.ArgumentError, match=f"fastres.nn.*{text}.*got"):
         make()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [3, [1.0], numpy.zeros((2, 16, 9, 9), "float32")])
+def test_a_residual_is_a_tensor(residual, training):
+    with pytest.raises(fastres.ArgumentTypeError, match=r"residual must be a torch\.Tensor, got"):
+        fnn.ConvBNAct2d(16, 16).train(training)(torch.zeros(2, 16, 9, 9), residual)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from fastres import functional
-from fastres.errors import ArgumentError, ArgumentTypeError
+from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 
 Act = nn.Module | str | None
 _transforms = torch._C._are_functorch_transforms_active
@@ -148,6 +148,8 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     if residual is not None:
         if is_followed(x):
             y = x + residual
+        elif not isinstance(residual, Tensor):
+            raise must_type("add_act", "residual", "a torch.Tensor", residual)
         elif x.dtype == residual.dtype and x.shape == residual.shape and _is_relu(act) and why_not(act) is None:
             return functional.add_act(x, residual, _name(act))
         else:

@@ -99,6 +99,11 @@ class Op:
         key, _, _ = _signature(args)
         return (self._choices.get(key) or self._choose(key, args))(*args)
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the arguments, in order."""
+        return [argument.name for argument in self._packet._schema.arguments]
+
     def _choose(self, key: tuple, args: tuple) -> Callable:
         run = self.explain(*args).load()
         if len(self._choices) >= _MAX_CHOICES:

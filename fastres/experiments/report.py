@@ -57,7 +57,6 @@ def times(ratio: float) -> str:
 
 def save(directory: Path, stem: str, data: dict[str, Any]) -> list[str]:
     """Write a comparison as JSON and as a plot; returns both paths."""
-    directory.mkdir(parents=True, exist_ok=True)
     text, picture = directory / f"{stem}.json", directory / f"{stem}.png"
     text.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     machine = data["gpus"][0] if data["gpus"] else data["cpu"]

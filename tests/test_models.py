@@ -53,7 +53,7 @@ def in_place(forward, module, x, context=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_network_is_torchvisions(name):
-    """Weights of a seed, state dicts both ways, a training step and evaluation after it."""
+    """Weights of a seed, state dicts both ways, a training step and evaluation after it; also of theirs optimised."""
     ours, theirs = pair(name, num_classes=10)
     assert_equal_states(ours, theirs)
     assert list(dict(ours.named_modules())) == list(dict(theirs.named_modules()))
@@ -63,17 +63,18 @@ def test_a_network_is_torchvisions(name):
         truth = getattr(torchvision.models, name)(num_classes=10)
     exact = {k: v.double() if v.is_floating_point() else v.clone() for k, v in theirs.state_dict().items()}
     truth.load_state_dict(exact, assign=True)
-    networks, x = (ours, theirs, truth), images(3, 3, 49, 49)
-    results = [in_place(called, network, x.to(network.fc.weight.dtype)) for network in networks]
-    judge([results], torch.float32)
+    optimized = fastres.optimize(copy.deepcopy(theirs), strict=True, channels_last=False)
+    networks, x = (ours, optimized, theirs, truth), images(3, 3, 49, 49)
+    *found, plain, exact = [in_place(called, network, x.to(network.fc.weight.dtype)) for network in networks]
+    for own in found:
+        judge([(own, plain, exact)], torch.float32)
     for network in networks:
         network.load_state_dict(truth.state_dict())
         network.eval()
-    results = []
     with torch.no_grad():
-        for network in networks:
-            results.append({"output": network(images(6, 3, 33, 33).to(network.fc.weight.dtype))})
-    judge([results], torch.float32)
+        *found, plain, exact = [{"output": n(images(6, 3, 33, 33).to(n.fc.weight.dtype))} for n in networks]
+    for own in found:
+        judge([(own, plain, exact)], torch.float32)
 
 
 def test_parameter_counts_are_the_published_ones():

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from _modules import called, compare, inference, judge, lively, step
-from _torchvision import torchvision
+from _torchvision import NETWORKS, torchvision
 from torch import nn
 from torchvision.models import feature_extraction
 
@@ -15,10 +15,6 @@ import fastres
 import fastres.nn as fnn
 from fastres import models
 
-NAMES = [
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
-]  # fmt: skip
 FrozenBatchNorm2d = torchvision.ops.misc.FrozenBatchNorm2d
 
 
@@ -51,7 +47,7 @@ def in_place(forward, module, x, context=None):
     return found | {"output": y.detach(), "gradient of x": x.grad} | dict(module.named_buffers())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_torchvisions(name):
     """Weights of a seed, state dicts both ways, a training step and evaluation after it; also of theirs optimised."""
     ours, theirs = pair(name, num_classes=10)
@@ -79,12 +75,12 @@ def test_a_network_is_torchvisions(name):
 
 def test_parameter_counts_are_the_published_ones():
     with torch.device("meta"):
-        for name in NAMES:
+        for name in NETWORKS:
             weights = torchvision.models.get_model_weights(name).DEFAULT
             assert sum(p.numel() for p in getattr(models, name)().parameters()) == weights.meta["num_params"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "vgg16_bn"])
+@pytest.mark.parametrize("name", [*NETWORKS, "vgg16_bn"])
 def test_builders_have_torchvisions_signature(name):
     ours, theirs = (inspect.signature(getattr(home, name)) for home in (models, torchvision.models))
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [

@@ -14,11 +14,11 @@ TORCH_COLOUR, FASTRES_COLOUR = "#8a94a6", "#c2410c"
 
 def need_tables() -> None:
     """Fail now, not after minutes of work, where tables cannot be drawn."""
-    terminal.need("fastres bench", "rich")
+    terminal.need("the table", "rich")
 
 
 def need_plots() -> None:
-    terminal.need("fastres bench --out", "matplotlib")
+    terminal.need("the plot", "matplotlib")
 
 
 def table(title: str, rows: list[Row], caption: str) -> None:

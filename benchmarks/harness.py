@@ -60,11 +60,16 @@ def _git(*arguments: str) -> str:
 
 
 def save(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS) -> Path:
+    """Write the result file of this machine."""
+    return write(folder / device_name(place) / f"{name}.json", rows, place)
+
+
+def write(path: Path, rows: list[Row], place: torch.device) -> Path:
     """Write one result file, in one step."""
-    path = folder / device_name(place) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"name": name, **about(place), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    data = {"name": path.stem, **about(place), "rows": rows}
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
 

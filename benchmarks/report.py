@@ -88,11 +88,13 @@ def support_matrix() -> str:
     for name, op in sorted(REGISTRY.items()):
         present = {backend.name for backend in op.backends}
         lines.append([f"`{name}`", *(_support(name, b, present, validated, compiled) for b in COLUMNS)])
-    notes = [
-        "Parity of everything marked *tested* is checked by the test suite against float64; *compiled* kernels have"
-        " met the compilers for those architectures but no device yet, and are never chosen by default there.",
-    ]
-    return "\n".join(["\n".join("| " + " | ".join(line) + " |" for line in lines), "", *notes])
+    found = "; ".join(f"{backend} for {', '.join(archs)}" for backend, archs in sorted(compiled.items()))
+    notes = (
+        "Everything *tested* is held against float64 by the test suite; what is *interpreted* too, in Triton's interpreter."
+        f" *Compiled* kernels ({found}) have met the compilers; where they have not been validated on a device they"
+        " are never chosen by default."
+    )
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 
 
 def _support(op: str, backend: str, present: set[str], validated: dict, compiled: dict) -> str:
@@ -100,12 +102,11 @@ def _support(op: str, backend: str, present: set[str], validated: dict, compiled
         return "–"
     if backend in ("cpu", "onednn", "torch"):
         return "tested"
-    parts = ["tested in the interpreter"] if backend == "triton" else []
+    parts = ["interpreted"] if backend == "triton" else []
     found = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ()))
     parts += [f"validated on {', '.join(found)}"] if found else []
-    rest = [arch for arch in compiled.get(backend, ()) if arch not in found]
-    parts += [f"compiled for {', '.join(rest)}"] if rest else []
-    return "; ".join(parts) or "not yet validated"
+    parts += ["compiled"] if any(arch.rstrip("af") not in found for arch in compiled.get(backend, ())) else []
+    return ", ".join(parts) or "not yet validated"
 
 
 def validated_on() -> dict[str, dict[str, list[str]]]:
@@ -119,9 +120,9 @@ def validated_on() -> dict[str, dict[str, list[str]]]:
 
 
 def architectures(path: Path) -> list[str]:
-    """Architectures in a report of the compile lane."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return [f"sm_{capability}" for capability in sorted({row["capability"] for row in data["rows"]})]
+    """Architectures in a report of the compile lane, the oldest first."""
+    found = {row["arch"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    return [f"sm_{arch}" for arch in sorted(found, key=lambda arch: int(arch.rstrip("af")))]
 
 
 def plot(data: dict[str, Any], path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import fastres
 from fastres.errors import UnsupportedError, VerificationError
 
 MODES = ("inference", "training")
@@ -79,6 +80,7 @@ def bench(arguments: argparse.Namespace) -> int:
         report.need_tables()
     if arguments.out is not None:
         report.need_plots()
+        arguments.out.mkdir(parents=True, exist_ok=True)  # or fail now
     training = arguments.mode == "training"
     ways, subject = TRAINING if training else INFERENCE, _subject(arguments)
     with _progress(arguments, "bench", len(ways) + 2) as step:
@@ -111,7 +113,6 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def tune(arguments: argparse.Namespace) -> int:
-    import fastres
     from fastres import tune, tuner
 
     subject = _subject(arguments)
@@ -143,8 +144,6 @@ def fastres_input(x: Any) -> Any:
 
 def explain(arguments: argparse.Namespace) -> int:
     import torch
-
-    import fastres
 
     subject = _subject(arguments)
     model = fastres.optimize(subject.model.train(arguments.mode == "training"))
@@ -193,6 +192,7 @@ class _progress:
 
 def _parser() -> _Parser:
     parser = _Parser(prog="fastres", description="Residual networks in PyTorch, faster.")
+    parser.add_argument("--version", action="version", version=f"fastres {fastres.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print only JSON on stdout")

@@ -74,6 +74,18 @@ def _family(op: str) -> str:
     return op.removesuffix("_backward").removesuffix("_train")
 
 
+def _check_wishes(source: str, wishes: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what names no op, or no backend of it: in silence it would change nothing."""
+    for op, name in wishes.items():
+        names = set().union(*_known.values()) if op == "*" else _known.get(op)
+        if names is None:
+            raise ValueError(f"{source}: op must be one of {sorted(_known)}, got {op!r}")
+        if name is not None and name not in names:
+            of = "backend" if op == "*" else f"backend of {op}"
+            raise ValueError(f"{source}: {of} must be one of {sorted(names)}, got {name!r}")
+    return wishes
+
+
 class use:
     """Force backends: ``fastres.use(bn_act="torch")``, or ``fastres.use("torch")`` for every op that has that backend.
 
@@ -87,12 +99,7 @@ class use:
 
     def __init__(self, backend: str | None = None, /, **ops: str | None) -> None:
         wishes = dict(ops) if backend is None else {"*": backend, **ops}
-        for op, name in wishes.items():
-            names = set().union(*_known.values()) if op == "*" else _known.get(op)
-            if names is None:
-                raise ValueError(f"fastres.use: op must be one of {sorted(_known)}, got {op!r}")
-            if name is not None and name not in names:
-                raise ValueError(f"fastres.use: backend of {op} must be one of {sorted(names)}, got {name!r}")
+        _check_wishes("fastres.use", wishes)
         self._before = dict(_forced)
         for op, name in wishes.items():
             if name is None:
@@ -118,7 +125,8 @@ def is_forced() -> bool:
 def _wish(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
     """The backend forced for op and what forced it; a wish for all ops passes by an op that lacks the backend."""
     names = [backend.name for backend in backends]
-    for table, source in ((_forced, "forced by fastres.use"), (env.forced_backend(), "forced by FASTRES_BACKEND")):
+    environment = _check_wishes("FASTRES_BACKEND", env.forced_backend())
+    for table, source in ((_forced, "forced by fastres.use"), (environment, "forced by FASTRES_BACKEND")):
         for entry in (op, _family(op), "*"):
             if entry in table and (entry != "*" or table[entry] in names):
                 return table[entry], source

@@ -1,5 +1,7 @@
 """The exceptions fastres raises on purpose."""
 
+from collections.abc import Mapping
+
 
 class ArgumentError(ValueError):
     """An argument has the wrong value, shape, dtype, device or layout: what must be, what was got, what to do."""
@@ -25,3 +27,14 @@ def must(op: str, parameter: str, what: str, got: object, do: str = "") -> Argum
 def must_type(op: str, parameter: str, what: str, got: object) -> ArgumentTypeError:
     """The same message where the type itself is wrong."""
     return ArgumentTypeError(f"fastres.{op}: {parameter} must be {what}, got {type(got).__name__}")
+
+
+def renamed(
+    error: ArgumentError | ArgumentTypeError, op: str, names: Mapping[str, str]
+) -> ArgumentError | ArgumentTypeError:
+    """The error of an op in the words of the function of its name, which may call a parameter otherwise."""
+    where, _, message = str(error).partition(": ")
+    parameter, _, rest = message.partition(" must be ")
+    if where.removesuffix("_train") == f"fastres.{op}":
+        parameter = names.get(parameter, parameter)
+    return type(error)(f"fastres.{op}: {parameter} must be {rest}")

@@ -5,15 +5,17 @@ for correctness. Wrong arguments raise ``fastres.ArgumentError`` (a ValueError) 
 before any memory is touched. ``fastres.explain(op, *args)`` tells which backend a call gets and why.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.errors import must, must_type
-from fastres.ops import _fold
+from fastres.errors import ArgumentError, ArgumentTypeError, must, must_type, renamed
+from fastres.ops import _check, _fold
+from fastres.ops._op import Once
 from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
@@ -22,6 +24,26 @@ from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 
 Size = int | tuple[int, int]
+P = ParamSpec("P")
+
+_STATISTICS = {"mean": "running_mean", "var": "running_var"}
+_CONVOLUTION = {"weight": "conv_weight", "bias": "conv_bias", "bn_weight": "weight", "bn_bias": "bias", **_STATISTICS}
+
+
+def _names(**of_op: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Errors of the ops' checks in the function's own words: by which name it knows each of the op's arguments."""
+
+    def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+            try:
+                return function(*args, **kwargs)
+            except (ArgumentError, ArgumentTypeError) as error:
+                raise renamed(error, function.__name__, of_op) from None
+
+        return call
+
+    return decorate
 
 
 def add_act(x: Tensor, residual: Tensor, act: str = "relu") -> Tensor:
@@ -34,6 +56,7 @@ def add_act(x: Tensor, residual: Tensor, act: str = "relu") -> Tensor:
     return ADD_ACT(x, residual, act)
 
 
+@_names(**_STATISTICS)
 def bn_act(
     x: Tensor,
     running_mean: Tensor | None,
@@ -50,15 +73,16 @@ def bn_act(
     In training the running buffers, where given, are updated in place as ``F.batch_norm`` does (with the unbiased
     variance). ``momentum`` may be a tensor of one element, for a cumulative average without a synchronisation.
     """
-    if not training:
+    if not _is_training("bn_act", training, momentum):
         _needs_statistics("bn_act", running_mean, running_var)
         return BN_ACT(x, weight, bias, running_mean, running_var, eps, act)
-    _check_running("bn_act", x, running_mean, running_var)
+    _check_update("bn_act", x, running_mean, running_var)
     y, mean, var = BN_ACT_TRAIN(x, weight, bias, eps, act)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
 
 
+@_names(**_STATISTICS)
 def bn_add_act(
     x: Tensor,
     residual: Tensor,
@@ -72,15 +96,16 @@ def bn_add_act(
     act: str = "relu",
 ) -> Tensor:
     """Normalise, add a residual and activate: ``relu(F.batch_norm(x, ...) + residual)``; buffers as in ``bn_act``."""
-    if not training:
+    if not _is_training("bn_add_act", training, momentum):
         _needs_statistics("bn_add_act", running_mean, running_var)
         return BN_ADD_ACT(x, residual, weight, bias, running_mean, running_var, eps, act)
-    _check_running("bn_add_act", x, running_mean, running_var)
+    _check_update("bn_add_act", x, running_mean, running_var)
     y, mean, var = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
 
 
+@_names(**_STATISTICS)
 def bn_act_maxpool(
     x: Tensor,
     running_mean: Tensor | None,
@@ -97,15 +122,16 @@ def bn_act_maxpool(
 ) -> Tensor:
     """The stem's tail: ``F.max_pool2d(relu(F.batch_norm(x, ...)), kernel_size, stride, padding)``; buffers as in ``bn_act``."""
     window = _pair(kernel_size), _pair(stride), _pair(padding)
-    if not training:
+    if not _is_training("bn_act_maxpool", training, momentum):
         _needs_statistics("bn_act_maxpool", running_mean, running_var)
         return BN_ACT_MAXPOOL(x, weight, bias, running_mean, running_var, eps, act, *window)
-    _check_running("bn_act_maxpool", x, running_mean, running_var)
+    _check_update("bn_act_maxpool", x, running_mean, running_var)
     y, mean, var = BN_ACT_MAXPOOL_TRAIN(x, weight, bias, eps, act, *window)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
 
 
+@_names(**_CONVOLUTION)
 def conv_bn_act(
     x: Tensor,
     conv_weight: Tensor,
@@ -134,6 +160,7 @@ def conv_bn_act(
     )  # fmt: skip
 
 
+@_names(**_CONVOLUTION)
 def conv_bn_add_act(
     x: Tensor,
     residual: Tensor,
@@ -162,30 +189,33 @@ def conv_bn_add_act(
 
 
 def _conv(x, residual, conv_weight, conv_bias, mean, var, weight, bias, training, momentum, eps, geometry, act):
-    op = "conv_bn_act" if residual is None else "conv_bn_add_act"
-    if not isinstance(x, Tensor):
-        raise must_type(op, "x", "a torch.Tensor", x)
-    if not isinstance(conv_weight, Tensor):
-        raise must_type(op, "conv_weight", "a torch.Tensor", conv_weight)
+    op = CONV_BN_ACT if residual is None else CONV_BN_ADD_ACT
+    for name, tensor in (("x", x), ("weight", conv_weight)):
+        if not isinstance(tensor, Tensor):
+            raise must_type(op.name, name, "a torch.Tensor", tensor)
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         if x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
     elif x.dtype != conv_weight.dtype:
-        raise must(op, "x", f"of conv_weight's dtype {conv_weight.dtype}", x.dtype, "convert it, or use autocast")
-    if not training:
-        _needs_statistics(op, mean, var)
-        if not (torch.is_grad_enabled() and _requires_grad(x, residual, conv_weight, conv_bias, weight, bias)):
-            tail = (conv_weight, conv_bias, weight, bias, mean, var, eps, *geometry, act)
-            return CONV_BN_ACT(x, *tail) if residual is None else CONV_BN_ADD_ACT(x, residual, *tail)
-    z = F.conv2d(x, conv_weight, conv_bias, *geometry)
+        raise must(op.name, "x", f"of conv_weight's dtype {conv_weight.dtype}", x.dtype, "convert it, or use autocast")
+    activations = (x,) if residual is None else (x, residual)
+    args = (*activations, conv_weight, conv_bias, weight, bias, mean, var, eps, *geometry, act)
+    if not _is_training(op.name, training, momentum):
+        _needs_statistics(op.name, mean, var)
+        if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
+            return op(*args)
+    elsewhere = any(isinstance(tensor, Tensor) and tensor.device != x.device for tensor in (conv_weight, conv_bias))
+    if elsewhere or isinstance(geometry[1], str):
+        op.check(*args)  # PyTorch's convolution would compute something from a meta tensor, and take "same"
+    try:
+        z = F.conv2d(x, conv_weight, conv_bias, *geometry)
+    except Exception:
+        op.check(*args)  # says what is wrong in this function's words, if it is an argument
+        raise
     if residual is None:
         return bn_act(z, mean, var, weight, bias, training, momentum, eps, act)
     return bn_add_act(z, residual, mean, var, weight, bias, training, momentum, eps, act)
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def update_running(
@@ -205,6 +235,7 @@ def update_running(
             running_mean.mul_(1 - momentum).add_(mean * momentum)
             running_var.mul_(1 - momentum).add_(var * (momentum * (values / (values - 1))))
         else:
+            momentum = float(momentum)  # a bool would fail half way
             running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
             running_var.mul_(1 - momentum).add_(var, alpha=momentum * (values / (values - 1)))
 
@@ -214,13 +245,30 @@ def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
     _fold.forget(weights)
 
 
-def _check_running(op: str, x: Tensor, mean: Any, var: Any) -> None:
-    """Refuse running buffers that could only be half updated."""
+def _is_training(op: str, training: Any, momentum: Any) -> bool:
+    """The flag, once it and momentum are what torch's batch norm takes, whether it uses them or not."""
+    if training is not True and training is not False:
+        raise must_type(op, "training", "a bool", training)
+    if not isinstance(momentum, (int, float, Tensor)):
+        raise must_type(op, "momentum", "a number or a tensor of one element", momentum)
+    if isinstance(momentum, Tensor) and momentum.numel() != 1:
+        raise must(op, "momentum", "a number or a tensor of one element", f"a tensor of shape {tuple(momentum.shape)}")
+    return training
+
+
+@Once
+def _check_update(op: str, x: Tensor, mean: Any, var: Any) -> None:
+    """Refuse running buffers that could not be updated, or only half."""
+    _check.images(op, x=x)
     if (mean is None) != (var is None):
-        raise must(op, "running_mean and running_var", "both tensors or both None", f"{type(mean)} and {type(var)}")
-    if mean is not None and not mean.shape == var.shape == x.shape[1:2]:
-        expected = f"of shape ({x.shape[1]},)"
-        raise must(op, "running_mean and running_var", expected, f"{tuple(mean.shape)} and {tuple(var.shape)}")
+        got = f"{type(mean).__name__} and {type(var).__name__}"
+        raise must(op, "running_mean and running_var", "both tensors or both None", got)
+    if mean is None:
+        return
+    _check.per_channel(op, x.shape[1], x, mean=mean, var=var)
+    for name, buffer in (("mean", mean), ("var", var)):
+        if buffer.stride(0) == 0 and x.shape[1] > 1:
+            raise must(op, name, "a tensor of its own memory", "an expanded one", "clone it")
 
 
 def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None) -> None:
@@ -231,5 +279,6 @@ def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None) -> None:
         )
 
 
-def _pair(value: Size) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+def _pair(value: Any) -> Any:
+    """A pair of what is one whole number; the ops judge the rest."""
+    return (value, value) if type(value) is int else tuple(value) if isinstance(value, list) else value

@@ -25,7 +25,7 @@ def need(what: str, *modules: str, extra: str = "demo") -> list[ModuleType]:
     missing = [PACKAGES.get(name, name) for name in modules if not installed(name.partition(".")[0])]
     if missing:
         raise UnsupportedError(
-            f"{what} needs {' and '.join(missing)}, which is not installed (pip install fastres[{extra}])"
+            f"{what} needs {' and '.join(missing)}, not installed here (pip install fastres[{extra}])"
         )
     return [importlib.import_module(name) for name in modules]
 

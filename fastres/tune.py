@@ -106,7 +106,8 @@ def _check_ownership(path: Path) -> None:
     """Accept only the user's own plain file, in a directory that nobody else can write to."""
     if not hasattr(os, "getuid"):  # no POSIX owners here
         return
-    for place, status in ((path, path.lstat()), (path.parent, path.parent.stat())):
+    for place in (path.parent, path):
+        status = place.lstat() if place is path else place.stat()
         if stat.S_ISLNK(status.st_mode):
             raise ValueError("it is a symbolic link")
         if status.st_uid != os.getuid():
@@ -173,7 +174,7 @@ def why_not_validated(op: str, backend: str, device: torch.device) -> str | None
 
 
 def check_writable(device: torch.device) -> None:
-    """Raise now what ``store`` would: UnsupportedError where the user's cache is corrupt or not theirs."""
+    """Raise now what ``store`` would: UnsupportedError where the user's cache is corrupt, not theirs or read-only."""
     _stored(cache_file(device))
 
 
@@ -181,11 +182,16 @@ def _stored(path: Path) -> dict:
     """What the cache holds and this torch may use; a new one where there is none."""
     fresh: dict = {"format": FORMAT, "torch": torch.__version__, "validated": {}, "failed": {}, "choices": {}}
     try:
-        old = read(path)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            old = read(path)
     except FileNotFoundError:
         return fresh  # the first result of this device
     except ValueError as error:
         raise UnsupportedError(f"fastres.tune: {error}; it is left as it is (move it away to store results)") from None
+    except OSError as error:
+        advice = "set FASTRES_CACHE_DIR to a folder of yours"
+        raise UnsupportedError(f"fastres.tune: nothing can be stored in {path.parent}: {error} ({advice})") from None
     return old if old.get("torch") == torch.__version__ else fresh
 
 
@@ -207,7 +213,6 @@ def store(
         UnsupportedError: what is there is not a tuning file of this user.
     """
     path = cache_file(device)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     data = _stored(path)
     verdicts = {"validated": validated, "failed": failed or {}}
     for section, other in (SECTIONS, SECTIONS[::-1]):

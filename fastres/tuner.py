@@ -158,6 +158,8 @@ def tune_call(op: str, *args: Any, seconds: float = 0.5, store: bool = True) -> 
     if op not in REGISTRY:
         raise must("tuner.tune_call", "op", f"one of {sorted(REGISTRY)}", repr(op))
     REGISTRY[op].check(*args)
+    if store:
+        tune.check_writable(_device(args))
     session = Session(_device(args), seconds)
     result = session.tune(REGISTRY[op], args)
     if store:

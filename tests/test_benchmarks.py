@@ -199,3 +199,16 @@ def test_readme_shows_only_what_the_result_files_give():
 def test_the_support_matrix_lists_every_op():
     lines = report.support_matrix().splitlines()
     assert {line.split("`")[1] for line in lines if line.startswith("| `")} == set(REGISTRY)
+
+
+def test_the_support_matrix_names_what_was_compiled_and_validated(monkeypatch, tmp_path):
+    for backend, archs in (("cuda", ("100", "80", "90a")), ("triton", ("90a",))):
+        rows = [{"kernel": "some_kernel", "arch": arch} for arch in archs]
+        harness.write(tmp_path / f"{backend}.json", rows, CPU)
+    validated = {"sm_90": {"cuda": ["add_act"], "triton": ["add_act"]}}
+    monkeypatch.setattr(report, "COMPILED", tmp_path)
+    monkeypatch.setattr(report, "validated_on", lambda: validated)
+    lines = report.support_matrix().splitlines()
+    (row,) = (line for line in lines if line.startswith("| `add_act` "))
+    assert row.count("compiled") == 1 and "| interpreted, validated on sm_90 | validated on sm_90, compiled |" in row
+    assert "cuda for sm_80, sm_90a, sm_100; triton for sm_90a" in lines[-1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastres
 from fastres import cli, dispatch, info, terminal, tune
 from fastres.errors import UnsupportedError, VerificationError
 from fastres.ops import REGISTRY
@@ -76,6 +77,7 @@ WRONG = {
     "unknown mode": ["bench", "resnet18", "--mode", "sleep"],
     "no seconds": ["tune", "resnet18", "--seconds", "nan"],
     "unknown backend": ["info", "--require", "abacus"],
+    "a folder that cannot be made": ["bench", "resnet18", "--json", "--out", "/dev/null/results"],
     "no such file": ["explain", "nowhere.py:make"],
     "no epochs": ["demo", "--epochs", "0"],
     "too small": ["verify", "resnet18", "--size", "1", "--mode", "training"],
@@ -102,6 +104,30 @@ def test_a_model_from_a_file(capsys, tmp_path):
     for name, words in (("number", "torch.nn.Module"), ("absent", "must define"), ("broken", "KeyError")):
         code, _, err = run(capsys, "verify", f"{path}:{name}")
         assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_the_version(capsys):
+    assert run(capsys, "--version") == (0, f"fastres {fastres.__version__}\n", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_told(capsys):
+    code, out, err = run(capsys, "verify", "resnet18", "--device", "cuda")
+    assert code == 2 and out == "" and err.startswith("fastres verify: --device cuda: torch") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("wish", ["abacus", "conv_bn_act=abacus", "conv=torch"])
+def test_a_backend_misspelt_in_the_environment_is_told(capsys, monkeypatch, wish):
+    monkeypatch.setenv("FASTRES_BACKEND", wish)
+    dispatch.forget()
+    code, _, err = run(capsys, "verify", *NET)
+    assert code == 2 and "fastres verify: FASTRES_BACKEND: " in err and repr(wish.split("=")[-1 if "ab" in wish else 0]) in err
+
+
+def test_tune_tells_before_any_work_that_nothing_can_be_stored(capsys, monkeypatch):
+    monkeypatch.setenv("FASTRES_CACHE_DIR", "/dev/null/cache")
+    code, out, err = run(capsys, "tune", *NET)
+    assert code == 2 and out == "" and "nothing can be stored in /dev/null/cache" in err and err.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(capsys):

@@ -1,18 +1,16 @@
 """Compile every CUDA kernel for every default architecture, with no GPU, and read what ptxas says of it.
 
-``FASTRES_CUDA_COMPILE_REPORT=path`` keeps the rows as JSON. The build is the installation's own
-(csrc/recipes.py), kept below build/, so that a second run compiles nothing.
+The build is the installation's own (csrc/recipes.py), kept below build/, so that a second run compiles nothing.
 """
 
 import functools
 import itertools
-import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import _compile_report
 import pytest
 
 pytestmark = pytest.mark.compile
@@ -68,13 +66,12 @@ def report() -> list[dict]:
             continue  # of a kernel that is gone
         for function in FUNCTION.finditer(log.read_text()):
             shared = re.search(r"(\d+) bytes smem", function["rest"])
-            numbers = {name: int(function[name]) for name in ("stack", "stores", "loads", "registers")}
+            spilled = sum(int(function[name]) for name in ("stack", "stores", "loads"))
+            numbers = {"registers": int(function["registers"]), "spilled": spilled}
             numbers["shared"] = int(shared[1]) if shared else 0
             names = {"kernel": short_name(function["symbol"]), "symbol": function["symbol"]}
             names |= {"source": log.name, "arch": function["arch"].removeprefix("sm_")}
             rows.append(names | numbers)
-    if path := os.environ.get("FASTRES_CUDA_COMPILE_REPORT"):
-        Path(path).write_text(json.dumps({"build": build(), "rows": rows}, indent=0, sort_keys=True) + "\n")
     return rows
 
 
@@ -83,19 +80,11 @@ def test_every_kernel_is_compiled_for_every_architecture(capsys) -> None:
     compiled = {(row["source"].removesuffix(".o.ptxas.txt"), row["arch"]) for row in report()}
     expected = {(path.stem, arch) for path in (CSRC / "cuda").glob("*_kernel.cu") for arch in archs}
     assert compiled == expected
-    lines = ["", "CUDA kernel                           sm variants registers  spilled  shared"]
-    for kernel, arch in sorted({(row["kernel"], row["arch"]) for row in report()}):
-        rows = [row for row in report() if (row["kernel"], row["arch"]) == (kernel, arch)]
-        registers, shared = (max(row[name] for row in rows) for name in ("registers", "shared"))
-        spilled = max(row["stores"] + row["loads"] for row in rows)
-        lines.append(f"{kernel:<34} {arch:>5} {len(rows):>8} {registers:>9} {spilled:>8} {shared:>7}")
-    with capsys.disabled():
-        print("\n".join(lines))
+    _compile_report.publish("cuda", report(), capsys)
 
 
 def test_no_kernel_spills() -> None:
-    spills = [row for row in report() if row["stores"] or row["loads"] or row["stack"]]
-    assert not spills
+    assert not [row for row in report() if row["spilled"]]
 
 
 def machine_code(library: Path) -> dict[tuple[str, str], list[str]]:

@@ -89,6 +89,8 @@ def test_ops_and_functions():
     assert trained.op == "bn_act_train" and torch.equal(mean, torch.zeros(4))
     with pytest.raises(ValueError, match="target must be"):
         fastres.explain("bn_relu", x)
+    with pytest.raises(ValueError, match="args must be those of add_act: x, residual, act, got 1 of them"):
+        fastres.explain("add_act", x)
     with pytest.raises(ValueError, match="runs a fastres op"):
         fastres.explain(F.relu, x)
     with pytest.raises(TypeError, match="target must be"):
@@ -258,7 +260,13 @@ def test_verify_takes_tuples_and_refuses_others():
         ({"channels_last": "yes"}, ValueError, "channels_last must be"),
         ({"dtype": torch.int8}, ValueError, "dtype must be"),
         ({"dtype": "bfloat16"}, ValueError, "dtype must be"),
+        ({"dtype": torch.float8_e4m3fn}, ValueError, "dtype must be"),
         ({"skip": ["nothing"]}, ValueError, "skip must be"),
+        ({"skip": None}, TypeError, "skip must be a pattern of module names or a sequence of them, got NoneType"),
+        ({"skip": ["0", 1]}, TypeError, "skip must be a pattern of module names or a sequence of them, got int"),
+        ({"strict": "yes"}, TypeError, "strict must be a bool, got str"),
+        ({"inplace": None}, TypeError, "inplace must be a bool, got NoneType"),
+        ({"verify": X[:0]}, ValueError, "verify must be an input for which the model returns floating values"),
     ],
 )
 def test_wrong_options(options, error, text):

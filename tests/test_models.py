@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from _modules import called, compare, inference, judge, lively, step
-from _torchvision import torchvision
+from _torchvision import NETWORKS, torchvision
 from torch import nn
 from torchvision.models import feature_extraction
 
@@ -15,10 +15,6 @@ import fastres
 import fastres.nn as fnn
 from fastres import models
 
-NAMES = [
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
-    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
-]  # fmt: skip
 FrozenBatchNorm2d = torchvision.ops.misc.FrozenBatchNorm2d
 
 
@@ -51,9 +47,9 @@ def in_place(forward, module, x, context=None):
     return found | {"output": y.detach(), "gradient of x": x.grad} | dict(module.named_buffers())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_torchvisions(name):
-    """Weights of a seed, state dicts both ways, a training step and evaluation after it."""
+    """Weights of a seed, state dicts both ways, a training step and evaluation after it; also of theirs optimised."""
     ours, theirs = pair(name, num_classes=10)
     assert_equal_states(ours, theirs)
     assert list(dict(ours.named_modules())) == list(dict(theirs.named_modules()))
@@ -63,27 +59,28 @@ def test_a_network_is_torchvisions(name):
         truth = getattr(torchvision.models, name)(num_classes=10)
     exact = {k: v.double() if v.is_floating_point() else v.clone() for k, v in theirs.state_dict().items()}
     truth.load_state_dict(exact, assign=True)
-    networks, x = (ours, theirs, truth), images(3, 3, 49, 49)
-    results = [in_place(called, network, x.to(network.fc.weight.dtype)) for network in networks]
-    judge([results], torch.float32)
+    optimized = fastres.optimize(copy.deepcopy(theirs), strict=True, channels_last=False)
+    networks, x = (ours, optimized, theirs, truth), images(3, 3, 49, 49)
+    *found, plain, exact = [in_place(called, network, x.to(network.fc.weight.dtype)) for network in networks]
+    for own in found:
+        judge([(own, plain, exact)], torch.float32)
     for network in networks:
         network.load_state_dict(truth.state_dict())
         network.eval()
-    results = []
     with torch.no_grad():
-        for network in networks:
-            results.append({"output": network(images(6, 3, 33, 33).to(network.fc.weight.dtype))})
-    judge([results], torch.float32)
+        *found, plain, exact = [{"output": n(images(6, 3, 33, 33).to(n.fc.weight.dtype))} for n in networks]
+    for own in found:
+        judge([(own, plain, exact)], torch.float32)
 
 
 def test_parameter_counts_are_the_published_ones():
     with torch.device("meta"):
-        for name in NAMES:
+        for name in NETWORKS:
             weights = torchvision.models.get_model_weights(name).DEFAULT
             assert sum(p.numel() for p in getattr(models, name)().parameters()) == weights.meta["num_params"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "vgg16_bn"])
+@pytest.mark.parametrize("name", [*NETWORKS, "vgg16_bn"])
 def test_builders_have_torchvisions_signature(name):
     ours, theirs = (inspect.signature(getattr(home, name)) for home in (models, torchvision.models))
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
@@ -241,6 +238,7 @@ def test_plain_networks_have_the_layers_of_residual_ones(depth):
     ("call", "text"),
     [
         (lambda: models.plain(20), "models.plain: depth must be one of"),
+        (lambda: models.plain([18]), "models.plain: depth must be one of"),
         (lambda: models.cifar.resnet(21), r"models.cifar.resnet: depth must be 6n \+ 2"),
         (lambda: models.cifar.resnet("20"), r"models.cifar.resnet: depth must be 6n \+ 2"),
         (lambda: models.cifar.plain(2), r"models.cifar.plain: depth must be 6n \+ 2"),

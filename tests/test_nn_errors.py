@@ -69,6 +69,7 @@ def test_basic_blocks_refuse_as_torchvision(options):
     [
         (lambda: fnn.shortcut("D", 16, 16), "option must be one of"),
         (lambda: fnn.shortcut("A", 16, 8), "planes must be at least inplanes"),
+        (lambda: fnn.ZeroPadShortcut(16, 32, 0), "stride must be at least 1"),
         (lambda: fnn.ConvBNAct2d(16, 16, act="gelu"), "act must be"),
         (lambda: fnn.PlainBlock(16, 16, 1, nn.Identity()), "downsample must be None"),
         (lambda: fnn.PlainBottleneck(16, 4, 1, nn.Identity()), "downsample must be None"),
@@ -77,3 +78,28 @@ def test_basic_blocks_refuse_as_torchvision(options):
 def test_wrong_arguments_say_what_must_be(make, text):
     with pytest.raises(fastres.ArgumentError, match=f"fastres.nn.*{text}.*got"):
         make()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("residual", [3, [1.0], numpy.zeros((2, 16, 9, 9), "float32")])
+def test_a_residual_is_a_tensor(residual, training):
+    with pytest.raises(fastres.ArgumentTypeError, match=r"residual must be a torch\.Tensor, got"):
+        fnn.ConvBNAct2d(16, 16).train(training)(torch.zeros(2, 16, 9, 9), residual)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_pytorchs_modules_take_passes(training):
+    """Options that PyTorch takes and the ops do not: the layers are called one by one."""
+    whole = numpy.int64
+    block = nn.Sequential(
+        nn.Conv2d(16, 32, 3, stride=whole(2), groups=whole(2)),
+        nn.BatchNorm2d(32, eps=numpy.float32(1e-4), momentum=numpy.float32(0.2)),
+        nn.ReLU(),
+        nn.MaxPool2d(whole(3), whole(2), whole(1)),
+    )
+    x = torch.randn(2, 16, 9, 9)
+    block.train(training)
+    expected = copy.deepcopy(block)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert torch.equal(fastres.optimize(copy.deepcopy(block), channels_last=False)(x), copy.deepcopy(expected)(x))

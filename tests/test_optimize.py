@@ -6,25 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _modules import judge, lively, steady, step
-from _torchvision import torchvision
+from _torchvision import NETWORKS, torchvision
 from tolerances import assert_close_to_truth
 from torch import nn
 
 import fastres
 import fastres.models
-
-NETWORKS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
 
 
 def images(*shape, seed=3):

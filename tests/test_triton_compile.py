@@ -1,21 +1,20 @@
 """Compile every Triton kernel x configuration x dtype ahead of time, with no GPU, and read the machine code.
 
 The ops' own host code runs on meta tensors of ResNet-50 sizes with ``launch`` replaced by a recorder, so what is
-compiled is what a device would be asked to run. ``FASTRES_COMPILE_REPORT=path`` keeps the table as JSON.
+compiled is what a device would be asked to run.
 """
 
 import concurrent.futures
 import functools
 import importlib
-import json
 import multiprocessing
-import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _compile_report
 import pytest
 import torch
 
@@ -149,9 +148,10 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "dtype": "tf32" if constants.get("PRECISION") == "tf32" else launch.dtype,
         "config": launch.config,
         "capability": capability,
+        "arch": re.search(r"^\.target sm_(\w+)", ptx, re.M)[1],
         "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE")},
         "registers": usage["REG"],
-        "stack": usage["STACK"] + usage["LOCAL"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
         "mma": sum(ptx.count(name) for name in {MMA[capability], "mma.sync"}) if dot else None,
         "tensor_cores": MMA[capability] in ptx,
@@ -174,15 +174,11 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 @functools.cache
 def report() -> list[dict[str, Any]]:
-    """Every launch compiled for every capability it is offered on, in two processes; also written out where asked."""
+    """Every launch compiled for every capability it is offered on, in two processes."""
     tasks = [(launch, capability) for launch in collect() for capability in SHARED if offered(launch, capability)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        rows = list(pool.map(compile_one, *zip(*tasks, strict=True), chunksize=8))
-    if path := os.environ.get("FASTRES_COMPILE_REPORT"):
-        summary = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
-        Path(path).write_text(json.dumps(summary, sort_keys=True).replace('{"capability"', '\n{"capability"'))
-    return rows
+        return list(pool.map(compile_one, *zip(*tasks, strict=True), chunksize=8))
 
 
 def offered(launch: Launch, capability: int) -> bool:
@@ -196,20 +192,21 @@ def offered(launch: Launch, capability: int) -> bool:
 
 
 def faults(failed) -> list[tuple]:
-    keys = ("kernel", "capability", "dtype", "config", "variant", "registers", "stack", "shared", "narrow")
+    keys = ("kernel", "capability", "dtype", "config", "variant", "registers", "spilled", "shared", "narrow")
     return [tuple(row[key] for key in keys) for row in report() if failed(row)]
 
 
-def test_every_configuration_is_compiled() -> None:
+def test_every_configuration_is_compiled(capsys) -> None:
     configs = importlib.import_module(f"{ROOM}.configs")
     tables = (configs.FLAT, configs.CHANNELS_LAST, configs.CONTIGUOUS)
     tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE)
     compiled = {(row["config"], row["capability"]) for row in report()}
     assert {(str(config), 90) for table in tables for config in table} <= compiled
+    _compile_report.publish("triton", report(), capsys)
 
 
 def test_no_spills() -> None:
-    assert not faults(lambda row: row["stack"] > SPILL)
+    assert not faults(lambda row: row["spilled"] > SPILL)
 
 
 def test_shared_memory_fits() -> None:

@@ -228,7 +228,12 @@ def test_a_foreign_cache_is_ignored(cache, tmp_path):
     cache.chmod(0o777)
     with pytest.raises(ValueError, match="others may write"):
         tune.read(path)
+    path.unlink()
+    with pytest.raises(UnsupportedError, match="others may write"):
+        tune.store(CPU, {}, {"k": {"backend": "cpu"}})
+    assert not path.exists()
     cache.chmod(0o700)
+    tune.store(CPU, {}, {"k": {"backend": "cpu"}})
     elsewhere = tmp_path / "elsewhere.json"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)

@@ -36,7 +36,7 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: boo
         quick: fewer epochs and a smaller second network.
         quiet: print neither progress nor table.
     """
-    terminal.need("fastres demo", "sklearn", "matplotlib", "rich")
+    terminal.need("the demo", "sklearn", "matplotlib", "rich")
     out.mkdir(parents=True, exist_ok=True)
     epochs = epochs or (QUICK_EPOCHS if quick else EPOCHS)
     with terminal.Progress("demo", 2 * epochs + 2 * (len(WAYS) + 2) + 2 * 4, quiet=quiet) as progress:
@@ -88,7 +88,7 @@ def _photo_subject(name: str) -> Subject:
 
 def photos(size: int = 224) -> Tensor:
     """Four crops of each of two photos, standardised: (8, 3, size, size)."""
-    (datasets,) = terminal.need("fastres demo", "sklearn.datasets")
+    (datasets,) = terminal.need("the demo", "sklearn.datasets")
     crops = []
     for image in datasets.load_sample_images().images:
         photo = torch.tensor(image.copy()).permute(2, 0, 1).float()[None] / 255.0

@@ -44,7 +44,7 @@ class Digits:
 
 
 def digits() -> Digits:
-    (datasets,) = terminal.need("fastres demo", "sklearn.datasets")
+    (datasets,) = terminal.need("the demo", "sklearn.datasets")
     scans = datasets.load_digits()
     images = torch.tensor(scans.images, dtype=torch.float32)[:, None] / 16.0
     images = F.interpolate((images - images.mean()) / images.std(), size=(SIDE, SIDE), mode="bilinear")

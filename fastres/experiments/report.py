@@ -14,11 +14,11 @@ TORCH_COLOUR, FASTRES_COLOUR = "#8a94a6", "#c2410c"
 
 def need_tables() -> None:
     """Fail now, not after minutes of work, where tables cannot be drawn."""
-    terminal.need("fastres bench", "rich")
+    terminal.need("the table", "rich")
 
 
 def need_plots() -> None:
-    terminal.need("fastres bench --out", "matplotlib")
+    terminal.need("the plot", "matplotlib")
 
 
 def table(title: str, rows: list[Row], caption: str) -> None:
@@ -57,7 +57,6 @@ def times(ratio: float) -> str:
 
 def save(directory: Path, stem: str, data: dict[str, Any]) -> list[str]:
     """Write a comparison as JSON and as a plot; returns both paths."""
-    directory.mkdir(parents=True, exist_ok=True)
     text, picture = directory / f"{stem}.json", directory / f"{stem}.png"
     text.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     machine = data["gpus"][0] if data["gpus"] else data["cpu"]

@@ -58,7 +58,7 @@ def load(
 
     Raises:
         ArgumentError: no such model, or wrong options.
-        UnsupportedError: the package it comes from cannot be imported.
+        UnsupportedError: the package it comes from cannot be imported, or there is no such device.
     """
     small = CIFAR.fullmatch(name) is not None
     size = (32 if small else 224) if size is None else size
@@ -66,6 +66,8 @@ def load(
         if not 1 <= value <= most:
             raise ArgumentError(f"--{option} must be between 1 and {most}, got {value}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(f"--device cuda: torch {torch.__version__} sees no CUDA device")
     torch.manual_seed(0)
     model = _factory(name)()
     if not isinstance(model, nn.Module):

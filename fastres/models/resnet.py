@@ -209,7 +209,7 @@ def plain(depth: int, *, weights: Any = None, **kwargs: Any) -> PlainNet:
         weights: None or a checkpoint file.
         kwargs: ``num_classes`` and ``norm_layer``, as in ``ResNet``.
     """
-    if depth not in LAYERS:
+    if type(depth) is not int or depth not in LAYERS:
         raise must("models.plain", "depth", f"one of {list(LAYERS)}", depth)
     block = PlainBlock if depth < 50 else PlainBottleneck
     return build_from_file(partial(PlainNet, block, LAYERS[depth]), "plain", weights, kwargs)

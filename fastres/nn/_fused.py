@@ -15,10 +15,11 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from fastres import functional
-from fastres.errors import ArgumentError
+from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 
 Act = nn.Module | str | None
 _transforms = torch._C._are_functorch_transforms_active
+_WRONG = (ArgumentError, ArgumentTypeError)
 _FUSIBLE = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
 
 
@@ -105,7 +106,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
                 norm["weight"], norm["bias"], False, 0.0, bn.eps,
                 conv.stride, conv.padding, conv.dilation, conv.groups, _name(act),
             )  # fmt: skip
-        except ArgumentError:
+        except _WRONG:
             pass  # the modules below raise PyTorch's own error, or accept what the op does not
     return bn_act(bn, act, conv(x), residual)
 
@@ -119,7 +120,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
                 y = functional.bn_act(x, *statistics, momentum, bn.eps, _name(act))
             else:
                 y = functional.bn_add_act(x, residual, *statistics, momentum, bn.eps, _name(act))
-        except ArgumentError:
+        except _WRONG:
             pass  # as above; nothing has been updated yet
         else:
             _count(bn)
@@ -133,7 +134,7 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) 
         window = pool.kernel_size, pool.stride, pool.padding
         try:
             y = functional.bn_act_maxpool(x, *_statistics(bn), _momentum(bn), bn.eps, _name(act), *window)
-        except ArgumentError:
+        except _WRONG:
             pass  # as above
         else:
             _count(bn)
@@ -147,6 +148,8 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     if residual is not None:
         if is_followed(x):
             y = x + residual
+        elif not isinstance(residual, Tensor):
+            raise must_type("add_act", "residual", "a torch.Tensor", residual)
         elif x.dtype == residual.dtype and x.shape == residual.shape and _is_relu(act) and why_not(act) is None:
             return functional.add_act(x, residual, _name(act))
         else:

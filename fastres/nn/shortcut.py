@@ -25,6 +25,8 @@ class ZeroPadShortcut(nn.Module):
         super().__init__()
         if planes < inplanes:
             raise must("nn.ZeroPadShortcut", "planes", f"at least inplanes ({inplanes})", planes, "use option B")
+        if stride < 1:
+            raise must("nn.ZeroPadShortcut", "stride", "at least 1", stride)
         self.inplanes, self.planes, self.stride = inplanes, planes, stride
 
     def forward(self, x: Tensor) -> Tensor:

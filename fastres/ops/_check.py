@@ -6,14 +6,13 @@ from torch import Tensor
 from fastres.errors import must, must_type
 
 ACTS = ("relu", "none")
+MOST = 2**31 - 1  # of a window's numbers: what every convolution library takes
 
 
-def tensors(op: str, **arguments: Tensor | None) -> None:
-    """Plain strided real floating tensors on one device; None passes."""
+def tensors(op: str, **arguments: Tensor) -> None:
+    """Plain strided real floating tensors on one device."""
     first = None
     for name, tensor in arguments.items():
-        if tensor is None:
-            continue
         if not isinstance(tensor, Tensor):
             raise must_type(op, name, "a torch.Tensor", tensor)
         if tensor.is_nested or tensor.layout is not torch.strided:
@@ -44,10 +43,12 @@ def same_shape(op: str, **arguments: Tensor) -> None:
 
 def per_channel(op: str, channels: int, like: Tensor, **parameters: Tensor | None) -> None:
     """One value a channel, on the device of the activation; None passes."""
-    tensors(op, x=like, **parameters)
-    for name, tensor in parameters.items():
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            raise must(op, name, f"of shape ({channels},), one value a channel of x", tuple(tensor.shape))
+    given = {name: tensor for name, tensor in parameters.items() if tensor is not None}
+    tensors(op, x=like, **given)
+    whose = "x" if channels == like.shape[1] else "the output"
+    for name, tensor in given.items():
+        if tuple(tensor.shape) != (channels,):
+            raise must(op, name, f"of shape ({channels},), one value a channel of {whose}", tuple(tensor.shape))
 
 
 def act(op: str, value: str) -> None:
@@ -75,5 +76,5 @@ def pair(op: str, name: str, value: object, least: int) -> None:
     """Two whole numbers, each at least ``least``."""
     if not isinstance(value, (tuple, list)) or not all(type(item) is int for item in value):
         raise must_type(op, name, "a pair of int", value)
-    if len(value) != 2 or min(value) < least:
-        raise must(op, name, f"two whole numbers of at least {least}", tuple(value))
+    if len(value) != 2 or min(value) < least or max(value) > MOST:
+        raise must(op, name, f"two whole numbers from {least} to {MOST}", tuple(value))

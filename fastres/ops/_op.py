@@ -99,6 +99,11 @@ class Op:
         key, _, _ = _signature(args)
         return (self._choices.get(key) or self._choose(key, args))(*args)
 
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the arguments, in order."""
+        return [argument.name for argument in self._packet._schema.arguments]
+
     def _choose(self, key: tuple, args: tuple) -> Callable:
         run = self.explain(*args).load()
         if len(self._choices) >= _MAX_CHOICES:
@@ -114,7 +119,8 @@ class Op:
 
 def _signature(args: tuple) -> tuple[tuple, bool, bool]:
     """All of a call that a choice may depend on, whether its tensors are plain, and whether one requires grad."""
-    key, plain, needs_grad = [], True, False
+    key: list[Any] = []
+    plain, needs_grad = True, False
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
@@ -125,10 +131,28 @@ def _signature(args: tuple) -> tuple[tuple, bool, bool]:
             if arg.requires_grad:
                 needs_grad = True
         elif kind in _SCALARS:
-            key.append(arg)
+            key += (kind, arg)  # True and 1.0 equal 1, which an argument may not be
         else:
             plain = False
     return tuple(key), plain, needs_grad
+
+
+class Once:
+    """A check that a combination of arguments (dtypes, devices, shapes, strides, flags) need pass only once."""
+
+    def __init__(self, check: Callable[..., None]) -> None:
+        self.check = check
+        self._passed: set[tuple] = set()
+
+    def __call__(self, *args: Any) -> None:
+        key, plain, _ = _signature(args)
+        if plain and key in self._passed:
+            return
+        self.check(*args)
+        if plain:
+            if len(self._passed) >= _MAX_CHOICES:
+                self._passed.clear()
+            self._passed.add(key)
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack

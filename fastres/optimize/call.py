@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import functional
-from fastres.errors import UnsupportedError, must
+from fastres.errors import UnsupportedError, must, must_type
 from fastres.optimize.convert import Conversion, cast, to_channels_last
 from fastres.optimize.sites import Site, check_skip, follows_layout, sites, unwrap
 from fastres.optimize.swap import STATE, State, forget, state_of, swap, unswap
@@ -60,7 +60,7 @@ def optimize(
         VerificationError: the swap missed the budget; the model is restored.
     """
     network = unwrap(model, "optimize")
-    _check_options(mode, channels_last, dtype)
+    _check_options(mode, channels_last, dtype, strict=strict, inplace=inplace)
     if not inplace:
         model = copy.deepcopy(model)
         network = unwrap(model, "optimize")
@@ -118,13 +118,17 @@ def _apply(
     return verdict
 
 
-def _check_options(mode: object, channels_last: object, dtype: object) -> None:
+def _check_options(mode: object, channels_last: object, dtype: object, **flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise must_type("optimize", name, "a bool", flag)
     if mode not in (None, "training", "inference"):
         raise must("optimize", "mode", "None, 'training' or 'inference'", repr(mode))
     if channels_last not in (True, False, "auto"):
         raise must("optimize", "channels_last", "True, False or 'auto'", repr(channels_last))
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise must("optimize", "dtype", "None or a floating torch.dtype", dtype)
+    wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    if dtype is not None and not wide:
+        raise must("optimize", "dtype", "None or a floating torch.dtype of at least 16 bits", dtype)
 
 
 def _refuse_any(found: list[Site]) -> None:

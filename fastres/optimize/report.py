@@ -121,6 +121,9 @@ def explain(target: nn.Module | str | Callable, *args: Any) -> Report | Choice |
         if target not in REGISTRY:
             known = f"a module, a function of fastres.functional or one of {sorted(REGISTRY)}"
             raise must("explain", "target", known, repr(target))
+        names = REGISTRY[target].parameters
+        if len(args) != len(names):
+            raise must("explain", "args", f"those of {target}: {', '.join(names)}", f"{len(args)} of them")
         return REGISTRY[target].explain(*args)
     if not callable(target):
         raise must_type("explain", "target", "a torch.nn.Module, an op's name or a function", target)

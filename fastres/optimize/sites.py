@@ -89,7 +89,10 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 def check_skip(model: nn.Module, skip: str | Sequence[str]) -> tuple[str, ...]:
     """The patterns of ``skip``, each of which must name something."""
-    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip) if isinstance(skip, Sequence) else (skip,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise must_type("optimize", "skip", "a pattern of module names or a sequence of them", pattern)
     names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):

@@ -31,8 +31,8 @@ class Reference:
         with suppress(RuntimeError):  # a network that views memory as contiguous has no such run
             self.plain.append(_outputs(plain, _channels_last(self.inputs)))
         self.truth = _outputs(original.double(), _cast(self.inputs, torch.float64))
-        if not self.truth:
-            raise must("optimize", "verify", "an input for which the model returns floating tensors", "none")
+        if not any(value.numel() for value in self.truth):
+            raise must("optimize", "verify", "an input for which the model returns floating values", "none")
 
     def judge(self, model: nn.Module) -> dict[str, float]:
         """Errors of the optimised model and of PyTorch's.

@@ -1,0 +1,182 @@
+"""The functions: what their docstrings say they equal, and what they say of wrong arguments."""
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close_to_truth
+
+import fastres
+import fastres.functional as FF
+
+pytestmark = [
+    pytest.mark.none,
+    pytest.mark.filterwarnings("ignore:.*(quantize_per_tensor|nested tensors).*:UserWarning"),
+]
+
+N, C, SIZE = 2, 8, 6
+STATISTICS = ("running_mean", "running_var")
+
+
+def arguments(name, training=False, dtype=torch.float32):
+    """Keyword arguments of a correct call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    given = {"x": draw(N, C, SIZE, SIZE)}
+    if "add" in name:
+        given["residual"] = draw(N, C, SIZE, SIZE)
+    if "conv" in name:
+        given |= {"conv_weight": draw(C, C, 3, 3) / 8, "conv_bias": draw(C), "stride": 1, "padding": 1, "dilation": 1}
+        given["groups"] = 1
+    if "bn" in name:
+        given |= {"running_mean": draw(C), "running_var": draw(C).square() + 0.5, "weight": draw(C), "bias": draw(C)}
+        given |= {"training": training, "momentum": 0.3, "eps": 1e-4}
+    if "pool" in name:
+        given |= {"kernel_size": 3, "stride": 2, "padding": 1}
+    return given | {"act": "relu"}
+
+
+def plainly(x, residual=None, act="relu", **given):
+    """The composition that the docstrings name."""
+    if "conv_weight" in given:
+        names = ("conv_weight", "conv_bias", "stride", "padding", "dilation", "groups")
+        x = F.conv2d(x, *(given[name] for name in names))
+    if "eps" in given:
+        names = (*STATISTICS, "weight", "bias", "training", "momentum", "eps")
+        x = F.batch_norm(x, *(given[name] for name in names))
+    x = x if residual is None else x + residual
+    x = F.relu(x) if act == "relu" else x
+    window = [given[name] for name in ("kernel_size", "stride", "padding") if "kernel_size" in given]
+    return F.max_pool2d(x, *window) if window else x
+
+
+FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_act_maxpool", "conv_bn_act", "conv_bn_add_act")
+CASES = [(name, training) for name in FUNCTIONS for training in (False, True) if "bn" in name or not training]
+
+
+@pytest.mark.parametrize(("name", "training"), CASES)
+def test_a_function_equals_what_its_docstring_says(name, training):
+    dtype = torch.float32
+    own, theirs, exact = (arguments(name, training, d) for d in (dtype, dtype, torch.float64))
+    for key in exact:  # the same rounded values
+        exact[key] = own[key].double() if isinstance(own[key], torch.Tensor) else exact[key]
+    found = [getattr(FF, name)(**own), plainly(**theirs), plainly(**exact)]
+    assert_close_to_truth(*found, dtype, name)
+    for key in STATISTICS if training else ():
+        assert not torch.equal(own[key], arguments(name)[key])
+        assert_close_to_truth(own[key], theirs[key], exact[key], dtype, key)
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "bn" in name])
+def test_a_tensor_momentum_is_the_number_it_holds(name):
+    updated = []
+    for momentum in (0.25, torch.tensor(0.25)):
+        given = arguments(name, training=True) | {"momentum": momentum}
+        getattr(FF, name)(**given)
+        updated.append([given[key] for key in STATISTICS])
+    for a, b in zip(*updated, strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize(("name", "training"), CASES)
+def test_an_empty_batch_is_empty_and_updates_nothing(name, training):
+    given = arguments(name, training)
+    given |= {key: given[key][:0] for key in ("x", "residual") if key in given}
+    before = {key: given[key].clone() for key in STATISTICS if key in given}
+    y = getattr(FF, name)(**given)
+    assert y.shape == (0, C, *([3, 3] if "pool" in name else [SIZE, SIZE]))
+    assert all(torch.equal(given[key], value) for key, value in before.items())
+
+
+def wrong_tensors(shape):
+    """What must not stand in the place of a tensor of this shape."""
+    zeros = torch.zeros(shape)
+    return {
+        "NumPy": numpy.zeros(shape, "float32"), "list": [1.0], "number": 1.5, "str": "x",
+        "rank": zeros[..., None], "int64": zeros.long(), "bool": zeros.bool(), "complex": zeros.to(torch.complex64),
+        "float8": zeros.to(torch.float8_e4m3fn), "sparse": zeros.to_sparse(), "mkldnn": zeros.to_mkldnn(),
+        "other device": zeros.to("meta"), "quantised": torch.quantize_per_tensor(zeros, 0.1, 0, torch.qint8),
+        "nested": torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)]),
+    }  # fmt: skip
+
+
+WINDOW = [0, -1, None, "same", (1, 1, 1), 2.0, True, (1, -1), 10**20]
+WRONG = {
+    "training": [None, 1, "yes", torch.tensor(True)],
+    "momentum": [None, "x", torch.ones(2)],
+    "eps": [0.0, -1.0, None, "x", float("nan"), float("inf"), True],
+    "act": [None, "gelu", 1, b"relu"],
+    "kernel_size": [*WINDOW, 100],
+    "stride": WINDOW,
+    "padding": WINDOW[1:],
+    "dilation": WINDOW,
+    "groups": [0, -1, 3, None, "1", 1.0, True, 10**20],
+}
+OPTIONAL = ("weight", "bias", "conv_bias")
+
+
+def wrong_values(name, value):
+    if not isinstance(value, torch.Tensor):
+        return WRONG[name]
+    missing = [] if name in OPTIONAL else [None]
+    return missing + list(wrong_tensors(tuple(value.shape)).values())
+
+
+@pytest.mark.parametrize("autograd", [False, True])
+@pytest.mark.parametrize(("name", "training"), CASES)
+def test_a_wrong_argument_is_named_and_nothing_is_changed(name, training, autograd):
+    faults = []
+    getattr(FF, name)(**arguments(name, training))  # what passed before must not let another argument pass
+    for parameter, value in arguments(name, training).items():
+        for wrong in wrong_values(parameter, value):
+            if training and wrong is None and parameter in STATISTICS:
+                wrong = 3  # None, for both, is allowed there
+            given = arguments(name, training)
+            given["x"].requires_grad_(autograd)
+            given[parameter] = wrong
+            before = {key: given[key].clone() for key in STATISTICS if key in given and key != parameter}
+            try:
+                getattr(FF, name)(**given)
+                faults.append(f"{parameter}={wrong!r:.40} passes")
+            except (fastres.ArgumentError, fastres.ArgumentTypeError) as error:
+                if not str(error).startswith(f"fastres.{name}: ") or parameter not in str(error):
+                    faults.append(f"{parameter}={wrong!r:.40}: {error}")
+            if any(not torch.equal(given[key], value) for key, value in before.items()):
+                faults.append(f"{parameter}={wrong!r:.40} changes a buffer")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"conv_weight": torch.zeros(C, 4, 3, 3)}, "x must be of 4 channels"),
+        ({"conv_weight": torch.zeros(9, C, 3, 3)}, "conv_bias must be of shape (9,)"),
+        ({"conv_weight": torch.zeros(C, 0, 3, 3)}, "x must be of 0 channels"),
+        ({"dilation": 50}, "kernel must be no larger than x's padded size"),
+        ({"residual": torch.zeros(N, C, SIZE, 1)}, "residual must be of"),
+        ({"x": torch.zeros(N, C, SIZE, SIZE).double()}, "x must be of conv_weight's dtype"),
+        ({"running_mean": torch.zeros(C + 1)}, "running_mean must be of shape (8,)"),
+        ({"weight": torch.zeros(C + 1)}, "weight must be of shape (8,)"),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_shapes_that_do_not_fit_are_named(training, change, text):
+    given = arguments("conv_bn_add_act", training) | change
+    with pytest.raises(fastres.ArgumentError) as error:
+        FF.conv_bn_add_act(**given)
+    assert f"fastres.conv_bn_add_act: {text}" in str(error.value)
+
+
+def test_running_buffers_come_together_and_own_their_memory():
+    for change, text in (
+        ({"running_var": None}, "running_mean and running_var must be both tensors or both None"),
+        ({"running_var": torch.ones(1).expand(C)}, "running_var must be a tensor of its own memory"),
+    ):
+        given = arguments("bn_act", training=True) | change
+        before = given["running_mean"].clone()
+        with pytest.raises(fastres.ArgumentError, match=f"fastres.bn_act: {text}"):
+            FF.bn_act(**given)
+        assert torch.equal(given["running_mean"], before)

@@ -136,8 +136,13 @@ class Frozen(nn.Module):
         """The input shape planned or run last."""
         return next(reversed(self._programs), None)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # decorated here: doing so above would import the compiler with fastres
+            return torch.compiler.disable(Frozen.call)(self, x)
+        return self.call(x)
+
+    def call(self, x: Tensor) -> Tensor:
+        """What ``forward`` does, never compiled."""
         check_images("x", x)
         if x.shape[1] != self.channels or 0 in x.shape[1:]:
             raise must("freeze", "x", f"of {self.channels} channels and not without pixels", tuple(x.shape))

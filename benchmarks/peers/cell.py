@@ -17,6 +17,7 @@ from fastres.experiments.subject import load
 
 Row = dict[str, Any]
 ROUNDS = (5, 40)  # least and most batches of a way
+REST_S = 0.05  # before each turn: after its last call ONNX Runtime's threads spin for 37 ms, OpenMP's for 10 (EPYC, 2 cores)
 
 
 class Cell(NamedTuple):
@@ -81,19 +82,22 @@ def run(
         for process in processes.values():
             process.close()
     base = next((name for name in OWN if name in found), None)
-    for name, samples in found.items():
+    for name, turns in found.items():
+        samples = [turn["seconds"] for turn in turns]
         middle = statistics.median(samples)
         spread = timing.percentile(samples, 0.2), timing.percentile(samples, 0.8)
         calls = rows[name].pop("calls")
         rows[name] |= timing.Timing(middle, *spread, len(samples), calls, "wall, own process").to_dict()
-        rows[name] |= {"images_per_s": cell.batch / middle}
-        rows[name] |= {"base": base, "ratio": middle / statistics.median(found[base]) if base else None}
+        others = statistics.fmean(turn["others"] for turn in turns)
+        rows[name] |= {"images_per_s": cell.batch / middle, "others": others if math.isfinite(others) else None}
+    for name in found:
+        rows[name] |= {"base": base, "ratio": rows[name]["median_s"] / rows[base]["median_s"] if base else None}
     return list(rows.values())
 
 
 def _start(cell: Cell, way: Way, truth: str, threads: int) -> Process:
     order = {"model": cell.model, "batch": cell.batch, "size": cell.size, "dtype": cell.dtype, "truth": truth}
-    order |= {"maker": way.maker, "packages": way.packages}
+    order |= {"way": way.name, "maker": way.maker, "packages": way.packages}
     return Process("benchmarks.peers.worker", order, threads=threads, pinned=way.pinned)
 
 
@@ -107,17 +111,19 @@ def _make_ready(way: Way, row: Row, processes: dict[str, Process]) -> None:
         processes.pop(way.name).close()
 
 
-def _take_turns(processes: dict[str, Process], rows: dict[str, Row], seconds: float) -> dict[str, list[float]]:
-    """Seconds per call by way; one that dies on the way is dropped, and its row says so."""
-    estimates = {name: rows[name].pop("estimate_s") * rows[name]["calls"] for name in processes}
-    rounds = math.ceil(seconds / max(sum(estimates.values()), 1e-9))
-    names, found = list(processes), {name: [] for name in processes}
-    for turn in range(min(max(rounds, ROUNDS[0]), ROUNDS[1])):
+def _take_turns(processes: dict[str, Process], rows: dict[str, Row], seconds: float) -> dict[str, list[dict[str, float]]]:
+    """What each batch took, by way; one that dies on the way is dropped, and its row says so."""
+    a_round = sum(rows[name].pop("estimate_s") * rows[name]["calls"] + REST_S for name in processes)
+    rounds = min(max(math.ceil(seconds / max(a_round, 1e-9)), ROUNDS[0]), ROUNDS[1])
+    names = list(processes)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(rounds):
         for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
             if name not in found:
                 continue
+            time.sleep(REST_S)
             try:
-                found[name].append(processes[name].ask()["seconds"])
+                found[name].append(processes[name].ask())
             except Died as reason:
                 rows[name]["missing"] = str(reason)
                 del found[name]

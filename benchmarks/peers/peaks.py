@@ -44,7 +44,7 @@ def measure() -> list[Row]:
     for dtype in DTYPES:
         found = {}
         if loops is not None:
-            found["multiply-adds in registers"] = _best(lambda dtype=dtype: _loop(getattr(loops, dtype)))
+            found["multiply-adds in registers"] = _best(functools.partial(_loop, getattr(loops, dtype)))
         try:
             found[f"torch matrix product of {SIZE}"] = _best(_product(dtype))
         except RuntimeError as error:  # this torch has no such product

@@ -11,9 +11,10 @@ from benchmarks.table import Row, aligned, cases, duration, piped
 LEGEND = (
     "First column that is timed: median of a call and the share it is of the measured peak of multiply-adds. Others: their"
     " time over that one's in the same run, so above 1 fastres is faster. Every way runs in its own process, with as many"
-    " threads, and converts the same float32 images. Ready after: from the PyTorch model to the first result, the median over"
-    " the networks."
+    " threads, and converts the same float32 images. Error: root mean square of the logits' against float64, relative. Ready"
+    " after: from the PyTorch model to the first result, the median over the networks."
 )
+QUIET = 0.1  # cores that others may use before the table says so
 COLOURS = ("#c2410c", "#f59e6b", "#c9d0d8", "#9aa5b1", "#7c8a9c", "#5b6b80", "#3b4a63", "#1f2937")
 
 
@@ -37,7 +38,9 @@ def measured(rows: list[Row]) -> list[Row]:
 
 
 def grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """A line a cell; then for each dtype the geometric means of the ratios, and the seconds until ready."""
+    """A line a cell; then for each dtype the geometric means of the ratios, the largest errors, and the seconds until
+    ready.
+    """
     names, rows = ways_of(rows), measured(rows)
     lines = [
         [f"{name} {shape} {dtype}", *(shown(by_rival.get(way)) for way in names)]
@@ -46,6 +49,7 @@ def grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of_dtype = [row for row in rows if row["dtype"] == dtype]
         lines.append([f"geometric mean {dtype}", *(mean(of_dtype, way) for way in names)])
+        lines.append([f"largest error {dtype}", *(error(of_dtype, way) for way in names)])
         lines.append([f"ready after {dtype}", *(ready(of_dtype, way) for way in names)])
     return ["", *names], lines
 
@@ -64,13 +68,18 @@ def shown(row: Row | None) -> str:
 
 
 def mean(rows: list[Row], way: str) -> str:
-    """Geometric mean of a way's ratios, with the number of cells where that is not all of those timed."""
+    """Geometric mean of a way's ratios, with their number where it is not that of the cells."""
     ratios = [row["ratio"] for row in rows if row["rival"] == way and row.get("ratio")]
     if not ratios:
         return ""
     value = f"{math.exp(statistics.fmean(map(math.log, ratios))):.2f}×"
     count = len({(*row["shape"], row["name"]) for row in rows if row.get("ratio")})
     return value if len(ratios) == count else f"{value} ({len(ratios)} of {count})"
+
+
+def error(rows: list[Row], way: str) -> str:
+    errors = [row["rms"] for row in rows if row["rival"] == way and "rms" in row]
+    return f"{max(errors):.1e}" if errors else ""
 
 
 def ready(rows: list[Row], way: str) -> str:
@@ -85,11 +94,15 @@ def notes(rows: list[Row]) -> list[str]:
     absent: dict[tuple[str, str], list[str]] = {}
     for row in measured(rows):
         if "missing" in row:
-            absent.setdefault((row["rival"], row["missing"]), []).append(row["dtype"])
+            absent.setdefault((row["dtype"], row["missing"]), []).append(row["rival"])
         elif "median_s" not in row:
-            error = f"error {row['error']:.1e}, allowed {row['allowed']:.1e}"
-            reasons.append(f"{row['rival']}, {row['name']} {row['dtype']}, is wrong: {error}")
-    reasons += [f"{way}, {', '.join(dict.fromkeys(dtypes))}, is missing: {why}" for (way, why), dtypes in absent.items()]
+            size = f"error {row['error']:.1e}, allowed {row['allowed']:.1e}"
+            reasons.append(f"{row['rival']}, {row['name']} {row['dtype']}, is wrong and was not timed: {size}.")
+    reasons += [f"Missing at {dtype}: {', '.join(dict.fromkeys(ways))}: {why}." for (dtype, why), ways in absent.items()]
+    disturbed = max(measured(rows), key=lambda row: row.get("others") or 0.0, default={})
+    if (disturbed.get("others") or 0.0) > QUIET:
+        what = f"{disturbed['rival']}, {disturbed['name']} batch {disturbed['shape'][0]} {disturbed['dtype']}"
+        reasons.append(f"Not alone: other processes kept up to {disturbed['others']:.2f} cores busy ({what}).")
     return reasons
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres import terminal
 from fastres.errors import UnsupportedError
 from fastres.experiments import rivals
 from fastres.experiments.rivals import Rival
@@ -21,6 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 FREEZE, OPTIMIZE = "fastres.freeze", "fastres.optimize"
 OWN = (FREEZE, OPTIMIZE)  # the first of them that was timed is what the others are held against
 NO_INT8 = {"int8": "PyTorch quantises whole networks with another package (torchao)"}
+NO_BF16 = {"bf16": "ONNX Runtime has no bfloat16 convolution for the CPU (1.32: no implementation for Conv)"}
 
 
 class Task(NamedTuple):
@@ -60,7 +62,7 @@ WAYS = (
     Way("eager channels_last", f"{__name__}:channels_last", refuses=NO_INT8),
     Way("torch.compile", f"{__name__}:compiled", ("torch._inductor.compile_fx",), refuses=NO_INT8),
     Way("torch.compile + freezing", f"{__name__}:freezing", ("torch._inductor.compile_fx",), refuses=NO_INT8),
-    Way("ONNX Runtime", f"{__name__}:onnx_runtime", ("onnx", "onnxruntime"), pinned=False),
+    Way("ONNX Runtime", f"{__name__}:onnx_runtime", ("onnx", "onnxruntime"), pinned=False, refuses=NO_BF16),
     Way("OpenVINO", f"{__name__}:openvino", ("openvino",), pinned=False),
 )
 
@@ -105,26 +107,14 @@ def _first(call: Callable[[], Any]) -> Made:
     return call, call()
 
 
-class _Converted(nn.Module):
-    """A network of another dtype between float32 input and output."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, self.dtype = model.to(dtype), dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.to(self.dtype)).float()
-
-
 def onnx_runtime(task: Task) -> Made:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = task.threads, 1
-    model = _Converted(task.model, task.dtype) if task.dtype == torch.bfloat16 else task.model
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        torch.onnx.export(model, (task.x,), str(path), input_names=["x"], opset_version=17, dynamo=False)
+        torch.onnx.export(task.model, (task.x,), str(path), input_names=["x"], opset_version=17, dynamo=False)
         if task.dtype == torch.int8:
             path = _quantised_onnx(path, task.calibration)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -156,8 +146,7 @@ def openvino(task: Task) -> Made:
 
     model = ov.convert_model(task.model, example_input=task.x, input=list(task.x.shape))
     if task.dtype == torch.int8:
-        import nncf
-
+        (nncf,) = terminal.need("OpenVINO in int8", "nncf", extra="bench")
         model = nncf.quantize(model, nncf.Dataset([batch.numpy() for batch in task.calibration]))
     precision = "bf16" if task.dtype == torch.bfloat16 else "f32"
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": task.threads}

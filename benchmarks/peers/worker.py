@@ -1,7 +1,7 @@
 """The process of one way: makes it ready, judges its first result, then times calls whenever it is told to.
 
 It is given its order as JSON on the command line, and answers every line on stdin with a line on stdout: first what
-became of it, then seconds per call. What libraries print goes to stderr.
+became of it, then what a batch of calls took. What libraries print goes to stderr.
 """
 
 import importlib
@@ -11,19 +11,20 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from benchmarks.peers.ways import DTYPES, Task
-from fastres import budget
+from fastres import budget, terminal
 from fastres.experiments.subject import Subject, load
 
 CALIBRATION_IMAGES = 32
 INT8_ALLOWED = 1.5e-2  # relative to the root mean square of the logits; PyTorch has no int8 result to be held against
-SETTLE_S = 0.01  # of calls before the clock starts: the threads of the way before may still be spinning
-LONG_S = 0.3  # a call so long that the spinning does not matter
+SETTLE_S = 0.01  # of calls before the clock starts: threads sleep, and the caches hold another way's weights
+LONG_S = 0.3  # a call so long that this does not matter
 BATCH_S = 0.05  # a batch lasts about as long, or is one call
 
 
@@ -46,7 +47,7 @@ def main() -> None:
         calls = max(1, math.floor(BATCH_S / estimate))
         print(json.dumps({**row, "calls": calls, "estimate_s": estimate}), file=channel)
         for _ in sys.stdin:
-            print(json.dumps({"seconds": batch(call, calls, estimate)}), file=channel)
+            print(json.dumps(batch(call, calls, estimate)), file=channel)
 
 
 def reason(error: Exception) -> str:
@@ -56,8 +57,7 @@ def reason(error: Exception) -> str:
 def ready(order: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
     """The call, and the row so far: seconds for imports, seconds from the model to the first result, parity."""
     start = time.perf_counter()
-    for package in order["packages"]:
-        importlib.import_module(package)
+    terminal.need(order["way"], *order["packages"], extra="bench")
     module, _, maker = order["maker"].partition(":")
     make = getattr(importlib.import_module(module), maker)
     imported = time.perf_counter() - start
@@ -93,12 +93,15 @@ def judge(actual: Tensor, reference: dict[str, Tensor], dtype: str) -> dict[str,
     return {"ok": verdict.ok, "error": verdict.error, "allowed": verdict.allowed, "rms": rms, **beside}
 
 
-def batch(call: Callable[[], Any], calls: int, estimate: float) -> float:
-    """Seconds per call of one batch, after calls that nobody times."""
+def batch(call: Callable[[], Any], calls: int, estimate: float) -> dict[str, float]:
+    """Seconds per call of one batch, after calls that nobody times; and the cores that others kept busy meanwhile."""
     start = time.perf_counter()
     while estimate < LONG_S and time.perf_counter() - start < SETTLE_S:
         call()
-    return timed(call, calls)
+    everyone, own = busy(), time.process_time()
+    seconds = timed(call, calls)
+    others = busy() - everyone - (time.process_time() - own)
+    return {"seconds": seconds, "others": others / (seconds * calls)}
 
 
 def timed(call: Callable[[], Any], calls: int) -> float:
@@ -106,6 +109,17 @@ def timed(call: Callable[[], Any], calls: int) -> float:
     for _ in range(calls):
         call()
     return (time.perf_counter() - start) / calls
+
+
+def busy() -> float:
+    """Seconds that the machine's cores have worked for anyone, or were taken by other machines; NaN where it does not
+    tell.
+    """
+    listing = Path("/proc/stat")
+    if not listing.is_file():
+        return math.nan
+    user, nice, system, _, _, irq, softirq, steal = map(int, listing.read_text().split(maxsplit=9)[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

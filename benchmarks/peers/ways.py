@@ -68,8 +68,6 @@ WAYS = (
 
 
 def freeze(task: Task) -> Made:
-    if not hasattr(fastres, "freeze"):
-        raise UnsupportedError("this version has no fastres.freeze")
     quantised = task.dtype == torch.int8
     options: dict[str, Any] = {"quantize": task.calibration} if quantised else {"dtype": task.dtype}
     frozen = fastres.freeze(task.model, task.x, **options)

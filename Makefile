@@ -1,4 +1,4 @@
-# demo, test, bench and lint work from a clean clone with only Python and a compiler: each creates .venv, installs a
+# demo, test, bench, peers and lint work from a clean clone with only Python and a compiler: each creates .venv, installs a
 # pinned torch and what else it needs, builds the kernels in place, and runs. A second run repeats only what changed.
 PYTHON ?= python3
 # pip takes the CPU or the CUDA build, as its index offers. Override: make test TORCH="torch --index-url URL"
@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.py csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test bench lint clean FORCE
+.PHONY: demo test bench peers lint clean FORCE
 
 demo: .venv/built
 	$(BIN)/python -m fastres demo
@@ -27,6 +27,10 @@ test: .venv/built .venv/dev
 
 bench: .venv/built .venv/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Against ONNX Runtime and OpenVINO too, some hundred megabytes more; takes about two hours.
+peers: .venv/built .venv/peers
+	$(BIN)/python -m benchmarks.peers
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -51,6 +55,10 @@ clean:
 	$(PIP) install -q "setuptools>=77" ninja pybind11
 	$(BIN)/python setup.py -q build_ext --inplace
 	$(PIP) install -q --no-build-isolation -e ".[demo]"
+	@touch $@
+
+.venv/peers: .venv/torch pyproject.toml | .venv/built
+	$(PIP) install -q --no-build-isolation -e ".[bench]"
 	@touch $@
 
 .venv/dev: .venv/torch pyproject.toml | .venv/built

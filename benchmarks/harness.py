@@ -25,8 +25,8 @@ from fastres.experiments.compare import Row, training_step
 from fastres.experiments.rivals import FASTRES
 from fastres.experiments.subject import Subject
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = benchmarks.ROOT
+RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 1.0  # for the rivals of one row together
 
 
@@ -46,10 +46,11 @@ def device_name(place: torch.device) -> str:
 def about(place: torch.device) -> dict[str, Any]:
     """Machine, versions, commit and date of a result file."""
     revision = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else info.cpu_model(),
         **info.machine(), **info.versions(), "fastres": fastres.__version__, "pinned": benchmarks.PINNED,
-        "commit": revision, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": revision, "dirty": bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }  # fmt: skip
 

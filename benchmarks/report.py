@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report``: writes README's tables from the result files, and a plot beside each file of models.
+"""``python -m benchmarks.report``: writes README's tables from the result files, and plots beside those of networks.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; NAME is that of result files (``models``,
 ``ops``, ...), one table for each machine that has one, or ``support-matrix``. ``--check`` writes nothing, and exits
@@ -9,11 +9,13 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.table import cases, duration, markdown, rivals
+from benchmarks.peers import table as peers
+from benchmarks.table import Row, cases, duration, markdown, rivals
 from fastres.experiments.rivals import FASTRES
 from fastres.ops import REGISTRY
 
@@ -43,8 +45,9 @@ def main() -> int:
             print(f"README.md: the table {name} is not what the result files give (python -m benchmarks.report)")
         return 1 if text != wanted else 0
     README.write_text(wanted, encoding="utf-8")
-    for path in sorted(RESULTS.glob("*/models.json")):
-        plot(json.loads(path.read_text()), path.with_suffix(".png"))
+    for name, draw in {"models": plot, "peers": peers.plot}.items():
+        for path in sorted(RESULTS.glob(f"*/{name}.json")):
+            draw(json.loads(path.read_text()), path.with_suffix(".png"))
     return 0
 
 
@@ -69,16 +72,17 @@ def table(name: str, results: Path) -> str:
     files = sorted(results.glob(f"*/{name}.json"))
     if not files:
         raise LookupError(f"README.md shows results:{name}, but no file {results}/*/{name}.json holds them")
-    parts = [section(json.loads(path.read_text(encoding="utf-8"))) for path in files]
-    return "\n\n".join([*parts, LEGEND])
+    show, legend = (peers.markdown, peers.LEGEND) if name == "peers" else (markdown, LEGEND)
+    parts = [section(json.loads(path.read_text(encoding="utf-8")), show) for path in files]
+    return "\n\n".join([*parts, legend])
 
 
-def section(data: dict[str, Any]) -> str:
+def section(data: dict[str, Any], show: Callable[[list[Row]], str]) -> str:
     """One machine's table under a line that says where, with what and when."""
     versions = [f"torch {data['torch']}", *(f"{k} {data[k]}" for k in ("cuda", "driver") if data.get(k))]
     where = f"**{data['device']}**, {data['threads']} threads{' pinned' if data['pinned'] else ''}"
     commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
-    return "\n".join([f"{where}, {', '.join(versions)}, {commit}, {data['date']}:", "", markdown(data["rows"])])
+    return "\n".join([f"{where}, {', '.join(versions)}, {commit}, {data['date']}:", "", show(data["rows"])])
 
 
 def support_matrix() -> str:

@@ -54,17 +54,25 @@ def duration(seconds: float) -> str:
 
 
 def text_table(rows: list[Row]) -> str:
-    columns, lines = grid(rows)
+    reasons = sorted({f"missing: {row['rival']}: {row['missing']}" for row in rows if "missing" in row})
+    return "\n".join([aligned(*grid(rows)), *reasons])
+
+
+def markdown(rows: list[Row]) -> str:
+    return piped(*grid(rows))
+
+
+def aligned(columns: list[str], lines: list[list[str]]) -> str:
+    """A table for a terminal."""
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     shown = [
         "  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip()
         for line in [columns, *lines]
     ]
-    reasons = sorted({f"missing: {row['rival']}: {row['missing']}" for row in rows if "missing" in row})
-    return "\n".join([*shown, *reasons])
+    return "\n".join(shown)
 
 
-def markdown(rows: list[Row]) -> str:
-    columns, lines = grid(rows)
+def piped(columns: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
     rule = [":--", *["--:"] * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [columns, rule, *lines])

@@ -7,13 +7,17 @@ from fastres.experiments.rivals import FASTRES
 Row = dict[str, Any]
 
 
+def case_of(row: Row) -> tuple[str, ...]:
+    """What a row and those of its rivals share: name, pass, shape, dtype, memory fresh or reused."""
+    shape = "x".join(map(str, row.get("shape", ())))
+    return row["name"], row.get("pass", ""), shape, row.get("dtype", ""), row.get("memory", "")
+
+
 def cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """Rows by case (name, pass, shape, dtype, layout) and rival, in their order."""
+    """Rows by case and rival, in their order."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        shape = "x".join(map(str, row.get("shape", ())))
-        case = (row["name"], row.get("pass", ""), shape, row.get("dtype", ""))
-        found.setdefault(case, {})[row["rival"]] = row
+        found.setdefault(case_of(row), {})[row["rival"]] = row
     return found
 
 
@@ -38,6 +42,8 @@ def cell(row: Row | None) -> str:
         return ""
     if "missing" in row:
         return "missing"
+    if "peak_bytes" in row:
+        return f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["rival"] == FASTRES else f"{row['ratio']:.2f}×"
     if "median_s" not in row:
         return "wrong"
     text = duration(row["median_s"])

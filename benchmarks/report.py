@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
-from benchmarks.table import cases, duration, markdown, rivals
+from benchmarks.table import cases, condensed, duration, markdown, rivals
 from fastres.experiments.rivals import FASTRES
 from fastres.ops import REGISTRY
 
@@ -78,7 +78,7 @@ def section(data: dict[str, Any]) -> str:
     versions = [f"torch {data['torch']}", *(f"{k} {data[k]}" for k in ("cuda", "driver") if data.get(k))]
     where = f"**{data['device']}**, {data['threads']} threads{' pinned' if data['pinned'] else ''}"
     commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
-    return "\n".join([f"{where}, {', '.join(versions)}, {commit}, {data['date']}:", "", markdown(data["rows"])])
+    return "\n".join([f"{where}, {', '.join(versions)}, {commit}, {data['date']}:", "", markdown(condensed(data["rows"]))])
 
 
 def support_matrix() -> str:

@@ -1,5 +1,6 @@
 """Rows of results as tables: one line a case, one column a rival."""
 
+from statistics import geometric_mean
 from typing import Any
 
 from fastres.experiments.rivals import FASTRES
@@ -18,6 +19,26 @@ def cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
         found.setdefault(case_of(row), {})[row["rival"]] = row
+    return found
+
+
+def condensed(rows: list[Row]) -> list[Row]:
+    """Kernels forward and backward in one row for all shapes: geometric mean, least and most; other rows as they are,
+    without kernels forward alone.
+    """
+    found: list[Row] = []
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if "of_copy_peak" not in row:
+            found.append(row)
+        elif row["pass"] != "forward":
+            key = row["name"], row["pass"], row["dtype"], row["memory"], row["rival"]
+            groups.setdefault(key, []).append(row)
+    for (name, pass_, dtype, memory, rival), members in groups.items():
+        ratios = [row["ratio"] for row in members]
+        means = {key: geometric_mean(row[key] for row in members) for key in ("ratio", "gb_per_s", "of_copy_peak")}
+        about = {"name": name, "pass": f"{pass_}, {len(members)} shapes", "dtype": dtype, "memory": memory}
+        found.append({**about, "rival": rival, **means, "least": min(ratios), "most": max(ratios)})
     return found
 
 
@@ -44,6 +65,10 @@ def cell(row: Row | None) -> str:
         return "missing"
     if "peak_bytes" in row:
         return f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["rival"] == FASTRES else f"{row['ratio']:.2f}×"
+    if "least" in row and row["rival"] == FASTRES:
+        return f"{row['gb_per_s']:.0f} GB/s, {row['of_copy_peak']:.0%} of a copy's"
+    if "least" in row:
+        return f"{row['ratio']:.2f}× ({row['least']:.2f}× to {row['most']:.2f}×)"
     if "median_s" not in row:
         return "wrong"
     text = duration(row["median_s"])

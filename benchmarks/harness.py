@@ -47,10 +47,11 @@ def device_name(place: torch.device) -> str:
 def about(place: torch.device) -> dict[str, Any]:
     """Machine, versions, commit and date of a result file."""
     revision = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else info.cpu_model(),
         **info.machine(), **info.versions(), "fastres": fastres.__version__, "pinned": benchmarks.PINNED,
-        "commit": revision, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")),
+        "commit": revision, "dirty": bool(changed),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }  # fmt: skip
 

@@ -86,7 +86,8 @@ def kernels(dtype: str, common: Row) -> list[Row]:
                 calls = {name: kernel_call(run[op], tensors, backward) for name, run in RUNS.items()}
                 about = {
                     "name": op, "pass": "forward+backward" if backward else "forward", "shape": list(tensors[0].shape),
-                    "dtype": str(DTYPES[dtype]).removeprefix("torch."), "layout": "channels_last", **common, **kernel_cost(op, tensors, backward),
+                    "dtype": str(DTYPES[dtype]).removeprefix("torch."), "layout": "channels_last", **common,
+                    **kernel_cost(op, tensors, backward),
                 }  # fmt: skip
                 found = harness.rows_of(about, calls, {}, CPU)
                 rows += [{**row, "of_copy_peak": row["gb_per_s"] / peak} for row in found]

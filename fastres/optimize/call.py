@@ -153,10 +153,10 @@ def _convert(
     channels_last = _wants_channels_last(network, found, option, dtype)
     before = state_of(network)
     conversions = [] if before is None else list(before.conversions)
+    if channels_last:  # before the cast, which is undone only where it finds what it left
+        conversions += to_channels_last(network)
     if dtype is not None:
         conversions += cast(network, dtype)
-    if channels_last:
-        conversions += to_channels_last(network)
     return channels_last, conversions
 
 

@@ -19,6 +19,7 @@ import torch
 
 import benchmarks
 import fastres
+from benchmarks.table import case_of, cases
 from fastres import budget, info, timing
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, training_step
@@ -73,6 +74,18 @@ def write(path: Path, rows: list[Row], place: torch.device) -> Path:
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def extend(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS) -> Path:
+    """Write a result file that keeps the rows of other cases which this commit measured before on this machine."""
+    path, now = folder / device_name(place) / f"{name}.json", about(place)
+    kept: list[Row] = []
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if all(before.get(key) == value for key, value in now.items() if key != "date"):
+            measured = cases(rows)
+            kept = [row for row in before["rows"] if case_of(row) not in measured]
+    return save(name, [*kept, *rows], place, folder)
 
 
 class ParityError(AssertionError):

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.peers import table as peers
-from benchmarks.table import Row, cases, duration, markdown, rivals
+from benchmarks.table import Row, cases, condensed, duration, markdown, rivals
 from fastres.experiments.rivals import FASTRES
 from fastres.ops import REGISTRY
 
@@ -72,7 +72,7 @@ def table(name: str, results: Path) -> str:
     files = sorted(results.glob(f"*/{name}.json"))
     if not files:
         raise LookupError(f"README.md shows results:{name}, but no file {results}/*/{name}.json holds them")
-    show, legend = (peers.markdown, peers.LEGEND) if name == "peers" else (markdown, LEGEND)
+    show, legend = (peers.markdown, peers.LEGEND) if name == "peers" else (_markdown, LEGEND)
     parts = [section(json.loads(path.read_text(encoding="utf-8")), show) for path in files]
     return "\n\n".join([*parts, legend])
 
@@ -83,6 +83,10 @@ def section(data: dict[str, Any], show: Callable[[list[Row]], str]) -> str:
     where = f"**{data['device']}**, {data['threads']} threads{' pinned' if data['pinned'] else ''}"
     commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
     return "\n".join([f"{where}, {', '.join(versions)}, {commit}, {data['date']}:", "", show(data["rows"])])
+
+
+def _markdown(rows: list[Row]) -> str:
+    return markdown(condensed(rows))
 
 
 def support_matrix() -> str:

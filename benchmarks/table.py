@@ -1,5 +1,6 @@
 """Rows of results as tables: one line a case, one column a rival."""
 
+from statistics import geometric_mean
 from typing import Any
 
 from fastres.experiments.rivals import FASTRES
@@ -7,13 +8,37 @@ from fastres.experiments.rivals import FASTRES
 Row = dict[str, Any]
 
 
+def case_of(row: Row) -> tuple[str, ...]:
+    """What a row and those of its rivals share: name, pass, shape, dtype, memory fresh or reused."""
+    shape = "x".join(map(str, row.get("shape", ())))
+    return row["name"], row.get("pass", ""), shape, row.get("dtype", ""), row.get("memory", "")
+
+
 def cases(rows: list[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """Rows by case (name, pass, shape, dtype, layout) and rival, in their order."""
+    """Rows by case and rival, in their order."""
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        shape = "x".join(map(str, row.get("shape", ())))
-        case = (row["name"], row.get("pass", ""), shape, row.get("dtype", ""))
-        found.setdefault(case, {})[row["rival"]] = row
+        found.setdefault(case_of(row), {})[row["rival"]] = row
+    return found
+
+
+def condensed(rows: list[Row]) -> list[Row]:
+    """Kernels forward and backward in one row for all shapes: geometric mean, least and most; other rows as they are,
+    without kernels forward alone.
+    """
+    found: list[Row] = []
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if "of_copy_peak" not in row:
+            found.append(row)
+        elif row["pass"] != "forward":
+            key = row["name"], row["pass"], row["dtype"], row["memory"], row["rival"]
+            groups.setdefault(key, []).append(row)
+    for (name, pass_, dtype, memory, rival), members in groups.items():
+        ratios = [row["ratio"] for row in members]
+        means = {key: geometric_mean(row[key] for row in members) for key in ("ratio", "gb_per_s", "of_copy_peak")}
+        about = {"name": name, "pass": f"{pass_}, {len(members)} shapes", "dtype": dtype, "memory": memory}
+        found.append({**about, "rival": rival, **means, "least": min(ratios), "most": max(ratios)})
     return found
 
 
@@ -38,6 +63,12 @@ def cell(row: Row | None) -> str:
         return ""
     if "missing" in row:
         return "missing"
+    if "peak_bytes" in row:
+        return f"{row['peak_bytes'] / 2**30:.2f} GiB" if row["rival"] == FASTRES else f"{row['ratio']:.2f}×"
+    if "least" in row and row["rival"] == FASTRES:
+        return f"{row['gb_per_s']:.0f} GB/s, {row['of_copy_peak']:.0%} of a copy's"
+    if "least" in row:
+        return f"{row['ratio']:.2f}× ({row['least']:.2f}× to {row['most']:.2f}×)"
     if "median_s" not in row:
         return "wrong"
     text = duration(row["median_s"])

@@ -7,6 +7,7 @@ from fastres import functional, nn
 from fastres.dispatch import use
 from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VerificationError
 from fastres.frozen import freeze
+from fastres.memory import reuse_memory
 from fastres.optimize import explain, optimize, refresh, restore
 
 __version__ = "0.1.0"
@@ -23,5 +24,6 @@ __all__ = [
     "optimize",
     "refresh",
     "restore",
+    "reuse_memory",
     "use",
 ]

@@ -151,7 +151,7 @@ struct BnCall {
   void plan_chunks() {
     constexpr int64_t kMaxChunks = 128;
     if (args.channels_last) {
-      const int64_t smallest = std::max(kGrain, 32 * args.cols);  // many rows per set of sums
+      const int64_t smallest = std::max(kGrain, 64 * args.cols);  // many rows per set of sums
       args.chunks = std::clamp<int64_t>(args.numel / smallest, 1, kMaxChunks);
       args.slices = args.chunks;
       args.width = args.cols;

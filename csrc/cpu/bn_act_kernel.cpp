@@ -15,7 +15,7 @@ void bn_statistics(const BnArgs& shared, int64_t begin, int64_t end) {
     const auto* x = static_cast<const scalar_t*>(args.x);
     const auto* shift = static_cast<const acc_t*>(args.shift);
     reduce_chunks<last.value, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
-      const auto d = load<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, last.value>(shift, entry);
+      const auto d = read<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, last.value>(shift, entry);
       return Pair<Vec<acc_t, L>>{d, d * d};
     });
   });

@@ -99,9 +99,9 @@ FASTRES_INLINE void forward(const BnArgs& shared, int64_t begin, int64_t end) {
     const auto* bias = static_cast<const acc_t*>(args.bias);
     auto* y = static_cast<scalar_t*>(args.out);
     for_each_row<kLast, L>(args, begin, end, y, [&](int64_t offset, int64_t entry, auto lanes) {
-      auto z = normalise(load<acc_t, L>(x + offset, lanes), channel_value<acc_t, L, kLast>(mean, entry),
+      auto z = normalise(read<acc_t, L>(x + offset, lanes), channel_value<acc_t, L, kLast>(mean, entry),
                          channel_value<acc_t, L, kLast>(scale, entry), channel_value<acc_t, L, kLast>(bias, entry));
-      if constexpr (kAdd) z += load<acc_t, L>(residual + offset, lanes);
+      if constexpr (kAdd) z += read<acc_t, L>(residual + offset, lanes);
       store<L>(y + offset, is_relu.value ? relu(z) : z, lanes);
     });
   });
@@ -111,11 +111,11 @@ FASTRES_INLINE void forward(const BnArgs& shared, int64_t begin, int64_t end) {
 template <bool kAdd, bool kRelu, bool kLast, int64_t L, typename scalar_t, typename Lanes>
 FASTRES_INLINE auto load_dz(const BnArgs& args, int64_t offset, int64_t entry, Lanes lanes) {
   using acc_t = acc_of<scalar_t>;
-  const auto grad_y = load<acc_t, L>(static_cast<const scalar_t*>(args.grad_y) + offset, lanes);
+  const auto grad_y = read<acc_t, L>(static_cast<const scalar_t*>(args.grad_y) + offset, lanes);
   if constexpr (!kRelu) {
     return grad_y;
   } else if constexpr (kAdd) {
-    return relu_gradient(grad_y, load<acc_t, L>(static_cast<const scalar_t*>(args.y) + offset, lanes), acc_t{});
+    return relu_gradient(grad_y, read<acc_t, L>(static_cast<const scalar_t*>(args.y) + offset, lanes), acc_t{});
   } else {
     const auto z = normalise(load<acc_t, L>(static_cast<const scalar_t*>(args.x) + offset, lanes),
                              channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(args.mean), entry),
@@ -144,7 +144,7 @@ FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
         if (is_whole(lanes) && stream) store<L>(grad_residual + offset, dz, Stream{});
         else store<L>(grad_residual + offset, dz, lanes);
       }
-      const auto x_centred = load<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, kLast>(mean, entry);
+      const auto x_centred = read<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, kLast>(mean, entry);
       return Pair<Vec<acc_t, L>>{dz, dz * x_centred};
     });
     if (stream) stream_fence();
@@ -159,7 +159,7 @@ FASTRES_INLINE void store_grad_x(const BnArgs& args, V dz, scalar_t* to, int64_t
     return channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(table), entry);
   };
   if constexpr (kTraining) {
-    const auto x = load<acc_t, L>(static_cast<const scalar_t*>(args.x) + offset, lanes);
+    const auto x = read<acc_t, L>(static_cast<const scalar_t*>(args.x) + offset, lanes);
     store<L>(to, normalise_grad(dz, x, value(args.mean), value(args.scale), value(args.mean_dz), value(args.slope)), lanes);
   } else {
     store<L>(to, dz * value(args.scale), lanes);
@@ -178,7 +178,7 @@ FASTRES_INLINE void gradient(const BnArgs& shared, int64_t begin, int64_t end) {
       const auto* grad_residual = static_cast<const scalar_t*>(args.grad_residual);
       for_each_row<kLast, L>(args, begin, end, grad_x, [&](int64_t offset, int64_t entry, auto lanes) {
         Vec<acc_t, L> dz;
-        if constexpr (kAdd) dz = load<acc_t, L>(grad_residual + offset, lanes);
+        if constexpr (kAdd) dz = read<acc_t, L>(grad_residual + offset, lanes);
         else dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
         store_grad_x<training.value, kLast, L>(args, dz, grad_x + offset, offset, entry, lanes);
       });

@@ -104,9 +104,9 @@ FASTRES_INLINE Vec<float, L> widen(bf16, Vec<uint16_t, L> h) {
 template <int64_t L>
 FASTRES_INLINE Vec<uint16_t, L> narrow(bf16, Vec<float, L> v) {
   const auto u = bits_as<Vec<uint32_t, L>>(v);
-  const auto rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest even
-  const auto nan = (u >> 16) | 0x40;                          // quiet, never rounded up to infinity
-  return to_16<L>(v != v ? nan : rounded);
+  const auto rounded = u + (((u >> 16) & 1) + 0x7fff);  // to nearest even
+  // A NaN that arithmetic or a bf16 tensor gave has a bit in its upper half; rounded, it could become infinity.
+  return to_16<L>((v == v ? rounded : u) >> 16);
 }
 
 // The conversion instruction where the level has it (F16C, AVX-512), else integer arithmetic.

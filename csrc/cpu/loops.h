@@ -56,8 +56,8 @@ struct Pair {
   V a, b;
 };
 
-// kGroup terms are added in their own type, the groups in double: as exact as double for all practical purposes, and most
-// of the work is done in full float vectors.
+// A few terms are added in their own type, their sums in double: as exact as double for all practical purposes, and most of
+// the work is done in full float vectors.
 constexpr int64_t kGroup = 4;
 constexpr int64_t kDoubles = kLanes<double>;
 
@@ -79,34 +79,41 @@ FASTRES_INLINE void for_doubles(Vec<acc_t, L> v, F f) {
 }
 
 // Channels last: a pair of sums per column, over rows [begin, end) of a tensor that ends after `numel` elements, maybe inside
-// a row. Walks rows in memory order, kGroup at a time; the sums stay in the near caches. term(offset, col, lanes) -> Pair.
+// a row. term(offset, col, lanes) -> Pair. The sums of kRun rows grow in the near cache, kBlock columns at a time, and join
+// those in double. Memory is read in order: of several rows at a time the hardware does not foresee the next line, and
+// bn_add_act's backward at 32x256x56x56 in bf16 took 1.7 times as long (AMD EPYC, Zen 4, 2026-11-25).
+constexpr int64_t kRun = 32, kBlock = 1024;
+
 template <typename acc_t, int64_t L, typename Term>
 FASTRES_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t cols, int64_t numel, double* sum_a, double* sum_b,
                                 Term term) {
-  const auto accumulate = [&](int64_t col, auto v) {
-    const auto add = [&](double* sum, auto piece) {
-      store<kDoubles>(sum, load<double, kDoubles>(sum, Whole{}) + piece, Whole{});
-    };
-    for_doubles<acc_t, L>(v.a, [&](int64_t i, auto piece) { add(sum_a + col + i, piece); });
-    for_doubles<acc_t, L>(v.b, [&](int64_t i, auto piece) { add(sum_b + col + i, piece); });
-  };
-  const int64_t whole_end = min(end, numel / cols);
-  int64_t row = begin;
-  for (; row + kGroup <= whole_end; row += kGroup) {
-    for (int64_t col = 0; col < cols; col += L) {
-      const int64_t offset = row * cols + col;
-      const auto v0 = term(offset, col, Whole{}), v1 = term(offset + cols, col, Whole{}),
-                 v2 = term(offset + 2 * cols, col, Whole{}), v3 = term(offset + 3 * cols, col, Whole{});
-      accumulate(col, Pair{(v0.a + v1.a) + (v2.a + v3.a), (v0.b + v1.b) + (v2.b + v3.b)});
+  alignas(kVectorBytes) acc_t near_a[kBlock] = {}, near_b[kBlock] = {};
+  const auto add = [](acc_t* near, auto v) { store<L>(near, load<acc_t, L>(near, Whole{}) + v, Whole{}); };
+  const auto flush = [](double* sum, acc_t* near, int64_t count) {
+    for (int64_t i = 0; i < count; i += kDoubles) {
+      const auto piece = to_double<kDoubles>(load<acc_t, kDoubles>(near + i, Whole{}));
+      store<kDoubles>(sum + i, load<double, kDoubles>(sum + i, Whole{}) + piece, Whole{});
+      store<kDoubles>(near + i, Vec<acc_t, kDoubles>{}, Whole{});
     }
-  }
-  for (; row < end; ++row) {
-    const int64_t count = min(cols, numel - row * cols);
-    int64_t col = 0;
-    for (; col + L <= count; col += L) accumulate(col, term(row * cols + col, col, Whole{}));
-    if (col < count) {
-      const auto v = term(row * cols + col, col, Part{count - col});
-      accumulate(col, Pair{first_lanes<L>(v.a, count - col), first_lanes<L>(v.b, count - col)});
+  };
+  for (int64_t run = begin; run < end; run += kRun) {
+    for (int64_t block = 0; block < cols; block += kBlock) {
+      for (int64_t row = run; row < min(run + kRun, end); ++row) {
+        const int64_t offset = row * cols + block, count = min(min(cols - block, kBlock), numel - offset);
+        int64_t i = 0;
+        for (; i + L <= count; i += L) {
+          const auto v = term(offset + i, block + i, Whole{});
+          add(near_a + i, v.a);
+          add(near_b + i, v.b);
+        }
+        if (i < count) {
+          const auto v = term(offset + i, block + i, Part{count - i});
+          add(near_a + i, first_lanes<L>(v.a, count - i));
+          add(near_b + i, first_lanes<L>(v.b, count - i));
+        }
+      }
+      flush(sum_a + block, near_a, min(cols - block, kBlock));
+      flush(sum_b + block, near_b, min(cols - block, kBlock));
     }
   }
 }

@@ -3,6 +3,7 @@ dtype.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,6 +35,12 @@ def targets(x: Tensor, classes: int) -> Tensor:
     return torch.arange(x.shape[0], device=x.device) * 7919 % classes
 
 
+def autocast(run: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    """``run(x)`` under autocast."""
+    with torch.autocast(x.device.type, dtype):
+        return run(x)
+
+
 def outputs(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What one call leaves: the logits; in training mode the loss, every gradient and every running
     statistic.
@@ -57,16 +64,20 @@ def outputs(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dic
 class Reference:
     """The float64 truth of a model on an input, in the mode it is in, with PyTorch's results in both memory
     formats.
+
+    Args:
+        lower: the dtype of autocast, under which PyTorch's results are computed; None without it.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.dtype = x.dtype
+    def __init__(self, model: nn.Module, x: Tensor, lower: torch.dtype | None = None) -> None:
+        self.dtype = lower or x.dtype
         twin = copy.deepcopy(model).double()
         self.truth = outputs(twin, twin, x.double())
         self.torch = []
         for layout in (torch.contiguous_format, torch.channels_last):
             twin = laid_out(copy.deepcopy(model), layout)
-            self.torch.append(outputs(twin, twin, x.contiguous(memory_format=layout)))
+            run = twin if lower is None else functools.partial(autocast, twin, lower)
+            self.torch.append(outputs(run, twin, x.contiguous(memory_format=layout)))
 
     def judge(self, actual: dict[str, Tensor]) -> Verdict:
         """Hold results against the truth; PyTorch's own error is the larger one of its two memory formats.

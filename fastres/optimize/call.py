@@ -45,9 +45,9 @@ def optimize(
         strict: raise if any batch norm of the model would stay outside a fused step.
         inplace: False optimises a deep copy and leaves the model alone.
         skip: glob patterns of module names to be left alone with all inside them, such as ``"layer4.*"``.
-        channels_last: whether swapped modules bring their input to channels_last (values do not change); ``"auto"``
-            does on the CPU in float32 and bfloat16 and on CUDA in half precision, for networks whose code follows the
-            layout. With True, and on CUDA, 4-D weights are stored so too.
+        channels_last: whether swapped modules bring their input to channels_last and 4-D weights are stored so, which
+            spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16
+            and on CUDA in half precision, for networks whose code follows the layout.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
             The originals are kept, in this model but not in its copies, for ``restore``.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
@@ -157,10 +157,10 @@ def _convert(
     channels_last = _wants_channels_last(network, found, option, dtype)
     before = state_of(network)
     conversions = [] if before is None else list(before.conversions)
+    if channels_last:  # before the cast, which is undone only where it finds what it left
+        conversions += to_channels_last(network)
     if dtype is not None:
         conversions += cast(network, dtype)
-    if channels_last and (option is True or next(network.parameters()).is_cuda):
-        conversions += to_channels_last(network)
     return channels_last, conversions
 
 

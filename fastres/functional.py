@@ -18,6 +18,7 @@ from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT, BN_ADD_ACT_TRAIN
+from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 
@@ -78,6 +79,45 @@ def bn_add_act(
     _check_running("bn_add_act", x, running_mean, running_var)
     y, mean, var = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
     update_running(x, running_mean, running_var, mean, var, momentum)
+    return y
+
+
+def bn_add_bn_act(
+    x: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_running_mean: Tensor | None = None,
+    residual_running_var: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    residual_momentum: float | Tensor = 0.1,
+    residual_eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """The end of a block with a projection: ``relu(F.batch_norm(x, ...) + F.batch_norm(residual, residual_...))``.
+
+    The normalised residual is never written. Buffers of both as in ``bn_act``; one ``training`` holds for both.
+    """
+    op, r_mean, r_var = "bn_add_bn_act", residual_running_mean, residual_running_var
+    norm, r_norm = (weight, bias), (residual_weight, residual_bias)
+    if not training:
+        _needs_statistics(op, running_mean, running_var)
+        _needs_statistics(op, r_mean, r_var, "residual_")
+        shortcut = *r_norm, r_mean, r_var, residual_eps
+        return BN_ADD_BN_ACT(x, residual, *norm, running_mean, running_var, eps, *shortcut, act)
+    _check_running(op, x, running_mean, running_var)
+    _check_running(op, residual, r_mean, r_var, "residual_")
+    y, mean, var, mean_of_residual, var_of_residual = BN_ADD_BN_ACT_TRAIN(
+        x, residual, *norm, eps, *r_norm, residual_eps, act
+    )
+    update_running(x, running_mean, running_var, mean, var, momentum)
+    update_running(residual, r_mean, r_var, mean_of_residual, var_of_residual, residual_momentum)
     return y
 
 
@@ -214,18 +254,18 @@ def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
     _fold.forget(weights)
 
 
-def _check_running(op: str, x: Tensor, mean: Any, var: Any) -> None:
+def _check_running(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> None:
     """Refuse running buffers that could only be half updated."""
+    names = f"{prefix}running_mean and {prefix}running_var"
     if (mean is None) != (var is None):
-        raise must(op, "running_mean and running_var", "both tensors or both None", f"{type(mean)} and {type(var)}")
+        raise must(op, names, "both tensors or both None", f"{type(mean)} and {type(var)}")
     if mean is not None and not mean.shape == var.shape == x.shape[1:2]:
-        expected = f"of shape ({x.shape[1]},)"
-        raise must(op, "running_mean and running_var", expected, f"{tuple(mean.shape)} and {tuple(var.shape)}")
+        raise must(op, names, f"of shape ({x.shape[1]},)", f"{tuple(mean.shape)} and {tuple(var.shape)}")
 
 
-def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None) -> None:
+def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: str = "") -> None:
     if mean is None or var is None:
-        name = "running_mean" if mean is None else "running_var"
+        name = f"{prefix}running_mean" if mean is None else f"{prefix}running_var"
         raise must(
             op, name, "a tensor when training is False", None, "pass training=True to use the batch's statistics"
         )

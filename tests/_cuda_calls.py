@@ -61,9 +61,24 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     if name == "bn_act_maxpool_backward":
         grad_y = draw(F.max_pool2d(x.float(), *window).shape)
         return [grad_y, x, weight, bias, mean, var, 1e-5, act, training, *window]
+    if base == "bn_add_bn_act":
+        return two_norms(name, x, draw(), draw(), (weight, bias, mean, var), act, training)
     residual = [draw()] if base == "bn_add_act" else []
     statistics = [] if name.endswith("_train") else [mean, var]
     return [x, *residual, weight, bias, *statistics, 1e-5, act, *(window if base == "bn_act_maxpool" else ())]
+
+
+def two_norms(name, x, residual, grad_y, norm, act, training):
+    """Arguments of a form of bn_add_bn_act; the residual has its own statistics, and x's parameters in another order."""
+    weight, bias, mean, var = norm
+    other = weight.flip(0), bias.flip(0)
+    statistics = [residual.float().mean((0, 2, 3)), residual.float().var((0, 2, 3), unbiased=False)]
+    if name.endswith("_train"):
+        return [x, residual, weight, bias, 1e-5, *other, 1e-3, act]
+    if not name.endswith("_backward"):
+        return [x, residual, weight, bias, mean, var, 1e-5, *other, *statistics, 1e-3, act]
+    y = (grad_y.flip(0) + residual).relu()
+    return [grad_y, y, x, residual, weight, mean, var, 1e-5, other[0], *statistics, 1e-3, act, training]
 
 
 def draw(shape, dtype, device, layout="contiguous_format", seed=0):

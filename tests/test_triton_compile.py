@@ -96,6 +96,14 @@ def run_batch_norm(room, dtype: torch.dtype):
                 yield config, lambda x=x, r=residual, t=training, config=config: bn.backward(
                     x, r, x, *[parameter] * 4, 1e-5, "relu", t, config
                 )
+            norm = [parameter] * 4
+            yield config, lambda x=x, config=config, norm=norm: room["bn_add_bn_act"].bn_add_bn_act(
+                x, x, *norm, 1e-5, *norm, 1e-5, "relu", config
+            )
+            for training in (True, False):
+                yield config, lambda x=x, t=training, config=config, norm=norm[:3]: room[
+                    "bn_add_bn_act"
+                ].bn_add_bn_act_backward(x, x, x, x, *norm, 1e-5, *norm, 1e-5, "relu", t, config)
 
 
 def run_pooling(room, dtype: torch.dtype):
@@ -128,7 +136,7 @@ def run_convolution(room, dtype: torch.dtype):
 
 def collect() -> list[Launch]:
     """Every distinct launch the ops make over all configurations and dtypes."""
-    names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "conv_bn_act")
+    names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "conv_bn_act")
     room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
     found: dict[Launch, Launch] = {}  # by what the compiler sees of it
     with pytest.MonkeyPatch.context() as patch:

@@ -20,6 +20,7 @@ from fastres.kernels.triton import (  # noqa: E402
     bn_act,
     bn_act_maxpool,
     bn_add_act,
+    bn_add_bn_act,
     configs,
     conv_bn_act,
     device,
@@ -174,14 +175,14 @@ def same_bits(actual, expected):
 WINDOWS = (((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (1, 1)), ((5, 4), (2, 3), (2, 2)))
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pooling(dtype, layout, window, few_programs):
-    x, weight, bias = draw((2, 5, 9, 7), dtype, layout, mean=1.0), torch.tensor([1.5, 0.0, -0.7, 1.0, 0.3]), torch.randn(5)
+@pytest.mark.parametrize(("dtype", "window"), list(zip(DTYPES, WINDOWS, strict=True)), ids=str)
+def test_pooling(dtype, window, layout, training, few_programs):
+    x, weight, bias = draw((2, 3, 7, 6), dtype, layout, mean=1.0), torch.tensor([1.5, 0.0, -0.7]), torch.randn(3)
     forward, backward = REGISTRY["bn_act_maxpool"].reference, REGISTRY["bn_act_maxpool_backward"].reference
-    for training, config in itertools.product((True, False), TILES):
-        mean, var = bn_act.statistics(x) if training else (torch.randn(5), torch.rand(5) + 0.5)
+    for config in (None, configs.TileConfig(8, 2, 1)):
+        mean, var = bn_act.statistics(x) if training else (torch.randn(3), torch.rand(3) + 0.5)
         args = (x, weight, bias, mean, var, EPS, "relu", *window)
         y = bn_act_maxpool.bn_act_maxpool(*args, config=config)
         judge({"y": y}, lambda *args: {"y": forward(*args)}, args, dtype)
@@ -193,12 +194,33 @@ def test_pooling(dtype, layout, window, few_programs):
         assert found[0].stride() == x.stride()
 
 
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_batch_norms(dtype, layout, training, few_programs):
+    x, residual = draw((2, 3, 7, 3), dtype, layout, mean=1.0), draw((2, 3, 7, 3), dtype, layout)
+    weight, bias, eps = torch.tensor([1.5, 0.0, -0.7]), torch.randn(3), (EPS, 1e-3)
+    forward, backward = REGISTRY["bn_add_bn_act"].reference, REGISTRY["bn_add_bn_act_backward"].reference
+    for config in (None, configs.TileConfig(8, 2, 1)):
+        stats = [(torch.randn(3), torch.rand(3) + 0.5) for _ in range(2)]
+        if training:
+            stats = [bn_act.statistics(t, config) for t in (x, residual)]
+        own, other = ((weight, bias, *stats[0], eps[0]), (bias, weight, *stats[1], eps[1]))
+        y = bn_add_bn_act.bn_add_bn_act(x, residual, *own, *other, "relu", config)
+        judge({"y": y}, lambda *args: {"y": forward(*args)}, (x, residual, *own, *other, "relu"), dtype)
+        norms = (weight, *stats[0], eps[0], bias, *stats[1], eps[1])
+        args = (draw(x.shape, dtype, layout), y, x, residual, *norms, "relu", training)
+        found = bn_add_bn_act.bn_add_bn_act_backward(*args, config=config)
+        judge(dict(enumerate(found)), lambda *args: dict(enumerate(backward(*args))), args, dtype)
+        assert y.stride() == found[0].stride() == found[1].stride() == x.stride()
+
+
 @pytest.mark.parametrize("act", ("relu", "none"))
 def test_pooling_finds_the_positions_that_torch_finds(act):
     """Ties, NaN and infinities everywhere: the first maximum, the last NaN, nothing where the ReLU stops it."""
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0, 1.0, 2.0, -1.0, -2.0, -3.0])
     for window, choices in itertools.product(WINDOWS, (values, values[3:], values[2:3])):
-        x = choices[torch.randint(len(choices), (2, 4, 9, 7))].contiguous(memory_format=torch.channels_last)
+        x = choices[torch.randint(len(choices), (1, 4, 9, 7))].contiguous(memory_format=torch.channels_last)
         neutral = (None, None, torch.zeros(4), torch.ones(4), 0.0, act)
         y = bn_act_maxpool.bn_act_maxpool(x, *neutral, *window)
         assert same_bits(y + 0.0, F.max_pool2d(x.relu() if act == "relu" else x, *window) + 0.0)

@@ -20,9 +20,12 @@ struct ChannelArgument {
   }
 };
 
-// The parameters of a normalisation; mean and var are absent where the batch provides them.
+// The parameters of a normalisation.
 struct BnArguments {
   ChannelArgument weight, bias, mean, var;
+
+  BnArguments(ChannelArgument weight, ChannelArgument bias, ChannelArgument mean, ChannelArgument var)
+      : weight(std::move(weight)), bias(std::move(bias)), mean(std::move(mean)), var(std::move(var)) {}
 
   BnArguments(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
               const OptionalTensor& mean, const OptionalTensor& var)

@@ -37,7 +37,7 @@ def differentiable(op, args):
     """Copies of the arguments; all tensors but the statistics, which are constants, require grad."""
     names = [argument.name for argument in getattr(torch.ops.fastres, op.name).default._schema.arguments]
     return [
-        a.detach().clone(memory_format=torch.preserve_format).requires_grad_(name not in ("mean", "var"))
+        a.detach().clone(memory_format=torch.preserve_format).requires_grad_(not name.endswith(("mean", "var")))
         if isinstance(a, torch.Tensor)
         else a
         for name, a in zip(names, args, strict=True)

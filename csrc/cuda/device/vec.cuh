@@ -91,7 +91,18 @@ using Bytes = std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes =
 template <int kBytes>
 __device__ __forceinline__ Vec<uint8_t, kBytes> load_bytes(const uint8_t* p) {
   static_assert(sizeof(Bytes<kBytes>) == kBytes);
-  const auto bits = *reinterpret_cast<const Bytes<kBytes>*>(p);
+  Bytes<kBytes> bits;
+#if defined(__CUDA_ARCH__)  // volatile as above: it stays behind the batch of vectors that it follows
+  if constexpr (kBytes == 8) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(bits.x), "=r"(bits.y) : "l"(p));
+  } else if constexpr (kBytes == 4) {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(p));
+  } else {
+    bits = *p;
+  }
+#else
+  memcpy(&bits, p, kBytes);
+#endif
   Vec<uint8_t, kBytes> out;
   memcpy(&out, &bits, kBytes);
   return out;

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, by compute capability
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8"}
 MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ROOM = "fastres.kernels.triton"
 # Bytes a thread may spill: none with the pinned Triton; newer ptxas gives up to four registers for a resident block.

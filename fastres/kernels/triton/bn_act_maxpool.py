@@ -67,7 +67,7 @@ def bn_act_maxpool_kernel(
         element = _elements(tile, BLOCK_E)
         valid = (element < elements) & channel_ok
         image, row, column = _pixel(element, out_height, out_width)
-        best, _, _ = _find(
+        best, _x, _tap = _find(
             x_ptr, image, row, column, valid, channel, channels, height, width, mean, scale, bias, ACT, CHANNELS_LAST,
             KH, KW, SH, SW, PH, PW,
         )  # fmt: skip

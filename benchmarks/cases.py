@@ -71,7 +71,8 @@ class Case:
             *images, kernel = images
             geometry = (1, 1), (pad, pad), (1, 1), 1
             return (*images, kernel, None, weight, bias, mean, var, 1e-5, *geometry, "relu")
-        return (*images, weight, bias, mean, var, 1e-5, "relu")
+        norm = (weight, bias, mean, var, 1e-5)
+        return (*images, *norm, *(norm if self.op == "bn_add_bn_act" else ()), "relu")
 
 
 def _convolution(kernel: int, residual: bool) -> tuple[Callable, Callable]:
@@ -99,12 +100,16 @@ def _norm(training: bool) -> dict[str, tuple[Callable, Callable]]:
     def eager_add(x: Tensor, residual: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.relu(F.batch_norm(x, mean, var, weight, bias, training) + residual)
 
+    def eager_add_bn(x: Tensor, residual: Tensor, *norm: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, *norm, training) + F.batch_norm(residual, *norm, training))
+
     def eager_pool(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.max_pool2d(F.relu(F.batch_norm(x, mean, var, weight, bias, training)), 3, 2, 1)
 
     return {
         "bn_act": (lambda *t: functional.bn_act(*t, training=training), eager),
         "bn_add_act": (lambda *t: functional.bn_add_act(*t, training=training), eager_add),
+        "bn_add_bn_act": (lambda x, r, *norm: functional.bn_add_bn_act(x, r, *norm, *norm, training), eager_add_bn),
         "bn_act_maxpool": (lambda *t: functional.bn_act_maxpool(*t, training=training), eager_pool),
     }
 

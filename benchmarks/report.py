@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 TUNED = ROOT / "fastres" / "tuned"
 COMPILED = RESULTS / "compile"  # what the compile lane reported, a file for each backend
 MARKED = re.compile(r"(<!-- results:([a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-COLUMNS = ("cpu", "onednn", "triton", "cuda", "torch")
+COLUMNS = ("cpu", "onednn", "triton", "cuda", "cudnn", "torch")
 LEGEND = (
     "fastres: median of a call. Others: their time over that of fastres in the same run,"
     " so above 1 fastres is faster. Ready after: preparation and first call."

@@ -9,7 +9,8 @@ import torch
 from fastres import env, tune
 from fastres.errors import UnsupportedError
 
-GPU_KERNELS = ("cuda", "triton")  # our own device code: needs a validated architecture to be chosen by default
+# What runs on a GPU beside PyTorch's own way: chosen by default only where a device of the architecture validated it.
+GPU_KERNELS = ("cuda", "triton", "cudnn")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT, BN_ADD_ACT_TRAIN
+from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 
@@ -102,6 +103,47 @@ def bn_add_act(
     _check_update("bn_add_act", x, running_mean, running_var)
     y, mean, var = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
     update_running(x, running_mean, running_var, mean, var, momentum)
+    return y
+
+
+@_names(**_STATISTICS, residual_mean="residual_running_mean", residual_var="residual_running_var")
+def bn_add_bn_act(
+    x: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_running_mean: Tensor | None = None,
+    residual_running_var: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    residual_momentum: float | Tensor = 0.1,
+    residual_eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """The end of a block with a projection: ``relu(F.batch_norm(x, ...) + F.batch_norm(residual, residual_...))``.
+
+    The normalised residual is never written. Buffers of both as in ``bn_act``; one ``training`` holds for both.
+    """
+    op, r_mean, r_var = "bn_add_bn_act", residual_running_mean, residual_running_var
+    norm, r_norm = (weight, bias), (residual_weight, residual_bias)
+    _check_momentum(op, residual_momentum, "residual_")
+    if not _is_training(op, training, momentum):
+        _needs_statistics(op, running_mean, running_var)
+        _needs_statistics(op, r_mean, r_var, "residual_")
+        shortcut = *r_norm, r_mean, r_var, residual_eps
+        return BN_ADD_BN_ACT(x, residual, *norm, running_mean, running_var, eps, *shortcut, act)
+    _check_update(op, x, running_mean, running_var)
+    _check_update(op, residual, r_mean, r_var, "residual_")
+    y, mean, var, mean_of_residual, var_of_residual = BN_ADD_BN_ACT_TRAIN(
+        x, residual, *norm, eps, *r_norm, residual_eps, act
+    )
+    update_running(x, running_mean, running_var, mean, var, momentum)
+    update_running(residual, r_mean, r_var, mean_of_residual, var_of_residual, residual_momentum)
     return y
 
 
@@ -249,31 +291,36 @@ def _is_training(op: str, training: Any, momentum: Any) -> bool:
     """The flag, once it and momentum are what torch's batch norm takes, whether it uses them or not."""
     if training is not True and training is not False:
         raise must_type(op, "training", "a bool", training)
-    if not isinstance(momentum, (int, float, Tensor)):
-        raise must_type(op, "momentum", "a number or a tensor of one element", momentum)
-    if isinstance(momentum, Tensor) and momentum.numel() != 1:
-        raise must(op, "momentum", "a number or a tensor of one element", f"a tensor of shape {tuple(momentum.shape)}")
+    _check_momentum(op, momentum)
     return training
 
 
+def _check_momentum(op: str, momentum: Any, prefix: str = "") -> None:
+    name, what = f"{prefix}momentum", "a number or a tensor of one element"
+    if not isinstance(momentum, (int, float, Tensor)):
+        raise must_type(op, name, what, momentum)
+    if isinstance(momentum, Tensor) and momentum.numel() != 1:
+        raise must(op, name, what, f"a tensor of shape {tuple(momentum.shape)}")
+
+
 @Once
-def _check_update(op: str, x: Tensor, mean: Any, var: Any) -> None:
+def _check_update(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> None:
     """Refuse running buffers that could not be updated, or only half."""
-    _check.images(op, x=x)
+    _check.images(op, **{prefix.removesuffix("_") or "x": x})
     if (mean is None) != (var is None):
         got = f"{type(mean).__name__} and {type(var).__name__}"
-        raise must(op, "running_mean and running_var", "both tensors or both None", got)
+        raise must(op, f"{prefix}running_mean and {prefix}running_var", "both tensors or both None", got)
     if mean is None:
         return
-    _check.per_channel(op, x.shape[1], x, mean=mean, var=var)
+    _check.per_channel(op, x.shape[1], x, **{f"{prefix}mean": mean, f"{prefix}var": var})
     for name, buffer in (("mean", mean), ("var", var)):
         if buffer.stride(0) == 0 and x.shape[1] > 1:
-            raise must(op, name, "a tensor of its own memory", "an expanded one", "clone it")
+            raise must(op, f"{prefix}{name}", "a tensor of its own memory", "an expanded one", "clone it")
 
 
-def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None) -> None:
+def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: str = "") -> None:
     if mean is None or var is None:
-        name = "running_mean" if mean is None else "running_var"
+        name = f"{prefix}running_mean" if mean is None else f"{prefix}running_var"
         raise must(
             op, name, "a tensor when training is False", None, "pass training=True to use the batch's statistics"
         )

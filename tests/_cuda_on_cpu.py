@@ -28,30 +28,37 @@ def tools():
 
 
 @functools.cache
-def load() -> None:
-    """Compile (once) and load; afterwards ``torch.ops.fastres_C.cuda_*`` take CPU tensors. Skips where it cannot."""
-    if torch.version.cuda is not None:
-        pytest.skip("this torch has CUDA: the kernels run on the GPU")
+def rules() -> dict[str, str]:
+    """The ninja rules that compile CUDA sources for the CPU; skips where the tools are missing."""
     toolchain, recipes = tools()
     try:
         nvcc, cxx, found = toolchain.find_nvcc(), toolchain.find_cxx(), toolchain.find_torch()
     except toolchain.Unmet as reason:
         pytest.skip(str(reason))
-    kernels, bindings = recipes.sources("cuda", {"kernels": {}})
     flags = [*recipes.CXX_FLAGS, "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DUSE_CUDA"]
     flags += ["-isystem", str(found["root"] / "include"), "-isystem", str(nvcc["include"])]
-    # A misaligned vector access, which a CPU forgives, ends the process as it ends a CUDA context.
-    device = ["-include", ROOM / "device.h", "-x", "c++", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     compiler, options = toolchain.quoted(cxx["command"]), toolchain.quoted(flags)
-    rules = {
+    return {
         "cxx": f"{compiler} {options} -MD -MF $out.d $flags -c $in -o $out",
         "link": f"{compiler} -shared -Wl,-Bsymbolic $in -o $out $flags",
     }
+
+
+@functools.cache
+def load() -> None:
+    """Compile (once) and load; afterwards ``torch.ops.fastres_C.cuda_*`` take CPU tensors. Skips where it cannot."""
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA: the kernels run on the GPU")
+    toolchain, recipes = tools()
+    commands = rules()
+    kernels, bindings = recipes.sources("cuda", {"kernels": {}})
+    # A misaligned vector access, which a CPU forgives, ends the process as it ends a CUDA context.
+    device = ["-include", ROOM / "device.h", "-x", "c++", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     edges = [(f"{path.stem}.o", "cxx", [path], device) for path in kernels]
     edges += [(f"{path.stem}.o", "cxx", [path], []) for path in [*bindings, ROOM / "runtime.cpp"]]
-    library = [f"-L{found['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
+    library = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
     edges.append(("cuda_on_cpu.so", "link", [out for out, *_ in edges], library))
     folder = recipes.WORK / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
-    toolchain.run_ninja(folder, rules, edges)
+    toolchain.run_ninja(folder, commands, edges)
     torch.ops.load_library(folder / "cuda_on_cpu.so")

@@ -36,7 +36,7 @@ def as_tuple(result):
 def differentiable(op, args):
     """Copies of the arguments; all tensors but the statistics, which are constants, require grad."""
     return [
-        a.detach().clone(memory_format=torch.preserve_format).requires_grad_(name not in ("mean", "var"))
+        a.detach().clone(memory_format=torch.preserve_format).requires_grad_(not name.endswith(("mean", "var")))
         if isinstance(a, torch.Tensor)
         else a
         for name, a in zip(op.parameters, args, strict=True)

@@ -83,7 +83,8 @@ def test_what_a_residual_network_becomes():
     assert ops(fastres.optimize(network("resnet18"))) == {
         "conv_bn_act_maxpool": 1,
         "conv_bn_act": 8 + 3,
-        "conv_bn_add_act": 8,
+        "conv_bn_add_act": 5,
+        "conv_bn_add_bn_act": 3,
     }
 
 

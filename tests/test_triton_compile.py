@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, by compute capability
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8"}
 MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ROOM = "fastres.kernels.triton"
 # Bytes a thread may spill: none with the pinned Triton; newer ptxas gives up to four registers for a resident block.
@@ -95,6 +95,28 @@ def run_batch_norm(room, dtype: torch.dtype):
                 yield config, lambda x=x, r=residual, t=training, config=config: bn.backward(
                     x, r, x, *[parameter] * 4, 1e-5, "relu", t, config
                 )
+            norm = [parameter] * 4
+            yield config, lambda x=x, config=config, norm=norm: room["bn_add_bn_act"].bn_add_bn_act(
+                x, x, *norm, 1e-5, *norm, 1e-5, "relu", config
+            )
+            for training in (True, False):
+                yield config, lambda x=x, t=training, config=config, norm=norm[:3]: room[
+                    "bn_add_bn_act"
+                ].bn_add_bn_act_backward(x, x, x, x, *norm, 1e-5, *norm, 1e-5, "relu", t, config)
+
+
+def run_pooling(room, dtype: torch.dtype):
+    parameter, window = torch.empty(64, device="meta"), ((3, 3), (2, 2), (1, 1))
+    pool, configs = room["bn_act_maxpool"], room["configs"]
+    for channels_last, table in ((True, configs.POOLED_CHANNELS_LAST), (False, configs.POOLED_CONTIGUOUS)):
+        x, y = image(dtype, channels_last, hw=112), image(dtype, channels_last)
+        rest = (*[parameter] * 4, 1e-5, "relu")
+        for config in table:
+            yield config, lambda x=x, config=config, rest=rest: pool.bn_act_maxpool(x, *rest, *window, config)
+            for training in (True, False):
+                yield config, lambda x=x, y=y, t=training, config=config, rest=rest: pool.bn_act_maxpool_backward(
+                    y, x, *rest, t, *window, config
+                )
 
 
 def run_convolution(room, dtype: torch.dtype):
@@ -113,12 +135,12 @@ def run_convolution(room, dtype: torch.dtype):
 
 def collect() -> list[Launch]:
     """Every distinct launch the ops make over all configurations and dtypes."""
-    names = ("configs", "add_act", "bn_act", "conv_bn_act")
+    names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "conv_bn_act")
     room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
     found: dict[Launch, Launch] = {}  # by what the compiler sees of it
     with pytest.MonkeyPatch.context() as patch:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for runs in (run_elementwise, run_batch_norm, run_convolution):
+            for runs in (run_elementwise, run_batch_norm, run_pooling, run_convolution):
                 for config, call in runs(room, dtype):
 
                     def record(kernel, grid, like, *args, _dtype=dtype, _config=config, **options) -> None:
@@ -199,6 +221,7 @@ def faults(failed) -> list[tuple]:
 def test_every_configuration_is_compiled(capsys) -> None:
     configs = importlib.import_module(f"{ROOM}.configs")
     tables = (configs.FLAT, configs.CHANNELS_LAST, configs.CONTIGUOUS)
+    tables += (configs.POOLED_CHANNELS_LAST, configs.POOLED_CONTIGUOUS)
     tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE)
     compiled = {(row["config"], row["capability"]) for row in report()}
     assert {(str(config), 90) for table in tables for config in table} <= compiled
@@ -219,7 +242,11 @@ def test_tensor_cores_where_meant() -> None:
 
 
 def test_wide_memory_accesses() -> None:
-    """Activations move 16 bytes at a time; a merge reads a handful of partials, the statistics a sample of 16 values."""
+    """Activations move 16 bytes at a time; a merge reads a handful of partials, the statistics a sample of 16 values.
+
+    Windows over contiguous planes read every other element.
+    """
     sample = {"bn_statistics_kernel": 1}
     rows = faults(lambda row: not row["wide"] or row["narrow"] > sample.get(row["kernel"], 0))
+    rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"])]
     assert not [row for row in rows if "merge" not in row[0]]

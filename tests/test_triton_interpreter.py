@@ -1,5 +1,7 @@
 """Triton kernels called directly, in the interpreter: partitions, tiles, layouts and corners no registry sample has."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,19 @@ if not triton_interpret():
     pytest.skip("runs by itself with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from fastres.kernels.triton import add_act, batch_norm, bn_act, bn_add_act, configs, conv_bn_act, device, why_not  # noqa: E402
+from fastres.kernels.triton import (  # noqa: E402
+    add_act,
+    batch_norm,
+    bn_act,
+    bn_act_maxpool,
+    bn_add_act,
+    bn_add_bn_act,
+    configs,
+    conv_bn_act,
+    device,
+    why_not,
+)  # fmt: skip
+from fastres.ops import REGISTRY  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -155,6 +169,66 @@ def same_bits(actual, expected):
     return torch.equal(actual.isnan(), ~numbers) and torch.equal(
         actual[numbers].view(torch.int32), expected[numbers].view(torch.int32)
     )
+
+
+# Kernel, stride, padding: the stem's; strides beyond the window; overlap in one direction, padding that no window needs.
+WINDOWS = (((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (1, 1)), ((5, 4), (2, 3), (2, 2)))
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize(("dtype", "window"), list(zip(DTYPES, WINDOWS, strict=True)), ids=str)
+def test_pooling(dtype, window, layout, training, few_programs):
+    x, weight, bias = draw((2, 3, 7, 6), dtype, layout, mean=1.0), torch.tensor([1.5, 0.0, -0.7]), torch.randn(3)
+    forward, backward = REGISTRY["bn_act_maxpool"].reference, REGISTRY["bn_act_maxpool_backward"].reference
+    for config in (None, configs.TileConfig(8, 2, 1)):
+        mean, var = bn_act.statistics(x) if training else (torch.randn(3), torch.rand(3) + 0.5)
+        args = (x, weight, bias, mean, var, EPS, "relu", *window)
+        y = bn_act_maxpool.bn_act_maxpool(*args, config=config)
+        judge({"y": y}, lambda *args: {"y": forward(*args)}, args, dtype)
+        assert y.is_contiguous(memory_format=layout)
+        grad_y = draw(y.shape, dtype, layout)
+        args = (grad_y, *args[:7], training, *window)
+        found = bn_act_maxpool.bn_act_maxpool_backward(*args, config=config)
+        judge(dict(enumerate(found)), lambda *args: dict(enumerate(backward(*args))), args, dtype)
+        assert found[0].stride() == x.stride()
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_batch_norms(dtype, layout, training, few_programs):
+    x, residual = draw((2, 3, 7, 3), dtype, layout, mean=1.0), draw((2, 3, 7, 3), dtype, layout)
+    weight, bias, eps = torch.tensor([1.5, 0.0, -0.7]), torch.randn(3), (EPS, 1e-3)
+    forward, backward = REGISTRY["bn_add_bn_act"].reference, REGISTRY["bn_add_bn_act_backward"].reference
+    for config in (None, configs.TileConfig(8, 2, 1)):
+        stats = [(torch.randn(3), torch.rand(3) + 0.5) for _ in range(2)]
+        if training:
+            stats = [bn_act.statistics(t, config) for t in (x, residual)]
+        own, other = ((weight, bias, *stats[0], eps[0]), (bias, weight, *stats[1], eps[1]))
+        y = bn_add_bn_act.bn_add_bn_act(x, residual, *own, *other, "relu", config)
+        judge({"y": y}, lambda *args: {"y": forward(*args)}, (x, residual, *own, *other, "relu"), dtype)
+        norms = (weight, *stats[0], eps[0], bias, *stats[1], eps[1])
+        args = (draw(x.shape, dtype, layout), y, x, residual, *norms, "relu", training)
+        found = bn_add_bn_act.bn_add_bn_act_backward(*args, config=config)
+        judge(dict(enumerate(found)), lambda *args: dict(enumerate(backward(*args))), args, dtype)
+        assert y.stride() == found[0].stride() == found[1].stride() == x.stride()
+
+
+@pytest.mark.parametrize("act", ("relu", "none"))
+def test_pooling_finds_the_positions_that_torch_finds(act):
+    """Ties, NaN and infinities everywhere: the first maximum, the last NaN, nothing where the ReLU stops it."""
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0, 1.0, 2.0, -1.0, -2.0, -3.0])
+    for window, choices in itertools.product(WINDOWS, (values, values[3:], values[2:3])):
+        x = choices[torch.randint(len(choices), (1, 4, 9, 7))].contiguous(memory_format=torch.channels_last)
+        neutral = (None, None, torch.zeros(4), torch.ones(4), 0.0, act)
+        y = bn_act_maxpool.bn_act_maxpool(x, *neutral, *window)
+        assert same_bits(y + 0.0, F.max_pool2d(x.relu() if act == "relu" else x, *window) + 0.0)
+        grad_y = torch.randint(1, 9, y.shape).to(y).contiguous(memory_format=torch.channels_last)
+        args = (grad_y, x, *neutral, False, *window)
+        found, expected = bn_act_maxpool.bn_act_maxpool_backward(*args), REGISTRY["bn_act_maxpool_backward"].reference(*args)
+        assert same_bits(found[0] + 0.0, expected[0] + 0.0)
+        assert torch.equal(found[2], expected[2])
 
 
 SPECIAL = (float("nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-40, -1e-40)

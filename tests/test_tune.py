@@ -248,3 +248,14 @@ def test_results_of_another_torch_are_not_used(cache):
     path.write_text(json.dumps(data))
     tune.store(CPU, {}, {"new": {"backend": "torch"}})
     assert set(tune.read(path)["choices"]) == {"new"}
+
+
+def test_a_backend_that_loses_nan_is_discarded(plant):
+    def maximum(x, r, act):
+        return torch.fmax(x + r, torch.zeros_like(x)) if act == "relu" else x + r
+
+    plant("add_act", "maximum", maximum)
+    x, residual = pair()
+    result = tuner.tune_call("add_act", x, residual, "relu", seconds=0.01)
+    (found,) = [c for c in result.candidates if c.backend == "maximum"]
+    assert found.seconds is None and found.failure.startswith("on a NaN in float32")

@@ -1,31 +1,14 @@
 // Binding of bn_act_maxpool: evaluation, training and backward.
 #include "cpu/bn_act_maxpool.h"
 
+#include "binding/window.h"
 #include "cpu/bn.h"
 
 namespace fastres::cpu {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
-BnActMaxpoolArgs pool_args(BnCall& call, const Ints& kernel, const Ints& stride, const Ints& padding) {
-  const auto check_pair = [&](const char* param, const Ints& values, int64_t least) {
-    FASTRES_CHECK(values.size() == 2 && values[0] >= least && values[1] >= least, call.op, param,
-                  "two integers of at least " << least, show({values.data(), values.size()}));
-  };
-  check_pair("kernel_size", kernel, 1);
-  check_pair("stride", stride, 1);
-  check_pair("padding", padding, 0);
-  int64_t out[2];
-  for (int i = 0; i < 2; ++i) {
-    const int64_t size = call.x.size(2 + i);
-    FASTRES_CHECK(padding[i] <= kernel[i] / 2, call.op, "padding", "at most half of kernel_size " << kernel[i], padding[i]);
-    FASTRES_CHECK(kernel[i] - 2 * padding[i] <= size, call.op, "kernel_size",
-                  "at most x's padded size " << size + 2 * padding[i], kernel[i]);
-    out[i] = (size + 2 * padding[i] - kernel[i]) / stride[i] + 1;
-  }
-  FASTRES_CHECK(kernel[0] < kNoTap / kernel[1], call.op, "kernel_size", "of fewer than " << kNoTap << " positions",
-                show({kernel.data(), 2}));
+BnActMaxpoolArgs pool_args(BnCall& call, const PoolWindow& window) {
+  const auto& [kernel, stride, padding, out] = window;
   const bool last = call.args.channels_last;
   const int64_t n = call.x.size(0), c = call.x.size(1), pixel = last ? c : 1;
   const int64_t phase_size = (call.x.size(3) + 2 * padding[1] + stride[1] - 1) / stride[1] * pixel;
@@ -51,6 +34,10 @@ BnActMaxpoolArgs pool_args(BnCall& call, const Ints& kernel, const Ints& stride,
           .tap_offsets = offsets};
 }
 
+PoolWindow check_window(const BnCall& call, const Ints& kernel, const Ints& stride, const Ints& padding) {
+  return fastres::check_window(call.op, call.x, kernel, stride, padding, kNoTap - 1);
+}
+
 // Runs the kernel over the rows of all images, `row_size` elements each.
 template <typename Kernel>
 void run_rows(Kernel kernel, const BnActMaxpoolArgs& args, int64_t rows_per_image, int64_t row_size) {
@@ -70,7 +57,7 @@ Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const Optio
                       const Tensor& var, double eps, const std::string& act, const Ints& kernel_size, const Ints& stride,
                       const Ints& padding) {
   BnCall call("bn_act_maxpool", {{"x", x}}, act, true);
-  const BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
+  const BnActMaxpoolArgs args = pool_args(call, check_window(call, kernel_size, stride, padding));
   call.read_affine(weight, bias);
   call.read_statistics(mean, var, eps);
   return apply(call, args);
@@ -81,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const O
                                                         const Ints& kernel_size, const Ints& stride,
                                                         const Ints& padding) {
   BnCall call("bn_act_maxpool_train", {{"x", x}}, act, true);
-  const BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
+  const BnActMaxpoolArgs args = pool_args(call, check_window(call, kernel_size, stride, padding));
   call.read_affine(weight, bias);
   const Statistics statistics = batch_statistics(call, eps);
   return {apply(call, args), statistics.mean, statistics.var};
@@ -94,14 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y,
                                                            const Ints& kernel_size, const Ints& stride,
                                                            const Ints& padding) {
   BnCall call("bn_act_maxpool_backward", {{"x", x}}, act, true);
-  BnActMaxpoolArgs args = pool_args(call, kernel_size, stride, padding);
-  const std::array<int64_t, 4> sizes{x.size(0), x.size(1), args.out_h, args.out_w};
-  check_cpu(call.op, "grad_y", grad_y);
-  FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type(), call.op, "grad_y", "of the dtype of x, " << x.scalar_type(),
-                grad_y.scalar_type());
-  FASTRES_CHECK(same(grad_y.sizes(), sizes), call.op, "grad_y", "of the sizes of y, " << show(sizes), show(grad_y.sizes()));
-  FASTRES_CHECK(is_dense(grad_y, call.format), call.op, "grad_y", "dense in the memory format of x",
-                "strides " << show(grad_y.strides()) << " for sizes " << show(sizes));
+  const PoolWindow window = check_window(call, kernel_size, stride, padding);
+  BnActMaxpoolArgs args = pool_args(call, window);
+  check_pooled(call.op, "grad_y", grad_y, x, window, call.format);
   call.read_affine(weight, bias);
   call.read_statistics(mean, var, eps);
   call.fill_tables();

@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const T
   params.eps = static_cast<float>(eps);
   params.grad_y = grad_y.data_ptr();
   const BnArguments args(op, x, weight, bias, mean, var);
-  const Gradients found = differentiate(launch, launch_bn_act_backward, params, x, args);
+  const Gradients found = prepare_gradients(params, x, args);
+  launch(launch_bn_act_backward, params);
   return {found.x, found.weight, found.bias};
 }
 

@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& gra
   params.y = y.data_ptr();
   params.grad_residual = grad_residual.data_ptr();
   const BnArguments args(op, x, weight, std::nullopt, mean, var);
-  const Gradients found = differentiate(launch, launch_bn_add_act_backward, params, x, args);
+  const Gradients found = prepare_gradients(params, x, args);
+  launch(launch_bn_add_act_backward, params);
   return {found.x, grad_residual, found.weight, found.bias};
 }
 

@@ -20,9 +20,12 @@ struct ChannelArgument {
   }
 };
 
-// The parameters of a normalisation; mean and var are absent where the batch provides them.
+// The parameters of a normalisation.
 struct BnArguments {
   ChannelArgument weight, bias, mean, var;
+
+  BnArguments(ChannelArgument weight, ChannelArgument bias, ChannelArgument mean, ChannelArgument var)
+      : weight(std::move(weight)), bias(std::move(bias)), mean(std::move(mean)), var(std::move(var)) {}
 
   BnArguments(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
               const OptionalTensor& mean, const OptionalTensor& var)
@@ -54,20 +57,20 @@ inline Statistics batch_statistics(const Launch& launch, const BnGeometry& geome
   return out;
 }
 
+// The outputs of a backward, and the workspaces that must live until it is launched.
 struct Gradients {
-  Tensor x, weight, bias;
+  Tensor x, weight, bias, partial, correction;
 };
 
-// Completes the params of a backward, which hold what differs between the ops, and launches it. grad_weight has the dtype
-// of weight, else of mean; grad_bias that of bias, else of grad_weight.
-inline Gradients differentiate(const Launch& launch, cudaError_t (*launcher)(const BnActBackwardParams&, cudaStream_t),
-                               BnActBackwardParams params, const Tensor& x, const BnArguments& args) {
+// Completes the params of a backward, which hold what differs between the ops. grad_weight has the dtype of weight, else of
+// mean; grad_bias that of bias, else of grad_weight.
+inline Gradients prepare_gradients(BnActBackwardParams& params, const Tensor& x, const BnArguments& args) {
   const Tensor& typed_weight = args.weight.tensor ? *args.weight.tensor : *args.mean.tensor;
   const Tensor& typed_bias = args.bias.tensor ? *args.bias.tensor : typed_weight;
   Gradients out{empty_like_activation(x), empty_vector(x.size(1), typed_weight.scalar_type(), x),
-                empty_vector(x.size(1), typed_bias.scalar_type(), x)};
-  const Tensor partial = empty_vector(params.geometry.partials(), ScalarType::Float, x);
-  const Tensor correction = empty_vector(2 * x.size(1), ScalarType::Float, x);
+                empty_vector(x.size(1), typed_bias.scalar_type(), x),
+                empty_vector(params.geometry.partials(), ScalarType::Float, x),
+                empty_vector(2 * x.size(1), ScalarType::Float, x)};
   params.dtype = dtype_of(x);
   params.x = x.data_ptr();
   params.grad_x = out.x.data_ptr();
@@ -79,9 +82,8 @@ inline Gradients differentiate(const Launch& launch, cudaError_t (*launcher)(con
   params.grad_bias = out.bias.data_ptr();
   params.grad_weight_dtype = dtype_of(out.weight);
   params.grad_bias_dtype = dtype_of(out.bias);
-  params.partial = static_cast<float*>(partial.data_ptr());
-  params.correction = static_cast<float*>(correction.data_ptr());
-  launch(launcher, params);
+  params.partial = static_cast<float*>(out.partial.data_ptr());
+  params.correction = static_cast<float*>(out.correction.data_ptr());
   return out;
 }
 

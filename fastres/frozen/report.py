@@ -75,8 +75,11 @@ def explain(frozen: Frozen, x: Tensor | None = None) -> PlanReport:
     if shape is None:
         raise must("explain", "x", "given for a plan that has not run yet", "none")
     plan = frozen.program(shape)
-    times = [None] * len(plan.steps) if x is None else _times(frozen, plan, x.detach().to(frozen.dtype))
-    reports = [_report(*pair, shape[0], ms) for *pair, ms in zip(plan.steps, plan.chunks, times, strict=True)]
+    times: list[float | None] = [None] * len(plan.steps)
+    if x is not None:
+        times = _times(frozen, plan, x.detach().to(frozen.dtype))
+    rows = zip(plan.steps, plan.chunks, times, strict=True)
+    reports = [_report(step, images, shape[0], ms) for step, images, ms in rows]
     constants = sum(tensor.nbytes for tensor in plan.constants)
     return PlanReport(frozen.name, str(frozen.dtype)[6:], shape, plan.arena_bytes, constants, reports)
 

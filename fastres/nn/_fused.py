@@ -6,6 +6,7 @@ would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is n
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -32,6 +33,15 @@ def has_hooks(module: nn.Module) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     )
+
+
+# The class that a module had before optimize put one on top, whose forward does the same: that one's attribute.
+ORIGINAL = "_fastres_original"
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class a module has, or had before it was swapped."""
+    return getattr(type(module), ORIGINAL, type(module))
 
 
 def _why_not_module(module: nn.Module) -> str | None:
@@ -126,6 +136,27 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
             _count(bn)
             return y
     return add_act(act, bn(x), residual)
+
+
+def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor) -> Tensor:
+    """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics."""
+    if bn is residual_bn:  # its buffers take both batches in PyTorch's order
+        return add_act(act, bn(x), bn(residual))
+    if _fuses(x, None, bn, act, None) and _fuses(residual, None, residual_bn, None, None):
+        *own, training = _statistics(bn)
+        *others, residual_training = _statistics(residual_bn)
+        if training == residual_training and x.dtype == residual.dtype:
+            updates = _momentum(bn), bn.eps, _momentum(residual_bn), residual_bn.eps
+            arguments: tuple[Any, ...] = (*own, *others, training, *updates, _name(act))
+            try:
+                y = functional.bn_add_bn_act(x, residual, *arguments)
+            except ArgumentError:
+                pass  # as above
+            else:
+                _count(bn)
+                _count(residual_bn)
+                return y
+    return bn_act(bn, act, x, bn_act(residual_bn, None, residual))
 
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:

@@ -15,6 +15,29 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
     return pool(_fused.conv_bn_act(conv, bn, act, x))
 
 
+def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, shortcut: Tensor) -> Tensor:
+    """The end of a block, ``act(bn(conv(x)) + downsample(shortcut))``; downsample may be None.
+
+    Where gradients flow and downsample ends with a convolution and its batch norm, both norms and the addition are one
+    op; without gradients each norm joins its own convolution.
+    """
+    steps = projection(downsample) if bn.training or torch.is_grad_enabled() else None
+    if steps is None or _must_be_called(downsample):
+        return _fused.conv_bn_act(conv, bn, act, x, shortcut if downsample is None else run(downsample, shortcut))
+    *first, shortcut_conv, shortcut_bn = steps
+    for step in first:
+        shortcut = step(shortcut)
+    return _fused.bn_add_bn_act(bn, shortcut_bn, act, conv(x), shortcut_conv(shortcut))
+
+
+def projection(module: Any) -> list[Any] | None:
+    """The layers of a shortcut that ends with a convolution and its batch norm, in an ``nn.Sequential``; else None."""
+    if module is None or _fused.original_class(module) is not nn.Sequential:
+        return None
+    steps = list(module)
+    return steps if [type(step) for step in steps[-2:]] == [nn.Conv2d, nn.BatchNorm2d] else None
+
+
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``; in a plain ``nn.Sequential`` conv-bn, conv-bn-relu and conv-bn-relu-maxpool fused."""
     if type(module) is not nn.Sequential or _must_be_called(module):

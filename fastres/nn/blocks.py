@@ -62,8 +62,7 @@ class BasicBlock(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         out = conv_bn_act(self.conv1, self.bn1, self.relu, x)
-        identity = x if self.downsample is None else _sequence.run(self.downsample, x)
-        return conv_bn_act(self.conv2, self.bn2, self.relu, out, identity)
+        return _sequence.conv_bn_add_act(self.conv2, self.bn2, self.relu, out, self.downsample, x)
 
 
 class Bottleneck(FusedModule):
@@ -110,8 +109,7 @@ class Bottleneck(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         out = conv_bn_act(self.conv1, self.bn1, self.relu, x)
         out = conv_bn_act(self.conv2, self.bn2, self.relu, out)
-        identity = x if self.downsample is None else _sequence.run(self.downsample, x)
-        return conv_bn_act(self.conv3, self.bn3, self.relu, out, identity)
+        return _sequence.conv_bn_add_act(self.conv3, self.bn3, self.relu, out, self.downsample, x)
 
 
 class PlainBlock(BasicBlock):

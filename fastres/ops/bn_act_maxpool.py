@@ -13,6 +13,7 @@ from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check, bn_act
 from fastres.ops._op import Op, Sample
 
+_MOST_POSITIONS = 254
 _WINDOW = "int[] kernel_size, int[] stride, int[] padding"
 SCHEMA = f"(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act, {_WINDOW}) -> Tensor"
 SCHEMA_TRAIN = f"(Tensor x, Tensor? weight, Tensor? bias, float eps, str act, {_WINDOW}) -> (Tensor, Tensor, Tensor)"
@@ -161,7 +162,24 @@ def samples_backward(device, dtype):
 
 
 def why_not_backward(grad_y, x, *rest):
-    return _bn.why_not(x, grad_y)
+    """The layout of grad_y is asked for by itself: a plane of one pixel has several."""
+    reason = _bn.why_not(x) or (None if grad_y.dtype == x.dtype else f"grad_y must have x's dtype, got {grad_y.dtype}")
+    if reason is None and not grad_y.is_contiguous(memory_format=memory_format(x)):
+        return f"grad_y must be dense in x's memory format, got strides {tuple(grad_y.stride())}"
+    return reason
+
+
+def backends(op, why_not):
+    """The GPU kernels keep a position of a window in one byte."""
+
+    def why_not_byte(*args):
+        rows, columns = args[-3]
+        if rows * columns > _MOST_POSITIONS:
+            return f"a window may have at most {_MOST_POSITIONS} positions, got kernel_size {(rows, columns)}"
+        return why_not(*args)
+
+    module = "bn_act_maxpool"
+    return [_backends.cpu(op, why_not), _backends.cuda(op, why_not_byte), _backends.triton(op, why_not_byte, module)]
 
 
 BN_ACT_MAXPOOL_BACKWARD = Op(
@@ -172,7 +190,7 @@ BN_ACT_MAXPOOL_BACKWARD = Op(
     fake=fake_backward,
     samples=samples_backward,
     cost=lambda grad_y, x, *rest: (x.element_size() * (3 * x.numel() + 2 * grad_y.numel()), 16 * x.numel()),
-    backends=[_backends.cpu("bn_act_maxpool_backward", why_not_backward)],
+    backends=backends("bn_act_maxpool_backward", why_not_backward),
 )
 
 BN_ACT_MAXPOOL = Op(
@@ -183,7 +201,7 @@ BN_ACT_MAXPOOL = Op(
     fake=fake,
     samples=samples,
     cost=_bn.cost(2),
-    backends=[_backends.cpu("bn_act_maxpool", _bn.why_not)],
+    backends=backends("bn_act_maxpool", _bn.why_not),
     setup_context=setup_context,
     backward=backward,
 )
@@ -196,7 +214,7 @@ BN_ACT_MAXPOOL_TRAIN = Op(
     fake=fake_train,
     samples=samples_train,
     cost=_bn.cost(3),
-    backends=[_backends.cpu("bn_act_maxpool_train", _bn.why_not)],
+    backends=backends("bn_act_maxpool_train", _bn.why_not),
     setup_context=setup_context_train,
     backward=backward_train,
 )

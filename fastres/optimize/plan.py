@@ -1,7 +1,8 @@
 """The graph of a forward rewritten into fused steps over the same children, and compiled to Python by torch.fx.
 
 Found, wherever the values in between have no other use: conv-bn, conv-bn-relu, conv-bn-add, conv-bn-add-relu, bn-relu,
-bn-add-relu, add-relu, conv-bn-relu-maxpool. A step reads its modules at every call and falls back to calling them one
+bn-add-relu, add-relu, conv-bn-relu-maxpool; in training also conv-bn-add-relu with a shortcut that ends with conv-bn.
+A step reads its modules at every call and falls back to calling them one
 by one (``fastres.nn._fused``), so a plan only has to be right about how values flow. ``nn.Identity`` is passed by.
 """
 
@@ -21,6 +22,7 @@ _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 _READ_ONLY = (nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 _FRESH = (nn.Conv2d, nn.BatchNorm2d)
+_STEPS = (_fused.conv_bn_act, _fused.bn_act, _fused.add_act, _sequence.conv_bn_add_act)
 Node = Any  # fx.Node: torch types its arguments so widely that nothing follows
 
 
@@ -51,7 +53,7 @@ def plan(module: nn.Module, base: Any, training: bool) -> Plan:
         graph = trace(module, base, training)
     except CannotTrace as error:
         return Plan(reason=str(error), readable=False)
-    rewriting = _Rewriting(module, graph)
+    rewriting = _Rewriting(module, graph, training)
     steps = rewriting.fuse()
     rejoined = _reshape(graph)
     if not steps and not rejoined:
@@ -74,8 +76,8 @@ def _is_node(value: Any) -> bool:
 class _Rewriting:
     """One graph being rewritten."""
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        self.module, self.graph = module, graph
+    def __init__(self, module: nn.Module, graph: fx.Graph, training: bool) -> None:
+        self.module, self.graph, self.training = module, graph, training
         self.position = {node: index for index, node in enumerate(graph.nodes)}
 
     def kind(self, node: Any) -> type | None:
@@ -122,13 +124,13 @@ class _Rewriting:
         """Whether only this value's one user can see it: writing into it, or later reading it, changes nothing else."""
         if len(node.users) != 1 or node.op in ("placeholder", "get_attr"):
             return False
-        if self.kind(node) in _FRESH or node.target in (_fused.conv_bn_act, _fused.bn_act, _fused.add_act):
+        if self.kind(node) in _FRESH or node.target in _STEPS:
             return True
         return all(self.is_private(source) for source in node.all_input_nodes)
 
     def only_reads(self, node: Node) -> bool:
         """Whether a step leaves its inputs as they are."""
-        if node.target in (_fused.conv_bn_act, _fused.bn_act, _fused.add_act):
+        if node.target in _STEPS:
             return True
         if node.op != "call_module":
             return False
@@ -191,6 +193,15 @@ class _Rewriting:
         between = [node for node in between if node not in chain and self.kind(node) is not nn.Identity]
         return all(self.only_reads(node) for node in between)
 
+    def projection(self, residual: Any, chain: list[Node]) -> Node | None:
+        """The call of a shortcut whose batch norm may join the addition, in training: nothing else reads its value."""
+        call = self.source(residual)
+        if not self.training or self.kind(call) is None or len(call.users) != 1:
+            return None
+        if _sequence.projection(self.module._modules[call.target]) is None or not self.only_reads(call):
+            return None
+        return call if self.may_move(call, chain) else None
+
     def replace(self, conv: Any, bn: Node, act: Any, pool: Any, residual: Any, chain: list[Node]) -> Step:
         """Put one step where the chain ends."""
         x = (conv or bn).args[0]
@@ -201,6 +212,11 @@ class _Rewriting:
             op, function, args = "conv_bn_act_maxpool", _sequence.conv_bn_act_maxpool, (conv, bn, activation, pool, x)
         elif pool is not None:
             op, function, args = "bn_act_maxpool", _fused.bn_act_maxpool, (bn, activation, pool, x)
+        elif conv is not None and (call := self.projection(residual, chain)) is not None:
+            op, function = "conv_bn_add_bn_act", _sequence.conv_bn_add_act
+            args = (conv, bn, activation, x, call, call.args[0])
+            covered, gone = [conv, bn, activation, call], [conv, call, *chain]
+            return self.put(op, function, args, [node for node in covered if node is not None], gone)
         elif conv is not None:
             op = "conv_bn_act" if residual is None else "conv_bn_add_act"
             function, args = _fused.conv_bn_act, (conv, bn, activation, x, residual)

@@ -104,7 +104,8 @@ def explain(target: nn.Module | str | Callable, *args: Any) -> Report | Choice |
         target: a model; or an op's name (``"bn_act"``, with the op's arguments); or a function of
             ``fastres.functional`` (with its arguments).
         args: for a model, optionally an example input: a copy of the model runs on it, with autograd as it is now, and
-            every step tells its backend. For a frozen network, optionally an input on which its steps are timed. For an op, the arguments of the call in question.
+            every step tells its backend. For a frozen network, optionally an input on which its steps are timed. For an
+            op, the arguments of the call in question.
 
     Returns:
         For a model a ``Report``, for a frozen one a ``PlanReport``, for an op the dispatcher's ``Choice``; all have

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from fastres import functional
 from fastres.nn import _fused
+from fastres.nn._fused import original_class
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
 from fastres.optimize.whole import Whole
 
-STATE, _ORIGINAL = "_fastres", "_fastres_original"
+STATE = "_fastres"
 
 
 class State:
@@ -56,11 +57,6 @@ class State:
         if now.identities and (_fused.why_not() is not None or any(map(_fused.has_hooks, now.identities))):
             return Plan(reason="an Identity has hooks, which must fire")
         return now
-
-
-def original_class(module: nn.Module) -> Any:
-    """The class a module has, or had before it was swapped."""
-    return getattr(type(module), _ORIGINAL, type(module))
 
 
 def state_of(module: nn.Module) -> State | None:
@@ -115,7 +111,7 @@ def swapped_class(base: Any) -> Any:
     functools.update_wrapper(forward, base.forward)
     members = {f.__name__: f for f in (train, __setattr__, __delattr__, __reduce_ex__, __setstate__)}
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base)(base.__name__, (base,), {**names, **members, "forward": forward, _ORIGINAL: base})
+    return type(base)(base.__name__, (base,), {**names, **members, "forward": forward, _fused.ORIGINAL: base})
 
 
 def _rebuild_state(channels_last: bool, is_whole: bool) -> State:

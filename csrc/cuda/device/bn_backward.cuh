@@ -1,4 +1,4 @@
-// The reduction of bn_act_backward and bn_add_act_backward.
+// The reduction of bn_act_backward and bn_add_act_backward, and what bn_act_maxpool_backward shares of it.
 #pragma once
 
 #include "cuda/bn_act_backward.h"
@@ -6,6 +6,25 @@
 #include "cuda/device/reduce.cuh"
 
 namespace fastres::cuda {
+
+// Leaves the sums of a block, of which each thread has its own, in the workspace.
+template <typename Traits>
+__device__ __forceinline__ void write_partial(const BnActBackwardParams& p, const Tile& tile,
+                                              const GradientSums<Traits::kVec>& sums) {
+  GradientSums<Traits::kLanes> own = [&] {
+    if constexpr (Traits::kChannelsLast) return sums;
+    else return sums.folded();
+  }();
+  reduce_along_y<kThreads>(own);
+  const int lane = threadIdx.x * Traits::kLanes;
+  if (threadIdx.y > 0 || lane >= tile.channels) return;
+  float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
+#pragma unroll
+  for (int j = 0; j < Traits::kLanes; ++j) {
+    partial[j] = own.dz[j];
+    partial[p.geometry.channels + j] = own.dzx[j];
+  }
+}
 
 // Partial sums of dz and dz * (x - mean). Writes what is final already: dz where it is an output, grad_x in evaluation.
 template <typename Traits, bool kAdd>
@@ -50,20 +69,7 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
         if (!p.training) store(grad_x + offset, dx);
       });
 
-  // Those of the block.
-  GradientSums<Traits::kLanes> own = [&] {
-    if constexpr (Traits::kChannelsLast) return sums;
-    else return sums.folded();
-  }();
-  reduce_along_y<kThreads>(own);
-  const int lane = threadIdx.x * Traits::kLanes;
-  if (threadIdx.y > 0 || lane >= tile.channels) return;
-  float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
-#pragma unroll
-  for (int j = 0; j < Traits::kLanes; ++j) {
-    partial[j] = own.dz[j];
-    partial[p.geometry.channels + j] = own.dzx[j];
-  }
+  write_partial<Traits>(p, tile, sums);
 }
 
 }  // namespace fastres::cuda

@@ -84,6 +84,37 @@ __device__ __forceinline__ void store(T* p, const float (&values)[kVec]) {
   }
 }
 
+// kBytes (8, 4 or 1) bytes beside a vector of as many elements, in one access; p is aligned to it.
+template <int kBytes>
+using Bytes = std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint8_t>>;
+
+template <int kBytes>
+__device__ __forceinline__ Vec<uint8_t, kBytes> load_bytes(const uint8_t* p) {
+  static_assert(sizeof(Bytes<kBytes>) == kBytes);
+  Bytes<kBytes> bits;
+#if defined(__CUDA_ARCH__)  // volatile as above: it stays behind the batch of vectors that it follows
+  if constexpr (kBytes == 8) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(bits.x), "=r"(bits.y) : "l"(p));
+  } else if constexpr (kBytes == 4) {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(p));
+  } else {
+    bits = *p;
+  }
+#else
+  memcpy(&bits, p, kBytes);
+#endif
+  Vec<uint8_t, kBytes> out;
+  memcpy(&out, &bits, kBytes);
+  return out;
+}
+
+template <int kBytes>
+__device__ __forceinline__ void store_bytes(uint8_t* p, const uint8_t (&values)[kBytes]) {
+  Bytes<kBytes> bits;
+  memcpy(&bits, values, kBytes);
+  *reinterpret_cast<Bytes<kBytes>*>(p) = bits;
+}
+
 // The largest value that rounds to zero in T.
 template <typename T>
 constexpr float kRoundsToZero = 0.0f;

@@ -41,14 +41,16 @@ class Plan(NamedTuple):
     grid: tuple[int, int]
 
 
-def plan(x: Tensor, config: configs.TileConfig | None = None) -> Plan:
+def plan(x: Tensor, config: configs.TileConfig | None = None, like: Tensor | None = None) -> Plan:
+    """How x is cut; ``like``, where x is what it is pooled to, says which layout it has and how large offsets become."""
+    like = x if like is None else like
     images, channels, height, width = x.shape
-    elements, channels_last = images * height * width, memory_format(x) is torch.channels_last
+    elements, channels_last = images * height * width, memory_format(like) is torch.channels_last
     config = config or configs.tile(elements, channels, channels_last)
     programs, tiles = configs.partition(elements, channels, config)
     options = {
         "CHANNELS_LAST": channels_last,
-        "INDEX": index_type(x.numel()),
+        "INDEX": index_type(max(x.numel(), like.numel())),
         "BLOCK_E": config.block_e,
         "BLOCK_C": config.block_c,
         "num_warps": config.num_warps,
@@ -60,7 +62,7 @@ def plan(x: Tensor, config: configs.TileConfig | None = None) -> Plan:
 def statistics(x: Tensor, config: configs.TileConfig | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, fp32."""
     x, cut = x.resolve_neg(), plan(x, config)
-    mean, var, partial_mean, partial_m2 = _per_channel(x), _per_channel(x), _partials(x, cut), _partials(x, cut)
+    mean, var, partial_mean, partial_m2 = per_channel(x), per_channel(x), partials(x, cut), partials(x, cut)
     (elements, channels, _, tiles), programs = cut.sizes, cut.grid[1]
     launch(
         batch_norm.bn_statistics_kernel, cut.grid, x,
@@ -99,13 +101,13 @@ def backward(
     mean, var = mean.resolve_neg().contiguous(), var.resolve_neg().contiguous()
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
     dz = None if y is None else torch.empty_like(grad_x)
-    partial_dz, partial_dzx = _partials(x, cut), _partials(x, cut)
+    partial_dz, partial_dzx = partials(x, cut), partials(x, cut)
     launch(
         batch_norm.bn_act_backward_reduce_kernel, cut.grid, x,
         grad_y, y, x, weight, bias, mean, var, dz, None if training else grad_x, partial_dz, partial_dzx,
         *cut.sizes, eps, act, **cut.options,
     )  # fmt: skip
-    grad_weight, grad_bias, programs = _per_channel(x), _per_channel(x), cut.grid[1]
+    grad_weight, grad_bias, programs = per_channel(x), per_channel(x), cut.grid[1]
     launch(
         batch_norm.bn_act_backward_merge_kernel, (x.shape[1],), x,
         partial_dz, partial_dzx, var, grad_weight, grad_bias, programs, eps, triton.next_power_of_2(programs),
@@ -124,9 +126,9 @@ def parameters(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors)
 
 
-def _per_channel(x: Tensor) -> Tensor:
+def per_channel(x: Tensor) -> Tensor:
     return torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
 
 
-def _partials(x: Tensor, cut: Plan) -> Tensor:
+def partials(x: Tensor, cut: Plan) -> Tensor:
     return torch.empty(x.shape[1], cut.grid[1], dtype=torch.float64, device=x.device)

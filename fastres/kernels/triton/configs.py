@@ -45,6 +45,9 @@ FLAT = (FlatConfig(2048, 4), FlatConfig(1024, 4), FlatConfig(4096, 8))
 # 8 or 16 elements a thread: 16-byte accesses, and sums that leave registers for many warps.
 CHANNELS_LAST = (TileConfig(32, 64, 4), TileConfig(16, 128, 4), TileConfig(64, 64, 8))
 CONTIGUOUS = (TileConfig(1024, 1, 4), TileConfig(2048, 1, 8), TileConfig(2048, 1, 4))
+# A window takes several registers an element: smaller tiles.
+POOLED_CHANNELS_LAST = (TileConfig(16, 64, 4), TileConfig(32, 64, 4))
+POOLED_CONTIGUOUS = (TileConfig(512, 1, 4), TileConfig(1024, 1, 4))
 
 # The partition of a reduction follows from the shape alone, so results are the same bits on every device.
 PROGRAMS = 2048  # programs a per-channel kernel aims for: 132 multiprocessors x 16
@@ -77,9 +80,10 @@ MULTIPROCESSORS = 132
 
 
 @functools.lru_cache(maxsize=1024)
-def tile(elements: int, channels: int, channels_last: bool) -> TileConfig:
+def tile(elements: int, channels: int, channels_last: bool, pooled: bool = False) -> TileConfig:
     """Tile of a per-channel kernel: the first of the layout's list, cut down to the tensor."""
-    block_e, block_c, num_warps = (CHANNELS_LAST if channels_last else CONTIGUOUS)[0]
+    tables = (POOLED_CONTIGUOUS, POOLED_CHANNELS_LAST) if pooled else (CONTIGUOUS, CHANNELS_LAST)
+    block_e, block_c, num_warps = tables[channels_last][0]
     if channels_last and channels < block_c:
         narrow = _power_of_two(channels)
         block_e, block_c = block_e * block_c // narrow, narrow

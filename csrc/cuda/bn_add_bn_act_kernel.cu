@@ -1,0 +1,54 @@
+// Formula: y = act((x - mean) * scale + bias + (r - mean_r) * scale_r + bias_r), scale = weight / sqrt(var + eps).
+// Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
+// Bytes per element: two reads, one write; the normalised residual is never written.
+// Accumulate type: float; one rounding, to the output type, none before the addition.
+// Invariants: every element is written once; walks backwards, for L2 after bn_statistics.
+#include "cuda/bn_add_bn_act.h"
+#include "cuda/device/batch_norm.cuh"
+
+namespace fastres::cuda {
+
+template <typename Traits>
+__global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_constant__ BnAddBnActParams p) {
+  using scalar_t = typename Traits::scalar_t;
+  constexpr int kSlots = kUnroll / 2;  // the tables of two norms take registers too
+  const auto* x = static_cast<const scalar_t*>(p.bn.x);
+  const auto* residual = static_cast<const scalar_t*>(p.residual.x);
+  auto* y = static_cast<scalar_t*>(p.bn.y);
+
+  const Tile tile(p.bn.geometry, true);
+  float affine[2 * kAffineRows][Traits::kLanes];
+  load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) {
+    fill_affine(p.bn, c, entry);
+    fill_affine(p.residual, c, entry + kAffineRows);
+  });
+
+  typename Traits::Vector x_in[kSlots], residual_in[kSlots];
+  for_each_vector<kSlots>(
+      Walk<Traits>(p.bn.geometry, tile),
+      [&](int slot, int64_t offset) {
+        x_in[slot] = load<Traits::kVec>(x + offset);
+        residual_in[slot] = load<Traits::kVec>(residual + offset);
+      },
+      [&](int slot, int64_t offset) {
+        float out[Traits::kVec];
+#pragma unroll
+        for (int j = 0; j < Traits::kVec; ++j) {
+          const int lane = Traits::lane(j);
+          const auto normalised = [&](float value, int row) {
+            return normalise(value, affine[row + kMean][lane], affine[row + kScale][lane], affine[row + kBias][lane]);
+          };
+          const float z = normalised(to_float(x_in[slot].v[j]), 0) + normalised(to_float(residual_in[slot].v[j]), kAffineRows);
+          out[j] = p.bn.relu ? relu(z) : z;
+        }
+        store(y + offset, out);
+      });
+}
+
+cudaError_t launch_bn_add_bn_act(const BnAddBnActParams& params, cudaStream_t stream) {
+  return with_bn_traits(params.bn.dtype, params.bn.geometry, [&](auto traits) {
+    return launch_bn(bn_add_bn_act_kernel<decltype(traits)>, params.bn.geometry, params, stream);
+  });
+}
+
+}  // namespace fastres::cuda

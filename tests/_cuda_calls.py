@@ -1,0 +1,86 @@
+"""Calls of the native CUDA ops for the tests: arguments of any op, layouts, and PyTorch's reference."""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastres.ops import REGISTRY
+
+SOURCES = sorted((Path(__file__).resolve().parents[1] / "csrc" / "cuda").glob("*.cpp"))
+OPS = [name for path in SOURCES for name in re.findall(r'm\.def\(\s*"cuda_(\w+)\(', path.read_text())]
+REDUCTIONS = [name for name in OPS if name.endswith("_train") or ("bn" in name and name.endswith("_backward"))]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Partial tiles of channels, idle threads, sizes that forbid vectors, planes smaller than a block, several splits.
+SHAPES = [
+    (3, 520, 5, 7), (2, 300, 4, 4), (1, 7, 3, 5), (5, 16, 40, 40), (6, 3, 7, 7), (300, 2, 2, 4),
+    (70, 5, 1, 1), (2, 2100, 1, 2), (2, 1, 64, 64), (40, 2, 32, 32), (1, 1, 1, 5), (9, 24, 16, 16),
+]  # fmt: skip
+# Kernel, stride, padding: the stem's; strides beyond the window; overlap in one direction, padding that no window needs.
+STEM = ((3, 3), (2, 2), (1, 1))
+WINDOWS = [STEM, ((2, 3), (3, 1), (1, 1)), ((5, 4), (2, 3), (2, 2)), ((1, 1), (1, 2), (0, 0))]
+
+
+def run(name, *args):
+    result = getattr(torch.ops.fastres_C, f"cuda_{name}")(*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def reference(name, args):
+    result = REGISTRY[name].reference(*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def mapped(args, change):
+    """The arguments with change(tensor) in place of each activation."""
+    return [change(a) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+
+
+def in_double(args):
+    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def laid_out(args, layout):
+    return mapped(args, lambda t: t.contiguous(memory_format=getattr(torch, layout)))
+
+
+def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.float32, window=STEM):
+    """Arguments of any op for the input x: the other activations, parameters and statistics are drawn here."""
+    draw = lambda shape=x.shape: torch.randn(shape, generator=generator).to(x)  # noqa: E731
+    channels = x.shape[1]
+    weight, bias = (torch.randn(channels, generator=generator).to(x.device, dtype) for _ in range(2))
+    mean, var = x.double().mean((0, 2, 3)).float(), x.double().var((0, 2, 3), unbiased=False).float()
+    base = name.removesuffix("_backward").removesuffix("_train")
+    if base == "add_act":
+        return [x, draw(), act]
+    if name == "bn_act_backward":
+        return [draw(), x, weight, bias, mean, var, 1e-5, act, training]
+    if name == "bn_add_act_backward":
+        return [draw(), draw().relu(), x, weight, mean, var, 1e-5, act, training]
+    if name == "bn_act_maxpool_backward":
+        grad_y = draw(F.max_pool2d(x.float(), *window).shape)
+        return [grad_y, x, weight, bias, mean, var, 1e-5, act, training, *window]
+    if base == "bn_add_bn_act":
+        return two_norms(name, x, draw(), draw(), (weight, bias, mean, var), act, training)
+    residual = [draw()] if base == "bn_add_act" else []
+    statistics = [] if name.endswith("_train") else [mean, var]
+    return [x, *residual, weight, bias, *statistics, 1e-5, act, *(window if base == "bn_act_maxpool" else ())]
+
+
+def two_norms(name, x, residual, grad_y, norm, act, training):
+    """Arguments of a form of bn_add_bn_act; the residual has its own statistics, and x's parameters in another order."""
+    weight, bias, mean, var = norm
+    other = weight.flip(0), bias.flip(0)
+    statistics = [residual.float().mean((0, 2, 3)), residual.float().var((0, 2, 3), unbiased=False)]
+    if name.endswith("_train"):
+        return [x, residual, weight, bias, 1e-5, *other, 1e-3, act]
+    if not name.endswith("_backward"):
+        return [x, residual, weight, bias, mean, var, 1e-5, *other, *statistics, 1e-3, act]
+    y = (grad_y.flip(0) + residual).relu()
+    return [grad_y, y, x, residual, weight, mean, var, 1e-5, other[0], *statistics, 1e-3, act, training]
+
+
+def draw(shape, dtype, device, layout="contiguous_format", seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 1.5 + 0.3
+    return x.to(device, dtype).contiguous(memory_format=getattr(torch, layout))

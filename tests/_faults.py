@@ -1,0 +1,63 @@
+"""Runs tests on faulty kernels: ``python _faults.py FILE``, a JSON list of [room, path, test, arguments], answers in one too.
+
+Each runs in a process of its own, forked once torch is imported: operators of the same names cannot be loaded twice.
+"""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import triton  # noqa: F401  imported once, for all
+
+MODULES = {"cuda": "test_cuda", "triton": "test_triton_interpreter"}
+
+
+def run(room, path, test, arguments):
+    """One test on one fault; ``path`` is a library of CUDA kernels, or a folder with a package fastres."""
+    if room == "cuda":
+        torch.ops.load_library(path)
+    else:
+        sys.path.insert(0, path)
+    torch.manual_seed(0)
+    for key, value in arguments.items():
+        if str(value).startswith("torch."):
+            arguments[key] = getattr(torch, value.removeprefix("torch."))
+    if room == "cuda":
+        arguments["device"] = torch.device("cpu")
+    if "monkeypatch" in arguments:
+        arguments["monkeypatch"] = pytest.MonkeyPatch()
+    if "few_programs" in arguments:  # as the fixture of that name
+        importlib.import_module("fastres.kernels.triton.configs").PROGRAMS = 4
+    getattr(importlib.import_module(MODULES[room]), test)(**arguments)
+
+
+def outcome(task):
+    """What a test says: "passed", the name of what it raised, or the signal that ended it."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "passed"
+        try:
+            run(*task)
+        except (Exception, pytest.fail.Exception) as error:
+            said = type(error).__name__
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    said = os.read(reading, 100).decode()
+    _, status = os.waitpid(child, 0)
+    os.close(reading)
+    return said or f"signal {os.WTERMSIG(status)}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    file = Path(sys.argv[1])
+    file.write_text(json.dumps([outcome(task) for task in json.loads(file.read_text())]))

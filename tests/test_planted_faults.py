@@ -1,0 +1,148 @@
+"""Kernels with one mistake each: a named test must fail on every one of them.
+
+A fault is one replacement in a copy of the sources. CUDA kernels are compiled for the CPU as in test_cuda.py, Triton's run
+in the interpreter, each with the rest of the sources as they are.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import _cuda_on_cpu
+import pytest
+
+pytestmark = pytest.mark.compile
+ROOT = Path(__file__).resolve().parents[1]
+FP32 = "torch.float32"
+NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
+
+
+class Fault(NamedTuple):
+    """One mistake: in ``file``, ``wrong`` in place of ``right``; ``test`` with ``arguments`` catches it."""
+
+    mistake: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+    arguments: dict
+    kernel: str = ""  # CUDA: what is compiled anew, where file is a header
+
+
+CUDA = [
+    Fault("no tail behind the last vector", "cuda/add_act_kernel.cu", "block == 0 && rest < p.numel", "false",
+          "test_add_act_of_any_size", {"dtype": FP32}),
+    Fault("ReLU as a maximum", "common/epilogue.h", "v < T{} ? T{} : v", "v > T{} ? v : T{}",
+          "test_special_values", {"dtype": FP32}, "add_act_kernel"),
+    Fault("gradient passes at zero", "common/epilogue.h", "y <= zero_up_to", "y < zero_up_to",
+          "test_special_values", {"dtype": FP32}, "add_act_kernel"),
+    Fault("unbiased variance", "cuda/bn_statistics_kernel.cu", "static_cast<float>(g.elements)",
+          "static_cast<float>(g.elements - 1)", "test_statistics_are_accurate", {"layout": "channels_last"}),
+    Fault("statistics about zero", "cuda/bn_statistics_kernel.cu", "pivot[j] = to_float(x[offset + j])", "pivot[j] = 0.0f",
+          "test_statistics_are_accurate", {"layout": "contiguous_format"}),
+    Fault("the last split is not merged", "cuda/device/bn_merge.cuh", "channel < g.channels ? g.splits : 0",
+          "channel < g.channels ? g.splits - 1 : 0", "test_samples", {"name": "bn_act_train", **NHWC}, "bn_statistics_kernel"),
+    Fault("no barrier behind the table", "cuda/device/batch_norm.cuh", "entry[row];\n  }\n  __syncthreads();",
+          "entry[row];\n  }", "test_samples", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
+    Fault("threads beyond the last channel run", "cuda/device/batch_norm.cuh",
+          "if (lane >= tile.channels) end_ = first;", "", "test_partitions", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
+    Fault("the next image is not skipped to", "cuda/device/batch_norm.cuh", "offset_ += next_image_;", "",
+          "test_partitions", {"name": "bn_act", **NCHW}, "bn_act_kernel"),
+    Fault("the mean is not taken off", "cuda/device/bn_backward.cuh", "x_j - affine[kMean][lane], sums", "x_j, sums",
+          "test_samples", {"name": "bn_act_backward", **NHWC}, "bn_act_backward_kernel"),
+    Fault("no border", "cuda/device/pool.cuh", "return v < 0 ? 0 : v < size ? v : size - 1;", "return v;",
+          "test_misaligned_in_poison", {"name": "bn_act_maxpool", **NHWC}, "bn_act_maxpool_kernel"),
+    Fault("a window that the ReLU stops has a tap", "cuda/bn_act_maxpool_backward_kernel.cu",
+          "p.bn.relu && best.value[j] <= 0.0f ? kNoTap", "false ? kNoTap",
+          "test_samples", {"name": "bn_act_maxpool_backward", **NHWC}),
+    Fault("one row of windows is forgotten", "cuda/bn_act_maxpool_backward_kernel.cu",
+          "rows = (pool.kernel.h - 1) / pool.stride.h + 1", "rows = (pool.kernel.h - 1) / pool.stride.h",
+          "test_samples", {"name": "bn_act_maxpool_backward", **NCHW}),
+    Fault("the shortcut is normalised as the block is", "cuda/bn_add_bn_act_kernel.cu", "fill_affine(p.residual, c",
+          "fill_affine(p.bn, c", "test_samples", {"name": "bn_add_bn_act", **NHWC}),
+]  # fmt: skip
+TRITON = [
+    Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",
+          "test_offsets_of_64_bits", {"monkeypatch": None}),
+    Fault("ReLU that loses NaN", "device.py", "tl.where(v < 0, 0.0, v)", "tl.where(v > 0, v, 0.0)",
+          "test_special_values_add_act", {}),
+    Fault("no mask on the tail of the statistics", "batch_norm.py", "delta = tl.where(valid, d - mean, 0.0)",
+          "delta = d - mean", "test_statistics_far_from_zero", {"layout": "torch.channels_last", "few_programs": None}),
+    Fault("the last partial is not merged", "batch_norm.py",
+          "m2 = tl.load(partial_m2_ptr + partial, mask=p < programs,",
+          "m2 = tl.load(partial_m2_ptr + partial, mask=p < programs - 1,",
+          "test_statistics_far_from_zero", {"layout": "torch.channels_last", "few_programs": None}),
+    Fault("no border in pooling", "bn_act_maxpool.py", "inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)",
+          "inside = valid & (y >= 0) & (y < height) & (x < width)", "test_pooling_finds_the_positions_that_torch_finds",
+          {"act": "relu"}),
+]  # fmt: skip
+
+
+def apply(fault: Fault, file: Path) -> None:
+    text = file.read_text()
+    assert text.count(fault.right) == 1, f"{fault.mistake}: {text.count(fault.right)} places in {fault.file} to plant it"
+    file.write_text(text.replace(fault.right, fault.wrong))
+
+
+def faulty_library(fault: Fault, folder: Path) -> tuple[list, Path]:
+    """Build edges of a library with one kernel from faulty sources; the other objects are those of the sound one."""
+    toolchain, recipes = _cuda_on_cpu.tools()
+    shutil.copytree(recipes.CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "*.py", "__pycache__"))
+    apply(fault, folder / "csrc" / fault.file)
+    kernel = fault.kernel or Path(fault.file).stem
+    flags = ["-include", _cuda_on_cpu.ROOM / "device.h", "-x", "c++", f"-I{folder / 'csrc'}", "-O0"]
+    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+    sound = recipes.WORK / "cuda_on_cpu"
+    objects = [path for path in sorted(sound.glob("*.o")) if path.stem != kernel]
+    library = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
+    name = folder.name
+    edges = [(f"{name}.o", "cxx", [folder / "csrc" / "cuda" / f"{kernel}.cu"], flags)]
+    return [*edges, (f"{name}.so", "link", [f"{name}.o", *objects], library)], folder.parent / f"{name}.so"
+
+
+def caught(tasks: list, folder: Path) -> list[str]:
+    """What the named tests said of the faults."""
+    file = folder / "tasks.json"
+    file.write_text(json.dumps(tasks))
+    interpret = {"TRITON_INTERPRET": "1"} if tasks[0][0] == "triton" else {}
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests"])) if tasks[0][0] == "cuda" else str(ROOT / "tests")
+    environment = {**os.environ, **interpret, "PYTHONPATH": paths}
+    script = Path(__file__).with_name("_faults.py")
+    subprocess.run([sys.executable, script, file], env=environment, cwd=folder, check=True, capture_output=True)
+    return json.loads(file.read_text())
+
+
+def assert_all_caught(faults: list[Fault], said: list[str]) -> None:
+    """A failed assertion, or a signal (a misaligned or wild access) that ended the test: no other error counts."""
+    words = dict(zip((fault.mistake for fault in faults), said, strict=True))
+    assert not {mistake: word for mistake, word in words.items() if not word.startswith(("AssertionError", "signal"))}
+
+
+def test_faults_in_cuda_kernels_are_caught(tmp_path) -> None:
+    _cuda_on_cpu.load()
+    toolchain, recipes = _cuda_on_cpu.tools()
+    rules, edges, tasks = dict(_cuda_on_cpu.rules()), [], []
+    rules["cxx"] = rules["cxx"].replace(toolchain.quoted([f"-I{recipes.CSRC}"]), "")  # each copy has headers of its own
+    for index, fault in enumerate(CUDA):
+        folder = tmp_path / f"fault{index}"
+        folder.mkdir()
+        more, library = faulty_library(fault, folder)
+        edges += more
+        tasks.append(["cuda", str(library), fault.test, fault.arguments])
+    toolchain.run_ninja(tmp_path, rules, edges)
+    assert_all_caught(CUDA, caught(tasks, tmp_path))
+
+
+def test_faults_in_triton_kernels_are_caught(tmp_path) -> None:
+    pytest.importorskip("triton")
+    tasks = []
+    for index, fault in enumerate(TRITON):
+        folder = tmp_path / f"fault{index}"
+        shutil.copytree(ROOT / "fastres", folder / "fastres", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        apply(fault, folder / "fastres" / "kernels" / "triton" / fault.file)
+        tasks.append(["triton", str(folder), fault.test, fault.arguments])
+    assert_all_caught(TRITON, caught(tasks, tmp_path))

@@ -65,7 +65,7 @@ def test_a_wrong_result_of_ours_is_not_timed_and_a_peers_says_its_error(rows):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("absent", "UnsupportedError: absent needs no_such_package, which is not installed (pip install fastres[bench])"),
+        ("absent", "UnsupportedError: absent needs no_such_package, not installed here (pip install fastres[bench])"),
         ("refuses", "RuntimeError: no such device"),
         ("crashes", "the process ended (exit code 3): lost in space"),
         ("dies", "the process ended (killed by signal 9): noise on stdout"),

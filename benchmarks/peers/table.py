@@ -45,7 +45,7 @@ def grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     names, rows = ways_of(rows), measured(rows)
     lines = [
         [f"{name} {shape} {dtype}", *(shown(by_rival.get(way)) for way in names)]
-        for (name, _, shape, dtype), by_rival in cases(rows).items()
+        for (name, _, shape, dtype, *_), by_rival in cases(rows).items()
     ]
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         of_dtype = [row for row in rows if row["dtype"] == dtype]

@@ -173,11 +173,11 @@ Tensor large_pages(const Tensor& like, int64_t bytes) {
 }  // namespace fastres::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
-  m.def("cpu_run_plan(Tensor x, Tensor program, Tensor[] constants, Tensor arena, Tensor(a!) y) -> ()");
+  m.def("cpu_plan(Tensor x, Tensor program, Tensor[] constants, Tensor arena, Tensor(a!) y) -> ()");
   m.def("cpu_large_pages(Tensor like, int bytes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
-  m.impl("cpu_run_plan", TORCH_BOX(&fastres::cpu::run_plan));
+  m.impl("cpu_plan", TORCH_BOX(&fastres::cpu::run_plan));
   m.impl("cpu_large_pages", TORCH_BOX(&fastres::cpu::large_pages));
 }

@@ -69,11 +69,10 @@ class _Builder:
                 take(*operation.args, y=operation.result)
             except _Refused:
                 self.refused[operation.target] = self.refused.get(operation.target, 0) + 1
-        needed = self.needed()
         if self.refused:
             what = ", ".join(f"{target} ({count}x)" for target, count in sorted(self.refused.items()))
             raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; fastres.optimize serves such networks")
-        return needed
+        return self.needed()
 
     def needed(self) -> list[Layer]:
         """The layers that lead to the output, with every alias resolved."""
@@ -139,6 +138,20 @@ class _Builder:
     def on__native_batch_norm_legit_no_training(self, x, weight, bias, mean, var, momentum, eps, *, y):
         self.on_native_batch_norm(x, weight, bias, mean, var, False, momentum, eps, y=y)
 
+    def on_bn_act(self, x, weight, bias, mean, var, eps, act, *, y):
+        self.on_bn_add_act(x, None, weight, bias, mean, var, eps, act, y=y)
+
+    def on_bn_add_act(self, x, residual, weight, bias, mean, var, eps, act, *, y):
+        normalised, added = Value(x.shape, uses=1), Value(x.shape, uses=1)
+        self.on_native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, y=normalised)
+        if residual is not None:
+            self.on_add(normalised, residual, y=added)
+        last = normalised if residual is None else added
+        if act == "relu":
+            self.on_relu(last, y=y)
+        else:
+            self.pass_on(last, y)
+
     def on_conv_bn_act(self, x, *parameters, y):
         self.on_conv_bn_add_act(x, None, *parameters, y=y)
 
@@ -162,7 +175,7 @@ class _Builder:
                 self.found.append(layer)
                 layer.residual = self.value(second)
                 self.rename(layer, y)
-            return
+                return
         self.add(Layer("add", "add", x, y, residual=self.value(residual)))
 
     def on_add_act(self, x, residual, act, *, y):

@@ -40,7 +40,7 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
         UnsupportedError: an operation, the processor or a weight (not finite) that a plan cannot serve; the text says which.
     """
     dtype = _check(model, example, dtype)
-    reason = native.why_not("cpu_run_plan") or _conv_cpu.lacks(dtype)
+    reason = native.why_not("cpu_plan") or _conv_cpu.lacks(dtype)
     if reason is not None:
         raise UnsupportedError(f"fastres.freeze: the plan's kernels cannot run: {reason}")
     recording = record(model, example)
@@ -154,14 +154,15 @@ class Frozen(nn.Module):
             y = torch.empty((x.shape[0], *pixels, channels), dtype=self.dtype)
             if x.shape[0]:
                 self.run(plan, x.detach().resolve_conj().resolve_neg().to(self.dtype), y)
-        return y.flatten(1) if self.flat else y.permute(0, 3, 1, 2)
+        y = y.permute(0, 3, 1, 2)
+        return y.flatten(1) if self.flat else y
 
     def run(self, plan: Program, x: Tensor, y: Tensor) -> None:
         """One native call, in a block of memory that no other call uses meanwhile."""
         arena = next((self._arenas.pop() for _ in (1,) if self._arenas), None)
         if arena is None or arena.numel() < plan.arena_bytes:
             arena = native.op("cpu_large_pages")(y, plan.arena_bytes)
-        native.op("cpu_run_plan")(x, plan.rows, plan.constants, arena, y)
+        native.op("cpu_plan")(x, plan.rows, plan.constants, arena, y)
         if len(self._arenas) < _ARENAS:
             self._arenas.append(arena)
 

@@ -49,6 +49,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
         self.names = names
+        self.x: Value | None = None
         self.operations: list[Operation] = []
         self.values: dict[int, Value] = {}
         self.alive: list[Tensor] = []  # so that no id is used twice
@@ -65,9 +66,12 @@ class _Recorder(TorchDispatchMode):
 
     def produce(self, tensor: Tensor) -> Value:
         value = self.values[id(tensor)] = Value(tuple(tensor.shape))
+        self.keep(tensor)
+        return value
+
+    def keep(self, tensor: Tensor) -> None:
         self.alive.append(tensor)
         self.in_storage.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
-        return value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, run = kwargs or {}, func
@@ -80,7 +84,7 @@ class _Recorder(TorchDispatchMode):
             raise UnsupportedError(f"fastres.freeze: the network reads a value ({target}), which a plan cannot follow")
         if target in _PASSED:
             self.values[id(first)] = self.value(args[0])
-            self.alive.append(first)
+            self.keep(first)
             return out
         operands = tuple(self.value(arg) if isinstance(arg, Tensor) else arg for arg in (*args, *kwargs.values()))
         if func._schema.is_mutable:
@@ -92,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def refuse_shared_write(self, tensor: Tensor, target: str) -> None:
-        if id(tensor) not in self.values:
+        if self.values.get(id(tensor)) in (None, self.x):
             raise UnsupportedError(f"fastres.freeze: the network writes into its input or its parameters ({target})")
         if len(self.in_storage.get(tensor.untyped_storage().data_ptr(), ())) > 1:
             raise UnsupportedError(f"fastres.freeze: the network writes into memory that a view shares ({target})")
@@ -112,7 +116,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
             module.training = False
         with torch.no_grad():
             x = example.detach().clone()
-            start = recorder.produce(x)
+            start = recorder.x = recorder.produce(x)
             with recorder:
                 y = model(x)
     finally:

@@ -107,7 +107,7 @@ def _times(frozen: Frozen, plan: Program, x: Tensor) -> list[float | None]:
             chunk = row[2].item()
         else:
             singles.append(torch.stack([torch.tensor([0, 1, chunk] + [0] * (FIELDS - 3)), row]))
-    run = native.op("cpu_run_plan")
+    run = native.op("cpu_plan")
     found: list[list[float]] = [[] for _ in singles]
     for _ in range(_REPEATS):
         for times, single in zip(found, singles, strict=True):

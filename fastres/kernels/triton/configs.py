@@ -47,7 +47,7 @@ CHANNELS_LAST = (TileConfig(32, 64, 4), TileConfig(16, 128, 4), TileConfig(64, 6
 CONTIGUOUS = (TileConfig(1024, 1, 4), TileConfig(2048, 1, 8), TileConfig(2048, 1, 4))
 # A window takes several registers an element: smaller tiles.
 POOLED_CHANNELS_LAST = (TileConfig(16, 64, 4), TileConfig(32, 64, 4))
-POOLED_CONTIGUOUS = (TileConfig(512, 1, 4), TileConfig(1024, 1, 4))
+POOLED_CONTIGUOUS = (TileConfig(512, 1, 4), TileConfig(256, 1, 4))
 
 # The partition of a reduction follows from the shape alone, so results are the same bits on every device.
 PROGRAMS = 2048  # programs a per-channel kernel aims for: 132 multiprocessors x 16

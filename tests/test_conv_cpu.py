@@ -1,0 +1,142 @@
+"""The native CPU convolution, direct and by Winograd: any geometry, values that are not finite, threads, error texts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close_to_truth
+
+from fastres.kernels import native
+from fastres.ops import _conv_cpu
+
+pytestmark = pytest.mark.cpu
+LAST = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def library():
+    native.load()
+
+
+def draw(seed):
+    """A convolution of random geometry with its operands; every second one suits Winograd's algorithm."""
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*values):
+        return values[torch.randint(len(values), (1,), generator=g)]
+
+    winograd = seed % 2 == 1
+    kernel = (3, 3) if winograd else (pick(1, 2, 3, 5), pick(1, 3, 4))
+    stride = (1, 1) if winograd else (pick(1, 2, 3), pick(1, 2))
+    dilation = (1, 1) if winograd else (pick(1, 1, 2), pick(1, 1, 2))
+    padding = (pick(0, 1, 2), pick(0, 1, 2))
+    channels, out = pick(16, 32, 48, 288) if winograd else pick(16, 18, 32, 70, 300), pick(1, 8, 16, 40, 64, 83, 150)
+    x = torch.randn(pick(1, 2, 3), channels, pick(9, 11, 14), pick(9, 10, 17), generator=g)
+    weight = torch.randn(out, channels, *kernel, generator=g) / (channels * kernel[0] * kernel[1]) ** 0.5
+    bias = torch.randn(out, generator=g)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation)
+    residual = torch.randn(y.shape, generator=g) if pick(True, False) else None
+    return x, residual, weight, bias, (stride, padding, dilation), pick("relu", "none"), winograd
+
+
+def run(x, residual, weight, bias, geometry, act, winograd):
+    packed = _conv_cpu.Packed(weight, bias, x.dtype, winograd)
+    x = x if packed.padded else x.contiguous(memory_format=LAST)
+    residual = None if residual is None else residual.contiguous(memory_format=LAST)
+    form = packed.channels, packed.padded, winograd, act
+    return native.op("cpu_conv_bn_act")(x, residual, packed.weight, packed.bias, weight.shape[2:], *geometry, *form)
+
+
+def plain(x, residual, weight, bias, geometry, act):
+    y = F.conv2d(x, weight, bias.to(x.dtype), *geometry)
+    y = y if residual is None else y + residual
+    return y.relu() if act == "relu" else y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(40))
+def test_any_geometry(seed, dtype):
+    if _conv_cpu.lacks(dtype):
+        pytest.skip(_conv_cpu.lacks(dtype))
+    x, residual, weight, bias, *rest, winograd = draw(seed)
+    x, weight = x.to(dtype), weight.to(dtype)
+    residual = None if residual is None else residual.to(dtype)
+    doubles = [None if t is None else t.double() for t in (x, residual, weight, bias)]
+    y = run(x, residual, weight.float(), bias, *rest, winograd and dtype == torch.float32)
+    assert_close_to_truth(y, plain(x, residual, weight, bias, *rest), plain(*doubles, *rest), dtype, str(seed))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 15])
+def test_few_channels_are_padded_first(channels):
+    x, weight, bias = torch.randn(2, channels, 19, 13), torch.randn(20, channels, 7, 5), torch.randn(20)
+    rest = ((2, 1), (3, 2), (1, 1)), "relu"
+    for given in (x, x.contiguous(memory_format=LAST), x.flip(3)[:, :, :, ::1], x.expand(2, -1, -1, -1)):
+        y = run(given, None, weight, bias, *rest, False)
+        same = plain(given, None, weight, bias, *rest)
+        assert_close_to_truth(y, same, plain(given.double(), None, weight.double(), bias.double(), *rest), torch.float32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("winograd", [False, True])
+def test_what_is_not_finite_stays_where_pytorch_has_it(value, winograd):
+    """A transform mixes 4x4 pixels: without its way around, a NaN would reach outputs that do not see it."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 32, 9, 10, generator=g), torch.randn(33, 32, 3, 3, generator=g) / 17
+    for place in ((0, 0, 0, 0), (1, 31, 8, 9), (0, 5, 4, 4)):
+        x[place] = value
+    rest = ((1, 1), (1, 1), (1, 1)), "none"
+    y, expected = run(x, None, weight, torch.zeros(33), *rest, winograd), plain(x, None, weight, torch.zeros(33), *rest)
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    assert torch.equal(y.sign().nan_to_num(), expected.sign().nan_to_num()) or value == 3e38
+    finite = expected.isfinite()
+    assert (y[finite] - expected[finite]).abs().max() <= 1e-5 * expected[finite].abs().max()
+
+
+def test_relu_passes_nan_and_keeps_the_sign_of_zero():
+    x, weight = torch.full((1, 16, 1, 2), float("nan")), torch.zeros(16, 16, 1, 1)
+    x[..., 1] = 0.0
+    residual = torch.full((1, 16, 1, 2), -0.0)
+    y = run(x, residual, weight, torch.full((16,), -0.0), ((1, 1), (0, 0), (1, 1)), "relu", False)
+    assert y[..., 0].isnan().all() and (y[..., 1] == 0).all()
+
+
+@pytest.mark.parametrize("winograd", [False, True])
+def test_integers_are_exact(winograd):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(-3, 4, (2, 64, 12, 9), generator=g).float()
+    weight = 4.0 * torch.randint(-2, 3, (70, 64, 3, 3), generator=g)  # the transform divides by four
+    bias = torch.randint(-9, 9, (70,), generator=g).float()
+    rest = ((1, 1), (1, 1), (1, 1)), "relu"
+    assert torch.equal(run(x, None, weight, bias, *rest, winograd), plain(x, None, weight, bias, *rest))
+
+
+@pytest.mark.parametrize("winograd", [False, True])
+def test_the_same_bits_for_any_number_of_threads_and_any_batch(winograd):
+    x, weight, bias = torch.randn(5, 64, 13, 11), torch.randn(96, 64, 3, 3), torch.randn(96)
+    rest = ((1, 1), (1, 1), (1, 1)), "none", winograd
+    whole = run(x, None, weight, bias, *rest)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(run(x, None, weight, bias, *rest), whole)
+    finally:
+        torch.set_num_threads(before)
+    for index in range(5):
+        assert torch.equal(run(x[index : index + 1], None, weight, bias, *rest), whole[index : index + 1])
+
+
+def test_the_op_refuses_what_would_leave_its_memory():
+    x, bias = torch.randn(1, 16, 8, 8).contiguous(memory_format=LAST), torch.zeros(16)
+    packed = _conv_cpu.Packed(torch.randn(16, 16, 3, 3), bias, torch.float32)
+    conv = native.op("cpu_conv_bn_act")
+    good = [x, None, packed.weight, bias, [3, 3], [1, 1], [1, 1], [1, 1], 16, False, False, "relu"]
+    conv(*good)
+    wrong = {
+        0: (x.contiguous(), "channels_last"), 1: (torch.randn(1, 16, 7, 8), "residual"), 2: (packed.weight[:-1], "packed"),
+        3: (bias.double(), "bias"), 4: ([5, 3], "packed"), 5: ([0, 1], "stride"), 6: ([-1, 0], "padding"),
+        7: ([1, 0], "dilation"), 8: (15, "channels"), 10: (True, "packed"), 11: ("gelu", "act"),
+    }  # fmt: skip
+    for place, (value, word) in wrong.items():
+        with pytest.raises(RuntimeError, match=word):
+            conv(*good[:place], value, *good[place + 1 :])
+    with pytest.raises(RuntimeError, match="no larger than the padded input"):
+        conv(*good[:4], [11, 3], *good[5:])

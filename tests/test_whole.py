@@ -1,0 +1,145 @@
+"""An optimised network runs as one plan exactly as long as nothing about it has changed."""
+
+import copy
+
+import pytest
+import torch
+from _modules import lively
+from torch import nn
+
+import fastres
+from fastres import models
+from fastres.optimize.swap import STATE
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return fastres.optimize(lively(models.cifar.resnet(8)).eval())
+
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def runs_whole(model, x=X):
+    """Whether a call is one plan; its result is then the plan's, to the bit."""
+    whole = vars(model)[STATE].whole
+    y = whole.run(model, x)
+    return y is not None and torch.equal(y, model(x))
+
+
+def module_by_module(model, x=X):
+    with fastres.use("torch"):
+        return copy.deepcopy(model)(x)
+
+
+def test_without_autograd_and_only_so(model):
+    assert not runs_whole(model)
+    with torch.no_grad():
+        assert runs_whole(model)
+        assert torch.equal(model(X), fastres.freeze(model, X)(X))
+    with torch.inference_mode():
+        assert runs_whole(model)
+    assert model(X).requires_grad
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["step", "load", "data pointer", "buffer", "eps", "stride", "child", "identity"])
+def test_every_change_is_seen(model, change):
+    before = model(X)
+    if change == "step":
+        model.layer2[0].conv1.weight.add_(0.1)
+    elif change == "load":
+        model.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    elif change == "data pointer":
+        model.conv1.weight.data = model.conv1.weight * 2
+    elif change == "buffer":
+        model.bn1.running_mean = model.bn1.running_mean + 1
+    elif change == "eps":
+        model.layer1[0].bn2.eps = 0.5
+    elif change == "stride":
+        model.layer3[0].conv2.dilation = model.layer3[0].conv2.padding = (2, 2)
+    elif change == "child":
+        model.layer1[0].relu = nn.Hardtanh()
+    else:
+        model.layer1[0].bn1 = nn.Identity()
+    after = model(X)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, module_by_module(model), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hooks_fire_whenever_they_came(model):
+    seen = []
+    model(X)
+    for place in (model, model.layer1, model.layer2[0].conv1):
+        handle = place.register_forward_hook(lambda *_: seen.append(1))
+        model(X)
+        handle.remove()
+    assert len(seen) == 3 and runs_whole(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    model.refresh = None  # any change: the plan is made anew, and refused
+    model(X)
+    handle.remove()
+    assert len(seen) > 10
+
+
+@torch.no_grad()
+def test_writes_through_data_after_refresh_and_after_a_change_of_mode(model):
+    before = model(X)
+    model.conv1.weight.data.mul_(3)
+    fastres.refresh(model)
+    second = model(X)
+    assert not torch.allclose(before, second)
+    model.conv1.weight.data.mul_(3)
+    fastres.refresh()
+    third = model(X)
+    assert not torch.allclose(second, third)
+    model.train()
+    model.conv1.weight.data.mul_(3)
+    model.eval()
+    assert not torch.allclose(third, model(X))
+
+
+@torch.no_grad()
+def test_what_follows_a_call_finds_modules(model):
+    assert runs_whole(model)
+    with fastres.use("torch"):
+        assert not runs_whole(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not runs_whole(model)
+    for other in (X.double(), X[0], X[:0], X.to(torch.bfloat16), X[:, :2]):
+        assert vars(model)[STATE].whole.run(model, other) is None
+    with pytest.raises(RuntimeError):
+        model(X[:, :2])
+    model.layer1.train()
+    assert not runs_whole(model)
+    model.eval()
+    assert runs_whole(model) and runs_whole(copy.deepcopy(model))
+
+
+@torch.no_grad()
+def test_networks_that_no_plan_can_run_say_so():
+    model = fastres.optimize(models.resnext50_32x4d(num_classes=3).eval())
+    x = torch.randn(1, 3, 32, 32)
+    assert not runs_whole(model, x)
+    assert any("one by one: a plan has no step for aten.convolution" in note or "conv_bn_act" in note for note in
+               fastres.explain(model, x).notes)  # fmt: skip
+
+
+@torch.no_grad()
+def test_explain_says_that_the_network_is_one_plan(model):
+    assert any("one native plan" in note for note in fastres.explain(model, X).notes)
+    with torch.enable_grad():
+        assert any("autograd is on, so the modules" in note for note in fastres.explain(model, X).notes)
+    assert not any("plan" in note for note in fastres.explain(fastres.restore(model), X).notes)
+
+
+@torch.no_grad()
+def test_restored_networks_run_their_own_forward(model):
+    y = model(X)
+    fastres.restore(model)
+    assert STATE not in vars(model)
+    torch.testing.assert_close(model(X), y, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close_to_truth
 
+import fastres
 from fastres.kernels import native
 from fastres.ops import _conv_cpu
 
@@ -140,3 +141,14 @@ def test_the_op_refuses_what_would_leave_its_memory():
             conv(*good[:place], value, *good[place + 1 :])
     with pytest.raises(RuntimeError, match="no larger than the padded input"):
         conv(*good[:4], [11, 3], *good[5:])
+
+
+def test_weights_that_are_not_finite_give_what_pytorch_gives():
+    x, statistics = torch.randn(1, 32, 8, 8), (torch.zeros(32), torch.ones(32))
+    weight = torch.randn(32, 32, 3, 3)
+    weight[3, 4, 0, 0], weight[5, 0, 1, 1] = float("inf"), float("nan")
+    with fastres.use(conv_bn_act="cpu"):
+        y = fastres.functional.conv_bn_act(x, weight, None, *statistics, padding=1)
+    with fastres.use(conv_bn_act="torch"):
+        expected = fastres.functional.conv_bn_act(x, weight, None, *statistics, padding=1)
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())

@@ -204,6 +204,12 @@ def why_not_cudnn(
     return _conv_cudnn.why_not(x, weight, groups, act) or _why_not_folded(x, residual)
 
 
+def run_cpu(x, residual, *rest):
+    """The native kernel; the plain composition for weights that are not finite."""
+    y = _conv_cpu.run(x, residual, *rest)
+    return reference(x, residual, *rest) if y is None else y
+
+
 def backends(with_residual: bool) -> list[Backend]:
     """Native CPU, oneDNN, Triton and cuDNN; an op without residual passes None in its place."""
 
@@ -211,7 +217,7 @@ def backends(with_residual: bool) -> list[Backend]:
         return function if with_residual else lambda x, *rest: function(x, None, *rest)
 
     return [
-        Backend("cpu", adapt(why_not_cpu), lambda: adapt(_conv_cpu.run)),
+        Backend("cpu", adapt(why_not_cpu), lambda: adapt(run_cpu)),
         Backend("onednn", adapt(why_not_onednn), lambda: adapt(run_onednn)),
         Backend(
             "triton", adapt(why_not_triton_conv), lambda config=None: adapt(load_triton(config)), adapt(triton_configs)

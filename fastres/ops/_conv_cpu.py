@@ -44,7 +44,11 @@ def lacks(dtype: torch.dtype) -> str | None:
     features = native.cpu_features()
     if features["level"] < 3:
         return "this processor has no AVX2 and FMA"
-    return "this processor has no AVX-512 BF16" if dtype == torch.bfloat16 and not features["bf16_dot"] else None
+    if dtype == torch.bfloat16 and not features["bf16_dot"]:
+        return "this processor has no AVX-512 BF16"
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return "this processor has AMX, which oneDNN uses for bfloat16 and this kernel does not"
+    return None
 
 
 class Packed:
@@ -79,13 +83,16 @@ def _is_padded(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     return x.shape[1] < FEW_CHANNELS or x.shape[1] % _PER_WORD[dtype or x.dtype] != 0
 
 
-def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    """The convolution with its epilogue, in x's memory format."""
+def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor | None:
+    """The convolution with its epilogue, in x's memory format; None for weights that are not finite, which would meet the
+    zeros of the padding."""
     dtype = x.dtype
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
     out = (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)  # of a 3x3 convolution with stride 1
     winograd = suits_winograd(weight, dtype, stride, dilation, out)
     packed = _fold.folded(parameters, eps, ("cpu", dtype, winograd), lambda w, b: Packed(w, b, dtype, winograd))
+    if not packed.finite:
+        return None
     layout = memory_format(x)
     if not packed.padded:
         x = x.contiguous(memory_format=torch.channels_last)

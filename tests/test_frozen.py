@@ -252,3 +252,30 @@ def test_explain_shows_every_step_and_times_it_on_an_input():
     timed = fastres.explain(frozen, images((1, 3, 40, 40))).to_dict()
     assert timed["shape"] == (1, 3, 40, 40) and all(step["ms"] > 0 for step in timed["steps"])
     assert "layer3.0.conv2" in str(report) and "conv+add+relu" in str(report)
+
+
+def test_sizes_at_which_the_network_would_do_something_else_are_refused():
+    class Adaptive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x):
+            return self.last(F.adaptive_avg_pool2d(self.conv(x), 8))
+
+    class TwoHalves(Adaptive):
+        def forward(self, x):
+            return F.max_pool2d(self.conv(x), 2) + self.conv(x)[:, :, ::2, ::2]
+
+    for model, bad in ((Adaptive(), (1, 3, 9, 9)), (TwoHalves(), (1, 3, 9, 9))):
+        x = images((1, 3, 8, 8))
+        frozen = fastres.freeze(model.eval(), x)
+        check(frozen, model, x)
+        with pytest.raises(ValueError, match="suit the layer"):
+            frozen(images(bad))
+
+
+def test_algorithms_are_chosen_for_each_size_by_itself():
+    model, small_images, large = small(), images((1, 3, 8, 8)), images((1, 3, 64, 64))
+    first, second = fastres.freeze(model, small_images), fastres.freeze(model, large)
+    assert torch.equal(first(large), second(large)) and torch.equal(first(small_images), second(small_images))

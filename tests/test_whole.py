@@ -143,3 +143,63 @@ def test_restored_networks_run_their_own_forward(model):
     fastres.restore(model)
     assert STATE not in vars(model)
     torch.testing.assert_close(model(X), y, rtol=1e-4, atol=1e-4)
+
+
+class Branching(nn.Module):
+    """Python that depends on the image's size, and on whether there is one image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.bn(self.conv(x)))
+        y = self.relu(y + y) if x.shape[2] > 8 else y
+        return self.relu(y + self.conv(x)) if x.shape[0] == 1 else y
+
+
+class Counting(Branching):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(1)
+        return self.relu(self.bn(self.conv(x)))
+
+
+@torch.no_grad()
+def test_branches_on_shapes_are_taken_anew_for_every_size():
+    torch.manual_seed(0)
+    plain = lively(Branching()).eval()
+    model = fastres.optimize(copy.deepcopy(plain))
+    for shape in ((2, 3, 8, 8), (2, 3, 12, 8), (1, 3, 8, 8), (5, 3, 8, 8), (1, 3, 12, 12)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_effects_of_a_forward_are_not_lost():
+    model = fastres.optimize(lively(Counting()).eval())
+    for _ in range(3):
+        model(X)
+    assert len(model.calls) == 3 and not runs_whole(model)
+    assert any("its forward reads calls, a list that may change unseen" in note for note in fastres.explain(model, X).notes)
+
+
+@torch.no_grad()
+def test_a_patched_forward_is_called(model):
+    model(X)
+    seen, original = [], model.layer1.forward
+    model.layer1.forward = lambda x: seen.append(1) or original(x)
+    model(X)
+    model(X)
+    assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_the_bits_do_not_depend_on_the_sizes_seen_before(model):
+    small, large = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 64, 64)
+    first = copy.deepcopy(model)
+    first(small)
+    assert torch.equal(first(large), model(large)) and torch.equal(first(small), model(small))

@@ -1,8 +1,6 @@
 // What the convolution's binding and the plans share: how weights are packed, images padded, tiles shared out to threads.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstring>
 
 #include "cpu/conv_bn_act.h"
@@ -14,14 +12,6 @@ namespace fastres::cpu {
 constexpr int64_t kWordBytes = 4;
 constexpr int64_t kBlockBytes = 256 << 10;  // of x, read again for every block of channels: a part of an L2
 constexpr int64_t kLeastWork = 1 << 18;     // multiplications that are worth a thread
-
-// Asks for large pages where the system has them: faster to come by, and fewer misses of the address cache. Only advice.
-inline void advise_large_pages(const Tensor& memory, int64_t bytes) {
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
 
 inline int64_t packed_words(int64_t out_channels, int64_t depth) {
   return ceil_div(out_channels, conv_tile().lanes) * conv_tile().lanes * depth;

@@ -1,6 +1,8 @@
 // Binding of a frozen network: checks that a program stays within its memory, then runs it step by step.
 #include "cpu/plan.h"
 
+#include <sys/mman.h>
+
 #include "cpu/add_act.h"
 #include "cpu/conv_host.h"
 
@@ -162,10 +164,14 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
   }
 }
 
+// Fresh memory, in large pages where the system has them: faster to come by, and fewer misses of the address cache.
 Tensor large_pages(const Tensor& like, int64_t bytes) {
   FASTRES_CHECK(bytes >= 0, kOp, "bytes", "at least 0", bytes);
   Tensor memory = empty_vector(bytes, ScalarType::Byte, like);
-  advise_large_pages(memory, bytes);
+  constexpr uintptr_t kPage = 2 << 20;
+  const auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice
   return memory;
 }
 

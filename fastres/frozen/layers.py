@@ -32,7 +32,7 @@ class Layer:
     dilation: Pair = _ONE
     ceil: bool = False
     out_channels: int = 0
-    winograd: bool = False  # a conv with transformed weights
+    expects: Pair | None = None  # the one image size that it was made for
     weight: Tensor | None = None  # conv, linear: (K, C, R, S), folded; bn: (3, C) of mean, scale, bias
     bias: Tensor | None = None
 
@@ -212,7 +212,7 @@ class _Builder:
         if tuple(size) == (1, 1):
             self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
         elif tuple(size) == x.shape[2:]:
-            self.pass_on(self.value(x), y)
+            self.add(Layer("avg_pool", "adaptive_pool", x, y, expects=_pair(size)))
         else:
             raise _Refused
 
@@ -227,7 +227,7 @@ class _Builder:
         rows = matrix.constant.detach()
         rows = rows.reshape(len(rows), -1, *kernel)
         self.add(Layer("linear", _layer_name(matrix), source, y, None, False, kernel, out_channels=len(rows),
-                       weight=rows.float(), bias=bias.constant.float()))  # fmt: skip
+                       expects=kernel, weight=rows.float(), bias=bias.constant.float()))  # fmt: skip
 
     def transposed(self, weight: Value) -> Value | None:
         source = self.sources.get(weight)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.frozen.layers import Layer, layers
-from fastres.frozen.program import Program, program, steps
-from fastres.frozen.record import Value, record
+from fastres.frozen.program import Program, Step, program, steps
+from fastres.frozen.record import Recording, record
 from fastres.kernels import native
 from fastres.ops import _conv_cpu
 
 DTYPES = (torch.float32, torch.bfloat16)
 _PROGRAMS = 32  # input sizes whose programs are kept
+_LARGE = (1 << 10, 1 << 10)  # an output that suits every algorithm
 _ARENAS = 4  # blocks of memory kept for calls to come, the largest that were needed
 
 
@@ -26,7 +27,8 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
     Equivalent to ``model.eval()`` without autograd, in ``dtype``. Batch norm is folded, weights are packed for this
     processor, activations stay channels_last from end to end, each convolution runs with its bias, addition and ReLU in one
     pass, and every value has its place in one block of memory. The model is left as it is, and later changes of it do not
-    reach the plan. Other batch and image sizes are planned at their first call; calls from several threads may overlap.
+    reach the plan. Other batch and image sizes are planned at their first call, on the branches that the network's Python
+    took for the example; calls from several threads may overlap.
 
     Args:
         model: a network from one image batch to one tensor: any composition of convolutions in one group, batch norm,
@@ -43,19 +45,9 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
     reason = native.why_not("cpu_plan") or _conv_cpu.lacks(dtype)
     if reason is not None:
         raise UnsupportedError(f"fastres.freeze: the plan's kernels cannot run: {reason}")
-    recording = record(model, example)
-    found = layers(recording)
-    for step in steps(found, recording.x, _size(example), dtype):
-        layer, out = step.layer, step.y_size[1:]
-        if layer.kind == "conv" and layer.weight is not None and not step.padded:
-            layer.winograd = _conv_cpu.suits_winograd(layer.weight, dtype, layer.stride, layer.dilation, out)
-    frozen = Frozen(type(model).__name__, found, recording.x, dtype, len(recording.y.shape) == 2)
+    frozen = Frozen(type(model).__name__, record(model, example), dtype)
     frozen.program(tuple(example.shape))
     return frozen
-
-
-def _size(x: Tensor) -> tuple[int, int, int]:
-    return x.shape[1], x.shape[2], x.shape[3]
 
 
 def _check(model: object, example: object, dtype: object) -> torch.dtype:
@@ -97,14 +89,16 @@ class Frozen(nn.Module):
     gradient. ``fastres.explain(frozen)`` prints the plan, ``fastres.explain(frozen, x)`` with times.
     """
 
-    def __init__(self, name: str, found: list[Layer], x: Value, dtype: torch.dtype, flat: bool) -> None:
+    def __init__(self, name: str, recording: Recording, dtype: torch.dtype) -> None:
         super().__init__()
-        self.name, self.dtype, self.flat, self.channels = name, dtype, flat, x.shape[1]
-        self._layers, self._x = found, x
-        constants = {layer: tuple(_constants(layer, dtype)) for layer in found if layer.weight is not None}
-        self._constants = _together(constants)
-        for layer in found:
-            layer.weight = layer.bias = None  # packed now
+        self.name, self.dtype, self.signature = name, dtype, recording.signature()
+        self.channels, self.flat = recording.x.shape[1], len(recording.y.shape) == 2
+        self._layers, self._x = layers(recording), recording.x
+        for layer in self._layers:
+            if layer.weight is not None and not layer.weight.isfinite().all():
+                what = "must be finite: a plan multiplies padding too"
+                raise UnsupportedError(f"fastres.freeze: the weights of {layer.name} {what}")
+        self._packed: dict[tuple[Layer, bool], tuple[Tensor, ...]] = {}  # by whether they are transformed for Winograd
         self._forget()
 
     def _forget(self) -> None:
@@ -125,12 +119,26 @@ class Frozen(nn.Module):
             if found is None:
                 batch, channels, height, width = key
                 laid = steps(self._layers, self._x, (channels, height, width), self.dtype)
-                found = self._programs[key] = program(laid, batch, self.dtype, self._constants)
+                found = self._programs[key] = program(laid, batch, self.dtype, self._constants(laid))
                 if len(self._programs) > _PROGRAMS:
                     self._programs.popitem(last=False)
             else:
                 self._programs.move_to_end(key)
         return found
+
+    def _constants(self, laid: list[Step]) -> dict[Layer, tuple[Tensor, ...]]:
+        """The packed constants of every step, in one block of large pages those that are packed now.
+
+        A 3x3 convolution keeps its weights as they were, for sizes that want the other algorithm.
+        """
+        wanted = {(step.layer, step.winograd): step for step in laid if step.layer.kind in ("conv", "linear", "bn")}
+        missing = {key: tuple(_pack(*key, self.dtype)) for key in wanted if key not in self._packed}
+        self._packed |= _together(missing)
+        for layer, _ in missing:
+            weight = layer.weight
+            if weight is None or not _conv_cpu.suits_winograd(weight.shape, self.dtype, layer.stride, layer.dilation, _LARGE):
+                layer.weight = layer.bias = None
+        return {layer: self._packed[layer, winograd] for layer, winograd in wanted}
 
     def last_shape(self) -> tuple[int, ...] | None:
         """The input shape planned or run last."""
@@ -159,7 +167,10 @@ class Frozen(nn.Module):
 
     def run(self, plan: Program, x: Tensor, y: Tensor) -> None:
         """One native call, in a block of memory that no other call uses meanwhile."""
-        arena = next((self._arenas.pop() for _ in (1,) if self._arenas), None)
+        try:
+            arena = self._arenas.pop()
+        except IndexError:
+            arena = None
         if arena is None or arena.numel() < plan.arena_bytes:
             arena = native.op("cpu_large_pages")(y, plan.arena_bytes)
         native.op("cpu_plan")(x, plan.rows, plan.constants, arena, y)
@@ -185,20 +196,18 @@ class Frozen(nn.Module):
         return f"{self.name}, {str(self.dtype).removeprefix('torch.')}, {len(self._layers)} layers"
 
 
-def _constants(layer: Layer, dtype: torch.dtype) -> Iterator[Tensor]:
+def _pack(layer: Layer, winograd: bool, dtype: torch.dtype) -> Iterator[Tensor]:
     """What the runner reads for a layer."""
     weight, bias = layer.weight, layer.bias
     assert weight is not None
-    if not weight.isfinite().all():
-        raise UnsupportedError(f"fastres.freeze: the weights of {layer.name} must be finite: a plan multiplies padding too")
     if bias is None:  # mean, scale and bias of a batch norm
         yield weight.contiguous()
     else:
-        packed = _conv_cpu.Packed(weight, bias, dtype, layer.winograd)
+        packed = _conv_cpu.Packed(weight, bias, dtype, winograd)
         yield from (packed.weight, packed.bias)
 
 
-def _together(constants: dict[Layer, tuple[Tensor, ...]]) -> dict[Layer, tuple[Tensor, ...]]:
+def _together(constants: dict[Any, tuple[Tensor, ...]]) -> dict[Any, tuple[Tensor, ...]]:
     """The same constants in one block of large pages, in the order in which they are read."""
     sizes = [-(-tensor.nbytes // 64) * 64 for own in constants.values() for tensor in own]
     if not sizes:
@@ -206,6 +215,6 @@ def _together(constants: dict[Layer, tuple[Tensor, ...]]) -> dict[Layer, tuple[T
     block = native.op("cpu_large_pages")(next(iter(constants.values()))[0], sum(sizes))
     pieces = iter(block.split(sizes))
     return {
-        layer: tuple(next(pieces)[: tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten()) for tensor in own)
-        for layer, own in constants.items()
+        key: tuple(next(pieces)[: tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten()) for tensor in own)
+        for key, own in constants.items()
     }

@@ -18,12 +18,12 @@ from torch import Tensor
 from fastres.errors import must
 from fastres.frozen.layers import Layer, output_size
 from fastres.frozen.record import Value
+from fastres.ops import _conv_cpu
 
 KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add")  # enum Step of csrc/cpu/plan.h, in its order
 FIELDS = 28  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3
 ALIGNMENT = 4096  # of a value in the arena, in bytes
-FEW_CHANNELS = 16  # an image of fewer is copied with its padding, so that a row of taps is one run of neighbours
 Size = tuple[int, int, int]  # channels, height, width
 
 
@@ -37,6 +37,7 @@ class Step(NamedTuple):
     x_size: Size
     y_size: Size
     padded: bool = False  # whether x comes with its padding written out
+    winograd: bool = False
 
     @property
     def row_kind(self) -> str:
@@ -69,7 +70,7 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype) -> list
     Raises:
         ArgumentError: the images are too small, or not of the size that a linear layer was made for.
     """
-    sizes, found, per_word = {x: size}, list[Step](), 4 // dtype.itemsize
+    sizes, found = {x: size}, list[Step]()
     plain = Value(())  # the input, channels last
 
     def copied(source: Value, y: Value, name: str, channels: int, padding: tuple[int, int]) -> Value:
@@ -86,20 +87,22 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype) -> list
 
     for layer in layers:
         channels, *image = sizes[layer.x]
-        is_conv = layer.kind in ("conv", "linear")
-        padded = is_conv and (channels < FEW_CHANNELS or channels % per_word != 0)
+        padded = layer.kind in ("conv", "linear") and _conv_cpu.is_padded(channels, dtype)
         source = layer.x
         if padded:
-            wide = -(-channels // per_word) * per_word
-            source = copied(layer.x, Value(()), layer.name, wide, layer.padding)
+            source = copied(layer.x, Value(()), layer.name, _conv_cpu.whole_words(channels, dtype), layer.padding)
         elif layer.kind != "pad":
             source = readable(layer.x)
         y = output_size(layer, (image[0], image[1]))
-        if min(y) < 1 or (layer.kind == "linear" and tuple(image) != tuple(layer.kernel)):
-            raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
         sizes[layer.y] = (layer.out_channels or channels, *y)
         residual = None if layer.residual is None else readable(layer.residual)
-        found.append(Step(layer, source, residual, layer.y, sizes[source], sizes[layer.y], padded))
+        fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
+        if not fits or (residual is not None and sizes[residual] != sizes[layer.y]):
+            raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
+        weight = (layer.out_channels, channels, *layer.kernel)
+        winograd = layer.kind == "conv" and not padded
+        winograd = winograd and _conv_cpu.suits_winograd(weight, dtype, layer.stride, layer.dilation, y)
+        found.append(Step(layer, source, residual, layer.y, sizes[source], sizes[layer.y], padded, winograd))
     return found
 
 
@@ -154,7 +157,7 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
     row += [channels, height, width, out_channels, out_h, out_w]
-    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, layer.winograd)]
+    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, step.winograd)]
 
 
 def _bytes(size: Size, itemsize: int) -> int:

@@ -15,6 +15,7 @@ from fastres.errors import UnsupportedError
 from fastres.ops import REGISTRY
 
 _PASSED = frozenset(("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"))
+_RESHAPES = frozenset(("view", "_unsafe_view", "as_strided_", "empty"))  # their numbers are sizes
 
 
 @dataclass(eq=False)
@@ -43,6 +44,22 @@ class Recording:
     x: Value
     y: Value
     operations: list[Operation] = field(default_factory=list)
+
+    def signature(self) -> list[tuple]:
+        """What was done to what, without the sizes of images: equal for recordings that one plan can serve."""
+        order = {self.x: 0} | {operation.result: index + 1 for index, operation in enumerate(self.operations)}
+
+        def told(arg: Any) -> Any:
+            if not isinstance(arg, Value):
+                return tuple(arg) if isinstance(arg, list) else arg
+            return order[arg] if arg.constant is None else (arg.name, arg.constant.data_ptr())
+
+        found = []
+        for operation in self.operations:
+            reshapes = operation.target.split(".")[1] in _RESHAPES
+            args = [arg for arg in operation.args if isinstance(arg, Value) or not reshapes]
+            found.append((operation.target, len(operation.result.shape), *map(told, args)))
+        return [*found, (order[self.y],)]
 
 
 class _Recorder(TorchDispatchMode):

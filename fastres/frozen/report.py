@@ -88,7 +88,7 @@ def _report(step: Step, images: int, batch: int, ms: float | None) -> StepReport
     layer = step.layer
     parts = [layer.kind, "add" if layer.residual is not None and layer.kind != "add" else "", "relu" if layer.relu else ""]
     op = "+".join(part for part in dict.fromkeys(parts) if part)
-    algorithm = "" if step.row_kind != "conv" else "winograd" if layer.winograd else "direct"
+    algorithm = "" if step.row_kind != "conv" else "winograd" if step.winograd else "direct"
     flops = None
     if ms and step.row_kind == "conv":
         kernel = step.x_size[0] * layer.kernel[0] * layer.kernel[1]

@@ -4,6 +4,7 @@ Folded weights are packed once for the machine's registers and serve every input
 an image of few channels (the stem's) is first copied with its padding written out, so that a row of taps is one run.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -
         return reason
     if groups != 1:
         return f"it convolves in one group, got groups={groups}"
-    if _is_padded(x) and dilation[1] != 1:
+    if is_padded(x.shape[1], x.dtype) and dilation[1] != 1:
         return f"few or odd channels are convolved without dilation, got dilation={dilation}"
     if x.shape[1] * weight.shape[3] > 16384:
         return f"it reads at most 16384 values a tap, got {x.shape[1]} channels"
@@ -55,9 +56,8 @@ class Packed:
     """Folded weights in the order the kernel reads them, transformed for Winograd's algorithm if asked to."""
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, winograd: bool = False) -> None:
-        self.padded, self.winograd = _is_padded(weight, dtype), winograd
-        channels, per_word = weight.shape[1], _PER_WORD[dtype]
-        self.channels = -(-channels // per_word) * per_word
+        channels = weight.shape[1]
+        self.padded, self.channels = is_padded(channels, dtype), whole_words(channels, dtype)
         if winograd:
             g = torch.tensor(_TRANSFORM, dtype=torch.float64)
             rows = torch.einsum("yi,kcij,xj->kyxc", g, weight.double(), g).float()
@@ -71,16 +71,24 @@ class Packed:
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G of F(2x2, 3x3), Lavin 2016
 
 
-def suits_winograd(weight: Tensor, dtype: torch.dtype, stride: Pair, dilation: Pair, out: Pair) -> bool:
-    """Whether Winograd's F(2x2, 3x3) is the faster way: 16 multiplications for four outputs instead of 36."""
-    if tuple(weight.shape[2:]) != (3, 3) or (*stride, *dilation) != (1, 1, 1, 1) or dtype != torch.float32:
+def suits_winograd(weight: Sequence[int], dtype: torch.dtype, stride: Pair, dilation: Pair, out: Pair) -> bool:
+    """Whether Winograd's F(2x2, 3x3) is the faster way for weights of this shape and outputs of this size: 16
+    multiplications for four outputs instead of 36.
+    """
+    out_channels, channels, *kernel = weight
+    if kernel != [3, 3] or (*stride, *dilation) != (1, 1, 1, 1) or dtype != torch.float32:
         return False
-    return weight.shape[1] % 16 == 0 and min(weight.shape[:2]) >= 32 and min(out) >= 4
+    return channels % 16 == 0 and min(out_channels, channels) >= 32 and min(out) >= 4
 
 
-def _is_padded(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether an input of these channels is copied with its padding first."""
-    return x.shape[1] < FEW_CHANNELS or x.shape[1] % _PER_WORD[dtype or x.dtype] != 0
+def is_padded(channels: int, dtype: torch.dtype) -> bool:
+    """Whether an input of so many channels is copied with its padding first."""
+    return channels < FEW_CHANNELS or channels != whole_words(channels, dtype)
+
+
+def whole_words(channels: int, dtype: torch.dtype) -> int:
+    """The channels rounded up to words of 32 bits."""
+    return -(-channels // _PER_WORD[dtype]) * _PER_WORD[dtype]
 
 
 def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor | None:
@@ -89,7 +97,7 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
     dtype = x.dtype
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
     out = (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)  # of a 3x3 convolution with stride 1
-    winograd = suits_winograd(weight, dtype, stride, dilation, out)
+    winograd = suits_winograd(weight.shape, dtype, stride, dilation, out)
     packed = _fold.folded(parameters, eps, ("cpu", dtype, winograd), lambda w, b: Packed(w, b, dtype, winograd))
     if not packed.finite:
         return None

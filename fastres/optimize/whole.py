@@ -3,7 +3,9 @@
 Eligible is a call without autograd on a plain CPU tensor of the network's dtype, where nothing follows the call (a mode, a
 transform, torch.compile) and no backend is forced. Unchanged means: every module's attributes, children, parameters,
 buffers and hooks are the same objects as when the plan was made, and no tensor was written to since. Otherwise the
-network's modules run one by one, and a new plan is made for what it has become.
+network's modules run one by one, and a new plan is made for what it has become. The network's Python runs once for every
+new image size, and for one image and for several: the plan serves those for which it does the same. As everywhere in
+``optimize``, Python whose effects could get lost is not planned.
 """
 
 import threading
@@ -19,11 +21,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres import dispatch
 from fastres.errors import ArgumentError, UnsupportedError
 from fastres.frozen import Frozen, freeze
+from fastres.frozen.record import record
 from fastres.nn import _fused
+from fastres.nn._fused import original_class
+from fastres.optimize.plan import plan as planned
+from fastres.optimize.trace import is_trusted
 
 _KEPT = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RAISED = "it raised"
+_KINDS = 256  # of input that are remembered
 _modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 
@@ -33,6 +40,7 @@ class _Made:
 
     def __init__(self, model: nn.Module, plan: Frozen | None, reason: str | None) -> None:
         self.plan, self.reason = plan, reason
+        self.serves: dict[tuple[int, ...], bool] = {}  # whether the plan does what the network does, by kind of input
         self.dicts = [state for module in model.modules() for state in _dicts(module)]
         self.objects = list(chain.from_iterable(state.values() for state in self.dicts))  # alive, so that no id is reused
         self.ids = list(map(id, self.objects))
@@ -77,8 +85,9 @@ class Whole:
         """The network's answer, or None where its modules must run."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _why_not_call(x) is not None:
             return None
-        plan = self._current(model, x).plan
-        if plan is None or x.dtype != plan.dtype or x.shape[1] != plan.channels:
+        made = self._current(model, x)
+        plan = made.plan
+        if plan is None or x.dtype != plan.dtype or x.shape[1] != plan.channels or not self._serves(made, model, x):
             return None
         try:
             return plan(x)
@@ -89,10 +98,23 @@ class Whole:
         """What ``explain`` notes: the plan, or why the modules run one by one."""
         if torch.is_grad_enabled():
             return "autograd is on, so the modules run one by one; without it an unchanged network on a CPU runs as one plan"
-        reason = _why_not_call(x) or self._current(model, x).reason
+        reason = _why_not_call(x)
+        if reason is None:
+            made = self._current(model, x)
+            reason = made.reason
+            if reason is None and not self._serves(made, model, x):
+                reason = "for this size the network's Python does something else than for the first it saw"
         if reason is None:
             return "as long as nothing changes, the whole network runs as one native plan (fastres.freeze shows its steps)"
         return f"the modules run one by one: {reason}"
+
+    def _serves(self, made: _Made, model: nn.Module, x: Tensor) -> bool:
+        kind = _kind(x)
+        if kind not in made.serves:
+            if len(made.serves) >= _KINDS:
+                made.serves.clear()
+            made.serves[kind] = made.plan is not None and _recorded(model, x) == made.plan.signature
+        return made.serves[kind]
 
     def _current(self, model: nn.Module, x: Tensor) -> _Made:
         with self._lock:
@@ -115,17 +137,42 @@ def _why_not_call(x: Any) -> str | None:
     return None
 
 
+def _why_unread(module: nn.Module) -> str | None:
+    """Why a forward might have effects that a plan would lose."""
+    base = original_class(module)
+    if "forward" in module.__dict__:
+        return "it has a forward of its own on the instance"
+    if is_trusted(base.forward):
+        return None
+    made = planned(module, base, False)
+    return None if made.readable else made.reason
+
+
+def _kind(x: Tensor) -> tuple[int, ...]:
+    return min(x.shape[0], 2), *x.shape[1:]
+
+
+def _recorded(model: nn.Module, x: Tensor) -> list[tuple] | None:
+    """What the network does to such an input; None where it cannot be told."""
+    try:
+        return record(model, x.detach()[:2].clone()).signature()
+    except Exception:  # the network's own, on this input: its modules raise it again
+        return None
+
+
 def _make(model: nn.Module, x: Tensor) -> _Made:
     reason = _why_not_model(model)
     plan = None
     if reason is None:
         try:
-            plan = freeze(model, x.detach()[:1].clone())
+            plan = freeze(model, x.detach()[:2].clone())
         except (ArgumentError, UnsupportedError) as error:
             reason = str(error).partition(": ")[2]
-        except Exception as error:  # the network's own, on this input: its modules raise it again
+        except Exception as error:  # as above
             reason = f"{_RAISED} {type(error).__name__} on this input"
-    return _Made(model, plan, reason)
+    made = _Made(model, plan, reason)
+    made.serves[_kind(x)] = plan is not None
+    return made
 
 
 def _why_not_model(model: nn.Module) -> str | None:
@@ -136,6 +183,8 @@ def _why_not_model(model: nn.Module) -> str | None:
             return f"{name or 'the network'} has hooks, which must fire"
         if module.training:
             return f"{name or 'the network'} is in training mode"
+        if (unread := _why_unread(module)) is not None:
+            return f"{name or 'the network'} ({original_class(module).__name__}): {unread}"
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         return "its parameters are inference tensors, whose changes cannot be seen"
     return None

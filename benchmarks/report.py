@@ -99,8 +99,8 @@ def support_matrix() -> str:
     found = "; ".join(f"{backend} for {', '.join(archs)}" for backend, archs in sorted(compiled.items()))
     notes = (
         "Everything *tested* is held against float64 by the test suite; what is *interpreted* too, in Triton's interpreter."
-        f" *Compiled* kernels ({found}) have met the compilers; where they have not been validated on a device they"
-        " are never chosen by default."
+        f" *Compiled* kernels ({found}) have met the compilers. What is *unmeasured* no GPU has run; on an architecture that"
+        " has not validated a kernel it is never chosen by default."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 
@@ -114,7 +114,7 @@ def _support(op: str, backend: str, present: set[str], validated: dict, compiled
     found = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ()))
     parts += [f"validated on {', '.join(found)}"] if found else []
     parts += ["compiled"] if any(arch.rstrip("af") not in found for arch in compiled.get(backend, ())) else []
-    return ", ".join(parts) or "not yet validated"
+    return ", ".join(parts if found else [*parts, "unmeasured"])
 
 
 def validated_on() -> dict[str, dict[str, list[str]]]:

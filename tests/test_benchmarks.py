@@ -211,4 +211,6 @@ def test_the_support_matrix_names_what_was_compiled_and_validated(monkeypatch, t
     lines = report.support_matrix().splitlines()
     (row,) = (line for line in lines if line.startswith("| `add_act` "))
     assert row.count("compiled") == 1 and "| interpreted, validated on sm_90 | validated on sm_90, compiled |" in row
+    (row,) = (line for line in lines if line.startswith("| `bn_act` "))
+    assert "| interpreted, compiled, unmeasured | compiled, unmeasured |" in row
     assert "cuda for sm_80, sm_90a, sm_100; triton for sm_90a" in lines[-1]

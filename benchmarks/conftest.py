@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.table import text_table
+from benchmarks.table import ratio_or_reason, text_table
 
 ROWS = pytest.StashKey[dict]()
 
@@ -44,7 +44,7 @@ def record(request, benchmark):
     def keep(rows):
         request.config.stash[ROWS].setdefault(name, []).extend(rows)
         for row in rows:
-            benchmark.extra_info[row["rival"]] = row.get("missing") or round(row["ratio"], 3)
+            benchmark.extra_info[row["rival"]] = ratio_or_reason(row)
 
     return keep
 

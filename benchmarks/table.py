@@ -77,6 +77,11 @@ def cell(row: Row | None) -> str:
     return f"{row['ratio']:.2f}×" + (f" (ready after {row['wait_s']:.0f} s)" if row.get("wait_s", 0) >= 1 else "")
 
 
+def ratio_or_reason(row: Row) -> float | str:
+    """A rival's time over that of fastres, or why there is none: it is missing, or its own error exceeds the budget."""
+    return round(row["ratio"], 3) if "ratio" in row else row.get("missing", "wrong")
+
+
 def duration(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:

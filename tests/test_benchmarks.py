@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import harness, report, table
+from benchmarks import harness, report, table, table
 from benchmarks.cases import CASES
 from fastres import models, timing
 from fastres.errors import UnsupportedError
@@ -194,6 +194,11 @@ def test_readme_shows_only_what_the_result_files_give():
     text = report.README.read_text(encoding="utf-8")
     wanted = report.render(text)
     assert not report.stale(text, wanted), "run python -m benchmarks.report"
+
+
+def test_a_rival_that_is_wrong_or_missing_has_a_reason_for_its_ratio():
+    shown = [table.ratio_or_reason(row) for row in ({"ratio": 1.23456}, {"missing": "no compiler"}, {"ok": False})]
+    assert shown == [1.235, "no compiler", "wrong"]
 
 
 def test_the_support_matrix_lists_every_op():

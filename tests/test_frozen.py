@@ -50,6 +50,7 @@ NETWORKS = {
     "plain": lambda: (models.plain(18, num_classes=4), (1, 3, 64, 64)),
     "timm 26d": lambda: (timm.create_model("resnet26d"), (2, 3, 64, 64)),
     "flat features": lambda: (nn.Sequential(nn.Conv2d(3, 18, 3), nn.BatchNorm2d(18), nn.ReLU(), nn.Flatten()), (2, 3, 8, 9)),
+    "mean of a large map": lambda: (nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), (2, 3, 112, 96)),
     "vgg": lambda: (vision.vgg11_bn(num_classes=3).features, (1, 3, 64, 64)),
     "pre-activation": lambda: (fnn.PreActBasicBlock(24, 24), (2, 24, 9, 9)),
     "odd": lambda: (Odd(), (3, 20, 11, 8)),

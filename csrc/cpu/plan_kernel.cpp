@@ -1,7 +1,7 @@
 // Formula: the largest (NaN if there is one) or the mean of a window's pixels in the image; act((x - mean) * scale + bias).
 // Layout: channels last; a thread owns rows of y (pools) or pixels (bn), vectors run along the channels.
 // Bytes per output: a window of reads, mostly from L1, and one write.
-// Accumulate type: float; sums in the order of pixels, one rounding, to the output type.
+// Accumulate type: float; sums by lines of pixels, which keeps those of large maps exact; one rounding, to the output type.
 // Invariants: every window touches its image, which the binding checks.
 #include "cpu/plan.h"
 
@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kWide = kLanes<float>;
 using Values = Vec<float, kWide>;
 
-// For each pixel of y: result = finish(fold of join over the window's pixels, their number).
+// For each pixel of y: result = finish(join of the window's pixels, line by line, their number).
 template <typename scalar_t, typename Join, typename Finish>
 FASTRES_INLINE void pool_rows(const PoolArgs& args, int64_t begin, int64_t end, float start, Join join, Finish finish) {
   auto* y = static_cast<scalar_t*>(args.y);
@@ -30,9 +30,12 @@ FASTRES_INLINE void pool_rows(const PoolArgs& args, int64_t begin, int64_t end, 
       scalar_t* to = y + (at * args.out_w + out) * args.channels;
       for_each<kWide>(args.channels, to, false, [&](int64_t c, auto lanes) {
         Values value = start - Values{};
-        for (int64_t h = h0; h < h1; ++h)
+        for (int64_t h = h0; h < h1; ++h) {
+          Values line = start - Values{};
           for (int64_t w = w0; w < w1; ++w)
-            value = join(value, load<float, kWide>(x + (h * args.width + w) * args.channels + c, lanes));
+            line = join(line, load<float, kWide>(x + (h * args.width + w) * args.channels + c, lanes));
+          value = join(value, line);
+        }
         store<kWide>(to + c, finish(value, static_cast<float>((h1 - h0) * (w1 - w0))), lanes);
       });
     }

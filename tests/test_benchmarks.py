@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import harness, report, table, table
+from benchmarks import harness, report, table
 from benchmarks.cases import CASES
 from fastres import models, timing
 from fastres.errors import UnsupportedError

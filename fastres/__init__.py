@@ -6,7 +6,7 @@ Importing builds nothing, warns of nothing and touches no GPU; native libraries 
 from fastres import functional, nn
 from fastres.dispatch import use
 from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VerificationError
-from fastres.frozen import freeze
+from fastres.frozen import Calibration, freeze, load_frozen
 from fastres.memory import reuse_memory
 from fastres.optimize import explain, optimize, refresh, restore
 
@@ -15,11 +15,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
+    "Calibration",
     "UnsupportedError",
     "VerificationError",
     "explain",
     "freeze",
     "functional",
+    "load_frozen",
     "nn",
     "optimize",
     "refresh",

@@ -22,7 +22,8 @@ PYBIND11_MODULE(_C, m) {
       "cpu_features",
       [] {
         using pybind11::literals::operator""_a;
-        return pybind11::dict("level"_a = fastres::cpu::cpu_level(), "bf16_dot"_a = fastres::cpu::has_bf16_dot());
+        return pybind11::dict("level"_a = fastres::cpu::cpu_level(), "bf16_dot"_a = fastres::cpu::has_bf16_dot(),
+                              "int8_dot"_a = fastres::cpu::has_int8_dot());
       },
       "The x86-64 level whose kernels run here, and whether the processor multiplies pairs of bfloat16.");
 }

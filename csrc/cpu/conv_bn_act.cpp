@@ -28,9 +28,10 @@ DType convolved_dtype(const char* param, const Tensor& t) {
   return dtype_of(t);
 }
 
-// Rows of words, one for each output channel, in the order that ConvArgs tells.
+// Rows of words, one for each output channel, in the order that ConvArgs tells; of int8 too.
 Tensor conv_pack(const Tensor& weight) {
-  const int64_t per_word = kWordBytes / element_size(convolved_dtype("weight", weight));
+  const bool int8 = weight.scalar_type() == ScalarType::Char;
+  const int64_t per_word = kWordBytes / (int8 ? 1 : element_size(convolved_dtype("weight", weight)));
   FASTRES_CHECK(weight.dim() == 2 && weight.numel() > 0 && weight.is_contiguous() && weight.size(1) % per_word == 0, kOp,
                 "weight", "contiguous rows of whole words of 32 bits", show(weight.sizes()));
   const int64_t out_channels = weight.size(0), depth = weight.size(1) / per_word;

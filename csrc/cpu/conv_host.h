@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/conv_bn_act.h"
+#include "cpu/conv_int8.h"
 #include "cpu/host.h"
 #include "cpu/winograd.h"
 
@@ -23,13 +24,25 @@ inline const char* conv_lacks(DType dtype) {
   return dtype == DType::kBFloat16 && !has_bf16_dot() ? "AVX-512 BF16" : nullptr;
 }
 
-inline void run_conv(ConvArgs args) {
+// Shares the tiles of a convolution out to threads: kernel(args, begin, end).
+template <typename Kernel>
+void run_tiles(ConvArgs& args, Kernel kernel) {
   args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
   const int64_t tile_bytes = conv_tile().pixels * args.stride_h * args.stride_w * args.pixel_step;
   args.block = std::max<int64_t>(4, kBlockBytes / tile_bytes);
   const int64_t work = conv_tile().pixels * conv_tile().channels * args.kernel_h * args.kernel_w * args.run;
-  parallel_for(0, conv_tiles(args), ceil_div(kLeastWork, work),
-               [&](int64_t begin, int64_t end) { conv_bn_act_forward(args, begin, end); });
+  parallel_for(0, conv_tiles(args), ceil_div(kLeastWork, work), kernel);
+}
+
+// What this machine lacks for 8-bit integers, null for nothing.
+inline const char* int8_lacks() { return has_int8_dot() ? nullptr : "AVX-512 VNNI"; }
+
+inline void run_conv(ConvArgs args) {
+  run_tiles(args, [&](int64_t begin, int64_t end) { conv_bn_act_forward(args, begin, end); });
+}
+
+inline void run_conv_int8(ConvInt8Args args) {
+  run_tiles(args.conv, [&](int64_t begin, int64_t end) { conv_int8_forward(args, begin, end); });
 }
 
 // A 3x3 convolution with stride 1 in float32, with transformed weights; channels in whole vectors.
@@ -49,6 +62,7 @@ struct PadArgs {
   const void* x;
   void* y;  // images, height + 2 pad_h, width + 2 pad_w, out_channels
   int64_t images, channels, height, width, image_step, channel_step, row_step, pixel_step, out_channels, pad_h, pad_w;
+  uint8_t zero = 0;  // the byte that zeros are made of
 };
 
 template <typename word_t>
@@ -57,7 +71,7 @@ void pad_rows(const PadArgs& args, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end; ++at) {
     const int64_t image = at / rows, row = at % rows - args.pad_h;
     auto* y = static_cast<word_t*>(args.y) + at * row_size;
-    std::memset(y, 0, row_size * sizeof(word_t));
+    std::memset(y, args.zero, row_size * sizeof(word_t));
     if (row < 0 || row >= args.height) continue;
     y += args.pad_w * args.out_channels;
     const auto* x = static_cast<const word_t*>(args.x) + image * args.image_step + row * args.row_step;
@@ -71,7 +85,8 @@ inline void run_pad(const PadArgs& args) {
   const int64_t rows = args.images * (args.height + 2 * args.pad_h), grain = std::max<int64_t>(1, kGrain / row_size);
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     if (args.element == 4) pad_rows<uint32_t>(args, begin, end);
-    else pad_rows<uint16_t>(args, begin, end);
+    else if (args.element == 2) pad_rows<uint16_t>(args, begin, end);
+    else pad_rows<uint8_t>(args, begin, end);
   });
 }
 

@@ -2,6 +2,9 @@
 // Included by *_kernel.cpp only; everything lives in the namespace of the level it is compiled for.
 #pragma once
 
+#include <utility>
+
+#include "cpu/conv_bn_act.h"
 #include "cpu/loops.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
@@ -13,25 +16,32 @@ constexpr int kMostPixels = FASTRES_CPU_LEVEL >= 4 ? 7 : 6;   // 7 x 4 sums and 
 constexpr int kMostVectors = FASTRES_CPU_LEVEL >= 4 ? 4 : 2;  // 6 x 2 sums, 2 vectors of weights, x: 15 of 16 registers
 constexpr int64_t kBlockChannels = kMostVectors * kWide;
 constexpr int64_t kWord = 4;
+alignas(64) inline constexpr char kZeros[kConvMostRun * kWord] = {};  // what a tap in the padding reads
 constexpr int64_t kSumWords = 256;  // added up before they join the total: long sums keep the accuracy of short ones
 using Sum = Vec<float, kWide>;
+using IntSum = Vec<int32_t, kWide>;
 
 // ---- one step of a sum: a word of x times a vector of words of the weights --------------------------
 
 #if FASTRES_CPU_LEVEL >= 4
-#define FASTRES_BF16_DOT __attribute__((target("avx512bf16")))
+#define FASTRES_DOT __attribute__((target("avx512bf16,avx512vnni")))
 FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
   float word;
   memcpy(&word, x, kWord);
   return (Sum)_mm512_fmadd_ps(_mm512_set1_ps(word), (__m512)weight, (__m512)sum);
 }
-FASTRES_BF16_DOT FASTRES_INLINE Sum multiply_add(bf16, const char* x, Sum weight, Sum sum) {
+FASTRES_DOT FASTRES_INLINE Sum multiply_add(bf16, const char* x, Sum weight, Sum sum) {
   int word;
   memcpy(&word, x, kWord);
   return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(word), (__m512bh)weight);
 }
+FASTRES_DOT FASTRES_INLINE IntSum multiply_add(uint8_t, const char* x, Sum weight, IntSum sum) {  // exact
+  int word;
+  memcpy(&word, x, kWord);
+  return (IntSum)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(word), (__m512i)weight);
+}
 #else
-#define FASTRES_BF16_DOT
+#define FASTRES_DOT
 FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
   float word;
   memcpy(&word, x, kWord);
@@ -40,8 +50,8 @@ FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
 #endif
 
 // Adds the words [begin, end) of each x, times their vectors of weights, to the sums; returns where the weights go on.
-template <typename scalar_t, int kPixels, int kVectors>
-FASTRES_BF16_DOT FASTRES_INLINE const float* add_words(Sum (&sum)[kPixels][kVectors], const char* const (&x)[kPixels],
+template <typename scalar_t, typename Total, int kPixels, int kVectors>
+FASTRES_DOT FASTRES_INLINE const float* add_words(Total (&sum)[kPixels][kVectors], const char* const (&x)[kPixels],
                                                        int64_t begin, int64_t end, const float* weight) {
   for (int64_t word = begin; word < end; ++word, weight += kVectors * kWide) {
     Sum w[kVectors];
@@ -54,6 +64,70 @@ FASTRES_BF16_DOT FASTRES_INLINE const float* add_words(Sum (&sum)[kPixels][kVect
   }
   return weight;
 }
+
+// ---- tiles of the output ----------------------------------------------------------------------------
+
+// Where the taps of the kPixels neighbouring output pixels from `pixel` on begin.
+template <int kPixels>
+struct Window {
+  int64_t row[kPixels], col[kPixels];  // of the first tap: negative in the padding
+  const char* first[kPixels];
+
+  FASTRES_INLINE Window(const ConvArgs& args, int64_t pixel) {
+    if (args.dense) {  // every pixel of x is a pixel of y
+      for (int p = 0; p < kPixels; ++p) {
+        row[p] = col[p] = 0;
+        first[p] = static_cast<const char*>(args.x) + (pixel + p) * args.pixel_step;
+      }
+      return;
+    }
+    const int64_t line = pixel / args.out_w;
+    int64_t image = line / args.out_h, y = line % args.out_h, x = pixel % args.out_w;
+    for (int p = 0; p < kPixels; ++p) {
+      row[p] = y * args.stride_h - args.pad_h;
+      col[p] = x * args.stride_w - args.pad_w;
+      first[p] = static_cast<const char*>(args.x) + image * args.image_step + row[p] * args.row_step + col[p] * args.pixel_step;
+      if (++x == args.out_w) {
+        x = 0;
+        if (++y == args.out_h) y = 0, ++image;
+      }
+    }
+  }
+
+  // Whether a row of taps lies in the padding for every pixel.
+  FASTRES_INLINE bool is_outside(const ConvArgs& args, int64_t down) const {
+    for (int p = 0; p < kPixels; ++p)
+      if (static_cast<uint64_t>(row[p] + down) < static_cast<uint64_t>(args.height)) return false;
+    return true;
+  }
+
+  FASTRES_INLINE const char* tap(const ConvArgs& args, int p, int64_t down, int64_t right) const {
+    const bool inside = static_cast<uint64_t>(row[p] + down) < static_cast<uint64_t>(args.height) &&
+                        static_cast<uint64_t>(col[p] + right) < static_cast<uint64_t>(args.width);
+    return inside ? first[p] + down * args.row_step + right * args.pixel_step : kZeros;
+  }
+};
+
+// Runs the tiles [begin, end) of a convolution: run(place in a table of TileShapes, weight, pixel, channel, last).
+template <typename Run>
+FASTRES_INLINE void for_tiles(const ConvArgs& args, int64_t begin, int64_t end, Run run) {
+  const int64_t pixels = args.images * args.out_h * args.out_w, blocks = ceil_div(args.out_channels, kBlockChannels);
+  const int64_t depth = args.kernel_h * args.kernel_w * args.run;
+  for (int64_t at = begin; at < end;) {  // tiles of a block of pixels, for one block of channels after the other
+    const int64_t first = at / (args.block * blocks) * args.block;
+    const int64_t count = min(args.block, ceil_div(pixels, kMostPixels) - first);
+    const int64_t place = at - first * blocks, block = place / count;
+    const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, args.out_channels - channel);
+    const int64_t vectors = ceil_div(channels, kWide);
+    const auto* weight = static_cast<const float*>(args.weight) + channel * depth;
+    const int64_t stop = min(end, at - place % count + count);
+    for (int64_t t = first + place % count; at < stop; ++at, ++t) {
+      const int64_t pixel = t * kMostPixels, found = min(kMostPixels, pixels - pixel);
+      run((found - 1) * kMostVectors + vectors - 1, weight, pixel, channel, channels - (vectors - 1) * kWide);
+    }
+  }
+}
+using TileShapes = std::make_integer_sequence<int, kMostPixels * kMostVectors>;
 
 }  // namespace fastres::cpu::FASTRES_LEVEL
 

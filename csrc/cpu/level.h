@@ -32,6 +32,15 @@ inline bool has_bf16_dot() {
 #endif
 }
 
+// Whether this machine multiplies fours of 8-bit integers (VPDPBUSD); level 4 alone does not say so.
+inline bool has_int8_dot() {
+#if defined(__x86_64__)
+  return cpu_level() >= 4 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 }  // namespace fastres::cpu
 
 // Declares `void name(const Args&, int64_t begin, int64_t end)` for every level, and the function that forwards to this

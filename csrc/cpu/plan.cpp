@@ -5,96 +5,39 @@
 
 #include "cpu/add_act.h"
 #include "cpu/conv_host.h"
+#include "cpu/plan_call.h"
 
 namespace fastres::cpu {
 namespace {
 
-constexpr const char* kOp = "freeze";
-
-// The tensors of one call.
-struct Call {
-  const Tensor& x;
-  const std::vector<Tensor>& constants;
-  const Tensor &arena, &y;
-  DType dtype;
-  int64_t size;  // bytes of an element
-
-  // The address of a value's first image, once `bytes` of it are known to exist.
-  char* at(const Place& place, int64_t first, int64_t images, int64_t image_bytes) const {
-    const int64_t begin = first * place.step, end = begin + images * image_bytes;
-    FASTRES_CHECK(place.step == 0 || place.step == image_bytes, kOp, "a value", "of images without gaps", place.step);
-    if (place.offset == kOutput) {
-      FASTRES_CHECK(end <= y.numel() * size, kOp, "the output", "large enough for its step", y.numel());
-      return static_cast<char*>(y.data_ptr()) + begin;
-    }
-    FASTRES_CHECK(place.offset >= 0 && place.offset + end <= arena.numel(), kOp, "a step's value", "within the arena",
-                  place.offset);
-    return static_cast<char*>(arena.data_ptr()) + place.offset + begin;
-  }
-
-  const Tensor& constant(int64_t index) const {
-    FASTRES_CHECK(index >= 0 && index < static_cast<int64_t>(constants.size()), kOp, "a step's constant", "one of the call", index);
-    return constants[index];
-  }
-};
-
-// From the input, whatever its strides, or from a value.
 void pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
-  const int64_t pixels = (row.out_h + 2 * row.pad_h) * (row.out_w + 2 * row.pad_w), c = row.channels;
-  FASTRES_CHECK(row.out_channels >= c && row.pad_h >= 0 && row.pad_w >= 0 && row.stride_h >= 1 && row.stride_w >= 1 &&
-                    (row.out_h - 1) * row.stride_h < row.height && (row.out_w - 1) * row.stride_w < row.width,
-                kOp, "a copy", "within its image", row.out_channels);
-  PadArgs args{call.size, nullptr, call.at(row.y, first, images, pixels * row.out_channels * call.size), images, c,
-               row.out_h, row.out_w, row.height * row.width * c, 1, row.width * c, c, row.out_channels, row.pad_h, row.pad_w};
-  if (row.x.offset == kInput) {
-    const Tensor& x = call.x;
-    FASTRES_CHECK(x.size(1) == c && x.size(2) == row.height && x.size(3) == row.width, kOp, "the input", "as planned", show(x.sizes()));
-    args.x = static_cast<const char*>(x.data_ptr()) + first * x.stride(0) * call.size;
-    args.image_step = x.stride(0), args.channel_step = x.stride(1), args.row_step = x.stride(2), args.pixel_step = x.stride(3);
-  } else {
-    args.x = call.at(row.x, first, images, args.image_step * call.size);
-  }
-  args.row_step *= row.stride_h, args.pixel_step *= row.stride_w;
-  run_pad(args);
+  const PadSource source(call, row, first, images, call.size);
+  run_pad({call.size, source.x, call.at(row.y, first, images, padded_elements(row) * call.size), images, row.channels, row.out_h,
+           row.out_w, source.image_step, source.channel_step, source.row_step, source.pixel_step, row.out_channels, row.pad_h,
+           row.pad_w});
 }
 
 void conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
-  const int64_t pixel_step = row.channels * call.size, image_step = row.height * row.width * pixel_step;
-  const int64_t reach_w = (row.out_w - 1) * row.stride_w * pixel_step + row.run * kWordBytes;
-  FASTRES_CHECK(row.run > 0 && row.run <= kConvMostRun && row.kernel_w >= 1 && row.kernel_h >= 1 && row.stride_h >= 1 &&
-                    row.stride_w >= 1 && row.dilation_h >= 1 && row.dilation_w >= 1 &&
-                    (row.run * kWordBytes == pixel_step || (row.pad_w == 0 && row.kernel_w == 1 && reach_w <= row.width * pixel_step)),
-                kOp, "a convolution's taps", "within its pixels", row.run);
+  ConvArgs args = conv_args(call, row, first, images, call.size, call.size);
   const int64_t depth = row.winograd ? kWinogradPoints * row.run : row.kernel_h * row.kernel_w * row.run;
   const Tensor &weight = call.constant(row.weight), &bias = call.constant(row.bias);
-  FASTRES_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == row.out_channels, kOp, "a bias",
+  FASTRES_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == row.out_channels, kPlan, "a bias",
                 "float32, one for each output channel", show(bias.sizes()));
   FASTRES_CHECK(dtype_of(weight) == call.dtype &&
                     weight.numel() * call.size == packed_words(row.out_channels, depth) * kWordBytes,
-                kOp, "weights", "packed for their convolution", show(weight.sizes()));
+                kPlan, "weights", "packed for their convolution", show(weight.sizes()));
   FASTRES_CHECK(!row.winograd || (call.dtype == DType::kFloat32 && row.channels % conv_tile().lanes == 0 && row.run == row.channels &&
                                   row.kernel_h * row.kernel_w == 9 && row.kernel_h == 3 &&
                                   row.stride_h * row.stride_w * row.dilation_h * row.dilation_w == 1),
-                kOp, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
-  const int64_t y_bytes = row.out_h * row.out_w * row.out_channels * call.size;
-  const ConvArgs args{.dtype = call.dtype, .act = row.relu ? Act::kRelu : Act::kNone, .stream = false,
-            .x = call.at(row.x, first, images, image_step), .weight = weight.data_ptr(),
-            .bias = static_cast<const float*>(bias.data_ptr()),
-            .residual = row.residual.offset == kNone ? nullptr : call.at(row.residual, first, images, y_bytes),
-            .y = call.at(row.y, first, images, y_bytes), .images = images, .height = row.height, .width = row.width,
-            .image_step = image_step, .row_step = row.width * pixel_step, .pixel_step = pixel_step, .out_h = row.out_h,
-            .out_w = row.out_w, .out_channels = row.out_channels, .kernel_h = row.kernel_h, .kernel_w = row.kernel_w,
-            .stride_h = row.stride_h, .stride_w = row.stride_w, .pad_h = row.pad_h, .pad_w = row.pad_w,
-            .dilation_h = row.dilation_h, .dilation_w = row.dilation_w, .run = row.run, .dense = false, .block = 0};
+                kPlan, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
+  args.weight = weight.data_ptr(), args.bias = static_cast<const float*>(bias.data_ptr());
   row.winograd ? run_winograd(args) : run_conv(args);
 }
 
 void pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const char* x = call.at(row.x, first, images, row.height * row.width * row.channels * call.size);
   char* y = call.at(row.y, first, images, row.out_h * row.out_w * row.channels * call.size);
-  FASTRES_CHECK(row.stride_h >= 1 && row.stride_w >= 1 && row.pad_h < row.kernel_h && row.pad_w < row.kernel_w &&
-                    (row.out_h - 1) * row.stride_h - row.pad_h < row.height && (row.out_w - 1) * row.stride_w - row.pad_w < row.width,
-                kOp, "a window", "one that touches its image", row.kernel_h);
+  check_windows(row);
   const PoolArgs args{call.dtype, x, y, images, row.channels, row.height, row.width, row.out_h, row.out_w,
                       row.kernel_h, row.kernel_w, row.stride_h, row.stride_w, row.pad_h, row.pad_w};
   const int64_t grain = std::max<int64_t>(1, kGrain / (row.width * row.channels));
@@ -107,7 +50,7 @@ void pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
 void bn(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const int64_t pixels = row.height * row.width, bytes = pixels * row.channels * call.size;
   const Tensor& constants = call.constant(row.weight);
-  FASTRES_CHECK(constants.scalar_type() == ScalarType::Float && constants.numel() == 3 * row.channels, kOp,
+  FASTRES_CHECK(constants.scalar_type() == ScalarType::Float && constants.numel() == 3 * row.channels, kPlan,
                 "a batch norm's constants", "float32, three for each channel", show(constants.sizes()));
   const BnPixelsArgs args{call.dtype, row.relu ? Act::kRelu : Act::kNone, call.at(row.x, first, images, bytes),
                           static_cast<const float*>(constants.data_ptr()), call.at(row.y, first, images, bytes), row.channels};
@@ -124,8 +67,9 @@ void add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
 }
 
 void run_step(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
-  FASTRES_CHECK(std::min({row.channels, row.height, row.width, row.out_channels, row.out_h, row.out_w}) >= 1, kOp,
+  FASTRES_CHECK(std::min({row.channels, row.height, row.width, row.out_channels, row.out_h, row.out_w}) >= 1, kPlan,
                 "a step's sizes", "at least 1", row.channels);
+  if (row.int8) return run_int8_step(call, row, first, images);
   switch (row.kind) {
     case Step::kPad: return pad(call, row, first, images);
     case Step::kConv: return conv(call, row, first, images);
@@ -133,30 +77,30 @@ void run_step(const Call& call, const PlanRow& row, int64_t first, int64_t image
     case Step::kAvgPool: return pool(call, row, first, images);
     case Step::kBn: return bn(call, row, first, images);
     case Step::kAdd: return add(call, row, first, images);
-    default: FASTRES_CHECK(false, kOp, "a step", "one of this build", static_cast<int64_t>(row.kind));
+    default: FASTRES_CHECK(false, kPlan, "a step", "one of this build", static_cast<int64_t>(row.kind));
   }
 }
 
 void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena, const Tensor& y) {
-  for (const Tensor* t : {&x, &program, &arena, &y}) check_cpu(kOp, "every tensor", *t);
+  for (const Tensor* t : {&x, &program, &arena, &y}) check_cpu(kPlan, "every tensor", *t);
   const DType dtype = dtype_of(x);
-  FASTRES_CHECK(conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16, kOp, "the input",
+  FASTRES_CHECK(conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16, kPlan, "the input",
                 "float32, or bfloat16 where the processor multiplies it", show(x.scalar_type()));
   FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && y.scalar_type() == x.scalar_type() && y.is_contiguous() &&
-                    y.size(0) == x.size(0), kOp, "the input", "a batch of images, as many as outputs", show(x.sizes()));
+                    y.size(0) == x.size(0), kPlan, "the input", "a batch of images, as many as outputs", show(x.sizes()));
   FASTRES_CHECK(program.scalar_type() == ScalarType::Long && program.is_contiguous() && program.numel() % kRowFields == 0,
-                kOp, "the program", "whole rows of " << kRowFields << " int64", show(program.sizes()));
-  FASTRES_CHECK(arena.scalar_type() == ScalarType::Byte && arena.is_contiguous(), kOp, "the arena", "contiguous bytes",
+                kPlan, "the program", "whole rows of " << kRowFields << " int64", show(program.sizes()));
+  FASTRES_CHECK(arena.scalar_type() == ScalarType::Byte && arena.is_contiguous(), kPlan, "the arena", "contiguous bytes",
                 show(arena.scalar_type()));
   for (const Tensor& constant : constants)
-    FASTRES_CHECK(constant.is_cpu() && constant.is_contiguous(), kOp, "a constant", "contiguous on cpu", show(constant.sizes()));
+    FASTRES_CHECK(constant.is_cpu() && constant.is_contiguous(), kPlan, "a constant", "contiguous on cpu", show(constant.sizes()));
   const Call call{x, constants, arena, y, dtype, element_size(dtype)};
   const auto* rows = static_cast<const PlanRow*>(program.data_ptr());
   const int64_t count = program.numel() / kRowFields, batch = x.size(0);
   for (int64_t at = 0; at < count;) {
     const PlanRow& segment = rows[at++];
     FASTRES_CHECK(segment.kind == Step::kSegment && segment.chunk >= 1 && segment.count >= 0 && segment.count <= count - at,
-                  kOp, "the program", "a list of segments", segment.count);
+                  kPlan, "the program", "a list of segments", segment.count);
     for (int64_t first = 0; first < batch; first += segment.chunk)
       for (int64_t i = 0; i < segment.count; ++i)
         run_step(call, rows[at + i], first, std::min(segment.chunk, batch - first));
@@ -166,7 +110,7 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
 
 // Fresh memory, in large pages where the system has them: faster to come by, and fewer misses of the address cache.
 Tensor large_pages(const Tensor& like, int64_t bytes) {
-  FASTRES_CHECK(bytes >= 0, kOp, "bytes", "at least 0", bytes);
+  FASTRES_CHECK(bytes >= 0, kPlan, "bytes", "at least 0", bytes);
   Tensor memory = empty_vector(bytes, ScalarType::Byte, like);
   constexpr uintptr_t kPage = 2 << 20;
   const auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());

@@ -18,7 +18,8 @@ constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;
 // One row of a program. A segment is followed by `count` steps, which run for `chunk` images at a time, so that what
 // passes between them stays in the caches. Activations are channels last, without gaps. `weight` and `bias` count the
 // constants of the call: packed weights and a bias for kConv, rows of mean, scale and bias for kBn. kPad copies every
-// stride-th pixel of the input, or of a value, and adds padding and channels of zeros.
+// stride-th pixel of the input, or of a value, and adds padding and channels of zeros. With `int8` all values are uint8,
+// but for the input and the output, which are of the call's dtype; `bias` counts the float constants that plan_int8.cpp tells.
 struct PlanRow {
   Step kind;
   int64_t count, chunk;
@@ -28,6 +29,7 @@ struct PlanRow {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t run;       // of a convolution, in words; its pixels hold `channels` values
   int64_t winograd;  // whether its weights are transformed, for a 3x3 convolution with stride 1
+  int64_t int8;
 };
 constexpr int64_t kRowFields = sizeof(PlanRow) / sizeof(int64_t);
 

@@ -69,12 +69,12 @@ void transform_input(const ConvArgs& conv, const Tile& tile, float* v, int64_t p
 
 // One point of kTiles tiles: m = v times the weights of that point, for kVectors vectors of channels.
 template <int kTiles, int kVectors>
-FASTRES_BF16_DOT __attribute__((noinline)) void multiply(const float* v, int64_t channels, const float* weight, float* m) {
+FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t channels, const float* weight, float* m) {
   const char* x[kTiles];
   for (int t = 0; t < kTiles; ++t) x[t] = reinterpret_cast<const char*>(v + t * channels);
   for (int64_t word = 0; word < channels; word += kSumWords) {
     Sum sum[kTiles][kVectors] = {};
-    weight = add_words<float, kTiles, kVectors>(sum, x, word, min(word + kSumWords, channels), weight);
+    weight = add_words<float>(sum, x, word, min(word + kSumWords, channels), weight);
 #pragma GCC unroll 8
     for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8

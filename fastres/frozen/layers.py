@@ -35,6 +35,24 @@ class Layer:
     expects: Pair | None = None  # the one image size that it was made for
     weight: Tensor | None = None  # conv, linear: (K, C, R, S), folded; bn: (3, C) of mean, scale, bias
     bias: Tensor | None = None
+    scale: Tensor | None = None  # of each output channel's weights where those are int8
+
+
+@dataclass(eq=False)
+class Network:
+    """Layers in an order in which they can run, from images ``x`` of so many channels to the last layer's output, which is
+    flattened where ``flat``."""
+
+    name: str
+    layers: list[Layer]
+    x: Value
+    channels: int
+    flat: bool
+
+
+def network(name: str, recording: Recording) -> Network:
+    """The layers of a recorded network; see ``layers``."""
+    return Network(name, layers(recording), recording.x, recording.x.shape[1], len(recording.y.shape) == 2)
 
 
 def layers(recording: Recording) -> list[Layer]:

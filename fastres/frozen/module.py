@@ -1,19 +1,24 @@
 """``freeze`` and the module it returns: a network as one native call."""
 
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastres.errors import UnsupportedError, must, must_type
-from fastres.frozen.layers import Layer, layers
+from fastres.frozen import file, int8
+from fastres.frozen.calibrate import Calibration, Quality, calibrate, checked, judge
+from fastres.frozen.int8 import Scale
+from fastres.frozen.layers import Layer, Network, network
 from fastres.frozen.program import Program, Step, program, steps
-from fastres.frozen.record import Recording, record
+from fastres.frozen.record import Value, record
 from fastres.kernels import native
 from fastres.ops import _conv_cpu
+from fastres.terminal import Progress
 
 DTYPES = (torch.float32, torch.bfloat16)
 _PROGRAMS = 32  # input sizes whose programs are kept
@@ -21,7 +26,12 @@ _LARGE = (1 << 10, 1 << 10)  # an output that suits every algorithm
 _ARENAS = 4  # blocks of memory kept for calls to come, the largest that were needed
 
 
-def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) -> "Frozen":
+def freeze(
+    model: nn.Module,
+    example: Tensor,
+    dtype: torch.dtype | None = None,
+    quantize: Calibration | Iterable[Any] | None = None,
+) -> "Frozen":
     """Make a static inference plan of a network, run by one native call.
 
     Equivalent to ``model.eval()`` without autograd, in ``dtype``. Batch norm is folded, weights are packed for this
@@ -36,34 +46,86 @@ def freeze(model: nn.Module, example: Tensor, dtype: torch.dtype | None = None) 
         example: images (N, C, H, W) on the CPU, float32 or bfloat16; the network runs once on them.
         dtype: ``torch.float32`` or ``torch.bfloat16`` for weights and activations; None is the parameters' own. In bfloat16
             sums, biases and batch norm are float32, and each layer rounds once.
+        quantize: image batches, or pairs of one and its labels, or a ``fastres.Calibration`` of them: the network then runs
+            in 8-bit integers, scaled for such images (signed weights with a scale for each output channel, unsigned
+            activations with one scale each; sums exact, results float32), and ``save`` keeps it in a file. On processors
+            with AMX, bfloat16 of PyTorch itself can be the faster one.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
         UnsupportedError: an operation, the processor or a weight (not finite) that a plan cannot serve; the text says which.
+        VerificationError: quantised, the network is not as good as the calibration asks.
     """
-    dtype = _check(model, example, dtype)
-    reason = native.why_not("cpu_plan") or _conv_cpu.lacks(dtype)
-    if reason is not None:
-        raise UnsupportedError(f"fastres.freeze: the plan's kernels cannot run: {reason}")
-    frozen = Frozen(type(model).__name__, record(model, example), dtype)
+    dtype = _check(model, example, dtype, quantize)
+    _check_processor(dtype)
+    found = network(type(model).__name__, recording := record(model, example))
+    for layer in found.layers:
+        if layer.weight is not None and not layer.weight.isfinite().all():
+            what = "must be finite: a plan multiplies padding too"
+            raise UnsupportedError(f"fastres.freeze: the weights of {layer.name} {what}")
+    frozen = Frozen(found, dtype) if quantize is None else _quantized(found, checked(quantize, found.channels))
+    frozen.signature = recording.signature()
     frozen.program(tuple(example.shape))
     return frozen
 
 
-def _check(model: object, example: object, dtype: object) -> torch.dtype:
+def _check_processor(dtype: torch.dtype) -> None:
+    reason = native.why_not("cpu_plan") or _conv_cpu.lacks(dtype)
+    if reason is not None:
+        raise UnsupportedError(f"fastres.freeze: the plan's kernels cannot run: {reason}")
+
+
+def _quantized(found: Network, wanted: Calibration) -> "Frozen":
+    """The network in 8-bit integers, if that is good enough."""
+    last = found.layers[-1]
+    if last.kind not in ("conv", "linear", "add", "relu") or last.relu:  # kernels whose results can be float32 write no ReLU
+        found.layers.append(Layer("relu", "dequantize", last.y, Value(last.y.shape)))
+    batches = len(list(wanted.batches))
+    with Progress(f"Quantising {found.name}", 3 * batches, quiet=not wanted.progress) as progress:
+        calibrated = calibrate(found.layers, found.x, wanted, progress)
+        int8.with_int8_weights(found.layers)
+        frozen, results = Frozen(found, torch.int8, calibrated.scales), []
+        for index, (images, _) in enumerate(calibrated.batches):
+            progress.step(f"results, batch {index + 1} of {batches}")
+            results.append(frozen(images))
+    frozen.quality = judge(results, calibrated, wanted)
+    return frozen
+
+
+def load_frozen(path: str | os.PathLike) -> "Frozen":
+    """A quantised network as ``Frozen.save`` wrote it.
+
+    Nothing in the file is run: it holds safetensors, and the layers as JSON, each checked.
+
+    Raises:
+        ArgumentError: the file is not such a one, or is damaged.
+        UnsupportedError: this processor cannot run it.
+    """
+    _check_processor(torch.int8)
+    found, scales, quality = file.read(path)
+    frozen = Frozen(found, torch.int8, scales)
+    frozen.quality = quality
+    return frozen
+
+
+def _check(model: object, example: object, dtype: object, quantize: object) -> torch.dtype:
     if not isinstance(model, nn.Module):
         raise must_type("freeze", "model", "a torch.nn.Module", model)
     if isinstance(model, Frozen):
         raise must("freeze", "model", "the network itself", "one that is frozen already")
     check_images("example", example)
+    if quantize is not None and dtype not in (None, torch.int8):
+        raise must("freeze", "dtype", "None or torch.int8 with quantize", dtype)
+    if quantize is None and dtype == torch.int8:
+        raise must("freeze", "quantize", "given for torch.int8", "None", "give image batches to find the scales with")
     if dtype is None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), getattr(example, "dtype", None))
-    if dtype not in DTYPES:
+    if quantize is None and dtype not in DTYPES:
         raise must("freeze", "dtype", "torch.float32 or torch.bfloat16", dtype)
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())} - {"cpu"}
     if devices:
         raise must("freeze", "model", "on the CPU", ", ".join(sorted(devices)), "move it with .cpu()")
-    return dtype  # type: ignore[return-value]
+    return torch.int8 if quantize is not None else dtype  # type: ignore[return-value]
 
 
 def check_images(name: str, x: Any) -> None:
@@ -89,15 +151,13 @@ class Frozen(nn.Module):
     gradient. ``fastres.explain(frozen)`` prints the plan, ``fastres.explain(frozen, x)`` with times.
     """
 
-    def __init__(self, name: str, recording: Recording, dtype: torch.dtype) -> None:
+    def __init__(self, found: Network, dtype: torch.dtype, scales: Mapping[Value, Scale] | None = None) -> None:
         super().__init__()
-        self.name, self.dtype, self.signature = name, dtype, recording.signature()
-        self.channels, self.flat = recording.x.shape[1], len(recording.y.shape) == 2
-        self._layers, self._x = layers(recording), recording.x
-        for layer in self._layers:
-            if layer.weight is not None and not layer.weight.isfinite().all():
-                what = "must be finite: a plan multiplies padding too"
-                raise UnsupportedError(f"fastres.freeze: the weights of {layer.name} {what}")
+        self.name, self.dtype, self.network, self.scales = found.name, dtype, found, scales
+        self.result_dtype = torch.float32 if dtype == torch.int8 else dtype
+        self.quality: Quality | None = None  # of a quantised network
+        self.signature: list[tuple] | None = None  # of what was recorded
+        self._offset = frozenset(value for value, scale in (scales or {}).items() if scale.zero)
         self._packed: dict[tuple[Layer, bool], tuple[Tensor, ...]] = {}  # by whether they are transformed for Winograd
         self._forget()
 
@@ -118,7 +178,8 @@ class Frozen(nn.Module):
             found = self._programs.get(key)
             if found is None:
                 batch, channels, height, width = key
-                laid = steps(self._layers, self._x, (channels, height, width), self.dtype)
+                size = (channels, height, width)
+                laid = steps(self.network.layers, self.network.x, size, self.dtype, self._offset)
                 found = self._programs[key] = program(laid, batch, self.dtype, self._constants(laid))
                 if len(self._programs) > _PROGRAMS:
                     self._programs.popitem(last=False)
@@ -129,16 +190,39 @@ class Frozen(nn.Module):
     def _constants(self, laid: list[Step]) -> dict[Layer, tuple[Tensor, ...]]:
         """The packed constants of every step, in one block of large pages those that are packed now.
 
-        A 3x3 convolution keeps its weights as they were, for sizes that want the other algorithm.
+        A 3x3 convolution keeps its weights as they were, for sizes that want the other algorithm; a quantised one to be saved.
         """
-        wanted = {(step.layer, step.winograd): step for step in laid if step.layer.kind in ("conv", "linear", "bn")}
-        missing = {key: tuple(_pack(*key, self.dtype)) for key in wanted if key not in self._packed}
-        self._packed |= _together(missing)
-        for layer, _ in missing:
+        constants = {}
+        wanted = {(step.layer, step.winograd) for step in laid if step.layer.kind in ("conv", "linear", "bn")}
+        if self.scales is not None:
+            constants = {step.layer: self._copied(step) for step in laid if step.layer.kind == "pad"}
+            wanted |= {(step.layer, False) for step in laid if step.layer.kind in ("add", "relu", "avg_pool")}
+        missing = [step for step in laid if (step.layer, step.winograd) in wanted - self._packed.keys()]
+        self._packed |= _together({(step.layer, step.winograd): tuple(self._pack(step)) for step in missing})
+        for layer in (step.layer for step in missing if self.scales is None):
             weight = layer.weight
             if weight is None or not _conv_cpu.suits_winograd(weight.shape, self.dtype, layer.stride, layer.dilation, _LARGE):
                 layer.weight = layer.bias = None
-        return {layer: self._packed[layer, winograd] for layer, winograd in wanted}
+        return constants | {layer: self._packed[layer, winograd] for layer, winograd in wanted}
+
+    def _copied(self, step: Step) -> tuple[Tensor, ...]:
+        """What a copy of 8-bit integers, or into them, reads."""
+        assert self.scales is not None
+        scale = self.scales[step.x]
+        return int8.input_constants(scale) if step.x is self.network.x else int8.zero_constants(scale)
+
+    def _pack(self, step: Step) -> Iterator[Tensor]:
+        """What the runner reads for a layer."""
+        layer = step.layer
+        if self.scales is not None:
+            yield from int8.packed(layer, self.scales)
+            return
+        assert layer.weight is not None
+        if layer.bias is None:  # mean, scale and bias of a batch norm
+            yield layer.weight.contiguous()
+        else:
+            packed = _conv_cpu.Packed(layer.weight, layer.bias, self.dtype, step.winograd)
+            yield from (packed.weight, packed.bias)
 
     def last_shape(self) -> tuple[int, ...] | None:
         """The input shape planned or run last."""
@@ -152,18 +236,18 @@ class Frozen(nn.Module):
     def call(self, x: Tensor) -> Tensor:
         """What ``forward`` does, never compiled."""
         check_images("x", x)
-        if x.shape[1] != self.channels or 0 in x.shape[1:]:
-            raise must("freeze", "x", f"of {self.channels} channels and not without pixels", tuple(x.shape))
+        if x.shape[1] != self.network.channels or 0 in x.shape[1:]:
+            raise must("freeze", "x", f"of {self.network.channels} channels and not without pixels", tuple(x.shape))
         if x.requires_grad and torch.is_grad_enabled():
             raise must("freeze", "x", "without gradient", "one that requires it", "fastres.optimize has a backward")
         plan = self.program((max(x.shape[0], 1), *x.shape[1:]))
         with torch.inference_mode(False), torch.no_grad():
             channels, *pixels = plan.output
-            y = torch.empty((x.shape[0], *pixels, channels), dtype=self.dtype)
+            y = torch.empty((x.shape[0], *pixels, channels), dtype=self.result_dtype)
             if x.shape[0]:
-                self.run(plan, x.detach().resolve_conj().resolve_neg().to(self.dtype), y)
+                self.run(plan, x.detach().resolve_conj().resolve_neg().to(self.result_dtype), y)
         y = y.permute(0, 3, 1, 2)
-        return y.flatten(1) if self.flat else y
+        return y.flatten(1) if self.network.flat else y
 
     def run(self, plan: Program, x: Tensor, y: Tensor) -> None:
         """One native call, in a block of memory that no other call uses meanwhile."""
@@ -176,6 +260,18 @@ class Frozen(nn.Module):
         native.op("cpu_plan")(x, plan.rows, plan.constants, arena, y)
         if len(self._arenas) < _ARENAS:
             self._arenas.append(arena)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a quantised network to one file, safetensors with the layers as JSON; ``fastres.load_frozen`` reads it.
+
+        The file is replaced whole, or not at all.
+
+        Raises:
+            UnsupportedError: the plan is not of 8-bit integers: its model can be frozen again.
+        """
+        if self.scales is None:
+            raise UnsupportedError("fastres.freeze: only quantised networks are saved: keep the model, and freeze it again")
+        file.write(path, self.network, self.scales, self.quality)
 
     def train(self, mode: bool = True) -> "Frozen":
         if mode:
@@ -193,18 +289,7 @@ class Frozen(nn.Module):
         self._forget()
 
     def extra_repr(self) -> str:
-        return f"{self.name}, {str(self.dtype).removeprefix('torch.')}, {len(self._layers)} layers"
-
-
-def _pack(layer: Layer, winograd: bool, dtype: torch.dtype) -> Iterator[Tensor]:
-    """What the runner reads for a layer."""
-    weight, bias = layer.weight, layer.bias
-    assert weight is not None
-    if bias is None:  # mean, scale and bias of a batch norm
-        yield weight.contiguous()
-    else:
-        packed = _conv_cpu.Packed(weight, bias, dtype, winograd)
-        yield from (packed.weight, packed.bias)
+        return f"{self.name}, {str(self.dtype).removeprefix('torch.')}, {len(self.network.layers)} layers"
 
 
 def _together(constants: dict[Any, tuple[Tensor, ...]]) -> dict[Any, tuple[Tensor, ...]]:

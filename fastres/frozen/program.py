@@ -7,7 +7,9 @@ is a segment; a value that crosses into another segment is held for the whole ba
 
 import functools
 import itertools
+import math
 import re
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.errors import must
+from fastres.errors import UnsupportedError, must
 from fastres.frozen.layers import Layer, output_size
 from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu
 
 KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add")  # enum Step of csrc/cpu/plan.h, in its order
-FIELDS = 28  # of a row, struct PlanRow there
+FIELDS = 29  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 Size = tuple[int, int, int]  # channels, height, width
@@ -64,11 +66,13 @@ def cache_bytes() -> int:
     return max((int(size[1]) << 10 for size in sizes if size), default=8 << 20)
 
 
-def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype) -> list[Step]:
-    """Every layer with its sizes; copies of the input, and of images with few channels, become steps of their own.
+def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset: Set[Value] = frozenset()) -> list[Step]:
+    """Every layer with its sizes; copies of the input, of images with few channels, and of what is padded with another
+    byte than 0 (``offset``: values of integers with a zero point), become steps of their own.
 
     Raises:
         ArgumentError: the images are too small, or not of the size that a linear layer was made for.
+        UnsupportedError: a layer that needs such a copy is dilated.
     """
     sizes, found = {x: size}, list[Step]()
     plain = Value(())  # the input, channels last
@@ -88,6 +92,9 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype) -> list
     for layer in layers:
         channels, *image = sizes[layer.x]
         padded = layer.kind in ("conv", "linear") and _conv_cpu.is_padded(channels, dtype)
+        padded = padded or (layer.kind == "conv" and layer.x in offset and layer.padding != (0, 0))
+        if padded and layer.dilation[1] != 1:
+            raise UnsupportedError(f"fastres.freeze: {layer.name} is dilated, and has {channels} input channels")
         source = layer.x
         if padded:
             source = copied(layer.x, Value(()), layer.name, _conv_cpu.whole_words(channels, dtype), layer.padding)
@@ -126,23 +133,26 @@ def _minima(numbers: list[int]) -> list[int]:
     return list(itertools.accumulate(reversed(numbers), min))[::-1]
 
 
-def program(found: list[Step], batch: int, dtype: torch.dtype, constants: dict[Layer, tuple[Tensor, ...]]) -> Program:
-    """Rows for the runner; ``constants`` are the packed weights and biases of the layers that have them."""
+def program(found: list[Step], batch: int, dtype: torch.dtype, constants: Mapping[Layer, tuple[Tensor, ...]]) -> Program:
+    """Rows for the runner; ``constants`` are what the kernels of the layers read: weights first, then biases or scales."""
     chunks = passes(found, batch, dtype.itemsize)
     places, arena_bytes = _Arena(found, chunks, batch, dtype.itemsize).place()
+    output = found[-1]
+    if dtype == torch.int8:  # whose results are float32
+        places[output.y] = (OUTPUT, 4 * math.prod(output.y_size))
     rows, tensors = [], list[Tensor]()
     for index, step in enumerate(found):
         if index == 0 or chunks[index] != chunks[index - 1]:
             count = next((i for i in range(index, len(found)) if chunks[i] != chunks[index]), len(found)) - index
             rows.append([0, count, chunks[index]] + [0] * (FIELDS - 3))
         own = constants.get(step.layer, ())
-        first = len(tensors) if own else NONE
+        first, last = (len(tensors), len(tensors) + len(own) - 1) if own else (NONE, NONE)
         tensors += own
-        rows.append(_row(step, places, dtype, first))
+        rows.append(_row(step, places, dtype, first, last))
     return Program(torch.tensor(rows), tensors, arena_bytes, found[-1].y_size, found, chunks)
 
 
-def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, weight: int) -> list[int]:
+def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, weight: int, bias: int) -> list[int]:
     """The fields of struct PlanRow, in its order."""
     layer, (channels, height, width), (out_channels, out_h, out_w) = step.layer, step.x_size, step.y_size
     kernel, padding, run = layer.kernel, layer.padding, channels * dtype.itemsize // 4
@@ -152,12 +162,11 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
         kernel = (height, width)
     x, y = places.get(step.x, (INPUT, 0)), places[step.y]
     residual = (NONE, 0) if step.residual is None else places[step.residual]
-    bias = weight + 1 if weight != NONE else NONE
     row = [KINDS.index(step.row_kind), 0, 0, *x, *residual, *y, weight, bias, layer.relu]
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
     row += [channels, height, width, out_channels, out_h, out_w]
-    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, step.winograd)]
+    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, step.winograd, dtype == torch.int8)]
 
 
 def _bytes(size: Size, itemsize: int) -> int:

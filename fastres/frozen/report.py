@@ -77,7 +77,7 @@ def explain(frozen: Frozen, x: Tensor | None = None) -> PlanReport:
     plan = frozen.program(shape)
     times: list[float | None] = [None] * len(plan.steps)
     if x is not None:
-        times = _times(frozen, plan, x.detach().to(frozen.dtype))
+        times = _times(frozen, plan, x.detach().to(frozen.result_dtype))
     rows = zip(plan.steps, plan.chunks, times, strict=True)
     reports = [_report(step, images, shape[0], ms) for step, images, ms in rows]
     constants = sum(tensor.nbytes for tensor in plan.constants)
@@ -100,7 +100,7 @@ def _times(frozen: Frozen, plan: Program, x: Tensor) -> list[float | None]:
     """Median milliseconds of each step over the batch, run one by one in their order."""
     rows, channels = plan.rows, plan.output
     arena = native.op("cpu_large_pages")(x, plan.arena_bytes)
-    y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.dtype)
+    y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.result_dtype)
     singles = []
     for row in rows:
         if row[0] == 0:

@@ -16,7 +16,7 @@ from fastres.ops import _fold
 
 FEW_CHANNELS = 16  # below, the copy costs less than a tap for every few channels (7x7 stem of 3 channels)
 Pair = tuple[int, int]
-_PER_WORD = {torch.float32: 1, torch.bfloat16: 2}  # channels in the 32 bits a kernel multiplies at once
+_PER_WORD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # channels in the 32 bits a kernel multiplies at once
 
 
 def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> str | None:
@@ -47,6 +47,8 @@ def lacks(dtype: torch.dtype) -> str | None:
         return "this processor has no AVX2 and FMA"
     if dtype == torch.bfloat16 and not features["bf16_dot"]:
         return "this processor has no AVX-512 BF16"
+    if dtype == torch.int8 and not features["int8_dot"]:
+        return "this processor has no AVX-512 VNNI"
     if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
         return "this processor has AMX, which oneDNN uses for bfloat16 and this kernel does not"
     return None

@@ -1,0 +1,227 @@
+"""Post-training quantisation: the range of every activation on the user's images, and whether the result is good enough."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.errors import UnsupportedError, VerificationError, must, must_type
+from fastres.frozen.int8 import LEVELS, Scale
+from fastres.frozen.layers import Layer
+from fastres.frozen.record import Value
+from fastres.terminal import Progress
+
+_BINS = 4096
+_SHARES = tuple(i / 64 for i in range(16, 65))  # of the range seen, that are tried
+INHERIT = ("max_pool", "pad")  # layers whose output is scaled as their input
+
+
+@dataclass
+class Calibration:
+    """Images to quantise a network with, and how good it must be on them to be returned.
+
+    Args:
+        batches: image batches (N, C, H, W), or pairs of one and its labels (N,); some hundred images like those to come.
+        accuracy: least share of labels that the quantised network must name, 0..1; None asks for none.
+        agreement: least share of images that it must give the class that the network gives in float32; None asks for none.
+        error: largest relative L2 distance of its outputs from those in float32; None allows any.
+        progress: whether to show progress on stderr.
+    """
+
+    batches: Iterable[Any]
+    accuracy: float | None = None
+    agreement: float | None = None
+    error: float | None = 0.1
+    progress: bool = True
+
+
+@dataclass
+class Quality:
+    """What a quantised network does on its calibration images, beside what it did in float32: shares, and relative L2."""
+
+    images: int
+    error: float
+    agreement: float | None = None
+    accuracy: float | None = None
+    float_accuracy: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Calibrated:
+    """Scales of all activations, and the batches with the outputs that the float32 network gave."""
+
+    scales: dict[Value, Scale]
+    batches: list[tuple[Tensor, Tensor | None]]
+    outputs: list[Tensor]
+
+
+def checked(calibration: Calibration | Iterable[Any], channels: int) -> Calibration:
+    """The calibration with a list of pairs for batches.
+
+    Raises:
+        TypeError, ValueError: there is no image, one is not finite, or all pixels are one value; a threshold is no share.
+    """
+    if not isinstance(calibration, Calibration):
+        if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
+            raise must_type("freeze", "quantize", "a fastres.Calibration or an iterable of image batches", calibration)
+        calibration = Calibration(calibration)
+    for name in ("accuracy", "agreement"):
+        value = getattr(calibration, name)
+        if value is not None and not 0 <= value <= 1:
+            raise must("freeze", f"quantize.{name}", "a share of 0..1 or None", value)
+    if calibration.error is not None and not calibration.error >= 0:
+        raise must("freeze", "quantize.error", "at least 0 or None", calibration.error)
+    pairs = [_pair(index, batch, channels) for index, batch in enumerate(calibration.batches)]
+    if not pairs:
+        raise must("freeze", "quantize", "batches of images", "none", "give some hundred images like those to come")
+    low, high = min(x.min().item() for x, _ in pairs), max(x.max().item() for x, _ in pairs)
+    if low == high:
+        raise must("freeze", "quantize", "images that differ", f"only pixels of {low}", "a constant shows no range")
+    if calibration.accuracy is not None and any(labels is None for _, labels in pairs):
+        raise must("freeze", "quantize", "of pairs (images, labels) where accuracy is asked for", "batches without labels")
+    return Calibration(pairs, calibration.accuracy, calibration.agreement, calibration.error, calibration.progress)
+
+
+def _pair(index: int, batch: Any, channels: int) -> tuple[Tensor, Tensor | None]:
+    name = f"quantize: batch {index}"
+    x, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
+    if not isinstance(x, Tensor) or not (labels is None or isinstance(labels, Tensor)):
+        raise must_type("freeze", name, "images, or a pair of images and labels", batch)
+    if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or x.device.type != "cpu" or not x.is_floating_point():
+        raise must("freeze", name, f"floating-point images (N, {channels}, H, W) on the CPU", f"{tuple(x.shape)} {x.dtype}")
+    if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
+        raise must("freeze", name, f"with {len(x)} integer labels", f"{tuple(labels.shape)} {labels.dtype}")
+    if not bool(x.isfinite().all()):
+        raise must("freeze", name, "finite", "NaN or infinity")
+    return x.detach().float(), labels
+
+
+def calibrate(layers: list[Layer], x: Value, calibration: Calibration, progress: Progress) -> Calibrated:
+    """Run the layers in float32 twice: for the range of each activation, then for how its values are spread in it.
+
+    Raises:
+        UnsupportedError: an activation is not finite.
+    """
+    last = layers[-1]
+    own = [x, *(layer.y for layer in layers if layer.kind not in INHERIT and layer is not last)]
+    names = {layer.y: layer.name for layer in layers} | {x: "the images"}
+    ranges = {value: (torch.inf, -torch.inf) for value in own}
+    counts = {value: torch.zeros(_BINS) for value in own}
+    batches, outputs = list(calibration.batches), list[Tensor]()
+
+    def widen(value: Value, tensor: Tensor) -> None:
+        if value in ranges:
+            low, high = (bound.item() for bound in torch.aminmax(tensor))
+            if not low - high == low - high:  # NaN, or an infinity
+                raise UnsupportedError(f"fastres.freeze: {names[value]} is not finite in calibration")
+            ranges[value] = min(ranges[value][0], low), max(ranges[value][1], high)
+
+    def count(value: Value, tensor: Tensor) -> None:
+        if value in ranges and ranges[value][0] < ranges[value][1]:
+            counts[value] += torch.histc(tensor, _BINS, *ranges[value])
+
+    for index, (images, _) in enumerate(batches):
+        progress.step(f"ranges, batch {index + 1} of {len(batches)}")
+        outputs.append(run(layers, x, images, widen))
+    for index, (images, _) in enumerate(batches):
+        progress.step(f"distributions, batch {index + 1} of {len(batches)}")
+        run(layers, x, images, count)
+    scales = {value: best_scale(*ranges[value], counts[value]) for value in own}
+    for layer in layers:
+        if layer.kind in INHERIT and layer is not last:
+            scales[layer.y] = scales[layer.x]
+    return Calibrated(scales, batches, outputs)
+
+
+def best_scale(low: float, high: float, counts: Tensor) -> Scale:
+    """The scale that holds values spread so over [low, high] with the least square error, from a part of that range to all
+    of it: clipped few, finer for the rest.
+    """
+    if low == high == 0.0:
+        return Scale(1.0 / LEVELS, 0)  # always zero in calibration
+    step = (high - low) / _BINS
+    middle = low + step * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
+    low, high = min(low, 0.0), max(high, 0.0)  # zero is exact
+    best, least = Scale(1.0, 0), torch.inf
+    for share in _SHARES:
+        scale = share * (high - low) / LEVELS
+        zero = round(-share * low / scale)
+        stored = (middle / scale + zero).round().clamp(0, LEVELS)
+        error = (((stored - zero) * scale - middle).square() * counts).sum().item()
+        if error < least or (share == 1.0 and least == 0.0):
+            best, least = Scale(scale, zero), error
+    return best
+
+
+def run(layers: list[Layer], x: Value, images: Tensor, see: Any = lambda value, tensor: None) -> Tensor:
+    """The layers by PyTorch's own operations, in the weights' dtype; ``see(value, tensor)`` is told every result."""
+    last = {value: index for index, layer in enumerate(layers) for value in (layer.x, layer.residual) if value is not None}
+    values = {x: images.contiguous(memory_format=torch.channels_last)}
+    with torch.no_grad():
+        see(x, images)
+        for index, layer in enumerate(layers):
+            values[layer.y] = _result(layer, values)
+            see(layer.y, values[layer.y])
+            for value in [value for value, end in last.items() if end == index]:
+                del values[value]
+    return values[layers[-1].y]
+
+
+def _result(layer: Layer, values: dict[Value, Tensor]) -> Tensor:
+    x, weight, bias = values[layer.x], layer.weight, layer.bias
+    if layer.kind in ("conv", "linear"):
+        assert weight is not None and bias is not None
+        dtype = x.dtype
+        x = F.conv2d(x, weight.to(dtype), bias.to(dtype), layer.stride, layer.padding, layer.dilation)
+    elif layer.kind == "max_pool":
+        x = F.max_pool2d(x, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil)
+    elif layer.kind == "avg_pool" and layer.kernel == (0, 0):
+        x = x.mean((2, 3), keepdim=True)
+    elif layer.kind == "avg_pool":
+        x = F.avg_pool2d(x, layer.kernel, layer.stride, layer.padding, layer.ceil, count_include_pad=False)
+    elif layer.kind == "bn":
+        assert weight is not None
+        mean, scale, shift = (row.view(-1, 1, 1) for row in weight)
+        x = (x - mean) * scale + shift
+    elif layer.kind == "pad":
+        x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
+        x = F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1]))
+    if layer.residual is not None:
+        x = x + values[layer.residual]
+    return F.relu(x) if layer.relu else x
+
+
+def judge(results: list[Tensor], calibrated: Calibrated, wanted: Calibration) -> Quality:
+    """How good the quantised network's results are.
+
+    Raises:
+        VerificationError: not as good as the user wants; the text tells each number.
+    """
+    truth = torch.cat([y.flatten(1) for y in calibrated.outputs]).double()
+    found = torch.cat([y.flatten(1) for y in results]).double()
+    quality = Quality(len(truth), ((found - truth).norm() / truth.norm().clamp_min(1e-300)).item())
+    if truth.shape[1] > 1:
+        quality.agreement = (found.argmax(1) == truth.argmax(1)).double().mean().item()
+    if all(labels is not None for _, labels in calibrated.batches):
+        labels = torch.cat([labels for _, labels in calibrated.batches if labels is not None])
+        quality.accuracy = (found.argmax(1) == labels).double().mean().item()
+        quality.float_accuracy = (truth.argmax(1) == labels).double().mean().item()
+    wants = [
+        ("error", quality.error, wanted.error, wanted.error is None or quality.error <= wanted.error),
+        *((name, value, least, least is None or (value is not None and value >= least))
+          for name, value, least in (("agreement", quality.agreement, wanted.agreement),
+                                     ("accuracy", quality.accuracy, wanted.accuracy))),
+    ]  # fmt: skip
+    missed = [f"{name} is {value}, wanted {bound}" for name, value, bound, fine in wants if not fine]
+    if missed:
+        raise VerificationError(
+            f"fastres.freeze: quantised, the network is not good enough on its {quality.images} calibration images:"
+            f" {'; '.join(missed)}; give more images like those to come, or set Calibration's thresholds"
+        )
+    return quality

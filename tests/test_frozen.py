@@ -53,6 +53,7 @@ NETWORKS = {
     "mean of a large map": lambda: (nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), (2, 3, 112, 96)),
     "vgg": lambda: (vision.vgg11_bn(num_classes=3).features, (1, 3, 64, 64)),
     "pre-activation": lambda: (fnn.PreActBasicBlock(24, 24), (2, 24, 9, 9)),
+    "few channels, dilated": lambda: (nn.Sequential(nn.Conv2d(3, 16, 3, padding=2, dilation=2), nn.Conv2d(16, 4, 1)), (2, 3, 11, 12)),
     "odd": lambda: (Odd(), (3, 20, 11, 8)),
 }
 

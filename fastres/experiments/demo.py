@@ -9,21 +9,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastres import info, models, terminal, tuner
+from fastres.errors import UnsupportedError
 from fastres.experiments import report, rivals
 from fastres.experiments.compare import Row, compare, outcome
-from fastres.experiments.digits import SIDE, Curve, digits, train
+from fastres.experiments.digits import SIDE, Curve, Digits, accuracy, digits, train
 from fastres.experiments.subject import Subject, enliven
 from fastres.experiments.twin import torch_twin
 from fastres.experiments.verify import verify
+from fastres.frozen import Calibration, freeze
 
 WAYS = (rivals.OPTIMIZED, rivals.EAGER, rivals.CHANNELS_LAST)
 EPOCHS, QUICK_EPOCHS = 8, 5
 LEAST_ACCURACY = 0.95
 EARLY_STEPS = 5  # before training itself has amplified the rounding
-MOST_DIFFERENCE = {"early losses": 1e-2, "epoch losses": 0.1, "test accuracy": 0.02}
+MOST_DIFFERENCE = {"early losses": 1e-2, "epoch losses": 0.1, "test accuracy": 0.02, "int8 accuracy": 0.005}
 
 
 def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -39,15 +41,17 @@ def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: boo
     terminal.need("the demo", "sklearn", "matplotlib", "rich")
     out.mkdir(parents=True, exist_ok=True)
     epochs = epochs or (QUICK_EPOCHS if quick else EPOCHS)
-    with terminal.Progress("demo", 2 * epochs + 2 * (len(WAYS) + 2) + 2 * 4, quiet=quiet) as progress:
+    with terminal.Progress("demo", 2 * epochs + 2 * (len(WAYS) + 2) + 2 * 4 + 1, quiet=quiet) as progress:
         data = digits()
         curves = train(data, epochs, progress.step)
         subjects = [_digit_subject(curves, data.test[0]), _photo_subject("resnet18" if quick else "resnet50")]
         networks = [_infer(subject, 3.0 if quick else 8.0, progress) for subject in subjects]
+        progress.step("quantising ResNet-20")
+        quantised = quantise(curves["fastres"].model, data)
     training = {name: curve.to_dict() for name, curve in curves.items()}
-    checks = _check_training(curves) | _check_inference(networks)
+    checks = _check_training(curves) | _check_inference(networks) | _check_quantised(quantised)
     result = {
-        **info.versions(), **info.machine(), "epochs": epochs, "training": training, "inference": networks,
+        **info.versions(), **info.machine(), "epochs": epochs, "training": training, "inference": networks, "int8": quantised,
         "training_backends": _training_backends(curves["fastres"], data.train[0]),
         "checks": checks, "ok": all(check["ok"] for check in checks.values()),
     }  # fmt: skip
@@ -98,6 +102,26 @@ def photos(size: int = 224) -> Tensor:
     batch = torch.cat(crops)
     mean, deviation = batch.mean((0, 2, 3), keepdim=True), batch.std((0, 2, 3), keepdim=True)
     return ((batch - mean) / deviation).contiguous()
+
+
+def quantise(model: nn.Module, data: Digits) -> dict[str, Any]:
+    """Test accuracy of the trained network in 8-bit integers, or why this machine has none, beside that in float32."""
+    images, labels = data.train
+    plain = accuracy(torch_twin(model).eval(), *data.test)
+    try:
+        calibration = Calibration([(images[:256], labels[:256])], progress=False)
+        frozen = freeze(torch_twin(model).eval(), data.test[0][:1], quantize=calibration)
+    except UnsupportedError as error:
+        return {"missing": str(error), "float_accuracy": plain}
+    return {"accuracy": accuracy(frozen, *data.test), "float_accuracy": plain}
+
+
+def _check_quantised(quantised: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if "missing" in quantised:
+        return {}
+    value = abs(quantised["accuracy"] - quantised["float_accuracy"])
+    most = MOST_DIFFERENCE["int8 accuracy"]
+    return {"int8 accuracy differs": {"value": value, "must be at most": most, "ok": value <= most}}
 
 
 def _backends(subject: Subject) -> dict[str, list[str]]:
@@ -174,6 +198,9 @@ def _print(result: dict[str, Any], out: Path) -> None:
     for network in result["inference"]:
         for row in network["rows"]:
             rows.append(_inference_cells(network["model"].partition(" on ")[0], row))
+    quantised = result["int8"]
+    found = quantised.get("missing") or f"test accuracy {quantised['accuracy']:.1%}"
+    rows.append(["infer ResNet-20 on digits, int8", "–", "–", found, f"in float32 {quantised['float_accuracy']:.1%}"])
     terminal.table(
         "fastres demo", ("", "time", "fastres is", "result", "beside it"), rows,
         f"{result['cpu']}, {result['threads']} threads, torch {result['torch']}",

@@ -1,5 +1,6 @@
 """Post-training quantisation: the range of every activation on the user's images, and whether the result is good enough."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -111,14 +112,14 @@ def calibrate(layers: list[Layer], x: Value, calibration: Calibration, progress:
     last = layers[-1]
     own = [x, *(layer.y for layer in layers if layer.kind not in INHERIT and layer is not last)]
     names = {layer.y: layer.name for layer in layers} | {x: "the images"}
-    ranges = {value: (torch.inf, -torch.inf) for value in own}
+    ranges = dict.fromkeys(own, (torch.inf, -torch.inf))
     counts = {value: torch.zeros(_BINS) for value in own}
     batches, outputs = list(calibration.batches), list[Tensor]()
 
     def widen(value: Value, tensor: Tensor) -> None:
         if value in ranges:
             low, high = (bound.item() for bound in torch.aminmax(tensor))
-            if not low - high == low - high:  # NaN, or an infinity
+            if not (math.isfinite(low) and math.isfinite(high)):
                 raise UnsupportedError(f"fastres.freeze: {names[value]} is not finite in calibration")
             ranges[value] = min(ranges[value][0], low), max(ranges[value][1], high)
 
@@ -166,14 +167,15 @@ def run(layers: list[Layer], x: Value, images: Tensor, see: Any = lambda value, 
     with torch.no_grad():
         see(x, images)
         for index, layer in enumerate(layers):
-            values[layer.y] = _result(layer, values)
+            values[layer.y] = result(layer, values)
             see(layer.y, values[layer.y])
             for value in [value for value, end in last.items() if end == index]:
                 del values[value]
     return values[layers[-1].y]
 
 
-def _result(layer: Layer, values: dict[Value, Tensor]) -> Tensor:
+def result(layer: Layer, values: dict[Value, Tensor]) -> Tensor:
+    """What a layer computes, by PyTorch's own operations in the dtype of its input."""
     x, weight, bias = values[layer.x], layer.weight, layer.bias
     if layer.kind in ("conv", "linear"):
         assert weight is not None and bias is not None

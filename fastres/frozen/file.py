@@ -41,7 +41,7 @@ def write(path: str | os.PathLike, network: Network, scales: Mapping[Value, Scal
         tensors |= {f"{index}.{name}": getattr(layer, name).contiguous() for name in _KINDS[layer.kind].split()}
     about = {
         "format": FORMAT, "name": network.name, "channels": network.channels, "flat": network.flat, "layers": layers,
-        "scales": {str(numbers[value]): list(scale) for value, scale in scales.items()},
+        "scales": {str(number): list(scales[value]) for value, number in numbers.items() if value in scales},
         "quality": None if quality is None else quality.to_dict(),
     }  # fmt: skip
     target = Path(path)
@@ -114,12 +114,15 @@ class _Reader:
     def layer(self, index: int, row: dict[str, Any], sizes: list[int]) -> Layer:
         kind, name = row["kind"], _text(row["name"])
         _need(kind in _KINDS, f"a layer of kind {kind!r}"[:80])
-        pairs = {field: _pair(row[field], least) for field, least in _PAIRS.items()}
+        kernel, stride, padding, dilation = (_pair(row[field], least) for field, least in _PAIRS.items())
         residual = row["residual"]
         _need((residual is not None) == (kind == "add") or kind in ("conv", "linear"), f"the residual of {name}")
-        layer = Layer(kind, name, self.value(row["x"]), Value(()), residual if residual is None else self.value(residual),
-                      bool(row["relu"]), *pairs.values(), ceil=bool(row["ceil"]), out_channels=_number(row["out_channels"], 0),
-                      expects=None if row["expects"] is None else _pair(row["expects"], 1))  # fmt: skip
+        layer = Layer(
+            kind, name, self.value(row["x"]), Value(()), residual if residual is None else self.value(residual),
+            bool(row["relu"]), kernel, stride, padding, dilation, ceil=bool(row["ceil"]),
+            out_channels=_number(row["out_channels"], 0),
+            expects=None if row["expects"] is None else _pair(row["expects"], 1),
+        )  # fmt: skip
         own = {field: self.tensors.pop(f"{index}.{field}") for field in _KINDS[kind].split()}
         _check_tensors(layer, own, sizes[row["x"]])
         if residual is not None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.errors import UnsupportedError, must
+from fastres.errors import must
 from fastres.frozen.layers import Layer, output_size
 from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu
@@ -72,7 +72,6 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
 
     Raises:
         ArgumentError: the images are too small, or not of the size that a linear layer was made for.
-        UnsupportedError: a layer that needs such a copy is dilated.
     """
     sizes, found = {x: size}, list[Step]()
     plain = Value(())  # the input, channels last
@@ -93,8 +92,6 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
         channels, *image = sizes[layer.x]
         padded = layer.kind in ("conv", "linear") and _conv_cpu.is_padded(channels, dtype)
         padded = padded or (layer.kind == "conv" and layer.x in offset and layer.padding != (0, 0))
-        if padded and layer.dilation[1] != 1:
-            raise UnsupportedError(f"fastres.freeze: {layer.name} is dilated, and has {channels} input channels")
         source = layer.x
         if padded:
             source = copied(layer.x, Value(()), layer.name, _conv_cpu.whole_words(channels, dtype), layer.padding)
@@ -157,7 +154,9 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
     layer, (channels, height, width), (out_channels, out_h, out_w) = step.layer, step.x_size, step.y_size
     kernel, padding, run = layer.kernel, layer.padding, channels * dtype.itemsize // 4
     if step.padded:
-        kernel, padding, run = (layer.kernel[0], 1), (0, 0), run * layer.kernel[1]
+        padding = (0, 0)
+        if layer.dilation[1] == 1:  # the taps of a row are one run
+            kernel, run = (layer.kernel[0], 1), run * layer.kernel[1]
     if kernel == (0, 0):
         kernel = (height, width)
     x, y = places.get(step.x, (INPUT, 0)), places[step.y]

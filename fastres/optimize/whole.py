@@ -87,7 +87,7 @@ class Whole:
             return None
         made = self._current(model, x)
         plan = made.plan
-        if plan is None or x.dtype != plan.dtype or x.shape[1] != plan.channels or not self._serves(made, model, x):
+        if plan is None or x.dtype != plan.dtype or x.shape[1] != plan.network.channels or not self._serves(made, model, x):
             return None
         try:
             return plan(x)

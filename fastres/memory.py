@@ -1,10 +1,16 @@
-"""``reuse_memory``: an opt-in word to the C library's allocator, which serves PyTorch's CPU tensors."""
+"""Memory of CPU tensors: ``reuse_memory``, an opt-in word to the C library's allocator, and memory in large pages."""
 
+import contextlib
 import ctypes
+import mmap
 import platform
+
+import torch
+from torch import Tensor
 
 from fastres.errors import UnsupportedError
 
+_LARGE_PAGE = 2 << 20
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's parameters, from glibc's malloc.h
 
 
@@ -25,3 +31,18 @@ def reuse_memory() -> None:
     for name, parameter, value in (("M_MMAP_MAX", _MMAP_MAX, 0), ("M_TRIM_THRESHOLD", _TRIM_THRESHOLD, -1)):
         if mallopt(parameter, value) != 1:
             raise UnsupportedError(f"fastres.reuse_memory: mallopt({name}, {value}) was refused by this C library")
+
+
+def large_pages(size: int) -> Tensor:
+    """Fresh bytes, in large pages where the system has them: fewer misses of the address cache.
+
+    Straight from the system: what the allocator gives may have been used before, in small pages that stay small.
+    (ResNet-50 in int8 at batch 8 ran in either 75 or 82 ms from one process to the next. AMD EPYC, 2026-11-25.)
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    return block[-block.data_ptr() % _LARGE_PAGE :][:size]

@@ -101,7 +101,7 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
             .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels,
             .kernel_h = kernel[0], .kernel_w = taps_w, .stride_h = by[0], .stride_w = by[1],
             .pad_h = padded ? 0 : pads[0], .pad_w = padded ? 0 : pads[1], .dilation_h = spread[0],
-            .dilation_w = spread[1], .run = run, .dense = false, .block = 0};
+            .dilation_w = spread[1], .run = run, .dense = false, .share_channels = false, .block = 0};
   winograd ? run_winograd(args) : run_conv(args);
   return y;
 }

@@ -1,4 +1,4 @@
-// Arguments and kernel of the convolution with batch norm folded into its weights; a range counts tiles of the output.
+// Arguments and kernel of the convolution with batch norm folded into its weights; a range counts units of its output.
 #pragma once
 
 #include "common/types.h"
@@ -31,16 +31,15 @@ struct ConvArgs {
   int64_t out_h, out_w, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, run;
   bool dense;     // 1x1, stride 1, no padding: each pixel of y reads the same pixel of x
-  int64_t block;  // tiles of pixels for which all channels are computed before the next ones
+  bool share_channels;  // a unit is a tile of the output, in the order of channels; else a tile of pixels, all channels
+  int64_t block;        // tiles of pixels for which all channels are computed before the next ones
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t conv_pixel_tiles(const ConvArgs& args) {
   return ceil_div(args.images * args.out_h * args.out_w, conv_tile().pixels);
 }
-inline int64_t conv_tiles(const ConvArgs& args) {
-  return conv_pixel_tiles(args) * ceil_div(args.out_channels, conv_tile().channels);
-}
+inline int64_t conv_channel_blocks(const ConvArgs& args) { return ceil_div(args.out_channels, conv_tile().channels); }
 
 FASTRES_FMA_KERNEL(conv_bn_act_forward, ConvArgs)
 

@@ -5,13 +5,14 @@
 
 #include "cpu/conv_bn_act.h"
 #include "cpu/conv_int8.h"
-#include "cpu/host.h"
+#include "cpu/team.h"
 #include "cpu/winograd.h"
 
 namespace fastres::cpu {
 
 constexpr int64_t kWordBytes = 4;
 constexpr int64_t kBlockBytes = 256 << 10;  // of x, read again for every block of channels: a part of an L2
+constexpr int64_t kBytesPerCycle = 8;       // that reach a core from beyond its cache
 constexpr int64_t kLeastWork = 1 << 18;     // multiplications that are worth a thread
 
 inline int64_t packed_words(int64_t out_channels, int64_t depth) {
@@ -24,36 +25,49 @@ inline const char* conv_lacks(DType dtype) {
   return dtype == DType::kBFloat16 && !has_bf16_dot() ? "AVX-512 BF16" : nullptr;
 }
 
-// Shares the tiles of a convolution out to threads: kernel(args, begin, end).
-template <typename Kernel>
-void run_tiles(ConvArgs& args, Kernel kernel) {
+// A convolution shared out to threads: kernel(args, begin, end). By pixels a thread reads what it wrote a layer before, and
+// all weights, once for each block of pixels; by channels all of x, its half maybe from another core, and each weight once.
+// What costs fewer cycles, counting the rounds of tiles and the bytes that come from beyond a core's cache.
+template <typename Args, typename Kernel>
+Work shared_out(Args whole, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
+  ConvArgs& args = conv_of(whole);
   args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
+  const int64_t threads = torch::stable::get_num_threads(), tiles = conv_pixel_tiles(args), blocks = conv_channel_blocks(args);
+  const int64_t depth = args.kernel_h * args.kernel_w * args.run, cycles = conv_tile().pixels * conv_tile().channels / 16 * depth;
+  const int64_t x = args.images * args.image_step, weights = args.out_channels * depth * kWordBytes;
   const int64_t tile_bytes = conv_tile().pixels * args.stride_h * args.stride_w * args.pixel_step;
   args.block = std::max<int64_t>(4, kBlockBytes / tile_bytes);
-  const int64_t work = conv_tile().pixels * conv_tile().channels * args.kernel_h * args.kernel_w * args.run;
-  parallel_for(0, conv_tiles(args), ceil_div(kLeastWork, work), kernel);
+  const int64_t own = ceil_div(tiles, threads), reads = x <= 2 * kBlockBytes ? 1 : ceil_div(blocks, threads);
+  const int64_t by_pixels = own * blocks * cycles + (x / threads + weights * ceil_div(own, args.block)) / kBytesPerCycle;
+  const int64_t by_channels = ceil_div(tiles * blocks, threads) * cycles + (x * reads + weights / threads) / kBytesPerCycle;
+  args.share_channels = threads > 1 && by_channels < by_pixels;
+  const int64_t units = args.share_channels ? tiles * blocks : tiles;
+  const int64_t work = cycles * 16 * (args.share_channels ? 1 : blocks);
+  return {units, ceil_div(kLeastWork, work), [whole, kernel](int64_t begin, int64_t end) { kernel(whole, begin, end); }};
 }
 
 // What this machine lacks for 8-bit integers, null for nothing.
 inline const char* int8_lacks() { return has_int8_dot() ? nullptr : "AVX-512 VNNI"; }
 
-inline void run_conv(ConvArgs args) {
-  run_tiles(args, [&](int64_t begin, int64_t end) { conv_bn_act_forward(args, begin, end); });
+inline Work conv_work(const ConvArgs& args) {
+  return shared_out<ConvArgs>(args, [](ConvArgs& all) -> ConvArgs& { return all; }, conv_bn_act_forward);
 }
 
-inline void run_conv_int8(ConvInt8Args args) {
-  run_tiles(args.conv, [&](int64_t begin, int64_t end) { conv_int8_forward(args, begin, end); });
+inline Work conv_int8_work(const ConvInt8Args& args) {
+  return shared_out<ConvInt8Args>(args, [](ConvInt8Args& all) -> ConvArgs& { return all.conv; }, conv_int8_forward);
 }
 
 // A 3x3 convolution with stride 1 in float32, with transformed weights; channels in whole vectors.
-inline void run_winograd(const ConvArgs& conv) {
+inline Work winograd_work(const ConvArgs& conv) {
   WinogradArgs args{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0};
   const int64_t tiles = conv.images * args.tiles_h * args.tiles_w;
   const int64_t most = std::clamp<int64_t>(kWinogradBytes / (conv.run * kWinogradPoints * kWordBytes), 1, kWinogradMost);
   args.groups = ceil_div(tiles, most);
-  parallel_for(0, args.groups * winograd_blocks(conv), 1,
-               [&](int64_t begin, int64_t end) { winograd_forward(args, begin, end); });
+  return {args.groups * winograd_blocks(conv), 1, [args](int64_t begin, int64_t end) { winograd_forward(args, begin, end); }};
 }
+
+inline void run_conv(const ConvArgs& args) { run_now(conv_work(args)); }
+inline void run_winograd(const ConvArgs& args) { run_now(winograd_work(args)); }
 
 // Images with their padding written out and `out_channels` channels, the further ones zero, so that a row of taps is one
 // run of neighbours. Steps of x in elements.
@@ -80,14 +94,15 @@ void pad_rows(const PadArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-inline void run_pad(const PadArgs& args) {
+inline Work pad_work(const PadArgs& args) {
   const int64_t row_size = (args.width + 2 * args.pad_w) * args.out_channels;
   const int64_t rows = args.images * (args.height + 2 * args.pad_h), grain = std::max<int64_t>(1, kGrain / row_size);
-  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    if (args.element == 4) pad_rows<uint32_t>(args, begin, end);
-    else if (args.element == 2) pad_rows<uint16_t>(args, begin, end);
-    else pad_rows<uint8_t>(args, begin, end);
-  });
+  return {rows, grain, [args](int64_t begin, int64_t end) {
+            if (args.element == 4) pad_rows<uint32_t>(args, begin, end);
+            else if (args.element == 2) pad_rows<uint16_t>(args, begin, end);
+            else pad_rows<uint8_t>(args, begin, end);
+          }};
 }
+inline void run_pad(const PadArgs& args) { run_now(pad_work(args)); }
 
 }  // namespace fastres::cpu

@@ -1,4 +1,4 @@
-// Arguments and kernel of the convolution of 8-bit integers; a range counts tiles of the output.
+// Arguments and kernel of the convolution of 8-bit integers; a range counts units of its output.
 #pragma once
 
 #include "cpu/conv_bn_act.h"

@@ -68,7 +68,7 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvInt8Args& args, const 
   const int64_t out = pixel * conv.out_channels + channel;
   const auto* residual = static_cast<const uint8_t*>(conv.residual);
   if (residual != nullptr)
-    for (int p = 0; p < kPixels; ++p) __builtin_prefetch(residual + out + p * conv.out_channels);
+    for (int p = 0; p < kPixels; ++p) prefetch<kVectors * kWide>(residual + out + p * conv.out_channels);
   IntSum sum[kPixels][kVectors] = {};
   for (int64_t ky = 0; ky < conv.kernel_h; ++ky) {
     if (window.is_outside(conv, ky * conv.dilation_h)) {

@@ -65,6 +65,13 @@ FASTRES_DOT FASTRES_INLINE const float* add_words(Total (&sum)[kPixels][kVectors
   return weight;
 }
 
+// What a tile will add when its sums are done: on its way meanwhile.
+template <int64_t kCount, typename T>
+FASTRES_INLINE void prefetch(const T* from) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kCount; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(from + i);
+}
+
 // ---- tiles of the output ----------------------------------------------------------------------------
 
 // Where the taps of the kPixels neighbouring output pixels from `pixel` on begin.
@@ -108,24 +115,27 @@ struct Window {
   }
 };
 
-// Runs the tiles [begin, end) of a convolution: run(place in a table of TileShapes, weight, pixel, channel, last).
+// Runs the tiles of the units [begin, end) of a convolution: run(place in a table of TileShapes, weight, pixel, channel, last).
 template <typename Run>
 FASTRES_INLINE void for_tiles(const ConvArgs& args, int64_t begin, int64_t end, Run run) {
-  const int64_t pixels = args.images * args.out_h * args.out_w, blocks = ceil_div(args.out_channels, kBlockChannels);
-  const int64_t depth = args.kernel_h * args.kernel_w * args.run;
-  for (int64_t at = begin; at < end;) {  // tiles of a block of pixels, for one block of channels after the other
-    const int64_t first = at / (args.block * blocks) * args.block;
-    const int64_t count = min(args.block, ceil_div(pixels, kMostPixels) - first);
-    const int64_t place = at - first * blocks, block = place / count;
+  const int64_t pixels = args.images * args.out_h * args.out_w, tiles = ceil_div(pixels, kMostPixels);
+  const int64_t blocks = ceil_div(args.out_channels, kBlockChannels), depth = args.kernel_h * args.kernel_w * args.run;
+  const auto run_block = [&](int64_t block, int64_t first, int64_t stop) {
     const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, args.out_channels - channel);
     const int64_t vectors = ceil_div(channels, kWide);
     const auto* weight = static_cast<const float*>(args.weight) + channel * depth;
-    const int64_t stop = min(end, at - place % count + count);
-    for (int64_t t = first + place % count; at < stop; ++at, ++t) {
-      const int64_t pixel = t * kMostPixels, found = min(kMostPixels, pixels - pixel);
-      run((found - 1) * kMostVectors + vectors - 1, weight, pixel, channel, channels - (vectors - 1) * kWide);
+    for (int64_t pixel = first * kMostPixels; pixel < min(stop * kMostPixels, pixels); pixel += kMostPixels)
+      run((min(kMostPixels, pixels - pixel) - 1) * kMostVectors + vectors - 1, weight, pixel, channel, channels - (vectors - 1) * kWide);
+  };
+  if (args.share_channels) {
+    for (int64_t at = begin, count; at < end; at += count) {
+      count = min(end - at, tiles - at % tiles);
+      run_block(at / tiles, at % tiles, at % tiles + count);
     }
+    return;
   }
+  for (int64_t first = begin; first < end; first += args.block)
+    for (int64_t block = 0; block < blocks; ++block) run_block(block, first, min(first + args.block, end));
 }
 using TileShapes = std::make_integer_sequence<int, kMostPixels * kMostVectors>;
 

@@ -1,7 +1,5 @@
-// Binding of a frozen network: checks that a program stays within its memory, then runs it step by step.
+// Binding of a frozen network: checks that a program stays within its memory, then has one team of threads run it.
 #include "cpu/plan.h"
-
-#include <sys/mman.h>
 
 #include "cpu/add_act.h"
 #include "cpu/conv_host.h"
@@ -10,14 +8,14 @@
 namespace fastres::cpu {
 namespace {
 
-void pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const PadSource source(call, row, first, images, call.size);
-  run_pad({call.size, source.x, call.at(row.y, first, images, padded_elements(row) * call.size), images, row.channels, row.out_h,
+  return pad_work({call.size, source.x, call.at(row.y, first, images, padded_elements(row) * call.size), images, row.channels, row.out_h,
            row.out_w, source.image_step, source.channel_step, source.row_step, source.pixel_step, row.out_channels, row.pad_h,
            row.pad_w});
 }
 
-void conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   ConvArgs args = conv_args(call, row, first, images, call.size, call.size);
   const int64_t depth = row.winograd ? kWinogradPoints * row.run : row.kernel_h * row.kernel_w * row.run;
   const Tensor &weight = call.constant(row.weight), &bias = call.constant(row.bias);
@@ -31,45 +29,43 @@ void conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
                                   row.stride_h * row.stride_w * row.dilation_h * row.dilation_w == 1),
                 kPlan, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
   args.weight = weight.data_ptr(), args.bias = static_cast<const float*>(bias.data_ptr());
-  row.winograd ? run_winograd(args) : run_conv(args);
+  return row.winograd ? winograd_work(args) : conv_work(args);
 }
 
-void pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const char* x = call.at(row.x, first, images, row.height * row.width * row.channels * call.size);
   char* y = call.at(row.y, first, images, row.out_h * row.out_w * row.channels * call.size);
   check_windows(row);
   const PoolArgs args{call.dtype, x, y, images, row.channels, row.height, row.width, row.out_h, row.out_w,
                       row.kernel_h, row.kernel_w, row.stride_h, row.stride_w, row.pad_h, row.pad_w};
   const int64_t grain = std::max<int64_t>(1, kGrain / (row.width * row.channels));
-  parallel_for(0, images * row.out_h, grain, [&](int64_t begin, int64_t end) {
-    if (row.kind == Step::kMaxPool) max_pool(args, begin, end);
-    else avg_pool(args, begin, end);
-  });
+  const auto kernel = row.kind == Step::kMaxPool ? &max_pool : &avg_pool;
+  return {images * row.out_h, grain, [args, kernel](int64_t begin, int64_t end) { kernel(args, begin, end); }};
 }
 
-void bn(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work bn(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const int64_t pixels = row.height * row.width, bytes = pixels * row.channels * call.size;
   const Tensor& constants = call.constant(row.weight);
   FASTRES_CHECK(constants.scalar_type() == ScalarType::Float && constants.numel() == 3 * row.channels, kPlan,
                 "a batch norm's constants", "float32, three for each channel", show(constants.sizes()));
   const BnPixelsArgs args{call.dtype, row.relu ? Act::kRelu : Act::kNone, call.at(row.x, first, images, bytes),
                           static_cast<const float*>(constants.data_ptr()), call.at(row.y, first, images, bytes), row.channels};
-  parallel_for(0, images * pixels, std::max<int64_t>(1, kGrain / row.channels),
-               [&](int64_t begin, int64_t end) { bn_pixels(args, begin, end); });
+  return {images * pixels, std::max<int64_t>(1, kGrain / row.channels),
+          [args](int64_t begin, int64_t end) { bn_pixels(args, begin, end); }};
 }
 
-void add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const int64_t numel = row.out_h * row.out_w * row.out_channels, bytes = numel * call.size;
   const void* b = row.residual.offset == kNone ? nullptr : call.at(row.residual, first, images, bytes);
   const AddActArgs args{call.dtype, row.relu ? Act::kRelu : Act::kNone, false, call.at(row.x, first, images, bytes), b,
                         call.at(row.y, first, images, bytes)};
-  parallel_for(0, images * numel, kGrain, [&](int64_t begin, int64_t end) { add_act_forward(args, begin, end); });
+  return {images * numel, kGrain, [args](int64_t begin, int64_t end) { add_act_forward(args, begin, end); }};
 }
 
-void run_step(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(std::min({row.channels, row.height, row.width, row.out_channels, row.out_h, row.out_w}) >= 1, kPlan,
                 "a step's sizes", "at least 1", row.channels);
-  if (row.int8) return run_int8_step(call, row, first, images);
+  if (row.int8) return int8_work(call, row, first, images);
   switch (row.kind) {
     case Step::kPad: return pad(call, row, first, images);
     case Step::kConv: return conv(call, row, first, images);
@@ -79,6 +75,7 @@ void run_step(const Call& call, const PlanRow& row, int64_t first, int64_t image
     case Step::kAdd: return add(call, row, first, images);
     default: FASTRES_CHECK(false, kPlan, "a step", "one of this build", static_cast<int64_t>(row.kind));
   }
+  return {};
 }
 
 void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena, const Tensor& y) {
@@ -94,29 +91,22 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
                 show(arena.scalar_type()));
   for (const Tensor& constant : constants)
     FASTRES_CHECK(constant.is_cpu() && constant.is_contiguous(), kPlan, "a constant", "contiguous on cpu", show(constant.sizes()));
-  const Call call{x, constants, arena, y, dtype, element_size(dtype)};
+  std::atomic<bool> finite{true};
+  const Call call{x, constants, arena, y, dtype, element_size(dtype), finite};
   const auto* rows = static_cast<const PlanRow*>(program.data_ptr());
   const int64_t count = program.numel() / kRowFields, batch = x.size(0);
+  std::vector<Work> works;
   for (int64_t at = 0; at < count;) {
     const PlanRow& segment = rows[at++];
     FASTRES_CHECK(segment.kind == Step::kSegment && segment.chunk >= 1 && segment.count >= 0 && segment.count <= count - at,
                   kPlan, "the program", "a list of segments", segment.count);
     for (int64_t first = 0; first < batch; first += segment.chunk)
       for (int64_t i = 0; i < segment.count; ++i)
-        run_step(call, rows[at + i], first, std::min(segment.chunk, batch - first));
+        works.push_back(work_of(call, rows[at + i], first, std::min(segment.chunk, batch - first)));
     at += segment.count;
   }
-}
-
-// Fresh memory, in large pages where the system has them: faster to come by, and fewer misses of the address cache.
-Tensor large_pages(const Tensor& like, int64_t bytes) {
-  FASTRES_CHECK(bytes >= 0, kPlan, "bytes", "at least 0", bytes);
-  Tensor memory = empty_vector(bytes, ScalarType::Byte, like);
-  constexpr uintptr_t kPage = 2 << 20;
-  const auto address = reinterpret_cast<uintptr_t>(memory.data_ptr());
-  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice
-  return memory;
+  run_team(works);
+  FASTRES_CHECK(finite, kPlan, "x", "finite: 8-bit integers hold neither NaN nor infinity", "values that are not");
 }
 
 }  // namespace
@@ -124,10 +114,8 @@ Tensor large_pages(const Tensor& like, int64_t bytes) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_plan(Tensor x, Tensor program, Tensor[] constants, Tensor arena, Tensor(a!) y) -> ()");
-  m.def("cpu_large_pages(Tensor like, int bytes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_plan", TORCH_BOX(&fastres::cpu::run_plan));
-  m.impl("cpu_large_pages", TORCH_BOX(&fastres::cpu::large_pages));
 }

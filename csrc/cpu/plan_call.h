@@ -15,6 +15,7 @@ struct Call {
   const Tensor &arena, &y;
   DType dtype;
   int64_t size;  // bytes of an element
+  std::atomic<bool>& finite;  // made false where images that are quantised are not
 
   // The address of a value's first image, once `bytes` of it are known to exist.
   char* at(const Place& place, int64_t first, int64_t images, int64_t image_bytes) const {
@@ -81,7 +82,7 @@ inline ConvArgs conv_args(const Call& call, const PlanRow& row, int64_t first, i
           .image_step = image_step, .row_step = row.width * pixel_step, .pixel_step = pixel_step, .out_h = row.out_h,
           .out_w = row.out_w, .out_channels = row.out_channels, .kernel_h = row.kernel_h, .kernel_w = row.kernel_w,
           .stride_h = row.stride_h, .stride_w = row.stride_w, .pad_h = row.pad_h, .pad_w = row.pad_w,
-          .dilation_h = row.dilation_h, .dilation_w = row.dilation_w, .run = row.run, .dense = false, .block = 0};
+          .dilation_h = row.dilation_h, .dilation_w = row.dilation_w, .run = row.run, .dense = false, .share_channels = false, .block = 0};
 }
 
 inline void check_windows(const PlanRow& row) {
@@ -90,6 +91,6 @@ inline void check_windows(const PlanRow& row) {
                 kPlan, "a window", "one that touches its image", row.kernel_h);
 }
 
-void run_int8_step(const Call& call, const PlanRow& row, int64_t first, int64_t images);
+Work int8_work(const Call& call, const PlanRow& row, int64_t first, int64_t images);
 
 }  // namespace fastres::cpu

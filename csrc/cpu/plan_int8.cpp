@@ -21,27 +21,25 @@ bool is_float_output(const Call& call, const PlanRow& row) {
 }
 
 // The input: scale, zero point. A value: zero point.
-void pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const PadSource source(call, row, first, images, 1);
   char* y = call.at(row.y, first, images, padded_elements(row));
   if (row.x.offset != kInput) {
     const float zero = floats(call, row, 1)[0];
-    return run_pad({1, source.x, y, images, row.channels, row.out_h, row.out_w, source.image_step, source.channel_step,
+    return pad_work({1, source.x, y, images, row.channels, row.out_h, row.out_w, source.image_step, source.channel_step,
                     source.row_step, source.pixel_step, row.out_channels, row.pad_h, row.pad_w, static_cast<uint8_t>(zero)});
   }
   const float* constants = floats(call, row, 2);
-  std::atomic<bool> finite{true};
   const QuantizeArgs args{call.dtype, source.x, reinterpret_cast<uint8_t*>(y), images, row.channels, row.out_h, row.out_w,
                           source.image_step, source.channel_step, source.row_step, source.pixel_step, row.out_channels,
-                          row.pad_h, row.pad_w, constants[0], constants[1], &finite};
+                          row.pad_h, row.pad_w, constants[0], constants[1], &call.finite};
   const int64_t rows = images * (row.out_h + 2 * row.pad_h);
-  parallel_for(0, rows, std::max<int64_t>(1, kGrain / (row.out_w * row.out_channels)),
-               [&](int64_t begin, int64_t end) { quantize_images(args, begin, end); });
-  FASTRES_CHECK(finite, kPlan, "x", "finite: 8-bit integers hold neither NaN nor infinity", "values that are not");
+  return {rows, std::max<int64_t>(1, kGrain / (row.out_w * row.out_channels)),
+          [args](int64_t begin, int64_t end) { quantize_images(args, begin, end); }};
 }
 
 // For each output channel a scale, then for each a bias, then the residual's scale.
-void conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const bool float_y = is_float_output(call, row);
   ConvInt8Args args{conv_args(call, row, first, images, 1, float_y ? 4 : 1), nullptr, 0.0f, float_y};
   const int64_t depth = row.kernel_h * row.kernel_w * row.run;
@@ -53,11 +51,11 @@ void conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const float* constants = floats(call, row, 2 * row.out_channels + 1);
   args.conv.weight = weight.data_ptr(), args.conv.bias = constants + row.out_channels;
   args.scale = constants, args.residual_scale = constants[2 * row.out_channels];
-  run_conv_int8(args);
+  return conv_int8_work(args);
 }
 
 // The mean: scale, bias. The maximum: none.
-void pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   check_windows(row);
   const bool max = row.kind == Step::kMaxPool;
   const float* constants = max ? nullptr : floats(call, row, 2);
@@ -66,22 +64,22 @@ void pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const PoolInt8Args args{reinterpret_cast<const uint8_t*>(x), reinterpret_cast<uint8_t*>(y), row.channels, row.height,
                           row.width, row.out_h, row.out_w, row.kernel_h, row.kernel_w, row.stride_h, row.stride_w, row.pad_h,
                           row.pad_w, max ? 0.0f : constants[0], max ? 0.0f : constants[1]};
-  parallel_for(0, images * row.out_h, std::max<int64_t>(1, kGrain / (row.width * row.channels)), [&](int64_t begin, int64_t end) {
-    max ? max_pool_int8(args, begin, end) : avg_pool_int8(args, begin, end);
-  });
+  const auto kernel = max ? &max_pool_int8 : &avg_pool_int8;
+  return {images * row.out_h, std::max<int64_t>(1, kGrain / (row.width * row.channels)),
+          [args, kernel](int64_t begin, int64_t end) { kernel(args, begin, end); }};
 }
 
 // For each channel a scale, then for each a bias.
-void bn(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work bn(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const int64_t pixels = row.height * row.width, c = row.channels;
   const float* constants = floats(call, row, 2 * c);
   const BnInt8Args args{reinterpret_cast<const uint8_t*>(call.at(row.x, first, images, pixels * c)), constants, constants + c,
                         reinterpret_cast<uint8_t*>(call.at(row.y, first, images, pixels * c)), c};
-  parallel_for(0, images * pixels, std::max<int64_t>(1, kGrain / c), [&](int64_t begin, int64_t end) { bn_int8(args, begin, end); });
+  return {images * pixels, std::max<int64_t>(1, kGrain / c), [args](int64_t begin, int64_t end) { bn_int8(args, begin, end); }};
 }
 
 // The scales of both, and the bias.
-void add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const bool float_y = is_float_output(call, row);
   const int64_t numel = row.out_h * row.out_w * row.out_channels;
   const float* constants = floats(call, row, 3);
@@ -89,12 +87,12 @@ void add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const AddInt8Args args{reinterpret_cast<const uint8_t*>(call.at(row.x, first, images, numel)),
                          reinterpret_cast<const uint8_t*>(b), call.at(row.y, first, images, numel * (float_y ? 4 : 1)), float_y,
                          constants[0], constants[1], constants[2]};
-  parallel_for(0, images * numel, kGrain, [&](int64_t begin, int64_t end) { add_int8(args, begin, end); });
+  return {images * numel, kGrain, [args](int64_t begin, int64_t end) { add_int8(args, begin, end); }};
 }
 
 }  // namespace
 
-void run_int8_step(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work int8_work(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(int8_lacks() == nullptr, kPlan, "the processor", "one with " << int8_lacks() << " for int8", "one without");
   FASTRES_CHECK(row.y.offset != kOutput || row.kind == Step::kConv || row.kind == Step::kAdd, kPlan, "the last step",
                 "a convolution or an addition", static_cast<int64_t>(row.kind));
@@ -107,6 +105,7 @@ void run_int8_step(const Call& call, const PlanRow& row, int64_t first, int64_t 
     case Step::kAdd: return add(call, row, first, images);
     default: FASTRES_CHECK(false, kPlan, "a step", "one of this build", static_cast<int64_t>(row.kind));
   }
+  return {};
 }
 
 }  // namespace fastres::cpu

@@ -17,6 +17,7 @@ from fastres.frozen.layers import Layer, Network, network
 from fastres.frozen.program import Program, Step, program, steps
 from fastres.frozen.record import Value, record
 from fastres.kernels import native
+from fastres.memory import large_pages
 from fastres.ops import _conv_cpu
 from fastres.terminal import Progress
 
@@ -256,7 +257,7 @@ class Frozen(nn.Module):
         except IndexError:
             arena = None
         if arena is None or arena.numel() < plan.arena_bytes:
-            arena = native.op("cpu_large_pages")(y, plan.arena_bytes)
+            arena = large_pages(plan.arena_bytes)
         native.op("cpu_plan")(x, plan.rows, plan.constants, arena, y)
         if len(self._arenas) < _ARENAS:
             self._arenas.append(arena)
@@ -297,7 +298,7 @@ def _together(constants: dict[Any, tuple[Tensor, ...]]) -> dict[Any, tuple[Tenso
     sizes = [-(-tensor.nbytes // 64) * 64 for own in constants.values() for tensor in own]
     if not sizes:
         return {}
-    block = native.op("cpu_large_pages")(next(iter(constants.values()))[0], sum(sizes))
+    block = large_pages(sum(sizes))
     pieces = iter(block.split(sizes))
     return {
         key: tuple(next(pieces)[: tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten()) for tensor in own)

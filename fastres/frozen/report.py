@@ -12,6 +12,7 @@ from fastres.errors import must
 from fastres.frozen.module import Frozen, check_images
 from fastres.frozen.program import FIELDS, Program, Step
 from fastres.kernels import native
+from fastres.memory import large_pages
 
 _REPEATS = 7
 
@@ -99,7 +100,7 @@ def _report(step: Step, images: int, batch: int, ms: float | None) -> StepReport
 def _times(frozen: Frozen, plan: Program, x: Tensor) -> list[float | None]:
     """Median milliseconds of each step over the batch, run one by one in their order."""
     rows, channels = plan.rows, plan.output
-    arena = native.op("cpu_large_pages")(x, plan.arena_bytes)
+    arena = large_pages(plan.arena_bytes)
     y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.result_dtype)
     singles = []
     for row in rows:

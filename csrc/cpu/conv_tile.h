@@ -49,20 +49,33 @@ FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
 }
 #endif
 
-// Adds the words [begin, end) of each x, times their vectors of weights, to the sums; returns where the weights go on.
-template <typename scalar_t, typename Total, int kPixels, int kVectors>
-FASTRES_DOT FASTRES_INLINE const float* add_words(Total (&sum)[kPixels][kVectors], const char* const (&x)[kPixels],
-                                                       int64_t begin, int64_t end, const float* weight) {
+// Adds the words [begin, end) of each x from kFirst to kLast, times their vectors of weights, to the sums; returns where the
+// weights go on.
+template <typename scalar_t, int kFirst, int kLast, typename Total, int kPixels, int kVectors>
+FASTRES_DOT FASTRES_INLINE const float* add_words_of(Total (&sum)[kPixels][kVectors], const char* const (&x)[kPixels],
+                                                     int64_t begin, int64_t end, const float* weight) {
   for (int64_t word = begin; word < end; ++word, weight += kVectors * kWide) {
     Sum w[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(weight + v * kWide, Whole{});
 #pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p)
+    for (int p = kFirst; p <= kLast; ++p)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(scalar_t{}, x[p] + word * kWord, w[v], sum[p][v]);
   }
   return weight;
+}
+
+// The same for all x. In whole tiles the first or the last pixel is left out if it lies in the padding: 9 % of a 3x3
+// convolution's work where images are 7 pixels wide.
+template <typename scalar_t, typename Total, int kPixels, int kVectors>
+FASTRES_DOT FASTRES_INLINE const float* add_words(Total (&sum)[kPixels][kVectors], const char* const (&x)[kPixels],
+                                                  int64_t begin, int64_t end, const float* weight) {
+  if constexpr (kPixels == kMostPixels) {
+    if (x[0] == kZeros) return add_words_of<scalar_t, 1, kPixels - 1>(sum, x, begin, end, weight);
+    if (x[kPixels - 1] == kZeros) return add_words_of<scalar_t, 0, kPixels - 2>(sum, x, begin, end, weight);
+  }
+  return add_words_of<scalar_t, 0, kPixels - 1>(sum, x, begin, end, weight);
 }
 
 // What a tile will add when its sums are done: on its way meanwhile.

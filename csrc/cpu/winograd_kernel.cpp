@@ -74,7 +74,7 @@ FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t chan
   for (int t = 0; t < kTiles; ++t) x[t] = reinterpret_cast<const char*>(v + t * channels);
   for (int64_t word = 0; word < channels; word += kSumWords) {
     Sum sum[kTiles][kVectors] = {};
-    weight = add_words<float>(sum, x, word, min(word + kSumWords, channels), weight);
+    weight = add_words_of<float, 0, kTiles - 1>(sum, x, word, min(word + kSumWords, channels), weight);
 #pragma GCC unroll 8
     for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8

@@ -4,6 +4,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 
 import _torchvision  # noqa: F401  # torchvision imports with a CPU torch
@@ -91,6 +93,15 @@ def test_networks(name, dtype):
     model.eval()
     x = images(shape)
     check(fastres.freeze(model, x, dtype), model, x, dtype)
+
+
+def test_the_compiler_is_not_imported():
+    """Importing it takes longer than freezing."""
+    text = """import sys, torch, fastres
+x = torch.zeros(1, 3, 8, 8)
+fastres.freeze(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU()), x)(x)
+sys.exit("torch._dynamo" in sys.modules)"""
+    assert subprocess.run([sys.executable, "-c", text]).returncode == 0
 
 
 def test_other_sizes_and_strides_are_planned_at_their_first_call():

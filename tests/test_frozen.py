@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -151,6 +152,22 @@ def test_calls_from_many_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_a_team_smaller_than_wished(limit):
+    """OpenMP may give fewer threads than PyTorch asks for: each does several shares."""
+    text = """import torch, fastres
+torch.manual_seed(0)
+x, model = torch.randn(3, 3, 32, 32), fastres.models.cifar.resnet(8).eval()
+frozen = fastres.freeze(model, x)
+torch.set_num_threads(4)
+y = frozen(x)
+torch.set_num_threads(1)
+assert torch.equal(frozen(x), y)"""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": str(limit), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", "import fastres.models.cifar\n" + text], env=environment, timeout=60)
+    assert done.returncode == 0
 
 
 def test_the_model_is_left_alone_and_no_longer_needed():

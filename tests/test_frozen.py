@@ -115,6 +115,19 @@ def test_other_sizes_and_strides_are_planned_at_their_first_call():
     assert frozen(images((0, 3, 32, 32))).shape == (0, 10)
 
 
+@pytest.mark.skipif(bool(_conv_cpu.lacks(torch.bfloat16)), reason="no bfloat16")
+@pytest.mark.parametrize("channels", [1, 3, 4, 20])
+def test_float_images_are_rounded_to_bfloat16_as_pytorch_does(channels):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU()).eval()
+    x = images((2, channels, 6, 37)) * torch.logspace(-40, 3, 37)
+    x[0, 0, 3, 3:6] = torch.tensor([float("nan"), float("inf"), -0.0])
+    frozen = fastres.freeze(model, x, torch.bfloat16)
+    for images_ in (x, x.contiguous(memory_format=torch.channels_last), x[:, :, 1:, 3:36], x.transpose(2, 3), x[..., ::2]):
+        y, expected = frozen(images_), frozen(images_.bfloat16())
+        assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
 def test_a_batch_in_several_passes_is_what_its_images_are_alone(monkeypatch):
     monkeypatch.setattr("fastres.frozen.program.cache_bytes", lambda: 1 << 20)
     model, x = small(), images((13, 3, 32, 32))

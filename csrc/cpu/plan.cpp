@@ -10,7 +10,9 @@ namespace {
 
 Work pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const PadSource source(call, row, first, images, call.size);
-  return pad_work({call.size, source.x, call.at(row.y, first, images, padded_elements(row) * call.size), images, row.channels, row.out_h,
+  char* y = call.at(row.y, first, images, padded_elements(row) * call.size);
+  if (row.x.offset == kInput && dtype_of(call.x) != call.dtype) return image_work(call, row, source, y, images, false, 1.0f, 0.0f);
+  return pad_work({call.size, source.x, y, images, row.channels, row.out_h,
            row.out_w, source.image_step, source.channel_step, source.row_step, source.pixel_step, row.out_channels, row.pad_h,
            row.pad_w});
 }
@@ -80,10 +82,10 @@ Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images
 
 void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena, const Tensor& y) {
   for (const Tensor* t : {&x, &program, &arena, &y}) check_cpu(kPlan, "every tensor", *t);
-  const DType dtype = dtype_of(x);
-  FASTRES_CHECK(conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16, kPlan, "the input",
-                "float32, or bfloat16 where the processor multiplies it", show(x.scalar_type()));
-  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && y.scalar_type() == x.scalar_type() && y.is_contiguous() &&
+  const DType dtype = dtype_of(y);
+  FASTRES_CHECK(conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16, kPlan, "the output",
+                "float32, or bfloat16 where the processor multiplies it", show(y.scalar_type()));
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && (dtype_of(x) == dtype || x.scalar_type() == ScalarType::Float) && y.is_contiguous() &&
                     y.size(0) == x.size(0), kPlan, "the input", "a batch of images, as many as outputs", show(x.sizes()));
   FASTRES_CHECK(program.scalar_type() == ScalarType::Long && program.is_contiguous() && program.numel() % kRowFields == 0,
                 kPlan, "the program", "whole rows of " << kRowFields << " int64", show(program.sizes()));

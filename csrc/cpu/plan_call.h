@@ -3,6 +3,7 @@
 
 #include "cpu/conv_host.h"
 #include "cpu/plan.h"
+#include "cpu/plan_int8.h"
 
 namespace fastres::cpu {
 
@@ -13,8 +14,8 @@ struct Call {
   const Tensor& x;
   const std::vector<Tensor>& constants;
   const Tensor &arena, &y;
-  DType dtype;
-  int64_t size;  // bytes of an element
+  DType dtype;  // of y, and of all values but those of 8-bit integers; x may be float32 where it is bfloat16
+  int64_t size;  // bytes of an element of dtype
   std::atomic<bool>& finite;  // made false where images that are quantised are not
 
   // The address of a value's first image, once `bytes` of it are known to exist.
@@ -50,7 +51,7 @@ struct PadSource {
       const Tensor& input = call.x;
       FASTRES_CHECK(input.size(1) == c && input.size(2) == row.height && input.size(3) == row.width, kPlan, "the input",
                     "as planned", show(input.sizes()));
-      x = static_cast<const char*>(input.data_ptr()) + first * input.stride(0) * call.size;
+      x = static_cast<const char*>(input.data_ptr()) + first * input.stride(0) * element_size(dtype_of(input));
       image_step = input.stride(0), channel_step = input.stride(1), row_step = input.stride(2), pixel_step = input.stride(3);
     } else {
       image_step = row.height * row.width * c, channel_step = 1, row_step = row.width * c, pixel_step = c;
@@ -63,6 +64,16 @@ struct PadSource {
 // Elements of an image that a copy writes.
 inline int64_t padded_elements(const PlanRow& row) {
   return (row.out_h + 2 * row.pad_h) * (row.out_w + 2 * row.pad_w) * row.out_channels;
+}
+
+// Images converted on their way into the arena.
+inline Work image_work(const Call& call, const PlanRow& row, const PadSource& source, void* y, int64_t images, bool quantized,
+                       float scale, float zero) {
+  const ImageArgs args{quantized, reinterpret_cast<const float*>(source.x), y, images, row.channels, row.out_h, row.out_w,
+                       source.image_step, source.channel_step, source.row_step, source.pixel_step, row.out_channels, row.pad_h,
+                       row.pad_w, scale, zero, &call.finite};
+  return {images * (row.out_h + 2 * row.pad_h), std::max<int64_t>(1, kGrain / (row.out_w * row.out_channels)),
+          [args](int64_t begin, int64_t end) { convert_images(args, begin, end); }};
 }
 
 // A convolution of values of `size` bytes, but for its weights and bias; the output's may be of another.

@@ -30,12 +30,7 @@ Work pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
                     source.row_step, source.pixel_step, row.out_channels, row.pad_h, row.pad_w, static_cast<uint8_t>(zero)});
   }
   const float* constants = floats(call, row, 2);
-  const QuantizeArgs args{call.dtype, source.x, reinterpret_cast<uint8_t*>(y), images, row.channels, row.out_h, row.out_w,
-                          source.image_step, source.channel_step, source.row_step, source.pixel_step, row.out_channels,
-                          row.pad_h, row.pad_w, constants[0], constants[1], &call.finite};
-  const int64_t rows = images * (row.out_h + 2 * row.pad_h);
-  return {rows, std::max<int64_t>(1, kGrain / (row.out_w * row.out_channels)),
-          [args](int64_t begin, int64_t end) { quantize_images(args, begin, end); }};
+  return image_work(call, row, source, y, images, true, constants[0], constants[1]);
 }
 
 // For each output channel a scale, then for each a bias, then the residual's scale.

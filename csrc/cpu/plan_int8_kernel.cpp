@@ -1,4 +1,4 @@
-// Formula: quantised images; the largest or the mean of a window; x * scale + bias; a * a_scale + b * b_scale + bias.
+// Formula: images converted; the largest or the mean of a window; x * scale + bias; a * a_scale + b * b_scale + bias.
 // Layout: channels last; a thread owns rows of y (images, pools), pixels (bn) or elements (add), vectors run along the channels.
 // Bytes per output: what a step reads, once, mostly from L2, and one write.
 // Accumulate type: int32 sums, exact; float scales; one rounding, to even, saturated to 0..255.
@@ -34,36 +34,50 @@ FASTRES_INLINE __m512i load_bytes(const uint8_t* from, __mmask16 mask) {
 }
 FASTRES_INLINE __m512 load_floats(const uint8_t* from, __mmask16 mask) { return _mm512_cvtepi32_ps(load_bytes(from, mask)); }
 
-FASTRES_INLINE float as_float(float v) { return v; }
-FASTRES_INLINE float as_float(bf16 v) { return bits_as<float>(static_cast<uint32_t>(v.bits) << 16); }
+// A line of pixels of up to four channels from float planes, 16 pixels at a time.
 
-// A line of pixels of up to four channels, each a word: of float planes, 16 pixels at a time. False where a value is not finite.
-FASTRES_INLINE bool quantize_words(const QuantizeArgs& args, const float* x, uint8_t* y) {
+FASTRES_INLINE __m512 plane(const ImageArgs& args, const float* x, int64_t c, int64_t w, __mmask16 mask) {
+  return c < args.channels ? _mm512_maskz_loadu_ps(mask, x + c * args.channel_step + w) : _mm512_setzero_ps();
+}
+
+// False where a value is not finite.
+FASTRES_INLINE bool convert_planes(const ImageArgs& args, const float* x, uint8_t* y) {
   const __m512 scale = _mm512_set1_ps(args.scale), zero = _mm512_set1_ps(args.zero);
   __mmask16 strange = 0;
   for (int64_t w = 0; w < args.width; w += kLanes16) {
     const __mmask16 mask = lanes_of(args.width - w);
     __m512i word = _mm512_setzero_si512();
     for (int64_t c = 3; c >= 0; --c) {
-      __m512 value = zero;
-      if (c < args.channels) {
-        const __m512 v = _mm512_maskz_loadu_ps(mask, x + c * args.channel_step + w);
-        strange |= _mm512_cmp_ps_mask(_mm512_sub_ps(v, v), _mm512_setzero_ps(), _CMP_NEQ_UQ);
-        value = _mm512_fmadd_ps(v, scale, zero);
-      }
-      word = _mm512_or_si512(_mm512_slli_epi32(word, 8), saturate(value));
+      const __m512 v = plane(args, x, c, w, mask);
+      strange |= _mm512_cmp_ps_mask(_mm512_sub_ps(v, v), _mm512_setzero_ps(), _CMP_NEQ_UQ);
+      word = _mm512_or_si512(_mm512_slli_epi32(word, 8), saturate(_mm512_fmadd_ps(v, scale, zero)));
     }
     _mm512_mask_storeu_epi32(y + 4 * w, mask, word);
   }
   return strange == 0;
 }
 
-template <typename scalar_t>
-FASTRES_INLINE bool quantize_line(const QuantizeArgs& args, const scalar_t* x, uint8_t* y) {
+FASTRES_INLINE bool convert_planes(const ImageArgs& args, const float* x, bf16* y) {
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int64_t w = 0; w < args.width; w += kLanes16) {
+    const int64_t left = args.width - w;
+    const auto rounded = [&](int64_t c) __attribute__((always_inline)) {
+      return to_32<kLanes16>(narrow<kLanes16>(bf16{}, (Vec<float, kLanes16>)plane(args, x, c, w, lanes_of(left))));
+    };
+    const auto low = (__m512i)(rounded(0) | rounded(1) << 16), high = (__m512i)(rounded(2) | rounded(3) << 16);
+    const __m512i even = _mm512_unpacklo_epi32(low, high), odd = _mm512_unpackhi_epi32(low, high);
+    _mm512_mask_storeu_epi32(y + 4 * w, lanes_of(2 * left), _mm512_permutex2var_epi64(even, first, odd));
+    if (left > 8) _mm512_mask_storeu_epi32(y + 4 * w + 32, lanes_of(2 * left - 16), _mm512_permutex2var_epi64(even, second, odd));
+  }
+  return true;
+}
+
+// The same, of any steps.
+FASTRES_INLINE bool convert_line(const ImageArgs& args, const float* x, uint8_t* y) {
   float strange = 0.0f;  // stays zero while values are finite
   for (int64_t c = 0; c < args.channels; ++c)
     for (int64_t w = 0; w < args.width; ++w) {
-      const float v = as_float(x[c * args.channel_step + w * args.pixel_step]);
+      const float v = x[c * args.channel_step + w * args.pixel_step];
       strange += v - v;
       const __m128 held = _mm_min_ss(_mm_max_ss(_mm_set_ss(__builtin_fmaf(v, args.scale, args.zero)), _mm_setzero_ps()),
                                      _mm_set_ss(255.0f));
@@ -71,24 +85,27 @@ FASTRES_INLINE bool quantize_line(const QuantizeArgs& args, const scalar_t* x, u
     }
   return strange == 0.0f;
 }
+FASTRES_INLINE bool convert_line(const ImageArgs& args, const float* x, bf16* y) {
+  for (int64_t c = 0; c < args.channels; ++c)
+    for (int64_t w = 0; w < args.width; ++w) {
+      const Vec<float, 1> v = {x[c * args.channel_step + w * args.pixel_step]};
+      y[w * args.out_channels + c].bits = narrow<1>(bf16{}, v)[0];
+    }
+  return true;
+}
 
-template <typename scalar_t>
-void quantize_rows(const QuantizeArgs& args, int64_t begin, int64_t end) {
+template <typename to_t>
+void convert_rows(const ImageArgs& args, int64_t begin, int64_t end) {
   const int64_t rows = args.height + 2 * args.pad_h, row_size = (args.width + 2 * args.pad_w) * args.out_channels;
   for (int64_t at = begin; at < end; ++at) {
     const int64_t image = at / rows, row = at % rows - args.pad_h;
-    uint8_t* y = args.y + at * row_size;
-    memset(y, static_cast<int>(args.zero), row_size);
+    auto* y = static_cast<to_t*>(args.y) + at * row_size;
+    memset(y, static_cast<int>(args.zero), row_size * sizeof(to_t));
     if (row < 0 || row >= args.height) continue;
     y += args.pad_w * args.out_channels;
-    const auto* x = static_cast<const scalar_t*>(args.x) + image * args.image_step + row * args.row_step;
-    bool finite;
-    if constexpr (sizeof(scalar_t) == 4) {
-      const bool words = args.out_channels == 4 && args.pixel_step == 1;
-      finite = words ? quantize_words(args, x, y) : quantize_line(args, x, y);
-    } else {
-      finite = quantize_line(args, x, y);
-    }
+    const float* x = args.x + image * args.image_step + row * args.row_step;
+    const bool planes = args.out_channels == 4 && args.pixel_step == 1;
+    const bool finite = planes ? convert_planes(args, x, y) : convert_line(args, x, y);
     if (!finite) args.finite->store(false, std::memory_order_relaxed);
   }
 }
@@ -114,9 +131,9 @@ FASTRES_INLINE void for_windows(const PoolInt8Args& args, int64_t begin, int64_t
 
 }  // namespace
 
-void quantize_images(const QuantizeArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == DType::kBFloat16) quantize_rows<bf16>(args, begin, end);
-  else quantize_rows<float>(args, begin, end);
+void convert_images(const ImageArgs& args, int64_t begin, int64_t end) {
+  if (args.quantized) convert_rows<uint8_t>(args, begin, end);
+  else convert_rows<bf16>(args, begin, end);
 }
 
 void max_pool_int8(const PoolInt8Args& args, int64_t begin, int64_t end) {
@@ -167,8 +184,8 @@ void add_int8(const AddInt8Args& args, int64_t begin, int64_t end) {
     else store_bytes(static_cast<uint8_t*>(args.y) + at, mask, value);
   }
 }
-#else  // no processor of this level multiplies 8-bit integers: no plan of them runs
-void quantize_images(const QuantizeArgs&, int64_t, int64_t) {}
+#else  // no processor of this level multiplies bfloat16 or 8-bit integers: no plan of them runs
+void convert_images(const ImageArgs&, int64_t, int64_t) {}
 void max_pool_int8(const PoolInt8Args&, int64_t, int64_t) {}
 void avg_pool_int8(const PoolInt8Args&, int64_t, int64_t) {}
 void bn_int8(const BnInt8Args&, int64_t, int64_t) {}

@@ -246,9 +246,13 @@ class Frozen(nn.Module):
             channels, *pixels = plan.output
             y = torch.empty((x.shape[0], *pixels, channels), dtype=self.result_dtype)
             if x.shape[0]:
-                self.run(plan, x.detach().resolve_conj().resolve_neg().to(self.result_dtype), y)
+                self.run(plan, self.readable(x.detach().resolve_conj().resolve_neg()), y)
         y = y.permute(0, 3, 1, 2)
         return y.flatten(1) if self.network.flat else y
+
+    def readable(self, x: Tensor) -> Tensor:
+        """The images in a dtype that the plan reads: its results' own, or float32."""
+        return x if x.dtype == torch.float32 else x.to(self.result_dtype)
 
     def run(self, plan: Program, x: Tensor, y: Tensor) -> None:
         """One native call, in a block of memory that no other call uses meanwhile."""

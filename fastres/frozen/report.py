@@ -78,7 +78,7 @@ def explain(frozen: Frozen, x: Tensor | None = None) -> PlanReport:
     plan = frozen.program(shape)
     times: list[float | None] = [None] * len(plan.steps)
     if x is not None:
-        times = _times(frozen, plan, x.detach().to(frozen.result_dtype))
+        times = _times(frozen, plan, frozen.readable(x.detach()))
     rows = zip(plan.steps, plan.chunks, times, strict=True)
     reports = [_report(step, images, shape[0], ms) for step, images, ms in rows]
     constants = sum(tensor.nbytes for tensor in plan.constants)

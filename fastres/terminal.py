@@ -30,6 +30,11 @@ def need(what: str, *modules: str, extra: str = "demo") -> list[ModuleType]:
     return [importlib.import_module(name) for name in modules]
 
 
+def note(text: str) -> None:
+    """Say something beside the results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Steps of long work on stderr: a bar of rich on a terminal where that is installed, else one line a
     step.

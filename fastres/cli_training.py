@@ -88,7 +88,7 @@ def add(command: Callable[..., Any], parser: type[argparse.ArgumentParser], posi
     option("--out", type=Path, default=Path("degradation"), help="directory of all results (default: degradation)")
     option("--quick", action="store_true", help="two depths and fewer epochs")
     option("--family", choices=("cifar", "imagenet"), default="cifar", help="6n + 2 layers, or 18 to 152 (default: cifar)")
-    option("--depths", type=positive, nargs="+", help="layers (default: 20 32 44 56 110 152)")
+    option("--depths", type=positive, nargs="+", help="layers (default: 20 32 44 56 110, quick: 20 110)")
     option("--seeds", type=positive, default=3, help="how many, from 0 on (default: 3)")
     option("--gradients", action="store_true", help="instead: the unrolled sum and the gradient at every block")
     option("--speed", action="store_true", help="instead: time epochs with torch's blocks and fastres's, in turns")

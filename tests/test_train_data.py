@@ -180,7 +180,8 @@ def test_crops_are_what_pillow_and_torchvision_make(tmp_path):
 def test_what_is_drawn_depends_on_seed_epoch_and_image_alone(tmp_path):
     two_classes(tmp_path)
     gradient = [bytes([x, y, 0]) for y in range(30) for x in range(40)]
-    pytest.importorskip("PIL.Image").frombytes("RGB", (40, 30), b"".join(gradient)).save(tmp_path / "red" / "0.png")
+    for file in (tmp_path / "red").iterdir():
+        pytest.importorskip("PIL.Image").frombytes("RGB", (40, 30), b"".join(gradient)).save(file)
     for make in (lambda seed: folder(tmp_path, 16, seed=seed).train, shifted):
         dataset, keys = make(0), [(3, index) for index in range(len(make(0)))]
         one = dataset.__getitems__(keys)[0]

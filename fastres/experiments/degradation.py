@@ -25,7 +25,7 @@ from fastres.train import data as datasets
 PLAIN, RESIDUAL = "plain", "residual"
 KINDS = (PLAIN, RESIDUAL)
 BLOCKS = ("fastres", "torch")
-DEPTHS = {"cifar": (20, 32, 44, 56, 110, 152), "imagenet": (18, 34, 50, 101, 152)}
+DEPTHS = {"cifar": (20, 32, 44, 56, 110), "imagenet": (18, 34, 50, 101, 152)}
 QUICK_DEPTHS = {"cifar": (20, 110), "imagenet": (18, 34)}
 SEEDS = (0, 1, 2)
 MARGIN = 3.0  # times the spread of the seeds that make a clear margin

@@ -95,7 +95,7 @@ class Trainer:
         self.seconds: list[float] = []  # of each epoch: of the part since a resumption, where there was one
         self.sums = [0.0, 0.0, 0.0]  # of this epoch so far: loss, wrong answers, images
         self._resume()
-        self.running = self.processes.wrap(self.model, self.device, across)
+        self.running = self.processes.wrap(self.model, self.device)
 
     def run(self) -> list[dict[str, Any]]:
         """Train to the end; a row for each epoch.

@@ -3,11 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from fastres import env
@@ -30,13 +30,11 @@ class Processes:
         if self.world > 1:
             dist.barrier()
 
-    def wrap(self, model: nn.Module, device: torch.device, synchronized: bool) -> nn.Module:
-        """The model whose gradients are the mean over all processes."""
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model whose gradients are the mean over all processes, and whose buffers are those of the first."""
         if self.world == 1:
             return model
-        # Synchronised norms keep the same statistics everywhere; others take those of the first process.
-        ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=not synchronized)
+        return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
 @contextlib.contextmanager
@@ -57,6 +55,22 @@ def started(device: str) -> Iterator[tuple[Processes, torch.device]]:
         dist.destroy_process_group()
 
 
+class _SumOverAll(torch.autograd.Function):
+    """The sum over all processes; what comes back is summed too, for each process's loss depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on any device: ``nn.SyncBatchNorm`` takes no CPU tensors."""
 
@@ -65,11 +79,11 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         wide = x.float()
         count, dims, shape = x.numel() // x.shape[1], (0, 2, 3), (1, -1, 1, 1)
-        sums = all_reduce(torch.cat([wide.sum(dims), wide.new_tensor([count])]))
+        sums = _SumOverAll.apply(torch.cat([wide.sum(dims), wide.new_tensor([count])]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
         centred = wide - mean.view(shape)
-        var = all_reduce(centred.square().sum(dims)) / total
+        var = _SumOverAll.apply(centred.square().sum(dims)) / total
         self._track(mean.detach(), var.detach(), total)
         y = centred * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:

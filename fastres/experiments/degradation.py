@@ -4,6 +4,7 @@ Every network of every seed is one run, kept as a file once it is done and as a 
 that was stopped goes on where it was.
 """
 
+import datetime
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import fastres
 from fastres import info, models, terminal
 from fastres.errors import ArgumentError
 from fastres.experiments import counts, degradation_report
@@ -165,7 +167,8 @@ def _result(study: Study, images: Data, found: dict[tuple[str, int], list[dict[s
     settings = {k: v for k, v in asdict(study.settings).items() if k not in ("seed", "warmup", "workers", "save_steps")}
     checks = effect(networks)
     return {
-        **info.versions(), **info.machine(), "blocks": study.blocks, "family": study.family,
+        **info.versions(), **info.machine(), "fastres": fastres.__version__, "date": datetime.date.today().isoformat(),
+        "blocks": study.blocks, "family": study.family,
         "data": {"name": images.name, "training": train, "test": test, "shape": list(shape), **images.notes},
         "settings": settings, "seeds": list(study.seeds), "networks": networks,
         "checks": checks, "ok": all(check["ok"] for check in checks.values()),

@@ -7,6 +7,7 @@ from fastres import terminal
 from fastres.experiments import report
 
 KINDS = ("plain", "residual")
+CIFAR10 = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43, 1202: 7.93}  # He et al. 2016, table 6
 
 
 def _final(entry: dict[str, Any], key: str) -> list[float]:
@@ -58,6 +59,23 @@ def described(result: dict[str, Any]) -> str:
         f"{data['name']} ({data['training']} training and {data['test']} test images of {shape}),"
         f" {result['settings']['epochs']} epochs, {len(result['seeds'])} seeds, blocks of {result['blocks']}"
     )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row for each depth: errors in percent, the mean over the seeds and their range, and the paper's of CIFAR-10."""
+    lines = [
+        "| layers | parameters | plain: training | test | residual: training | test | He et al., residual, CIFAR-10: test |",
+        "| --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    by_depth: dict[int, dict[str, Any]] = {}
+    for entry in result["networks"]:
+        by_depth.setdefault(entry["depth"], {})[entry["kind"]] = entry
+    for depth, found in by_depth.items():
+        errors = [cells(_final(found[kind], key)) for kind in KINDS for key in ("train_error", "test_error")]
+        published = f"{CIFAR10[depth]:.2f}" if depth in CIFAR10 and result["family"] == "cifar" else "–"
+        lines.append(f"| {' | '.join([str(depth), _short(found[KINDS[0]]['parameters']), *errors, published])} |")
+    where = f"{result['cpu']}, torch {result['torch']}: {described(result)}, {result['date']}"
+    return "\n".join([*lines, "", f"{where}. Errors in percent after the last epoch, mean (range over the seeds)."])
 
 
 def show(result: dict[str, Any]) -> None:

@@ -56,7 +56,11 @@ def test_multiply_adds_of_a_cifar_network_by_hand():
         by_hand += 9 * size**2 * (before * planes + (2 * n - 1) * planes**2)
     by_hand += 9 * 32**2 * 3 * 16 + 64 * 10
     with torch.device("meta"):
-        assert counts.multiply_adds(cifar.resnet(20), (3, 32, 32)) == counts.multiply_adds(cifar.plain(20), (3, 32, 32)) == by_hand
+        assert (
+            counts.multiply_adds(cifar.resnet(20), (3, 32, 32))
+            == counts.multiply_adds(cifar.plain(20), (3, 32, 32))
+            == by_hand
+        )
 
 
 def without_times(result):
@@ -98,7 +102,8 @@ def test_a_study_stopped_at_any_epoch_goes_on_and_ends_with_the_same_bits(tmp_pa
 
 def test_torchs_blocks_learn_what_fastress_do(tmp_path):
     ours, theirs = (
-        degradation.run(study(tmp_path, depths=(8,), seeds=(0,), blocks=blocks), quiet=True) for blocks in ("fastres", "torch")
+        degradation.run(study(tmp_path, depths=(8,), seeds=(0,), blocks=blocks), quiet=True)
+        for blocks in ("fastres", "torch")
     )
     for a, b in zip(ours["networks"], theirs["networks"], strict=True):
         for key in ("train_loss", "train_error", "test_error"):
@@ -108,7 +113,11 @@ def test_torchs_blocks_learn_what_fastress_do(tmp_path):
 
 def entries(plain, residual):
     def entry(kind, depth, errors):
-        return {"kind": kind, "depth": depth, "runs": [{"train_error": [0.9, e], "test_error": [0.9, e]} for e in errors]}
+        return {
+            "kind": kind,
+            "depth": depth,
+            "runs": [{"train_error": [0.9, e], "test_error": [0.9, e]} for e in errors],
+        }
 
     return [
         entry(kind, depth, errors)
@@ -120,7 +129,9 @@ def entries(plain, residual):
 def test_what_counts_as_the_effect():
     clear = degradation.effect(entries({20: [0.0, 0.01], 56: [0.5, 0.52]}, {20: [0.0, 0.01], 56: [0.0, 0.01]}))
     assert len(clear) == 2 and all(check["ok"] for check in clear.values())
-    plain, residual = degradation.effect(entries({20: [0.0, 0.2], 56: [0.5, 0.6]}, {20: [0.0, 0.0], 56: [0.0, 0.02]})).values()
+    plain, residual = degradation.effect(
+        entries({20: [0.0, 0.2], 56: [0.5, 0.6]}, {20: [0.0, 0.0], 56: [0.0, 0.02]})
+    ).values()
     assert not plain["ok"] and plain["must exceed"] == pytest.approx(0.6)  # one seed's rise is 0.4
     assert residual["ok"] and residual["must be at most"] == 0.02
     (worse,) = degradation.effect(entries({20: [0.0, 0.0]}, {20: [0.0, 0.0], 56: [0.1, 0.13]})).values()
@@ -147,11 +158,25 @@ def test_the_identities_hold_and_a_wrong_one_would_not():
 def test_gradients_before_and_during_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gradients, "DEPTH", 8)
     study(tmp_path)
-    arguments = ["degradation", "--gradients", "--epochs", "2", "--batch", "256", "--out", str(tmp_path / "new"), "--device", "cpu"]
+    arguments = [
+        "degradation",
+        "--gradients",
+        "--epochs",
+        "2",
+        "--batch",
+        "256",
+        "--out",
+        str(tmp_path / "new"),
+        "--device",
+        "cpu",
+    ]
     assert cli.main(arguments) == 0
     result = json.loads((tmp_path / "new" / "gradients.json").read_text())
     assert set(result["norms"]) == {"plain", "residual", "pre-activation"} and result["ok"]
-    assert all(set(found) == {"0", "1", "2"} and all(len(values) == 3 for values in found.values()) for found in result["norms"].values())
+    assert all(
+        set(found) == {"0", "1", "2"} and all(len(values) == 3 for values in found.values())
+        for found in result["norms"].values()
+    )
     assert "the unrolled sum is the forward pass but for" in capsys.readouterr().out
     assert (tmp_path / "new" / "gradients.png").stat().st_size > 0
     assert cli.main([*arguments, "--family", "imagenet"]) == 2
@@ -159,18 +184,34 @@ def test_gradients_before_and_during_training(tmp_path, monkeypatch, capsys):
 
 def test_the_command(tmp_path, capsys):
     study(tmp_path)
-    arguments = ["degradation", "--depths", "8", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path), "--device", "cpu"]
+    arguments = [
+        "degradation",
+        "--depths",
+        "8",
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
     assert cli.main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [entry["depth"] for entry in result["networks"]] == [8, 8] and result["checks"] == {}
     assert cli.main([*arguments, "--speed"]) == 0
     speed = json.loads((tmp_path / "speed.json").read_text())
-    assert [row["kind"] for row in speed["rows"]] == ["plain", "residual"] and all(row["ratio"] > 0 for row in speed["rows"])
+    assert [row["kind"] for row in speed["rows"]] == ["plain", "residual"] and all(
+        row["ratio"] > 0 for row in speed["rows"]
+    )
 
 
 def test_the_imagenet_family(tmp_path):
     settings = replace(TINY, epochs=1, batch=718)
-    result = degradation.run(study(tmp_path, family="imagenet", depths=(18,), seeds=(0,), settings=settings, size=8), quiet=True)
+    result = degradation.run(
+        study(tmp_path, family="imagenet", depths=(18,), seeds=(0,), settings=settings, size=8), quiet=True
+    )
     assert result["networks"][0]["paper"]["multiply_adds"] == 1.8e9 and result["data"]["shape"] == [3, 8, 8]
 
 

@@ -34,7 +34,9 @@ def binary_layout(folder):
     folder.mkdir()
     for seed, name in enumerate([*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]):
         pixels, labels = records(seed)
-        (folder / name).write_bytes(b"".join(bytes([label]) + bytes(row.tolist()) for row, label in zip(pixels, labels, strict=True)))
+        (folder / name).write_bytes(
+            b"".join(bytes([label]) + bytes(row.tolist()) for row, label in zip(pixels, labels, strict=True))
+        )
     return folder
 
 
@@ -64,7 +66,10 @@ def test_torchvision_reads_the_layout_that_the_tests_write(tmp_path, monkeypatch
     monkeypatch.setattr(kind, "_check_integrity", lambda self: True)
     monkeypatch.setattr(kind, "_load_meta", lambda self: None)
     theirs, ours = kind(str(tmp_path)), cifar10(tmp_path).train
-    assert torch.equal(torch.from_numpy(theirs.data).permute(0, 3, 1, 2), ours.images) and theirs.targets == ours.labels.tolist()
+    assert (
+        torch.equal(torch.from_numpy(theirs.data).permute(0, 3, 1, 2), ours.images)
+        and theirs.targets == ours.labels.tolist()
+    )
 
 
 def test_a_pickle_of_python_2_is_read(tmp_path):
@@ -92,7 +97,11 @@ class Bomb:
 
 def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(tmp_path):
     where, harmed = python_layout(tmp_path / "cifar"), tmp_path / "harmed"
-    for content in (pickle.dumps({b"data": Bomb(harmed), b"labels": []}), b"cbuiltins\neval\n(S'1'\ntR.", b"cos\nsystem\n."):
+    for content in (
+        pickle.dumps({b"data": Bomb(harmed), b"labels": []}),
+        b"cbuiltins\neval\n(S'1'\ntR.",
+        b"cos\nsystem\n.",
+    ):
         (where / "data_batch_3").write_bytes(content)
         with pytest.raises(ArgumentError, match=r"which no file of CIFAR-10 does: it is not read"):
             cifar10(where)
@@ -107,9 +116,12 @@ def damaged(where):
     yield (where / "data_batch_1").read_bytes()[:1000], "cannot be read"
     for batch, words in (
         ([1, 2], "must hold the array"), ({b"data": good}, "must hold the array"),
-        ({b"data": b"raw", b"labels": [1]}, "must hold the array"), ({b"data": good, b"labels": ["cat", 1]}, "must hold the array"),
-        ({b"data": good, b"labels": [1]}, "a label for each image"), ({b"data": good, b"labels": [1, 10]}, "labels from 0 to 9"),
-        ({b"data": good.astype("float32"), b"labels": [1, 1]}, "of 3072 bytes"), ({b"data": good[:, :9], b"labels": [1, 1]}, "of 3072 bytes"),
+        ({b"data": b"raw", b"labels": [1]}, "must hold the array"),
+        ({b"data": good, b"labels": ["cat", 1]}, "must hold the array"),
+        ({b"data": good, b"labels": [1]}, "a label for each image"),
+        ({b"data": good, b"labels": [1, 10]}, "labels from 0 to 9"),
+        ({b"data": good.astype("float32"), b"labels": [1, 1]}, "of 3072 bytes"),
+        ({b"data": good[:, :9], b"labels": [1, 1]}, "of 3072 bytes"),
     ):  # fmt: skip
         yield pickle.dumps(batch, 2), words
 
@@ -172,7 +184,8 @@ def test_crops_are_what_pillow_and_torchvision_make(tmp_path):
     x, _ = images.Files([(path, 0)], 56, augment=False, seed=0).__getitems__([(0, 0)])
     transforms = torchvision.transforms
     theirs = transforms.Compose([
-        transforms.Resize(64), transforms.CenterCrop(56), transforms.ToTensor(), transforms.Normalize(images.MEAN, images.DEVIATION),
+        transforms.Resize(64), transforms.CenterCrop(56), transforms.ToTensor(),
+        transforms.Normalize(images.MEAN, images.DEVIATION),
     ])(Image.open(path))  # fmt: skip
     assert torch.allclose(x[0], theirs, atol=1e-6)
 
@@ -205,7 +218,13 @@ def test_the_shift_pads_with_zeros_and_mirrors_half():
         x = dataset.__getitems__([(epoch, 0)])[0][0]
         flipped = [x.flip(2), x]
         padded = torch.nn.functional.pad(plain[0], (4, 4, 4, 4))
-        places = [(t, s, f) for t in range(9) for s in range(9) for f in (0, 1) if torch.equal(padded[:, t : t + 32, s : s + 32], flipped[1 - f])]
+        places = [
+            (t, s, f)
+            for t in range(9)
+            for s in range(9)
+            for f in (0, 1)
+            if torch.equal(padded[:, t : t + 32, s : s + 32], flipped[1 - f])
+        ]
         assert len(places) == 1, "every crop is a shift of the image, mirrored or not"
         seen.add(places[0][:2])
         mirrored += places[0][2]
@@ -258,7 +277,9 @@ def test_batches_cover_an_epoch_and_are_shared_out_evenly():
     halves = [data.batches(50, 8, seed=1, epoch=2, rank=rank, world=2) for rank in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(batch) for batch in whole]
     assert data.batches(50, 8, seed=1, epoch=3) != whole != data.batches(50, 8, seed=2, epoch=2)
-    assert sorted(data.in_order(7, 2, rank=0, world=2)[0] + data.in_order(7, 2, rank=1, world=2)[0]) == [(0, i) for i in range(4)]
+    assert sorted(data.in_order(7, 2, rank=0, world=2)[0] + data.in_order(7, 2, rank=1, world=2)[0]) == [
+        (0, i) for i in range(4)
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fastres
 from fastres.errors import ArgumentError
 
 DATA = ("digits", "cifar10", "folder")
@@ -32,6 +34,7 @@ def train(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.out, name, path, arguments.size, settings, arguments.blocks, arguments.zero_init,
         arguments.strict, _device(arguments.device), tuple(arguments.log or ("csv",)),
     )  # fmt: skip
+    _keep_memory()
     result = trainer.run(request, quiet=arguments.json)
     if result["rank"] == 0:
         last = result["history"][-1]
@@ -54,6 +57,7 @@ def degradation(arguments: argparse.Namespace) -> int:
         tuple(range(arguments.seeds)), arguments.blocks, settings, arguments.size, _device(arguments.device), arguments.strict,
     )  # fmt: skip
     what = gradients.run if arguments.gradients else speed.run if arguments.speed else experiment.run
+    _keep_memory()
     result = what(study, quiet=arguments.json)
     if arguments.json:
         print(json.dumps(result, indent=1))
@@ -66,6 +70,12 @@ def _data(words: Sequence[str]) -> tuple[str, Path | None]:
     if name not in DATA or len(rest) != (name != "digits"):
         raise ArgumentError(f"--data must be digits, cifar10 PATH or folder PATH, got {' '.join(words)}")
     return name, Path(rest[0]) if rest else None
+
+
+def _keep_memory() -> None:
+    """A command owns its process: what a step frees serves the next one, where the C library can do that."""
+    if platform.libc_ver()[0] == "glibc":
+        fastres.reuse_memory()
 
 
 def _device(name: str | None) -> str:

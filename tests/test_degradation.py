@@ -201,7 +201,7 @@ def test_the_command(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert [entry["depth"] for entry in result["networks"]] == [8, 8] and result["checks"] == {}
     assert cli.main([*arguments, "--speed"]) == 0
-    speed = json.loads((tmp_path / "speed.json").read_text())
+    speed = json.loads((tmp_path / "speed-8x8.json").read_text())
     assert [row["kind"] for row in speed["rows"]] == ["plain", "residual"] and all(
         row["ratio"] > 0 for row in speed["rows"]
     )

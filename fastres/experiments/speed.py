@@ -16,7 +16,7 @@ WAYS = ("fastres", "torch")
 
 
 def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
-    """Time every network of a study, the training steps of an epoch and its test; writes ``speed.json``."""
+    """Time every network of a study, the training steps of an epoch and its test; writes ``speed-SIZExSIZE.json``."""
     terminal.need("--speed", "rich")
     images = study.load()
     study.out.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,11 @@ def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
         **info.versions(), **info.machine(), "data": images.name, "shape": [images.channels, images.size, images.size],
         "batch": study.settings.batch, "rows": rows, "ok": True,
     }  # fmt: skip
-    checkpoint.write_json(study.out / "speed.json", result)
+    file = study.out / f"speed-{images.size}x{images.size}.json"
+    checkpoint.write_json(file, result)
     if not quiet:
         _show(result)
-        print(f"wrote {study.out / 'speed.json'}")
+        print(f"wrote {file}")
     return result
 
 

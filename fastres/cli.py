@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fastres
-from fastres.errors import UnsupportedError, VerificationError
+from fastres import cli_training
+from fastres.errors import DivergenceError, UnsupportedError, VerificationError
 
 MODES = ("inference", "training")
 
@@ -41,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"fastres {arguments.command}: {_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, VerificationError) else 2
+        return 1 if isinstance(error, (DivergenceError, VerificationError)) else 2
 
 
 def _line(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
-    expected = isinstance(error, (ValueError, UnsupportedError, VerificationError, OSError))
+    expected = isinstance(error, (ValueError, UnsupportedError, VerificationError, DivergenceError, OSError))
     return text if expected and text else f"{type(error).__name__}: {text} (--debug shows where)"
 
 
@@ -213,6 +214,7 @@ def _parser() -> _Parser:
     show.add_argument("--out", type=Path, default=Path(), help="directory of demo.png and demo.json (default: here)")
     show.add_argument("--epochs", type=_positive, default=None, help="epochs of each training")
     show.add_argument("--quick", action="store_true", help="a shorter training and fewer measurements")
+    cli_training.add(command, _Parser, _positive)
     measure = command(bench, "Compare parity and speed with eager PyTorch and torch.compile.", a_model)
     measure.add_argument("--out", type=Path, help="directory for a JSON file and a plot")
     measure.add_argument("--seconds", type=_seconds, default=10.0, help="time for the measurement (default: 10)")

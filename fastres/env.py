@@ -32,6 +32,15 @@ def cache_dir() -> Path:
     return (Path(base) if base else default) / "fastres"
 
 
+def torchrun() -> tuple[int, int, int] | None:
+    """This process's number, how many there are, and its number on this machine, where ``torchrun`` started it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in os.environ for name in names):
+        return None
+    rank, world, local = (int(os.environ[name]) for name in names)
+    return rank, world, local
+
+
 def overrides() -> dict[str, str]:
     """Every environment variable set now that changes what fastres does, for ``fastres info``."""
     names = ("FASTRES_BACKEND", "FASTRES_CACHE_DIR", "TRITON_INTERPRET", "XDG_CACHE_HOME")

@@ -19,6 +19,10 @@ class VerificationError(RuntimeError):
     """An optimised model missed the error budget on the user's own input; the model was restored."""
 
 
+class DivergenceError(RuntimeError):
+    """Training came to a loss that is not finite; what was saved before stands."""
+
+
 def must(op: str, parameter: str, what: str, got: object, do: str = "") -> ArgumentError:
     """Build the one form of message: ``fastres.OP: PARAMETER must be WHAT, got GOT (DO)``."""
     return ArgumentError(f"fastres.{op}: {parameter} must be {what}, got {got}{f' ({do})' if do else ''}")

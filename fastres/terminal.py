@@ -22,12 +22,18 @@ def need(what: str, *modules: str, extra: str = "demo") -> list[ModuleType]:
     Raises:
         UnsupportedError: some are not installed; names them and the command that installs them.
     """
-    missing = [PACKAGES.get(name, name) for name in modules if not installed(name.partition(".")[0])]
+    packages = dict.fromkeys(name.partition(".")[0] for name in modules)
+    missing = [PACKAGES.get(name, name) for name in packages if not installed(name)]
     if missing:
         raise UnsupportedError(
             f"{what} needs {' and '.join(missing)}, not installed here (pip install fastres[{extra}])"
         )
     return [importlib.import_module(name) for name in modules]
+
+
+def note(text: str) -> None:
+    """Say something beside the results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -59,6 +59,7 @@ LAYERS = {
     "fastres/functional.py": ("fastres.nn", "fastres.models", "fastres.optimize"),
     "fastres/nn": ("fastres.models", "fastres.optimize"),
     "fastres/models": ("fastres.optimize",),
+    "fastres/train": ("fastres.optimize", "fastres.experiments"),
     "fastres": ("benchmarks", "tests"),
 }
 

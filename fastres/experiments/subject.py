@@ -102,6 +102,26 @@ def enliven(model: nn.Module) -> None:
                 draw(module.bias, -0.2, 0.2)
 
 
+def build(name: str, classes: int, channels: int) -> nn.Module:
+    """A network by name, to be trained: for images of so many classes and colours, with new weights.
+
+    A factory of the user's own file is called as it is.
+
+    Raises:
+        ArgumentError, UnsupportedError: as ``load``.
+    """
+    make: Callable[..., Any] = _factory(name)
+    if name.partition(":")[0].endswith(".py"):
+        model = make()
+    elif CIFAR.fullmatch(name):
+        model = make(num_classes=classes, in_channels=channels)
+    else:
+        model = make(num_classes=classes)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{name} must give a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
 def _in_channels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -119,7 +139,7 @@ def _factory(name: str) -> Callable[[], Any]:
         return _from_file(Path(path), function)
     if found := CIFAR.fullmatch(name):
         family, depth = found.groups()
-        return lambda: getattr(cifar, family)(int(depth))
+        return functools.partial(getattr(cifar, family), int(depth))
     if found := PLAIN.fullmatch(name):
         return functools.partial(models.plain, int(found[1]))
     if name not in names():
@@ -135,9 +155,9 @@ def _from_package(module: str, function: str, name: str) -> Callable[[], Any]:
         reason = str(error).partition("\n")[0]
         raise UnsupportedError(f"{name}: {module} cannot be imported ({type(error).__name__}: {reason})") from error
 
-    def build() -> Any:
+    def build(**options: Any) -> Any:
         try:
-            return make(name.partition(":")[2])
+            return make(name.partition(":")[2], **options)
         except (ValueError, RuntimeError) as error:
             raise ArgumentError(f"{name}: {str(error).partition(chr(10))[0]}") from error
 

@@ -1,0 +1,181 @@
+"""``fastres train``: a network by name, trained on a user's images; logs and final weights."""
+
+import csv
+import io
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+import fastres
+from fastres import info, terminal
+from fastres.errors import ArgumentError
+from fastres.experiments import subject
+from fastres.experiments.twin import torch_twin
+from fastres.nn import BasicBlock, Bottleneck, PlainBlock, PlainBottleneck
+from fastres.train import Data, Settings, Trainer, checkpoint, schedule
+from fastres.train import data as datasets
+from fastres.train.processes import Processes, started
+
+LOGS = ("csv", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``fastres train`` was asked for."""
+
+    model: str
+    out: Path
+    data: str = "digits"
+    path: Path | None = None
+    size: int | None = None
+    settings: Settings = field(default_factory=Settings)
+    blocks: str = "fastres"
+    zero_init: bool = False
+    strict: bool = False
+    device: str = "cpu"
+    logs: tuple[str, ...] = ("csv",)
+
+    @property
+    def small(self) -> bool:
+        return self.model.startswith("cifar.")
+
+
+def run(request: Request, *, quiet: bool = False) -> dict[str, Any]:
+    """Train, from the last checkpoint in ``out`` if there is one; writes logs and ``model.safetensors`` there."""
+    if "tensorboard" in request.logs:
+        terminal.need("--log tensorboard", "tensorboard", extra="train")
+    request.out.mkdir(parents=True, exist_ok=True)  # or fail now
+    with ExitStack() as stack:
+        processes, device = stack.enter_context(started(request.device))
+        quiet = quiet or processes.rank > 0
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+        data = load(request)
+        if (skipped := data.notes.get("skipped")) and not quiet:
+            terminal.note(f"{len(skipped)} images cannot be read and are left out, {skipped[0]} first")
+        log = stack.enter_context(_Log(request, quiet))
+        trainer = make(request, data, device, processes, log)
+        log.begin(trainer)
+        history = trainer.run()
+        if processes.rank == 0:
+            _save(request.out, trainer)
+    result = {
+        **info.versions(), **info.machine(), "model": request.model, "blocks": request.blocks,
+        "rank": processes.rank, "processes": processes.world,
+        "data": {"name": data.name, "classes": len(data.classes), "images": list(data.counts()), **data.notes},
+        "settings": asdict(trainer.settings), "history": history, "seconds": trainer.seconds,
+    }  # fmt: skip
+    if processes.rank == 0:
+        checkpoint.write_json(request.out / "train.json", result)
+    return result
+
+
+def load(request: Request) -> Data:
+    """The images that were asked for, in the size and the colours that the network takes."""
+    seed = request.settings.seed
+    if request.data == "digits":
+        return datasets.digits(request.size or (8 if request.small else 32), 1 if request.small else 3, seed)
+    if request.path is None:
+        raise ArgumentError(f"--data {request.data} needs the path of the images: --data {request.data} PATH")
+    if request.data == "cifar10":
+        return datasets.cifar10(request.path, seed)
+    return datasets.folder(request.path, request.size or (32 if request.small else 224), request.strict, seed)
+
+
+def make(request: Request, data: Data, device: torch.device, processes: Processes, log: "_Log") -> Trainer:
+    """The network, as its blocks were wished, in a trainer."""
+    torch.manual_seed(request.settings.seed)
+    model = subject.build(request.model, len(data.classes), data.channels)
+    if request.zero_init:
+        zero_last_norms(model)
+    model = torch_twin(model) if request.blocks == "torch" else fastres.optimize(model)
+    name = f"{request.model} of {request.blocks}{', last norms 0' if request.zero_init else ''}"
+    return Trainer(
+        model, data, request.settings, out=request.out, device=device, processes=processes, name=name, told=log.row
+    )  # fmt: skip
+
+
+def zero_last_norms(model: nn.Module) -> None:
+    """Start every residual block as its shortcut (Goyal et al. 2017): the weight of its last batch norm is 0."""
+    found = 0
+    for module in model.modules():
+        if isinstance(module, (PlainBlock, PlainBottleneck)):
+            raise ArgumentError("--zero-init needs shortcuts: it would stop every signal in a plain network")
+        last = "bn3" if isinstance(module, Bottleneck) else "bn2" if isinstance(module, BasicBlock) else None
+        if last is not None and getattr(module, last).weight is not None:
+            nn.init.zeros_(getattr(module, last).weight)
+            found += 1
+    if not found:
+        raise ArgumentError("--zero-init needs a network of fastres's blocks that end in a batch norm")
+
+
+def warmup(model: str) -> float:
+    """The paper's: an epoch, about 400 of its steps, for CIFAR networks of 110 layers and more."""
+    found = subject.CIFAR.fullmatch(model)
+    return 1.0 if found and int(found[2]) >= schedule.DEEP else 0.0
+
+
+def _save(out: Path, trainer: Trainer) -> None:
+    """The trained weights, for ``fastres.models.load_weights`` and ``weights=``."""
+    networks = {"model": trainer.model} | ({} if trainer.average is None else {"average": trainer.average.module})
+    for name, network in networks.items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+        checkpoint.write(out / f"{name}.safetensors", safetensors.torch.save(tensors))
+
+
+class _Log:
+    """Tells every epoch: progress on stderr, ``log.csv``, TensorBoard."""
+
+    def __init__(self, request: Request, quiet: bool) -> None:
+        self.request, self.quiet = request, quiet
+        self.progress = terminal.Progress("train", request.settings.epochs, quiet=quiet)
+        self.board: Any = None
+        self.trainer: Trainer | None = None
+
+    def __enter__(self) -> "_Log":
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.progress.__exit__(*exception)
+        if self.board is not None:
+            self.board.close()
+
+    def begin(self, trainer: Trainer) -> None:
+        self.trainer, self.progress.done = trainer, len(trainer.history)
+        if trainer.processes.rank == 0 and "tensorboard" in self.request.logs:
+            (tensorboard,) = terminal.need("--log tensorboard", "torch.utils.tensorboard", extra="train")
+            # What a stopped run logged after its checkpoint is dropped.
+            self.board = tensorboard.SummaryWriter(str(self.request.out / "tensorboard"), purge_step=len(trainer.history) + 1)
+
+    def row(self, row: dict[str, Any]) -> None:
+        assert self.trainer is not None
+        shown = (f"{key.replace('_', ' ')} {_shown(value)}" for key, value in row.items() if key != "step")
+        self.progress.step(", ".join(shown))
+        if self.trainer.processes.rank:
+            return
+        if "csv" in self.request.logs:
+            checkpoint.write(self.request.out / "log.csv", _csv(self.trainer).encode())
+        if self.board is not None:
+            for key in row.keys() - {"epoch", "step"}:
+                if row[key] is not None:
+                    self.board.add_scalar(key, row[key], row["epoch"])
+
+
+def _csv(trainer: Trainer) -> str:
+    """The whole history: what a resumed run writes is what an undisturbed one would have."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*trainer.history[0], "seconds"], lineterminator="\n")
+    writer.writeheader()
+    for row, seconds in zip(trainer.history, trainer.seconds, strict=True):
+        writer.writerow({**row, "seconds": f"{seconds:.3f}"})
+    return text.getvalue()
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

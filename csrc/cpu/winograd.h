@@ -9,6 +9,11 @@ constexpr int64_t kWinogradPoints = 16;         // of a transformed tile, 4x4: t
 constexpr int64_t kWinogradMost = 56;           // tiles transformed together,
 constexpr int64_t kWinogradBytes = 512 << 10;   // or fewer, so that they take half an L2
 
+// From point to point of transformed tiles, in words: an odd multiple of 4 cache lines, so that the 16 points of one tile
+// spread over all sets of a cache.
+constexpr int64_t kApart = 64;
+inline int64_t point_step(int64_t words) { return ceil_div(words - kApart, 2 * kApart) * 2 * kApart + kApart; }
+
 // Of `conv` it reads what a 3x3 convolution with stride 1 in float32 has; weights have 16 points for 9 taps,
 // transformed before they were packed: channels in whole vectors.
 struct WinogradArgs {

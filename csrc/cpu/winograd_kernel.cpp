@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "common/epilogue.h"
-#include "cpu/conv_tile.h"
+#include "cpu/winograd_tile.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
 
@@ -17,55 +17,6 @@ namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
 
 constexpr int64_t kPoints = kWinogradPoints;
-
-struct Tile {
-  int64_t image, row, col;  // of its first output
-};
-
-FASTRES_INLINE Tile tile_at(const WinogradArgs& args, int64_t index) {
-  const int64_t line = index / args.tiles_w;
-  return {line / args.tiles_h, line % args.tiles_h * 2, index % args.tiles_w * 2};
-}
-
-FASTRES_INLINE const float* pixel_at(const ConvArgs& conv, const Tile& tile, int64_t y, int64_t x) {
-  const int64_t row = tile.row + y - conv.pad_h, col = tile.col + x - conv.pad_w;
-  if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(conv.height) ||
-      static_cast<uint64_t>(col) >= static_cast<uint64_t>(conv.width))
-    return nullptr;
-  return reinterpret_cast<const float*>(static_cast<const char*>(conv.x) + tile.image * conv.image_step +
-                                        row * conv.row_step + col * conv.pixel_step);
-}
-
-FASTRES_INLINE void transform_row(const Sum (&d)[4], Sum (&out)[4]) {  // a row of B'
-  out[0] = d[0] - d[2];
-  out[1] = d[1] + d[2];
-  out[2] = d[2] - d[1];
-  out[3] = d[1] - d[3];
-}
-
-// B' d B of one tile: point i goes to v + i * point_step.
-void transform_input(const ConvArgs& conv, const Tile& tile, float* v, int64_t point_step) {
-  const float* pixels[4][4];
-  for (int y = 0; y < 4; ++y)
-    for (int x = 0; x < 4; ++x) pixels[y][x] = pixel_at(conv, tile, y, x);
-  for (int64_t c = 0; c < conv.run; c += kWide) {
-    Sum rows[4][4], points[4];
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      Sum d[4];
-#pragma GCC unroll 4
-      for (int x = 0; x < 4; ++x) d[x] = pixels[y][x] ? load<float, kWide>(pixels[y][x] + c, Whole{}) : Sum{};
-      transform_row(d, rows[y]);
-    }
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      const Sum column[4] = {rows[0][x], rows[1][x], rows[2][x], rows[3][x]};
-      transform_row(column, points);
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) store<kWide>(v + (y * 4 + x) * point_step + c, points[y], Whole{});
-    }
-  }
-}
 
 // One point of kTiles tiles: m = v times the weights of that point, for kVectors vectors of channels.
 template <int kTiles, int kVectors>
@@ -163,18 +114,18 @@ void block_of_channels(const WinogradArgs& args, int64_t first, int64_t count, i
   const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, conv.out_channels - channel);
   const int64_t vectors = ceil_div(channels, kWide), width = vectors * kWide;
   const auto* weight = static_cast<const float*>(conv.weight) + channel * kPoints * conv.run;
-  const int64_t parts = ceil_div(count, kMostPixels);
+  const int64_t parts = ceil_div(count, kMostPixels), v_step = point_step(count * conv.run), m_step = point_step(count * kBlockChannels);
   for (int point = 0; point < kPoints; ++point)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
-      multiply_for(end - begin, vectors, shapes)(v + (point * count + begin) * conv.run, conv.run,
-                                                 weight + point * conv.run * width, m + (point * count + begin) * kBlockChannels);
+      multiply_for(end - begin, vectors, shapes)(v + point * v_step + begin * conv.run, conv.run,
+                                                 weight + point * conv.run * width, m + point * m_step + begin * kBlockChannels);
     }
   for (int64_t t = 0; t < count; ++t) {
     const Tile tile = tile_at(args, first + t);
     for (int64_t lane = 0; lane < channels; lane += kWide) {
       Sum out[4];
-      transform_output(m + t * kBlockChannels + lane, count * kBlockChannels, out);
+      transform_output(m + t * kBlockChannels + lane, m_step, out);
       if (!is_finite(out)) [[unlikely]] convolve_directly(conv, tile, weight, width, lane, out);
       if (channels - lane >= kWide) finish(conv, tile, channel + lane, out, Whole{});
       else finish(conv, tile, channel + lane, out, Part{channels - lane});
@@ -190,13 +141,14 @@ void winograd_forward(const WinogradArgs& args, int64_t begin, int64_t end) {
   const int64_t most = ceil_div(tiles, args.groups);
   constexpr std::align_val_t kLine{64};
   const auto free = [](float* p) { ::operator delete[](p, kLine); };
-  const auto floats = kPoints * most * (conv.run + kBlockChannels);
+  const int64_t v_floats = kPoints * point_step(most * conv.run), floats = v_floats + kPoints * point_step(most * kBlockChannels);
   const std::unique_ptr<float[], decltype(free)> scratch(static_cast<float*>(::operator new[](floats * sizeof(float), kLine)), free);
-  float *v = scratch.get(), *m = v + kPoints * most * conv.run;
+  float *v = scratch.get(), *m = v + v_floats;
   for (int64_t at = begin, now = -1; at < end; ++at) {
     const int64_t group = at / blocks, first = tiles * group / args.groups, count = tiles * (group + 1) / args.groups - first;
     if (group != now)
-      for (int64_t t = 0; t < count; ++t) transform_input(conv, tile_at(args, first + t), v + t * conv.run, count * conv.run);
+      for (int64_t t = 0; t < count; ++t)
+        transform_input(conv, tile_at(args, first + t), v + t * conv.run, point_step(count * conv.run), [](int64_t c) { return c; });
     now = group;
     block_of_channels(args, first, count, at % blocks, v, m);
   }

@@ -127,13 +127,13 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
         return conv(x)
     weight, bias = conv._parameters["weight"], conv._parameters["bias"]
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-    if (
-        why_not(conv) is None
-        and not torch.is_autocast_enabled(x.device.type)
-        and functional.why_not_fast_conv(x, weight.shape, *geometry) is None
-    ):
+    if why_not(conv) is None and functional.why_not_fast_conv(x, weight.shape, *geometry) is None:
+        operands = [x, weight, bias]
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            operands = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
         try:
-            return functional.conv2d(x, weight, bias, *geometry)
+            return functional.conv2d(*operands, *geometry)
         except _WRONG:
             pass  # as above
     return conv(x)

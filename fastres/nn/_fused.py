@@ -125,10 +125,10 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide."""
     if type(conv) is not nn.Conv2d or type(x) is not Tensor or torch.compiler.is_compiling() or is_followed(x):
         return conv(x)
-    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
-    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-    if why_not(conv) is None and functional.why_not_fast_conv(x, weight.shape, *geometry) is None:
-        operands = [x, weight, bias]
+    weight: Any = conv._parameters["weight"]
+    geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
+    if why_not(conv) is None and functional.why_not_fast_conv2d(x, weight.shape, *geometry) is None:
+        operands: Any = x, weight, conv._parameters["bias"]
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             operands = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]

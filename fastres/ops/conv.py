@@ -104,7 +104,7 @@ def fake_weight(grad_y, x, kernel, stride, padding, dilation, groups):
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, bias, *ctx.geometry = inputs
+    x, weight, _, *ctx.geometry = inputs
     ctx.save_for_backward(x, weight)
 
 
@@ -125,12 +125,12 @@ def backward(ctx, grad_y):
 
 def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:
     """Why a convolution of x, or a gradient of it, is left to PyTorch: shapes and layout alone, in a few microseconds."""
-    if tuple(weight_shape[2:]) != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
+    if x.dim() != 4 or tuple(weight_shape[2:]) != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
         return "it convolves 3x3 kernels with stride 1, without dilation, in one group"
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return f"it convolves float32 and bfloat16 on cpu, the tensors are {x.dtype} on {x.device.type}"
-    n, channels, *size = x.shape
-    out = [s + 2 * p - 2 for s, p in zip(size, padding, strict=True)]
+    n, _, height, width = x.shape
+    out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
     if weight_shape[0] % 16 or not _conv_cpu.suits_winograd(weight_shape, torch.float32, stride, dilation, out):
         return f"it serves 32 channels and more, multiples of 16, and outputs from 4x4, got {tuple(weight_shape)}, {out}"
     tiles = n * -(-out[0] // 2) * -(-out[1] // 2)
@@ -221,7 +221,7 @@ def samples(device, dtype):
 def _gradients(device, dtype):
     """Of every sample: a gradient of the output beside its arguments."""
     for sample in samples(device, dtype):
-        x, weight, bias, *geometry = sample.args
+        x, weight, _, *geometry = sample.args
         generator = torch.Generator().manual_seed(1)
         shape = _conv.output_shape(x, weight, *geometry[:3])
         yield sample.label, torch.randn(shape, generator=generator).to(device, dtype), x, weight, geometry

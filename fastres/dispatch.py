@@ -71,8 +71,9 @@ def forget() -> None:
         cache.clear()
 
 
-def _family(op: str) -> str:
-    return op.removesuffix("_backward").removesuffix("_train")
+def family(op: str) -> str:
+    """The op whose training and gradients an op serves."""
+    return op.partition("_backward")[0].removesuffix("_train")
 
 
 def _check_wishes(source: str, wishes: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class use:
     """Force backends: ``fastres.use(bn_act="torch")``, or ``fastres.use("torch")`` for every op that has that backend.
 
     Takes effect at once; as a context manager it puts the former choice back. A name covers the op, its ``_train`` and
-    its ``_backward``. A forced backend that cannot run a call raises ``fastres.UnsupportedError`` with its reason.
+    its ``_backward`` ops. A forced backend that cannot run a call raises ``fastres.UnsupportedError`` with its reason.
     ``fastres.use(bn_act=None)`` lifts a forced choice. The setting holds for all threads of the process.
 
     Raises:
@@ -128,7 +129,7 @@ def _wish(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
     names = [backend.name for backend in backends]
     environment = _check_wishes("FASTRES_BACKEND", env.forced_backend())
     for table, source in ((_forced, "forced by fastres.use"), (environment, "forced by FASTRES_BACKEND")):
-        for entry in (op, _family(op), "*"):
+        for entry in (op, family(op), "*"):
             if entry in table and (entry != "*" or table[entry] in names):
                 return table[entry], source
     return None

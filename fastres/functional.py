@@ -21,6 +21,7 @@ from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT, BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
+from fastres.ops.conv import CONV, why_not_fast
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 
@@ -171,6 +172,27 @@ def bn_act_maxpool(
     y, mean, var = BN_ACT_MAXPOOL_TRAIN(x, weight, bias, eps, act, *window)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
+
+
+@_names()
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve as a training step does: ``F.conv2d(x, weight, bias, stride, padding, dilation, groups)``.
+
+    On the CPU 3x3 kernels with stride 1 in float32 and bfloat16 run by Winograd's F(2x2, 3x3), forward and both gradients,
+    where that is faster; ``fastres.explain(fastres.functional.conv2d, x, weight, ...)`` says where, and why not.
+    """
+    return CONV(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+
+
+why_not_fast_conv2d = why_not_fast  # why conv2d would be PyTorch's, for those who can do without its call
 
 
 @_names(**_CONVOLUTION)

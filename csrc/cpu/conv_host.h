@@ -57,9 +57,9 @@ inline Work conv_int8_work(const ConvInt8Args& args) {
   return shared_out<ConvInt8Args>(args, [](ConvInt8Args& all) -> ConvArgs& { return all.conv; }, conv_int8_forward);
 }
 
-// A 3x3 convolution with stride 1 in float32, with transformed weights; channels in whole vectors.
-inline Work winograd_work(const ConvArgs& conv) {
-  WinogradArgs args{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0};
+// A 3x3 convolution with stride 1, with transformed weights; channels in whole vectors. `finite` as in WinogradArgs.
+inline Work winograd_work(const ConvArgs& conv, std::atomic<bool>* finite = nullptr) {
+  WinogradArgs args{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0, finite};
   const int64_t tiles = conv.images * args.tiles_h * args.tiles_w;
   const int64_t most = std::clamp<int64_t>(kWinogradBytes / (conv.run * kWinogradPoints * kWordBytes), 1, kWinogradMost);
   args.groups = ceil_div(tiles, most);
@@ -67,7 +67,7 @@ inline Work winograd_work(const ConvArgs& conv) {
 }
 
 inline void run_conv(const ConvArgs& args) { run_now(conv_work(args)); }
-inline void run_winograd(const ConvArgs& args) { run_now(winograd_work(args)); }
+inline void run_winograd(const ConvArgs& args, std::atomic<bool>* finite = nullptr) { run_now(winograd_work(args, finite)); }
 
 // Images with their padding written out and `out_channels` channels, the further ones zero, so that a row of taps is one
 // run of neighbours. Steps of x in elements.

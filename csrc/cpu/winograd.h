@@ -1,6 +1,8 @@
 // Arguments and kernel of the 3x3 convolution by Winograd's F(2x2, 3x3); a range counts units of tiles by channels.
 #pragma once
 
+#include <atomic>
+
 #include "cpu/conv_bn_act.h"
 
 namespace fastres::cpu {
@@ -9,12 +11,18 @@ constexpr int64_t kWinogradPoints = 16;         // of a transformed tile, 4x4: t
 constexpr int64_t kWinogradMost = 56;           // tiles transformed together,
 constexpr int64_t kWinogradBytes = 512 << 10;   // or fewer, so that they take half an L2
 
-// Of `conv` it reads what a 3x3 convolution with stride 1 in float32 has; weights have 16 points for 9 taps,
-// transformed before they were packed: channels in whole vectors.
+// From point to point of transformed tiles, in words: an odd multiple of 4 cache lines, so that the 16 points of one tile
+// spread over all sets of a cache.
+constexpr int64_t kApart = 64;
+inline int64_t point_step(int64_t words) { return ceil_div(words - kApart, 2 * kApart) * 2 * kApart + kApart; }
+
+// Of `conv` it reads what a 3x3 convolution with stride 1 has; weights have 16 points for 9 taps, transformed before they
+// were packed: channels in whole vectors. In bfloat16 the transformed values are rounded to it.
 struct WinogradArgs {
   ConvArgs conv;
   int64_t tiles_h, tiles_w;  // of 2x2 outputs, in each image
   int64_t groups;            // of tiles, over all images
+  std::atomic<bool>* finite = nullptr;  // becomes false where an output is not finite; null: that one is computed directly
 };
 
 inline int64_t winograd_blocks(const ConvArgs& conv) { return ceil_div(conv.out_channels, conv_tile().channels); }

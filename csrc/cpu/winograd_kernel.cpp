@@ -9,72 +9,21 @@
 #include <utility>
 
 #include "common/epilogue.h"
-#include "cpu/conv_tile.h"
+#include "cpu/winograd_tile.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
 
 namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
 
-constexpr int64_t kPoints = kWinogradPoints;
-
-struct Tile {
-  int64_t image, row, col;  // of its first output
-};
-
-FASTRES_INLINE Tile tile_at(const WinogradArgs& args, int64_t index) {
-  const int64_t line = index / args.tiles_w;
-  return {line / args.tiles_h, line % args.tiles_h * 2, index % args.tiles_w * 2};
-}
-
-FASTRES_INLINE const float* pixel_at(const ConvArgs& conv, const Tile& tile, int64_t y, int64_t x) {
-  const int64_t row = tile.row + y - conv.pad_h, col = tile.col + x - conv.pad_w;
-  if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(conv.height) ||
-      static_cast<uint64_t>(col) >= static_cast<uint64_t>(conv.width))
-    return nullptr;
-  return reinterpret_cast<const float*>(static_cast<const char*>(conv.x) + tile.image * conv.image_step +
-                                        row * conv.row_step + col * conv.pixel_step);
-}
-
-FASTRES_INLINE void transform_row(const Sum (&d)[4], Sum (&out)[4]) {  // a row of B'
-  out[0] = d[0] - d[2];
-  out[1] = d[1] + d[2];
-  out[2] = d[2] - d[1];
-  out[3] = d[1] - d[3];
-}
-
-// B' d B of one tile: point i goes to v + i * point_step.
-void transform_input(const ConvArgs& conv, const Tile& tile, float* v, int64_t point_step) {
-  const float* pixels[4][4];
-  for (int y = 0; y < 4; ++y)
-    for (int x = 0; x < 4; ++x) pixels[y][x] = pixel_at(conv, tile, y, x);
-  for (int64_t c = 0; c < conv.run; c += kWide) {
-    Sum rows[4][4], points[4];
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      Sum d[4];
-#pragma GCC unroll 4
-      for (int x = 0; x < 4; ++x) d[x] = pixels[y][x] ? load<float, kWide>(pixels[y][x] + c, Whole{}) : Sum{};
-      transform_row(d, rows[y]);
-    }
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      const Sum column[4] = {rows[0][x], rows[1][x], rows[2][x], rows[3][x]};
-      transform_row(column, points);
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) store<kWide>(v + (y * 4 + x) * point_step + c, points[y], Whole{});
-    }
-  }
-}
-
 // One point of kTiles tiles: m = v times the weights of that point, for kVectors vectors of channels.
-template <int kTiles, int kVectors>
-FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t channels, const float* weight, float* m) {
+template <typename scalar_t, int kTiles, int kVectors>
+FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t words, const float* weight, float* m) {
   const char* x[kTiles];
-  for (int t = 0; t < kTiles; ++t) x[t] = reinterpret_cast<const char*>(v + t * channels);
-  for (int64_t word = 0; word < channels; word += kSumWords) {
+  for (int t = 0; t < kTiles; ++t) x[t] = reinterpret_cast<const char*>(v + t * words);
+  for (int64_t word = 0; word < words; word += kSumWords) {
     Sum sum[kTiles][kVectors] = {};
-    weight = add_words_of<float, 0, kTiles - 1>(sum, x, word, min(word + kSumWords, channels), weight);
+    weight = add_words_of<scalar_t, 0, kTiles - 1>(sum, x, word, min(word + kSumWords, words), weight);
 #pragma GCC unroll 8
     for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8
@@ -87,9 +36,9 @@ FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t chan
 
 using Multiply = void (*)(const float*, int64_t, const float*, float*);
 
-template <int... i>
+template <typename scalar_t, int... i>
 Multiply multiply_for(int64_t tiles, int64_t vectors, std::integer_sequence<int, i...>) {
-  static constexpr Multiply table[] = {multiply<i / kMostVectors + 1, i % kMostVectors + 1>...};
+  static constexpr Multiply table[] = {multiply<scalar_t, i / kMostVectors + 1, i % kMostVectors + 1>...};
   return table[(tiles - 1) * kMostVectors + vectors - 1];
 }
 
@@ -110,7 +59,7 @@ void convolve_directly(const ConvArgs& conv, const Tile& tile, const float* weig
     for (int o = 0; o < 4; ++o)
       for (int y = 0; y < 3; ++y)
         for (int x = 0; x < 3; ++x) {
-          const float* pixel = pixel_at(conv, tile, o / 2 + y, o % 2 + x);
+          const float* pixel = pixel_at<float>(conv, tile, o / 2 + y, o % 2 + x);
           if (pixel) out[o] = multiply_add(float{}, reinterpret_cast<const char*>(pixel + c), g[y][x], out[o]);
         }
   }
@@ -132,17 +81,8 @@ FASTRES_INLINE void transform_output(const float* m, int64_t point_step, Sum (&o
   out[3] = high[1] - high[2] - high[3];
 }
 
-FASTRES_INLINE bool is_finite(const Sum (&out)[4]) {
-  const Sum nothing = (out[0] - out[0]) + (out[1] - out[1]) + (out[2] - out[2]) + (out[3] - out[3]);
-#if FASTRES_CPU_LEVEL >= 4
-  return _mm512_cmp_ps_mask((__m512)nothing, (__m512)nothing, _CMP_UNORD_Q) == 0;
-#else
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)nothing, (__m256)nothing, _CMP_UNORD_Q)) == 0;
-#endif
-}
-
 // Bias, residual, activation and store of a tile's outputs that exist.
-template <typename Lanes>
+template <typename scalar_t, typename Lanes>
 FASTRES_INLINE void finish(const ConvArgs& conv, const Tile& tile, int64_t channel, const Sum (&out)[4], Lanes lanes) {
   const Sum bias = load<float, kWide>(conv.bias + channel, lanes);
 #pragma GCC unroll 4
@@ -151,55 +91,80 @@ FASTRES_INLINE void finish(const ConvArgs& conv, const Tile& tile, int64_t chann
     if (row >= conv.out_h || col >= conv.out_w) continue;
     const int64_t at = ((tile.image * conv.out_h + row) * conv.out_w + col) * conv.out_channels + channel;
     Sum value = out[o] + bias;
-    if (conv.residual != nullptr) value += load<float, kWide>(static_cast<const float*>(conv.residual) + at, lanes);
-    store<kWide>(static_cast<float*>(conv.y) + at, conv.act == Act::kRelu ? relu(value) : value, lanes);
+    if (conv.residual != nullptr) value += load<float, kWide>(static_cast<const scalar_t*>(conv.residual) + at, lanes);
+    store<kWide>(static_cast<scalar_t*>(conv.y) + at, conv.act == Act::kRelu ? relu(value) : value, lanes);
   }
 }
 
 // All points of a group of tiles times one block of channels, then its outputs.
+template <typename scalar_t>
 void block_of_channels(const WinogradArgs& args, int64_t first, int64_t count, int64_t block, const float* v, float* m) {
   const ConvArgs& conv = args.conv;
   constexpr auto shapes = std::make_integer_sequence<int, kMostPixels * kMostVectors>{};
   const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, conv.out_channels - channel);
   const int64_t vectors = ceil_div(channels, kWide), width = vectors * kWide;
   const auto* weight = static_cast<const float*>(conv.weight) + channel * kPoints * conv.run;
-  const int64_t parts = ceil_div(count, kMostPixels);
+  const int64_t parts = ceil_div(count, kMostPixels), v_step = point_step(count * conv.run), m_step = point_step(count * kBlockChannels);
   for (int point = 0; point < kPoints; ++point)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
-      multiply_for(end - begin, vectors, shapes)(v + (point * count + begin) * conv.run, conv.run,
-                                                 weight + point * conv.run * width, m + (point * count + begin) * kBlockChannels);
+      multiply_for<scalar_t>(end - begin, vectors, shapes)(v + point * v_step + begin * conv.run, conv.run,
+                                                           weight + point * conv.run * width, m + point * m_step + begin * kBlockChannels);
     }
   for (int64_t t = 0; t < count; ++t) {
     const Tile tile = tile_at(args, first + t);
     for (int64_t lane = 0; lane < channels; lane += kWide) {
       Sum out[4];
-      transform_output(m + t * kBlockChannels + lane, count * kBlockChannels, out);
-      if (!is_finite(out)) [[unlikely]] convolve_directly(conv, tile, weight, width, lane, out);
-      if (channels - lane >= kWide) finish(conv, tile, channel + lane, out, Whole{});
-      else finish(conv, tile, channel + lane, out, Part{channels - lane});
+      transform_output(m + t * kBlockChannels + lane, m_step, out);
+      const Sum all = (out[0] - out[0]) + (out[1] - out[1]) + (out[2] - out[2]) + (out[3] - out[3]);
+      if (!is_finite(all)) [[unlikely]] {
+        if (args.finite != nullptr) args.finite->store(false, std::memory_order_relaxed);
+        else convolve_directly(conv, tile, weight, width, lane, out);
+      }
+      if (channels - lane >= kWide) finish<scalar_t>(conv, tile, channel + lane, out, Whole{});
+      else finish<scalar_t>(conv, tile, channel + lane, out, Part{channels - lane});
     }
+  }
+}
+
+template <typename scalar_t>
+FASTRES_DOT void transform_tile(const ConvArgs& conv, const Tile& tile, float* v, int64_t point_step) {
+  const Pixels<scalar_t> pixels(conv, tile);
+  for (int64_t c = 0; c < conv.run * kPerWord<scalar_t>; c += kWide) {
+    Sum points[kPoints];
+    transform_pixels(pixels, c, points);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kPoints; ++i) put(reinterpret_cast<scalar_t*>(v + i * point_step) + c, points[i]);
+  }
+}
+
+template <typename scalar_t>
+void forward(const WinogradArgs& args, int64_t begin, int64_t end) {
+  const ConvArgs& conv = args.conv;
+  const int64_t tiles = conv.images * args.tiles_h * args.tiles_w, blocks = ceil_div(conv.out_channels, kBlockChannels);
+  const int64_t most = ceil_div(tiles, args.groups), v_words = kPoints * point_step(most * conv.run);
+  constexpr std::align_val_t kLine{64};
+  const auto free = [](float* p) { ::operator delete[](p, kLine); };
+  const auto words = v_words + kPoints * point_step(most * kBlockChannels);
+  const std::unique_ptr<float[], decltype(free)> scratch(static_cast<float*>(::operator new[](words * kWord, kLine)), free);
+  float *v = scratch.get(), *m = v + v_words;
+  for (int64_t at = begin, now = -1; at < end; ++at) {
+    const int64_t group = at / blocks, first = tiles * group / args.groups, count = tiles * (group + 1) / args.groups - first;
+    if (group != now)
+      for (int64_t t = 0; t < count; ++t)
+        transform_tile<scalar_t>(conv, tile_at(args, first + t), v + t * conv.run, point_step(count * conv.run));
+    now = group;
+    block_of_channels<scalar_t>(args, first, count, at % blocks, v, m);
   }
 }
 
 }  // namespace
 
 void winograd_forward(const WinogradArgs& args, int64_t begin, int64_t end) {
-  const ConvArgs& conv = args.conv;
-  const int64_t tiles = conv.images * args.tiles_h * args.tiles_w, blocks = ceil_div(conv.out_channels, kBlockChannels);
-  const int64_t most = ceil_div(tiles, args.groups);
-  constexpr std::align_val_t kLine{64};
-  const auto free = [](float* p) { ::operator delete[](p, kLine); };
-  const auto floats = kPoints * most * (conv.run + kBlockChannels);
-  const std::unique_ptr<float[], decltype(free)> scratch(static_cast<float*>(::operator new[](floats * sizeof(float), kLine)), free);
-  float *v = scratch.get(), *m = v + kPoints * most * conv.run;
-  for (int64_t at = begin, now = -1; at < end; ++at) {
-    const int64_t group = at / blocks, first = tiles * group / args.groups, count = tiles * (group + 1) / args.groups - first;
-    if (group != now)
-      for (int64_t t = 0; t < count; ++t) transform_input(conv, tile_at(args, first + t), v + t * conv.run, count * conv.run);
-    now = group;
-    block_of_channels(args, first, count, at % blocks, v, m);
-  }
+#if FASTRES_CPU_LEVEL >= 4
+  if (args.conv.dtype == DType::kBFloat16) return forward<bf16>(args, begin, end);
+#endif
+  forward<float>(args, begin, end);
 }
 
 }  // namespace fastres::cpu::FASTRES_LEVEL

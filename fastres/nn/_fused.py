@@ -118,7 +118,25 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
             )  # fmt: skip
         except _WRONG:
             pass  # the modules below raise PyTorch's own error, or accept what the op does not
-    return bn_act(bn, act, conv(x), residual)
+    return bn_act(bn, act, convolve(conv, x), residual)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide."""
+    if type(conv) is not nn.Conv2d or type(x) is not Tensor or torch.compiler.is_compiling() or is_followed(x):
+        return conv(x)
+    weight: Any = conv._parameters["weight"]
+    geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
+    if why_not(conv) is None and functional.why_not_fast_conv2d(x, weight.shape, *geometry) is None:
+        operands: Any = x, weight, conv._parameters["bias"]
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            operands = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
+        try:
+            return functional.conv2d(*operands, *geometry)
+        except _WRONG:
+            pass  # as above
+    return conv(x)
 
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:

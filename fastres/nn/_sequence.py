@@ -11,7 +11,7 @@ from fastres.nn import _fused
 def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
     """``pool(act(bn(conv(x))))``: batch norm joins the pool where gradients flow, else the convolution."""
     if bn.training or torch.is_grad_enabled():
-        return _fused.bn_act_maxpool(bn, act, pool, conv(x))
+        return _fused.bn_act_maxpool(bn, act, pool, _fused.convolve(conv, x))
     return pool(_fused.conv_bn_act(conv, bn, act, x))
 
 
@@ -27,7 +27,9 @@ def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, sh
     *first, shortcut_conv, shortcut_bn = steps
     for step in first:
         shortcut = step(shortcut)
-    return _fused.bn_add_bn_act(bn, shortcut_bn, act, conv(x), shortcut_conv(shortcut))
+    return _fused.bn_add_bn_act(
+        bn, shortcut_bn, act, _fused.convolve(conv, x), _fused.convolve(shortcut_conv, shortcut)
+    )
 
 
 def projection(module: Any) -> list[Any] | None:

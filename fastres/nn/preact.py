@@ -7,7 +7,7 @@ identity would.
 
 from torch import Tensor, nn
 
-from fastres.nn._fused import bn_act, conv_bn_act
+from fastres.nn._fused import bn_act, conv_bn_act, convolve
 from fastres.nn._module import FusedModule
 from fastres.nn.blocks import Norm, check_basic
 from fastres.nn.conv import conv1x1, conv3x3
@@ -61,7 +61,7 @@ class PreActBasicBlock(FusedModule):
     def forward(self, x: Tensor) -> Tensor:
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
-        return self.conv2(out) + _identity(self.downsample, x, activated)
+        return convolve(self.conv2, out) + _identity(self.downsample, x, activated)
 
 
 class PreActBottleneck(FusedModule):

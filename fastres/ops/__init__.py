@@ -1,6 +1,6 @@
 """The ops: one page each. Importing this package registers all of them in ``REGISTRY`` and ``torch.ops.fastres``."""
 
-from fastres.ops import add_act, bn_act, bn_act_maxpool, bn_add_act, bn_add_bn_act, conv_bn_act, conv_bn_add_act
+from fastres.ops import add_act, bn_act, bn_act_maxpool, bn_add_act, bn_add_bn_act, conv, conv_bn_act, conv_bn_add_act
 from fastres.ops._op import REGISTRY
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "bn_act_maxpool",
     "bn_add_act",
     "bn_add_bn_act",
+    "conv",
     "conv_bn_act",
     "conv_bn_add_act",
 ]

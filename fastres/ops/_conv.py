@@ -70,8 +70,21 @@ def output_shape(x: Tensor, weight: Tensor, stride: tuple, padding: tuple, dilat
 
 def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
     _check.images(op, x=x, weight=weight)
+    _check.per_channel(op, weight.shape[0], x, bias=bias, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var)
+    check_convolution(op, x, weight, bias, stride, padding, dilation, groups)
+    shape = output_shape(x, weight, stride, padding, dilation)
+    if residual is not None:
+        _check.images(op, x=x, residual=residual)
+        if tuple(residual.shape) != shape:
+            raise must(op, "residual", f"of the output's shape {shape}", tuple(residual.shape))
+    _check.eps(op, eps)
+    _check.act(op, act)
+
+
+def check_convolution(op, x, weight, bias, stride, padding, dilation, groups):
+    _check.images(op, x=x, weight=weight)
     out_channels, in_channels, *kernel = weight.shape
-    _check.per_channel(op, out_channels, x, bias=bias, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var)
+    _check.per_channel(op, out_channels, x, bias=bias)
     _check.pair(op, "stride", stride, 1)
     _check.pair(op, "padding", padding, 0)
     _check.pair(op, "dilation", dilation, 1)
@@ -90,12 +103,6 @@ def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, str
     shape = output_shape(x, weight, stride, padding, dilation)
     if min(shape[2:]) < 1:
         raise must(op, "kernel", f"no larger than x's padded size {tuple(x.shape[2:])}", tuple(kernel), "pad more")
-    if residual is not None:
-        _check.images(op, x=x, residual=residual)
-        if tuple(residual.shape) != shape:
-            raise must(op, "residual", f"of the output's shape {shape}", tuple(residual.shape))
-    _check.eps(op, eps)
-    _check.act(op, act)
 
 
 def fake(x, weight, stride, padding, dilation):

@@ -188,7 +188,7 @@ def _module_report(site: Site, seen: dict[tuple[str, Step | None], list[Choice]]
 def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
-        notes.append("in training the convolutions are PyTorch's; batch norm, addition and ReLU after them are fused")
+        notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu; what follows them is fused")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)

@@ -1,0 +1,127 @@
+// Binding of conv, conv_backward_input and conv_backward_weight: 3x3, stride 1, by Winograd's F(2x2, 3x3).
+#include "cpu/conv.h"
+
+#include <array>
+
+#include "cpu/conv_host.h"
+
+namespace fastres::cpu {
+namespace {
+
+using Pads = std::vector<int64_t>;
+
+constexpr int64_t kGroupBytes = 4 << 20;  // of transformed tiles, written and read again: they stay in L3
+constexpr int64_t kLeastGroup = 64;       // words of tiles
+
+void check_activation(const char* op, const char* param, const Tensor& t) {
+  check_cpu(op, param, t);
+  FASTRES_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, op, param,
+                "float32 or bfloat16", show(t.scalar_type()));
+  FASTRES_CHECK(t.dim() == 4 && t.numel() > 0 && is_dense(t, Format::channels_last), op, param,
+                "four-dimensional, not empty and dense in channels_last", show(t.sizes()));
+  const int64_t lanes = conv_tile().lanes;
+  FASTRES_CHECK(t.size(1) % lanes == 0 && t.size(1) <= kConvMostRun, op, param,
+                "of channels in whole vectors of " << lanes << ", at most " << kConvMostRun, t.size(1));
+  const char* lacks = conv_lacks(dtype_of(t));
+  FASTRES_CHECK(lacks == nullptr, op, "the processor", "one with " << lacks << " for " << show(t.scalar_type()), "one without");
+}
+
+void check_padding(const char* op, const Pads& padding, const Tensor& x) {
+  FASTRES_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0 && std::max(padding[0], padding[1]) < 1 << 20 &&
+                    x.size(2) + 2 * padding[0] >= 3 && x.size(3) + 2 * padding[1] >= 3,
+                op, "padding", "two numbers from 0, with which the kernel fits into x", show({padding.data(), padding.size()}));
+}
+
+ConvArgs arguments(const Tensor& x, int64_t out_channels, const Pads& padding) {
+  const int64_t height = x.size(2), width = x.size(3), pixel = x.size(1) * element_size(dtype_of(x));
+  return {.dtype = dtype_of(x), .act = Act::kNone, .stream = false, .x = x.data_ptr(), .weight = nullptr, .bias = nullptr,
+          .residual = nullptr, .y = nullptr, .images = x.size(0), .height = height, .width = width,
+          .image_step = height * width * pixel, .row_step = width * pixel, .pixel_step = pixel,
+          .out_h = height + 2 * padding[0] - 2, .out_w = width + 2 * padding[1] - 2, .out_channels = out_channels,
+          .kernel_h = 3, .kernel_w = 3, .stride_h = 1, .stride_w = 1, .pad_h = padding[0], .pad_w = padding[1],
+          .dilation_h = 1, .dilation_w = 1, .run = pixel / kWordBytes, .dense = false, .share_channels = false, .block = 0};
+}
+
+// conv2d(x, weight, padding=padding); `turned`: with each kernel turned about and the places of the channels exchanged. An
+// empty tensor where a weight or an output is not finite: the transform would spread it.
+Tensor conv(const Tensor& x, const Tensor& weight, const Pads& padding, bool turned) {
+  const char* op = turned ? "conv_backward_input" : "conv";
+  check_activation(op, turned ? "grad_y" : "x", x);
+  check_padding(op, padding, x);
+  check_cpu(op, "weight", weight);
+  FASTRES_CHECK(weight.scalar_type() == x.scalar_type() && weight.dim() == 4 && weight.size(turned ? 0 : 1) == x.size(1) &&
+                    weight.size(turned ? 1 : 0) > 0 && weight.size(2) == 3 && weight.size(3) == 3,
+                op, "weight", "of x's dtype, of 3x3 kernels over " << x.size(1) << " channels", show(weight.sizes()));
+  const int64_t out_channels = weight.size(turned ? 1 : 0), channels = x.size(1);
+  const int64_t rows = weight.stride(2), cols = weight.stride(3), turn = turned ? -1 : 1;
+  ConvArgs args = arguments(x, out_channels, padding);
+  Tensor packed = empty_vector(packed_words(out_channels, kWinogradPoints * args.run), ScalarType::Float, x);
+  std::atomic<bool> finite{true};
+  const ConvWeightArgs weights{
+      .dtype = args.dtype,
+      .weight = static_cast<const char*>(weight.data_ptr()) + (turned ? (2 * rows + 2 * cols) * element_size(args.dtype) : 0),
+      .packed = static_cast<float*>(packed.data_ptr()), .out_channels = out_channels, .channels = channels,
+      .out_step = weight.stride(turned ? 1 : 0), .channel_step = weight.stride(turned ? 0 : 1), .row_step = turn * rows,
+      .col_step = turn * cols, .finite = &finite};
+  parallel_for(0, winograd_blocks(args) * conv_weight_vectors(weights), 2,
+               [&](int64_t begin, int64_t end) { conv_transform_weight(weights, begin, end); });
+  if (!finite) return empty_vector(0, ScalarType::Float, x);
+  Tensor y = empty_activation(std::array{x.size(0), out_channels, args.out_h, args.out_w}, Format::channels_last, x);
+  const std::vector<float> bias(out_channels);
+  args.weight = packed.data_ptr(), args.bias = bias.data(), args.y = y.data_ptr();
+  run_winograd(args, &finite);
+  return finite ? y : empty_vector(0, ScalarType::Float, x);
+}
+
+// The gradient by the weights of conv2d(x, weight, padding=padding), dense in channels_last; empty where it is not finite.
+Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& padding) {
+  const char* op = "conv_backward_weight";
+  check_activation(op, "x", x);
+  check_activation(op, "grad_y", grad_y);
+  check_padding(op, padding, x);
+  const int64_t channels = x.size(1), out_channels = grad_y.size(1), lanes = conv_tile().channels;
+  const ConvArgs conv = arguments(x, out_channels, padding);
+  FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type() && grad_y.size(0) == x.size(0) && grad_y.size(2) == conv.out_h && grad_y.size(3) == conv.out_w, op, "grad_y",
+                "of x's dtype and the output's " << conv.out_h << "x" << conv.out_w << " pixels", show(grad_y.sizes()));
+  const WinogradArgs forward{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0};
+  const int64_t tiles = conv.images * forward.tiles_h * forward.tiles_w;
+  // A group's tiles are written and read once, the sums once a group: as many tiles as make both alike, or fill a cache.
+  const int64_t together = kWordBytes / element_size(conv.dtype);
+  const int64_t most = together * std::max({kLeastGroup, channels * out_channels / (channels + out_channels),
+                                            kGroupBytes / (kWinogradPoints * (channels + out_channels) * kWordBytes)});
+  const int64_t groups = ceil_div(tiles, most), group = ceil_div(tiles, groups * together) * together;
+  const int64_t sums = kWinogradPoints * channels * out_channels;
+  const int64_t x_step = point_step(group / together * channels), y_step = point_step(group / together * out_channels);
+  Tensor scratch = empty_vector(sums + kWinogradPoints * (x_step + y_step), ScalarType::Float, x);
+  Tensor grad = empty_activation(std::array{out_channels, channels, int64_t{3}, int64_t{3}}, Format::channels_last, x);
+  auto* points = static_cast<float*>(scratch.data_ptr());
+  float* x_tiles = points + sums;
+  std::atomic<bool> finite{true};
+  ConvGradArgs args{.forward = forward, .grad_y = grad_y.data_ptr(), .points = points,
+                    .x_tiles = x_tiles, .y_tiles = x_tiles + kWinogradPoints * x_step,
+                    .grad_weight = grad.data_ptr(), .x_step = x_step, .y_step = y_step, .first = 0, .count = 0, .finite = &finite};
+  std::vector<Work> works;
+  for (; args.first < tiles; args.first += args.count) {
+    args.count = std::min(group, tiles - args.first);
+    works.push_back({ceil_div(args.count, together), 4,
+                     [args](int64_t begin, int64_t end) { conv_grad_transform(args, begin, end); }});
+    works.push_back({kWinogradPoints * ceil_div(channels, lanes), 1,
+                     [args](int64_t begin, int64_t end) { conv_grad_multiply(args, begin, end); }});
+  }
+  works.push_back({out_channels, 4, [args](int64_t begin, int64_t end) { conv_grad_finish(args, begin, end); }});
+  run_team(works);
+  return finite ? grad : empty_vector(0, ScalarType::Float, x);
+}
+
+}  // namespace
+}  // namespace fastres::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
+  m.def("cpu_conv(Tensor x, Tensor weight, int[] padding, bool turned) -> Tensor");
+  m.def("cpu_conv_backward_weight(Tensor grad_y, Tensor x, int[] padding) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
+  m.impl("cpu_conv", TORCH_BOX(&fastres::cpu::conv));
+  m.impl("cpu_conv_backward_weight", TORCH_BOX(&fastres::cpu::conv_backward_weight));
+}

@@ -1,0 +1,44 @@
+// Arguments and kernels of a training step's 3x3 convolutions by Winograd: weights transformed anew at every step, and the
+// gradient by the weights.
+#pragma once
+
+#include <atomic>
+
+#include "cpu/winograd.h"
+
+namespace fastres::cpu {
+
+// Transforms and packs weights as the convolution reads them. Steps in elements; those of rows and columns may be negative:
+// the gradient by the input is the convolution with each kernel turned about and the channels' places exchanged.
+struct ConvWeightArgs {
+  DType dtype;         // float32 or bfloat16
+  const void* weight;  // its first tap
+  float* packed;
+  int64_t out_channels, channels, out_step, channel_step, row_step, col_step;
+  std::atomic<bool>* finite;  // becomes false where a transformed weight is not finite
+};
+
+inline int64_t conv_weight_vectors(const ConvWeightArgs& args) { return args.channels / conv_tile().lanes; }
+
+FASTRES_FMA_KERNEL(conv_transform_weight, ConvWeightArgs)  // a range counts blocks of output channels times vectors of channels
+
+// The gradient by the weights: the sum over tiles of A dy A' times B' d B, point by point, transformed back by G. Passes,
+// each a parallel loop: transform a group of tiles, multiply them (for every group), then transform back. A word of tiles is one in
+// float32, two in bfloat16, whose transformed values are rounded to it.
+struct ConvGradArgs {
+  WinogradArgs forward;  // of the convolution: x, and the tiles of its output
+  const void* grad_y;    // channels last, like x
+  float* points;         // of the sum: point, block of x's channels, output channel, channel
+  float* x_tiles;        // of a group: point, block of x's channels, word of tiles, channel
+  float* y_tiles;        // of a group: point, word of tiles, output channel
+  void* grad_weight;     // output channel, row, column, channel
+  int64_t x_step, y_step;  // from point to point of a group's tiles, in words
+  int64_t first, count;    // tiles of the group
+  std::atomic<bool>* finite;  // becomes false where a gradient is not finite
+};
+
+FASTRES_FMA_KERNEL(conv_grad_transform, ConvGradArgs)  // a range counts words of tiles of the group
+FASTRES_FMA_KERNEL(conv_grad_multiply, ConvGradArgs)   // a range counts points times blocks of x's channels
+FASTRES_FMA_KERNEL(conv_grad_finish, ConvGradArgs)     // a range counts output channels
+
+}  // namespace fastres::cpu

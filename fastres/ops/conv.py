@@ -1,0 +1,287 @@
+"""conv: y = conv2d(x, weight, bias), the convolution of a training step, with a backward of its own (He et al. 2016).
+
+x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format. Its gradients are two
+ops, ``conv_backward_input`` and ``conv_backward_weight``. Natively all three are Winograd's F(2x2, 3x3): 3x3 kernels with
+stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. Accumulates in float, 64 to
+256 products at a time; in bfloat16 the transformed values are rounded to it, which makes two and a half times PyTorch's error
+of a single rounding. Saved for backward: x and weight. Bytes moved: x, weight and y.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.dispatch import Backend
+from fastres.errors import must
+from fastres.kernels import native
+from fastres.kernels.layout import memory_format
+from fastres.ops import _check, _conv, _conv_cpu
+from fastres.ops._op import Op, Sample
+
+GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+SCHEMA = f"(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor"
+SCHEMA_INPUT = f"(Tensor grad_y, Tensor weight, int[2] size, {GEOMETRY}) -> Tensor"
+SCHEMA_WEIGHT = f"(Tensor grad_y, Tensor x, int[2] kernel, {GEOMETRY}) -> Tensor"
+
+# 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the gradient by the input break even
+# at 32, gain a twelfth at 64, a third at 256 (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
+LEAST_TILES = 64
+
+
+def reference(x, weight, bias, stride, padding, dilation, groups):
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups).contiguous(memory_format=memory_format(x))
+
+
+def _backward(grad_y, x, weight, stride, padding, dilation, groups, wanted):
+    return torch.ops.aten.convolution_backward(
+        grad_y, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, wanted
+    )
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Not initialised: PyTorch's backward asks for the shape of what it does not read."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+
+
+def reference_input(grad_y, weight, size, stride, padding, dilation, groups):
+    x = _empty(grad_y, grad_y.shape[0], weight.shape[1] * groups, *size)
+    grad_x, _, _ = _backward(grad_y, x, weight, stride, padding, dilation, groups, [True, False, False])
+    return grad_x.contiguous(memory_format=memory_format(grad_y))
+
+
+def reference_weight(grad_y, x, kernel, stride, padding, dilation, groups):
+    weight = _empty(x, grad_y.shape[1], x.shape[1] // groups, *kernel)
+    _, grad_weight, _ = _backward(grad_y, x, weight, stride, padding, dilation, groups, [False, True, False])
+    return grad_weight.contiguous(memory_format=memory_format(x))
+
+
+def check(x, weight, bias, stride, padding, dilation, groups):
+    _conv.check_convolution("conv", x, weight, bias, stride, padding, dilation, groups)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise must("conv", name, f"of x's dtype {x.dtype}", tensor.dtype, "cast one of them")
+
+
+def _check_backward(op, grad_y, x_shape, weight_shape, like, stride, padding, dilation, groups):
+    """What both gradients ask: a convolution of these shapes, whose output grad_y could belong to."""
+    _check.images(op, grad_y=grad_y, **like)
+    x, weight = (grad_y.new_empty(1).expand(shape) for shape in (x_shape, weight_shape))
+    _conv.check_convolution(op, x, weight, None, stride, padding, dilation, groups)
+    shape = _conv.output_shape(x, weight, stride, padding, dilation)
+    if tuple(grad_y.shape) != shape:
+        raise must(op, "grad_y", f"of the output's shape {shape}", tuple(grad_y.shape))
+    for name, tensor in like.items():
+        if tensor.dtype != grad_y.dtype:
+            raise must(op, name, f"of grad_y's dtype {grad_y.dtype}", tensor.dtype, "cast one of them")
+
+
+def check_input(grad_y, weight, size, stride, padding, dilation, groups):
+    op = "conv_backward_input"
+    _check.images(op, grad_y=grad_y, weight=weight)
+    x_shape = (grad_y.shape[0], weight.shape[1] * groups, *size)
+    _check_backward(op, grad_y, x_shape, weight.shape, {"weight": weight}, stride, padding, dilation, groups)
+
+
+def check_weight(grad_y, x, kernel, stride, padding, dilation, groups):
+    op = "conv_backward_weight"
+    _check.images(op, grad_y=grad_y, x=x)
+    weight_shape = (grad_y.shape[1], x.shape[1] // max(groups, 1), *kernel)
+    _check_backward(op, grad_y, x.shape, weight_shape, {"x": x}, stride, padding, dilation, groups)
+
+
+def fake(x, weight, bias, stride, padding, dilation, groups):
+    return _conv.fake(x, weight, stride, padding, dilation)
+
+
+def fake_input(grad_y, weight, size, stride, padding, dilation, groups):
+    return _empty(grad_y, grad_y.shape[0], weight.shape[1] * groups, *size)
+
+
+def fake_weight(grad_y, x, kernel, stride, padding, dilation, groups):
+    return _empty(x, grad_y.shape[1], x.shape[1] // groups, *kernel)
+
+
+def setup_context(ctx, inputs, output):
+    x, weight, _, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def backward(ctx, grad_y):
+    x, weight = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled():  # create_graph=True: PyTorch's formula, which is differentiable
+        grads = _backward(grad_y, x, weight, *ctx.geometry, wanted)
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
+    grad_y = grad_y.contiguous(memory_format=memory_format(x))
+    grad_x = CONV_BACKWARD_INPUT(grad_y, weight, tuple(x.shape[2:]), *ctx.geometry) if wanted[0] else None
+    grad_weight = CONV_BACKWARD_WEIGHT(grad_y, x, tuple(weight.shape[2:]), *ctx.geometry) if wanted[1] else None
+    return grad_x, grad_weight, grad_y.sum((0, 2, 3)) if wanted[2] else None, None, None, None, None
+
+
+# ---- native: Winograd's algorithm -------------------------------------------------------------------------------------
+
+
+def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:
+    """Why a convolution of x, or a gradient of it, is left to PyTorch: shapes and layout alone, in a few microseconds."""
+    if x.dim() != 4 or tuple(weight_shape[2:]) != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
+        return "it convolves 3x3 kernels with stride 1, without dilation, in one group"
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it convolves float32 and bfloat16 on cpu, the tensors are {x.dtype} on {x.device.type}"
+    n, _, height, width = x.shape
+    out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
+    if weight_shape[0] % 16 or not _conv_cpu.suits_winograd(weight_shape, torch.float32, stride, dilation, out):
+        return f"it serves 32 channels and more, multiples of 16, and outputs from 4x4, got {tuple(weight_shape)}, {out}"
+    tiles = n * -(-out[0] // 2) * -(-out[1] // 2)
+    if tiles < LEAST_TILES:
+        return f"so few pixels ({tiles} tiles of 2x2, it wants {LEAST_TILES}) do not repay the transform of the weights"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return f"the activations must be dense in channels_last, got strides {tuple(x.stride())}"
+    return None
+
+
+def _why_not_native(name: str, x, weight_shape, *geometry: Any) -> str | None:
+    reason = why_not_fast(x, weight_shape, *geometry)
+    return reason or native.why_not(name) or _conv_cpu.lacks(x.dtype)
+
+
+def why_not(x, weight, bias, *geometry):
+    return _why_not_native("cpu_conv", x, weight.shape, *geometry)
+
+
+def why_not_input(grad_y, weight, size, stride, padding, *geometry):
+    if max(padding) > 2:
+        return f"its padding is at most 2 pixels, got {padding}"
+    turned = (weight.shape[1], weight.shape[0], *weight.shape[2:])
+    return _why_not_native("cpu_conv", grad_y, turned, stride, _turned(padding), *geometry)
+
+
+def why_not_weight(grad_y, x, kernel, *geometry):
+    if not grad_y.is_contiguous(memory_format=torch.channels_last):
+        return f"the activations must be dense in channels_last, got strides {tuple(grad_y.stride())} of grad_y"
+    return _why_not_native("cpu_conv_backward_weight", x, (grad_y.shape[1], x.shape[1], *kernel), *geometry)
+
+
+def _turned(padding):
+    """The padding with which the gradient by the input is a convolution of grad_y."""
+    return 2 - padding[0], 2 - padding[1]
+
+
+# Winograd's transform would spread what is not finite: a call with such a weight or output takes PyTorch's way.
+
+
+def run(x, weight, bias, *geometry):
+    y = native.op("cpu_conv")(x, weight, geometry[1], False)
+    if y.numel() == 0:
+        return reference(x, weight, bias, *geometry)
+    return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
+
+
+def run_input(grad_y, weight, size, stride, padding, *geometry):
+    grad_x = native.op("cpu_conv")(grad_y, weight, _turned(padding), True)
+    return grad_x if grad_x.numel() else reference_input(grad_y, weight, size, stride, padding, *geometry)
+
+
+def run_weight(grad_y, x, kernel, *geometry):
+    grad_weight = native.op("cpu_conv_backward_weight")(grad_y, x, geometry[1])
+    return grad_weight if grad_weight.numel() else reference_weight(grad_y, x, kernel, *geometry)
+
+
+# ---- samples and cost -------------------------------------------------------------------------------------------------
+
+
+def samples(device, dtype):
+    """Those of the evaluation ops, and shapes that repay a transform: odd sizes, wide to narrow, no padding, bias."""
+    generator = torch.Generator().manual_seed(0)
+
+    def case(label, n, c, size, k, padding, bias=False):
+        tensors = (
+            torch.randn(n, c, *size, generator=generator),
+            torch.randn(k, c, 3, 3, generator=generator) / (9 * c) ** 0.5,
+            torch.randn(k, generator=generator) if bias else None,
+        )
+        tensors = tuple(t if t is None else t.to(device, dtype) for t in tensors)
+        return Sample(label, (*tensors, (1, 1), padding, (1, 1), 1))
+
+    found = []
+    for sample in _conv.samples(device, dtype, with_residual=False):
+        x, weight, bias, *_, stride, padding, dilation, groups, _ = sample.args
+        tensors = (x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        found.append(Sample(sample.label, (*tensors, stride, padding, dilation, groups)))
+    return [
+        *found,
+        case("winograd", 4, 32, (8, 8), 32, (1, 1)),
+        case("winograd, odd size", 2, 48, (13, 11), 96, (1, 1), bias=True),
+        case("winograd, no padding", 2, 80, (15, 14), 32, (0, 0)),
+        case("winograd, wide padding", 2, 32, (10, 13), 64, (2, 1)),
+    ]
+
+
+def _gradients(device, dtype):
+    """Of every sample: a gradient of the output beside its arguments."""
+    for sample in samples(device, dtype):
+        x, weight, _, *geometry = sample.args
+        generator = torch.Generator().manual_seed(1)
+        shape = _conv.output_shape(x, weight, *geometry[:3])
+        yield sample.label, torch.randn(shape, generator=generator).to(device, dtype), x, weight, geometry
+
+
+def samples_input(device, dtype):
+    found = _gradients(device, dtype)
+    return [Sample(label, (grad_y, weight, tuple(x.shape[2:]), *rest)) for label, grad_y, x, weight, rest in found]
+
+
+def samples_weight(device, dtype):
+    found = _gradients(device, dtype)
+    return [Sample(label, (grad_y, x, tuple(weight.shape[2:]), *rest)) for label, grad_y, x, weight, rest in found]
+
+
+def cost(x, weight, bias, stride, padding, dilation, groups):
+    return _conv.cost(x, weight, None, stride, padding, dilation)
+
+
+def cost_input(grad_y, weight, size, *geometry):
+    moved = grad_y.numel() + weight.numel() + grad_y.shape[0] * weight.shape[1] * geometry[-1] * size[0] * size[1]
+    return moved * grad_y.element_size(), 2 * grad_y.numel() * weight[0].numel()
+
+
+def cost_weight(grad_y, x, kernel, *geometry):
+    taps = x.shape[1] // geometry[-1] * kernel[0] * kernel[1]
+    return (grad_y.numel() + x.numel() + grad_y.shape[1] * taps) * x.element_size(), 2 * grad_y.numel() * taps
+
+
+CONV_BACKWARD_INPUT = Op(
+    "conv_backward_input",
+    SCHEMA_INPUT,
+    reference=reference_input,
+    check=check_input,
+    fake=fake_input,
+    samples=samples_input,
+    cost=cost_input,
+    backends=[Backend("cpu", why_not_input, lambda: run_input)],
+)
+
+CONV_BACKWARD_WEIGHT = Op(
+    "conv_backward_weight",
+    SCHEMA_WEIGHT,
+    reference=reference_weight,
+    check=check_weight,
+    fake=fake_weight,
+    samples=samples_weight,
+    cost=cost_weight,
+    backends=[Backend("cpu", why_not_weight, lambda: run_weight)],
+)
+
+CONV = Op(
+    "conv",
+    SCHEMA,
+    reference=reference,
+    check=check,
+    fake=fake,
+    samples=samples,
+    cost=cost,
+    backends=[Backend("cpu", why_not, lambda: run)],
+    setup_context=setup_context,
+    backward=backward,
+)

@@ -24,7 +24,7 @@ def fingerprint(op: str, backend: str) -> str:
 def files(op: str, backend: str) -> list[Path]:
     """Everything in this repository that decides what the backend's kernels of an op compute, in order."""
     if backend == "cuda":
-        found = closure([ROOMS["cuda"] / f"{family(op)}.cpp"], included)
+        found = closure([ROOMS["cuda"] / f"{module(op)}.cpp"], included)
     else:
         name = "_conv_cudnn.py" if backend == "cudnn" else f"{module(op)}.py"
         found = closure([ROOMS[backend] / name], imported)
@@ -34,14 +34,10 @@ def files(op: str, backend: str) -> list[Path]:
     return sorted(found)
 
 
-def family(op: str) -> str:
-    """The stem of the files of an op: that of its forward."""
-    return op.removesuffix("_backward").removesuffix("_train")
-
-
 def module(op: str) -> str:
-    """The Triton module of an op; both convolutions share one."""
-    return "conv_bn_act" if op == "conv_bn_add_act" else family(op)
+    """The stem of the files of an op: that of its forward; both convolutions share one."""
+    family = op.removesuffix("_backward").removesuffix("_train")
+    return "conv_bn_act" if family == "conv_bn_add_act" else family
 
 
 def closure(start: list[Path], leads_to: Callable[[Path], list[Path]]) -> set[Path]:
@@ -61,7 +57,8 @@ def included(path: Path) -> list[Path]:
     names = re.findall(r'^#include "(.+)"$', path.read_text(encoding="utf-8"), re.M)
     found = [CSRC / name for name in names]
     stems = [header.stem for header in found if header.parent == ROOMS["cuda"]]
-    kernels = [ROOMS["cuda"] / f"{stem}{kind}_kernel.cu" for stem in stems for kind in ("", "_backward")]
+    names = [name for stem in stems for name in (stem, f"{stem}_backward", f"sm90_{stem}")]
+    kernels = [ROOMS["cuda"] / f"{name}_kernel.cu" for name in names]
     return found + [kernel for kernel in kernels if kernel.is_file()]
 
 

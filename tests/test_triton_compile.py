@@ -179,9 +179,18 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "mma": sum(ptx.count(name) for name in {MMA[capability], "mma.sync"}) if dot else None,
         "tensor_cores": MMA[capability] in ptx,
+        "wgmma": MMA[90] in ptx,
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*(?<!v2)(?<!v4)\.b16", ptx)),
+        "widest": max(access_bytes(ptx)),
         "wide": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
     }
+
+
+def access_bytes(ptx: str) -> list[int]:
+    """Bytes of every access to memory, the copies to shared memory among them."""
+    plain = re.findall(r"(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    copied = re.findall(r"cp\.async\.c[ag]\S* .*?, (0x[0-9a-f]+)", ptx)
+    return [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(size, 16) for size in copied]
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres.errors import must, must_type
 from fastres.kernels import inplace
 from fastres.kernels.layout import memory_format, why_not_dense
-from fastres.ops import _check, _conv_cpu, _conv_cudnn, _fold
+from fastres.ops import _check, _conv_cpu, _conv_cuda, _conv_cudnn, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
 from fastres.ops._op import Backend, Sample
@@ -204,6 +204,13 @@ def why_not_cudnn(
     return _conv_cudnn.why_not(x, weight, groups, act) or _why_not_folded(x, residual)
 
 
+def why_not_cuda(
+    x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
+):  # fmt: skip
+    own = _conv_cuda.why_not(x, weight, stride, padding, dilation, groups)
+    return own or _why_not_folded(x, residual)
+
+
 def run_cpu(x, residual, *rest):
     """The native kernel; the plain composition for weights that are not finite."""
     y = _conv_cpu.run(x, residual, *rest)
@@ -211,7 +218,7 @@ def run_cpu(x, residual, *rest):
 
 
 def backends(with_residual: bool) -> list[Backend]:
-    """Native CPU, oneDNN, Triton and cuDNN; an op without residual passes None in its place."""
+    """Native CPU, oneDNN, Triton, cuDNN and native CUDA; an op without residual passes None in its place."""
 
     def adapt(function: Callable) -> Callable:
         return function if with_residual else lambda x, *rest: function(x, None, *rest)
@@ -223,6 +230,7 @@ def backends(with_residual: bool) -> list[Backend]:
             "triton", adapt(why_not_triton_conv), lambda config=None: adapt(load_triton(config)), adapt(triton_configs)
         ),
         Backend("cudnn", adapt(why_not_cudnn), lambda: adapt(_conv_cudnn.run)),
+        Backend("cuda", adapt(why_not_cuda), lambda: adapt(_conv_cuda.run)),
     ]
 
 

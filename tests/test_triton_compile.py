@@ -133,6 +133,18 @@ def run_convolution(room, dtype: torch.dtype):
                 yield config, lambda w=weight, g=geometry, config=config, tf32=tf32: conv.conv_act(
                     x, w, bias, x, *g, "relu", tf32, config
                 )
+            if config in (configs.CONV_TENSOR_CORE[3], configs.CONV_TENSOR_CORE[-1]):
+                yield from few_channels(conv, dtype, config)
+
+
+def few_channels(conv, dtype: torch.dtype, config):
+    """A stem, and a convolution in groups of four channels."""
+    window = ((7, 7), (2, 2), (3, 3), (1, 1)), ((3, 3), (1, 1), (1, 1), (1, 1))
+    stem, weight = image(dtype, True, 256, 3, 224), torch.empty(64, 147, dtype=dtype, device="meta")
+    yield config, lambda: conv.conv_act(stem, weight, None, None, *window[0], "relu", False, config)
+    x, grouped = image(dtype, True, 256, 128, 56), torch.empty(128, 36, dtype=dtype, device="meta")
+    yield config, lambda: conv.conv_act(x, grouped, None, None, *window[1], "relu", False, config, 32)
+
 
 
 def collect() -> list[Launch]:
@@ -173,7 +185,7 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "config": launch.config,
         "capability": capability,
         "arch": re.search(r"^\.target sm_(\w+)", ptx, re.M)[1],
-        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE")},
+        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE", "FLAT")},
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
@@ -255,9 +267,9 @@ def test_tensor_cores_where_meant() -> None:
 def test_wide_memory_accesses() -> None:
     """Activations move 16 bytes at a time; a merge reads a handful of partials, the statistics a sample of 16 values.
 
-    Windows over contiguous planes read every other element.
+    Windows over contiguous planes read every other element; few channels are gathered one by one.
     """
     sample = {"bn_statistics_kernel": 1}
     rows = faults(lambda row: not row["wide"] or row["narrow"] > sample.get(row["kernel"], 0))
-    rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"])]
+    rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"]) and not row[4].get("FLAT")]
     assert not [row for row in rows if "merge" not in row[0]]

@@ -191,7 +191,7 @@ def run_triton(
     parameters = (weight, bias, bn_weight, bn_bias, mean, var)
     w, b = _fold.folded(parameters, eps, form, lambda w, b: (kernels.pack(w.to(x.dtype)), b))
     kernel = tuple(weight.shape[2:])
-    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, config=config)
+    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, config=config, groups=groups)
 
 
 def why_not_cpu(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):

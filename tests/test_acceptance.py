@@ -107,9 +107,10 @@ def test_a_validation_is_kept_with_its_source(monkeypatch):
 def test_networks_in_turns(training):
     ways = ["fastres", "eager channels_last", *([] if training else ["eager channels_last + AMP"]), "torch.compile"]
     task = {"do": "network", "name": "cifar.resnet8", "size": 16, "batch": 2, "dtype": "bf16", "training": training}
-    rows = tasks.Worker(CPU).perform({**task, "ways": ways, "seconds": 0.02}, lambda: 20.0)
+    rows = tasks.Worker(CPU).perform({**task, "ways": ways, "seconds": 0.02, "replay": training}, lambda: 20.0)
     assert [row["rival"] for row in rows] == ways
     assert rows[0]["dtype"] == ("bfloat16 autocast" if training else "bfloat16")
+    assert rows[0]["pass"] == ("training" if training else "inference, as called")
     assert "out of time" in rows[-1]["missing"] and all("median_s" in row for row in rows[:-1])
 
 

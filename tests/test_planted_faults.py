@@ -97,6 +97,8 @@ TRITON = [
     Fault("no border in pooling", "bn_act_maxpool.py", "inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)",
           "inside = valid & (y >= 0) & (y < height) & (x < width)", "test_pooling_finds_the_positions_that_torch_finds",
           {"act": "relu"}),
+    Fault("every group reads the first one's channels", "conv_bn_act.py", "pixel, group * C_IN, n", "pixel, 0, n",
+          "test_conv_act", {"dtype": FP32, "convolution": [3, 2, 1, 1, 12, 18, 3]}),
 ]  # fmt: skip
 
 

@@ -133,17 +133,17 @@ def run_convolution(room, dtype: torch.dtype):
                 yield config, lambda w=weight, g=geometry, config=config, tf32=tf32: conv.conv_act(
                     x, w, bias, x, *g, "relu", tf32, config
                 )
-            if config in (configs.CONV_TENSOR_CORE[3], configs.CONV_TENSOR_CORE[-1]):
-                yield from few_channels(conv, dtype, config)
+        for config in configs.conv_candidates(x.element_size(), tf32, configs.Limits(max(SHARED), 1 << 30), few=True):
+            yield from few_channels(conv, dtype, config, tf32)
 
 
-def few_channels(conv, dtype: torch.dtype, config):
+def few_channels(conv, dtype: torch.dtype, config, tf32: bool):
     """A stem, and a convolution in groups of four channels."""
     window = ((7, 7), (2, 2), (3, 3), (1, 1)), ((3, 3), (1, 1), (1, 1), (1, 1))
     stem, weight = image(dtype, True, 256, 3, 224), torch.empty(64, 147, dtype=dtype, device="meta")
-    yield config, lambda: conv.conv_act(stem, weight, None, None, *window[0], "relu", False, config)
+    yield config, lambda: conv.conv_act(stem, weight, None, None, *window[0], "relu", tf32, config)
     x, grouped = image(dtype, True, 256, 128, 56), torch.empty(128, 36, dtype=dtype, device="meta")
-    yield config, lambda: conv.conv_act(x, grouped, None, None, *window[1], "relu", False, config, 32)
+    yield config, lambda: conv.conv_act(x, grouped, None, None, *window[1], "relu", tf32, config, 32)
 
 
 
@@ -232,7 +232,8 @@ def offered(launch: Launch, capability: int) -> bool:
         return True
     configs = importlib.import_module(f"{ROOM}.configs")
     itemsize, tf32 = 4 if launch.dtype == "fp32" else 2, ("PRECISION", "tf32") in launch.constants
-    legal = configs.conv_candidates(itemsize, tf32, configs.Limits(capability, SHARED[capability]))
+    few = ("FLAT", True) in launch.constants
+    legal = configs.conv_candidates(itemsize, tf32, configs.Limits(capability, SHARED[capability]), few)
     return launch.config in map(str, legal)
 
 
@@ -245,7 +246,7 @@ def test_every_configuration_is_compiled(capsys) -> None:
     configs = importlib.import_module(f"{ROOM}.configs")
     tables = (configs.FLAT, configs.CHANNELS_LAST, configs.CONTIGUOUS)
     tables += (configs.POOLED_CHANNELS_LAST, configs.POOLED_CONTIGUOUS)
-    tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE)
+    tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE, configs.CONV_FEW_CHANNELS)
     compiled = {(row["config"], row["capability"]) for row in report()}
     assert {(str(config), 90) for table in tables for config in table} <= compiled
     _compile_report.publish("triton", report(), capsys)

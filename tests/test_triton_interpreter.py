@@ -372,7 +372,7 @@ def test_refusals():
 def test_heuristics_choose_legal_configurations():
     limits = configs.Limits(90, 227 << 10)
     for pixels, channels_out, depth in ((1, 1, 1), (49, 2048, 512), (802816, 64, 576), (12544, 512, 4608)):
-        for itemsize, tf32 in ((2, False), (4, True), (4, False)):
-            legal = configs.conv_candidates(itemsize, tf32, limits)
-            assert configs.conv_heuristic(pixels, channels_out, depth, itemsize, tf32, limits) in legal
+        for (itemsize, tf32), few in itertools.product(((2, False), (4, True), (4, False)), (False, True)):
+            legal = configs.conv_candidates(itemsize, tf32, limits, few)
+            assert configs.conv_heuristic(pixels, channels_out, depth, itemsize, tf32, limits, few) in legal
     assert configs.conv_candidates(2, False, configs.Limits(89, 99 << 10))

@@ -28,6 +28,7 @@ def compare(
     lower: torch.dtype | None = None,
     seconds: float = 10.0,
     batches: tuple[int, int] = (5, 100),
+    replay: bool = True,
     step: Callable[[str], object] = lambda text: None,
     seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[Row]:
@@ -41,6 +42,8 @@ def compare(
         training: time a training step (forward, backward, SGD with momentum) instead of evaluation.
         lower: dtype of autocast, under which all of them run; None without it.
         seconds, batches: as for ``timing.interleaved``.
+        replay: on a GPU, inference is replayed from CUDA graphs where it can be, without the host's share; False times
+            calls as they are made.
         step: called with what begins.
         seconds_left: until all of it must be over; a rival that needs longer to get ready is missing.
     """
@@ -62,8 +65,9 @@ def compare(
     step("timing, all in turns")
     with torch.set_grad_enabled(training):
         device = subject.x.device
-        times = timing.interleaved(calls, device, seconds=seconds, batches=batches, graph=not training)
+        times = timing.interleaved(calls, device, seconds=seconds, batches=batches, graph=replay and not training)
     for row in rows:
+        row["pass"] += "" if replay else ", as called"
         if row["rival"] in times:
             measured = times[row["rival"]]
             row.update(measured.to_dict(), images_per_s=subject.x.shape[0] / measured.median)

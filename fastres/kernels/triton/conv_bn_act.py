@@ -52,22 +52,25 @@ def _accumulate(
         origin = (image * height + top) * width + left
     k = tl.arange(0, BLOCK_K)
     for step in range((DEPTH + BLOCK_K - 1) // BLOCK_K if FLAT else KH * KW * STEPS):
+        inside = pixel < pixels
         if FLAT:  # a tap for each k
-            tap, c = ((step * BLOCK_K + k) // C_IN)[None, :], (step * BLOCK_K + k) % C_IN
-            first, k_valid = step * BLOCK_K, step * BLOCK_K + k < DEPTH
+            first, c = step * BLOCK_K, (step * BLOCK_K + k) % C_IN
+            tap, k_valid = (step * BLOCK_K + k) // C_IN, step * BLOCK_K + k < DEPTH
+            row, column = (tap // KW * dilation_h)[None, :], (tap % KW * dilation_w)[None, :]
+            y, x = top[:, None] + row, left[:, None] + column
+            x_mask = inside[:, None] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            place = origin[:, None] + (row * width + column)
         else:  # one for the block
             tap, c = step // STEPS, step % STEPS * BLOCK_K + k
             first, k_valid = tap * C_IN + step % STEPS * BLOCK_K, c < C_IN
-        row, column = tap // KW * dilation_h, tap % KW * dilation_w
-        x_mask = (pixel < pixels)[:, None]
-        if not POINTWISE:
-            y, x = top[:, None] + row, left[:, None] + column
-            x_mask &= (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            row, column = tap // KW * dilation_h, tap % KW * dilation_w
+            if not POINTWISE:
+                inside &= (top + row >= 0) & (top + row < height) & (left + column >= 0) & (left + column < width)
+            x_mask, place = inside[:, None], (origin + row * width + column)[:, None]
         weight_mask = n_valid[None, :]
         if FLAT or C_IN % BLOCK_K != 0:
             x_mask, weight_mask = x_mask & k_valid[None, :], weight_mask & k_valid[:, None]
-        offset = (origin[:, None] + (row * width + column)) * (C_IN * GROUPS) + channel + c[None, :]
-        a = tl.load(x_ptr + offset, mask=x_mask, other=0.0)
+        a = tl.load(x_ptr + place * (C_IN * GROUPS) + (channel + c)[None, :], mask=x_mask, other=0.0)
         b = tl.load(weight_ptr + n[None, :] * DEPTH + (first + k)[:, None], mask=weight_mask, other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
@@ -93,8 +96,13 @@ def _conv_act_kernel(
     tiles_n = tl.cdiv(of_group, BLOCK_N)
     pid_m, pid_n = _tile_order(tl.cdiv(pixels, BLOCK_M), GROUPS * tiles_n, GROUP_M)
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    group, in_group = pid_n // tiles_n, pid_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n, n_valid = group * of_group + in_group, in_group < of_group
+    if GROUPS == 1:  # written apart: registers are scarce
+        group = 0
+        n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_valid = n < channels_out
+    else:
+        group, in_group = pid_n // tiles_n, pid_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n, n_valid = group * of_group + in_group, in_group < of_group
     offset = pixel[:, None] * channels_out + n[None, :]
     valid = (pixel < pixels)[:, None] & n_valid[None, :]
 
@@ -146,7 +154,7 @@ def conv_act(
         pixels, channels_out, height, width, out_height, out_width, *stride, *padding, *dilation,
         C_IN=channels_in // groups, GROUPS=groups, KH=kernel[0], KW=kernel[1], ACT=act,
         POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0),
-        FLAT=channels_in // groups < FEW_CHANNELS and kernel[0] * kernel[1] > 1,
+        FLAT=has_few_channels(channels_in // groups, kernel),
         PRECISION="tf32" if tf32 else "ieee", UPCAST=triton_interpret() and x.dtype == torch.bfloat16,
         INDEX=index_type(max(x.numel(), y.numel(), weight_packed.numel())),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
@@ -169,14 +177,20 @@ def heuristic(
     x: Tensor, channels_out: int, pixels: int, kernel: list[int], tf32: bool, groups: int
 ) -> configs.ConvConfig:
     """The configuration for one convolution on x's device where none has been tuned; its groups are as many more pixels."""
-    depth = kernel[0] * kernel[1] * x.shape[1] // groups
-    found = pixels * groups, channels_out // groups, depth
-    return configs.conv_heuristic(*found, x.element_size(), tf32, limits(x.device))
+    few, depth = has_few_channels(x.shape[1] // groups, kernel), kernel[0] * kernel[1] * x.shape[1] // groups
+    size = pixels * groups, channels_out // groups, depth
+    return configs.conv_heuristic(*size, x.element_size(), tf32, limits(x.device), few)
 
 
-def candidates(x: Tensor, tf32: bool = False) -> list[configs.ConvConfig]:
-    """The configurations tuning may choose from on x's device."""
-    return configs.conv_candidates(x.element_size(), tf32, limits(x.device))
+def has_few_channels(channels: int, kernel: list[int]) -> bool:
+    """Whether blocks of a group's channels would be mostly empty."""
+    return channels < FEW_CHANNELS and kernel[0] * kernel[1] > 1
+
+
+def candidates(x: Tensor, weight: Tensor, tf32: bool = False) -> list[configs.ConvConfig]:
+    """The configurations tuning may choose from for a convolution on x's device."""
+    few = has_few_channels(weight.shape[1], list(weight.shape[2:]))
+    return configs.conv_candidates(x.element_size(), tf32, limits(x.device), few)
 
 
 @functools.cache

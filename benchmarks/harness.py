@@ -6,6 +6,7 @@ these files.
 
 import copy
 import datetime
+import itertools
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from fastres.experiments.subject import Subject
 ROOT = benchmarks.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 1.0  # for the rivals of one row together
+MOST_COPIES = 16  # of the arguments that a GPU row rotates through
 
 
 def device() -> torch.device:
@@ -61,16 +63,16 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def save(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS) -> Path:
+def save(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS, **more: Any) -> Path:
     """Write the result file of this machine."""
-    return write(folder / device_name(place) / f"{name}.json", rows, place)
+    return write(folder / device_name(place) / f"{name}.json", rows, place, **more)
 
 
-def write(path: Path, rows: list[Row], place: torch.device) -> Path:
-    """Write one result file, in one step."""
+def write(path: Path, rows: list[Row], place: torch.device, **more: Any) -> Path:
+    """Write one result file, in one step; ``more`` stands before its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    data = {"name": path.stem, **about(place), "rows": rows}
+    data = {"name": path.stem, **about(place), **more, "rows": rows}
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
@@ -114,8 +116,9 @@ def compiled(function: Callable, *args: Any) -> tuple[Callable | None, Row]:
 
 
 def rows_of(
-    common: Row, calls: Mapping[str, Callable], extra: Mapping[str, Row], place: torch.device, **options: Any
-) -> list[Row]:
+    common: Row, calls: Mapping[str, Callable], extra: Mapping[str, Row], place: torch.device, base: str = FASTRES,
+    **options: Any,
+) -> list[Row]:  # fmt: skip
     """Time calls in turns: one row each, with its ratio to fastres, and GB/s and GFLOP/s where ``bytes``,
     ``flops`` are given.
 
@@ -123,6 +126,7 @@ def rows_of(
         common: what all rows share.
         calls: fastres and its rivals by name.
         extra: more of each row; a rival that is only here is missing.
+        base: the rival that the ratios are taken to.
     """
     times = timing.interleaved(calls, place, **{"seconds": SECONDS, **options})
     rows = []
@@ -131,7 +135,7 @@ def rows_of(
         row |= {"rival": name, **extra.get(name, {})}
         if name in times:
             measured = times[name]
-            row |= {**measured.to_dict(), "ratio": measured.median / times[FASTRES].median}
+            row |= {**measured.to_dict(), "ratio": measured.median / times[base].median}
             if "bytes" in common:
                 row |= {
                     "gb_per_s": common["bytes"] / measured.median / 1e9,
@@ -150,6 +154,38 @@ def copy_peak(place: torch.device) -> float:
     target = torch.empty_like(source)
     measured = timing.interleaved({"copy": lambda: target.copy_(source)}, place, seconds=1.0)["copy"]
     return 2 * size / measured.p20 / 1e9
+
+
+def matmul_peak(place: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of a large product: the peak that compute-bound kernels are held against."""
+    size = 8192 if place.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=place).to(dtype) for _ in range(2))
+    measured = timing.interleaved({"matmul": lambda: a @ b}, place, seconds=1.0)["matmul"]
+    return 2 * size**3 / measured.p20 / 1e9
+
+
+def rotated(run: Callable, args: tuple, place: torch.device) -> Callable[[], Any]:
+    """The call on copies of its arguments in turn, on a GPU more than its cache holds, so that none is found there."""
+    size = sum(a.numel() * a.element_size() for a in args if isinstance(a, torch.Tensor))
+    cache = torch.cuda.get_device_properties(place).L2_cache_size if place.type == "cuda" else 0
+    copies = [args]
+    for _ in range(min(3 * cache // max(size, 1), MOST_COPIES - 1)):
+        copies.append(tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args))
+    turn = itertools.cycle(copies)
+    return lambda: run(*next(turn))
+
+
+def clocks(place: torch.device) -> dict[str, str] | None:
+    """A GPU's clocks, power and temperature as its driver tells them; None where there is none."""
+    if place.type != "cuda":
+        return None
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={place.index or 0}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except OSError:
+        return None
+    return dict(zip(fields.split(","), done.stdout.strip().split(", "), strict=False))
 
 
 def refuse_wrong(rows: list[Row]) -> None:

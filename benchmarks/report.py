@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import sources
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.peers import table as peers
 from benchmarks.table import Row, cases, condensed, duration, markdown, rivals
@@ -90,31 +91,48 @@ def _markdown(rows: list[Row]) -> str:
 
 
 def support_matrix() -> str:
-    """Op by backend: where a backend exists, and on what it has been validated or compiled."""
-    validated, compiled = validated_on(), {path.stem: architectures(path) for path in COMPILED.glob("*.json")}
+    """Op by backend: where a backend exists, and on what its kernels have been validated, measured or compiled."""
+    compiled = {path.stem: architectures(path) for path in COMPILED.glob("*.json")}
+    known = validated_on(), measured_on(), compiled
     lines = [["op", *COLUMNS], [":--", *[":-:"] * len(COLUMNS)]]
     for name, op in sorted(REGISTRY.items()):
         present = {backend.name for backend in op.backends}
-        lines.append([f"`{name}`", *(_support(name, b, present, validated, compiled) for b in COLUMNS)])
+        lines.append([f"`{name}`", *(_support(name, b, *known) if b in present else "–" for b in COLUMNS)])
     found = "; ".join(f"{backend} for {', '.join(archs)}" for backend, archs in sorted(compiled.items()))
     notes = (
         "Everything *tested* is held against float64 by the test suite; what is *interpreted* too, in Triton's interpreter."
-        f" *Compiled* kernels ({found}) have met the compilers. What is *unmeasured* no GPU has run; on an architecture that"
-        " has not validated a kernel it is never chosen by default."
+        f" *Compiled* kernels ({found}) have met the compilers. What is *unmeasured* no GPU has run from its present source;"
+        " on an architecture that has not validated a kernel it is never chosen by default."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 
 
-def _support(op: str, backend: str, present: set[str], validated: dict, compiled: dict) -> str:
-    if backend not in present:
-        return "–"
+def _support(op: str, backend: str, validated: dict, measured: dict, compiled: dict) -> str:
     if backend in ("cpu", "onednn", "torch"):
         return "tested"
+    devices = measured.get((op, backend), ())
+    archs = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ())) if devices else []
     parts = ["interpreted"] if backend == "triton" else []
-    found = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ()))
-    parts += [f"validated on {', '.join(found)}"] if found else []
-    parts += ["compiled"] if any(arch.rstrip("af") not in found for arch in compiled.get(backend, ())) else []
-    return ", ".join(parts if found else [*parts, "unmeasured"])
+    parts += [f"validated on {', '.join(archs)}"] if archs else []
+    parts += ["compiled"] if any(arch.rstrip("af") not in archs for arch in compiled.get(backend, ())) else []
+    return ", ".join([*parts, f"measured on {', '.join(devices)}" if devices else "unmeasured"])
+
+
+def measured_on(results: Path = RESULTS) -> dict[tuple[str, str], list[str]]:
+    """The devices that ran an op's kernels on a backend, and kept the budget, from the source as it is now."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(results.glob("*/acceptance.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for row in data["rows"]:
+            if row.get("ok") and "source" in row and row["source"] == current(row["name"], row["rival"]):
+                found.setdefault((row["name"], row["rival"]), []).append(data["device"])
+    return found
+
+
+def current(op: str, backend: str) -> str | None:
+    """The hash of the source of an op's kernels on a backend; None where there are none now."""
+    present = op in REGISTRY and any(known.name == backend for known in REGISTRY[op].backends)
+    return sources.fingerprint(op, backend) if present else None
 
 
 def validated_on() -> dict[str, dict[str, list[str]]]:
@@ -140,10 +158,19 @@ def plot(data: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    grouped, names = cases(data["rows"]), rivals(data["rows"])
-    colours = ["#c2410c", "#9aa5b1", "#647084", "#3b4a63", "#1f2937"]
+    figure, axes = pyplot.subplots(figsize=(8.5, 0.6 + 0.95 * len(cases(data["rows"]))), layout="constrained")
+    bars(axes, data["rows"])
+    axes.set_title(f"{data['device']}, torch {data['torch']}, {data['date']}", fontsize=9, loc="left")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def bars(axes: Any, rows: list[Row]) -> None:
+    """One group of bars a network, one bar a way to run it: how many times as fast as the slowest."""
+    grouped, names = cases(rows), rivals(rows)
+    colours = ["#c2410c", "#9aa5b1", "#647084", "#3b4a63", "#1f2937", "#7c6f64"]
     height = 0.8 / len(names)
-    figure, axes = pyplot.subplots(figsize=(8.5, 0.6 + 0.95 * len(grouped)), layout="constrained")
     for column, name in enumerate(names):
         found = [(index, by[name]) for index, by in enumerate(grouped.values()) if "median_s" in by.get(name, {})]
         slowest = [max(r["median_s"] for r in list(grouped.values())[i].values() if "median_s" in r) for i, _ in found]
@@ -153,15 +180,15 @@ def plot(data: dict[str, Any], path: Path) -> None:
         for place, length, (_, row) in zip(places, lengths, found, strict=True):
             weight = "bold" if name == FASTRES else "normal"
             axes.text(length + 0.01, place, duration(row["median_s"]), va="center", fontsize=7, fontweight=weight)
-    labels = [" ".join(filter(None, (case[0], case[1], "batch " + case[2].split("x")[0], case[3]))) for case in grouped]
-    axes.set_yticks(range(len(grouped)), labels, fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlabel("times as fast as the slowest", fontsize=8)
-    axes.set_title(f"{data['device']}, torch {data['torch']}, {data['date']}", fontsize=9, loc="left")
+    labelled(axes, [" ".join(filter(None, (c[0], c[1], "batch " + c[2].split("x")[0], c[3]))) for c in grouped])
+
+
+def labelled(axes: Any, labels: list[str]) -> None:
+    """A label for each group of bars, the first on top."""
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def build_cuda(info: dict, explicit: bool) -> Path:
     # What ptxas says of registers, spills and shared memory stays beside the object, for the tests.
     log = "> $out.ptxas.txt 2>&1 || (cat $out.ptxas.txt; exit 1)"
     command = f"{quoted([nvcc['path'], *NVCC_FLAGS, *host])} -MD -MF $out.d $flags -c $in -o $out {log}"
-    edges = [(f"{path.stem}.o", "nvcc", [path], codes) for path in kernels]
+    # Kernels of one architecture are compiled for that alone; where it is not asked for, their code is empty.
+    hopper = [code for code in codes if code.endswith("code=sm_90a")] or codes
+    edges = [(f"{path.stem}.o", "nvcc", [path], hopper if path.stem.startswith("sm90_") else codes) for path in kernels]
     headers = ["-DUSE_CUDA", "-isystem", torch["root"] / "include", "-isystem", nvcc["include"]]
     edges += [(f"{path.stem}.o", "cxx", [path], headers) for path in bindings]
     # libtorch leads to libtorch_cuda, which has the current-stream function and which a CPU torch lacks.

@@ -7,7 +7,8 @@ next call on.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,13 +75,14 @@ class Session:
 
     device: torch.device
     seconds: float = 0.5
+    configurations: bool = True  # False: each backend only as it is by default
     results: list[Tuned] = field(default_factory=list)
     _verdicts: dict[tuple[str, str], str | None] = field(default_factory=dict)
 
     def tune(self, op: Op, args: tuple) -> Tuned:
         """Validate and time every candidate for one call."""
         found, runs = [], {}
-        for backend, config, run in _candidates(op, args):
+        for backend, config, run in _candidates(op, args, self.configurations):
             refusal = backend.why_not(*args)
             failure = None if refusal else self._failure(op, backend, config, run, args)
             found.append(Candidate(backend.name, config, refusal, failure))
@@ -100,15 +102,19 @@ class Session:
         """Why a candidate is discarded, or None."""
         if backend.name == "torch":
             return None
-        name = (op.name, backend.name)
-        if name not in self._verdicts:
-            self._verdicts[name] = self.on_samples(op, backend)
-        verdict = self._verdicts[name]
+        verdict = self.verdict(op, backend)
         if verdict is None and (reason := judge(op, run, args)):
             verdict = f"on this call: {reason}"
             if config is None:
-                self._verdicts[name] = verdict
+                self._verdicts[op.name, backend.name] = verdict
         return verdict
+
+    def verdict(self, op: Op, backend: Backend) -> str | None:
+        """Why a backend of an op is discarded on this device, or None; kept, for ``store``."""
+        name = (op.name, backend.name)
+        if name not in self._verdicts:
+            self._verdicts[name] = self.on_samples(op, backend)
+        return self._verdicts[name]
 
     def on_samples(self, op: Op, backend: Backend) -> str | None:
         """Why a backend misses the budget on the op's samples, or loses the NaN that PyTorch keeps; None where neither."""
@@ -116,7 +122,7 @@ class Session:
             args = _with_nan(op.samples(self.device, dtype)[0].args)
             if backend.why_not(*args) is None and (reason := judge(op, backend.load(), args)):
                 return f"on a NaN in {str(dtype).removeprefix('torch.')}: {reason}"
-            for label, args in _samples(op, self.device, dtype):
+            for label, args in laid_out_samples(op, self.device, dtype):
                 if backend.why_not(*args) is None and (reason := judge(op, backend.load(), args)):
                     return f"on sample {label!r} in {str(dtype).removeprefix('torch.')}: {reason}"
         return None
@@ -176,6 +182,7 @@ def tune_model(
     x: Tensor,
     *,
     seconds: float = 0.5,
+    configurations: bool = True,
     store: bool = True,
     step: Callable[[str, int], object] | None = None,
 ) -> Session:
@@ -185,6 +192,7 @@ def tune_model(
     In training mode a copy of the model runs forward and backward, so that gradients are tuned too.
 
     Args:
+        configurations: False times each backend only as it is by default, in a fraction of the time.
         step: called before each call with its key and the number of calls.
 
     Raises:
@@ -196,7 +204,7 @@ def tune_model(
     calls = record(model, x)
     if not calls:
         raise UnsupportedError("fastres.tuner: no fastres op runs in this model (call fastres.optimize(model) first)")
-    session = Session(x.device, seconds)
+    session = Session(x.device, seconds, configurations)
     for key, (op, args) in calls.items():
         if step is not None:
             step(key, len(calls))
@@ -210,14 +218,18 @@ def record(model: nn.Module, x: Tensor) -> dict[str, tuple[Op, tuple]]:
     """The distinct op calls, by tuning key, that the model makes on x; in training mode those of the backward
     pass too.
     """
-    recorder = _Recorder()
     if model.training:
         twin = copy.deepcopy(model)
-        with recorder:
-            twin(x.detach().clone()).float().square().mean().backward()
-    else:
-        with torch.no_grad(), recorder:
-            model(x)
+        return recorded(lambda: twin(x.detach().clone()).float().square().mean().backward())
+    with torch.no_grad():
+        return recorded(lambda: model(x))
+
+
+def recorded(call: Callable[[], object]) -> dict[str, tuple[Op, tuple]]:
+    """The distinct op calls, by tuning key, that one call makes."""
+    recorder = _Recorder()
+    with recorder:
+        call()
     return recorder.calls
 
 
@@ -246,16 +258,14 @@ def _device(args: tuple) -> torch.device:
     return next(arg.device for arg in args if isinstance(arg, Tensor))
 
 
-def _candidates(op: Op, args: tuple) -> Iterator[tuple[Backend, tuple | None, Callable]]:
-    """Every backend, and each of its configurations where it has several; refused ones once, to be
-    reported.
-    """
+def _candidates(op: Op, args: tuple, configurations: bool) -> Iterator[tuple[Backend, tuple | None, Callable]]:
+    """Every backend, and each of its configurations where wanted; refused ones once, to be reported."""
     for backend in op.backends:
         if backend.why_not(*args) is not None:
             yield backend, None, _refused
             continue
         yield backend, None, backend.load()
-        for config in backend.configs(*args) if backend.configs is not None else ():
+        for config in backend.configs(*args) if configurations and backend.configs is not None else ():
             yield backend, tuple(config), backend.load(config)
 
 
@@ -263,16 +273,12 @@ def _refused(*args: Any) -> None:
     raise AssertionError("a refused backend is never called")
 
 
-def _samples(op: Op, device: torch.device, dtype: torch.dtype) -> Iterable[tuple[str, tuple]]:
-    for sample in op.samples(device, dtype):
-        for layout in LAYOUTS:
-            yield (
-                sample.label,
-                tuple(
-                    a.contiguous(memory_format=layout) if isinstance(a, Tensor) and a.dim() == 4 else a
-                    for a in sample.args
-                ),
-            )
+def laid_out_samples(op: Op, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
+    """The op's samples in both memory formats, with their labels."""
+    for sample, layout in itertools.product(op.samples(device, dtype), LAYOUTS):
+        images = (isinstance(a, Tensor) and a.dim() == 4 for a in sample.args)
+        pairs = zip(sample.args, images, strict=True)
+        yield sample.label, tuple(a.contiguous(memory_format=layout) if image else a for a, image in pairs)
 
 
 def _with_nan(args: tuple) -> tuple:

@@ -33,8 +33,12 @@ def reference(name, args):
 
 
 def mapped(args, change):
-    """The arguments with change(tensor) in place of each activation."""
-    return [change(a) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in args]
+    """The arguments with change(tensor) in place of each activation; a convolution's weight is a Parameter."""
+    return [change(a) if is_activation(a) else a for a in args]
+
+
+def is_activation(a):
+    return isinstance(a, torch.Tensor) and a.dim() == 4 and not isinstance(a, torch.nn.Parameter)
 
 
 def in_double(args):
@@ -52,6 +56,11 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     weight, bias = (torch.randn(channels, generator=generator).to(x.device, dtype) for _ in range(2))
     mean, var = x.double().mean((0, 2, 3)).float(), x.double().var((0, 2, 3), unbiased=False).float()
     base = name.removesuffix("_backward").removesuffix("_train")
+    if base.startswith("conv"):
+        kernel = torch.randn(channels, channels, 1, 1, generator=generator) / channels**0.5
+        kernel = torch.nn.Parameter(kernel.to(x.device), requires_grad=False)
+        residual = [draw()] if base == "conv_bn_add_act" else []
+        return [x, *residual, kernel, None, weight, bias, mean, var, 1e-5, (1, 1), (0, 0), (1, 1), 1, act]
     if base == "add_act":
         return [x, draw(), act]
     if name == "bn_act_backward":

@@ -212,10 +212,13 @@ def test_the_support_matrix_names_what_was_compiled_and_validated(monkeypatch, t
         harness.write(tmp_path / f"{backend}.json", rows, CPU)
     validated = {"sm_90": {"cuda": ["add_act"], "triton": ["add_act"]}}
     monkeypatch.setattr(report, "COMPILED", tmp_path)
+    measured = {("add_act", backend): ["A GPU"] for backend in ("cuda", "triton")}
     monkeypatch.setattr(report, "validated_on", lambda: validated)
+    monkeypatch.setattr(report, "measured_on", lambda: measured)
     lines = report.support_matrix().splitlines()
     (row,) = (line for line in lines if line.startswith("| `add_act` "))
-    assert row.count("compiled") == 1 and "| interpreted, validated on sm_90 | validated on sm_90, compiled |" in row
+    assert "| interpreted, validated on sm_90, measured on A GPU |" in row
+    assert "| validated on sm_90, compiled, measured on A GPU |" in row
     (row,) = (line for line in lines if line.startswith("| `bn_act` "))
     assert "| interpreted, compiled, unmeasured | compiled, unmeasured |" in row
     assert "cuda for sm_80, sm_90a, sm_100; triton for sm_90a" in lines[-1]

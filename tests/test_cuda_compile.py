@@ -71,14 +71,27 @@ def report() -> list[dict]:
             numbers["shared"] = int(shared[1]) if shared else 0
             names = {"kernel": short_name(function["symbol"]), "symbol": function["symbol"]}
             names |= {"source": log.name, "arch": function["arch"].removeprefix("sm_")}
-            rows.append(names | numbers)
+            rows.append(names | numbers | contents(instructions(names)))
     return rows
+
+
+def instructions(row: dict) -> list[str]:
+    return machine_code()[row["arch"].rstrip("af"), row["symbol"]]  # cuobjdump does not say sm_90a
+
+
+def contents(names: list[str]) -> dict[str, int]:
+    """What the instructions of a kernel tell: products of a warpgroup, bytes of the widest access to memory."""
+    accesses = [name for name in names if name.startswith(("LDG", "STG"))]
+    widths = [max((int(bits) for bits in re.findall(r"\.(64|128)\b", name)), default=32) // 8 for name in accesses]
+    boxes = any(name.startswith("UTMA") for name in names)  # of 128 bytes a row
+    return {"wgmma": any(name.startswith("HGMMA") for name in names), "widest": 128 if boxes else max(widths, default=0)}
 
 
 def test_every_kernel_is_compiled_for_every_architecture(capsys) -> None:
     archs = build()["cuda_archs"]
     compiled = {(row["source"].removesuffix(".o.ptxas.txt"), row["arch"]) for row in report()}
-    expected = {(path.stem, arch) for path in (CSRC / "cuda").glob("*_kernel.cu") for arch in archs}
+    sources = [path.stem for path in (CSRC / "cuda").glob("*_kernel.cu")]
+    expected = {(stem, arch) for stem in sources for arch in archs if not stem.startswith("sm90_") or arch == "90a"}
     assert compiled == expected
     _compile_report.publish("cuda", report(), capsys)
 
@@ -87,19 +100,35 @@ def test_no_kernel_spills() -> None:
     assert not [row for row in report() if row["spilled"]]
 
 
-def machine_code(library: Path) -> dict[tuple[str, str], list[str]]:
-    """Instructions, in order, of every kernel of a library, by architecture and symbol."""
+@functools.cache
+def machine_code() -> dict[tuple[str, str], list[str]]:
+    """Instructions, in order, of every kernel of the library, by architecture and symbol."""
+    build()
+    library = tools()[1].WORK / "cuda" / tools()[1].PRODUCTS["cuda"]
     triton = pytest.importorskip("triton", reason="cuobjdump comes with triton, which is not installed")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([cuobjdump, "-sass", library], capture_output=True, text=True, check=True).stdout
     found = {}
     for code in re.split(r"^\s*code for sm_", text, flags=re.M)[1:]:
-        arch = code.partition("\n")[0].strip()
+        arch = code.partition("\n")[0].strip().rstrip("af")
         for function in code.split("Function : ")[1:]:
             symbol = function.split(maxsplit=1)[0]
-            lines = re.finditer(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", function, re.M)
+            lines = re.finditer(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z][\w.]*)", function, re.M)
             found[arch, symbol] = [line[1] for line in lines]
     return found
+
+
+def test_hopper_kernels_are_made_of_hoppers_instructions() -> None:
+    """Products of a warpgroup, tiles brought and taken by the TMA unit, registers handed over; accumulators never leave."""
+    rows = [row for row in report() if row["kernel"].startswith("sm90_")]
+    assert rows
+    for row in rows:
+        names = instructions(row)
+        for wanted in ("HGMMA.64x128x16", "UTMALDG.3D", "UTMALDG.4D.IM2COL", "UTMASTG.3D", "USETMAXREG"):
+            assert any(name.startswith(wanted) for name in names), (row["kernel"], wanted)
+        assert not [name for name in names if name.startswith(("STG", "STL", "LDL", "HMMA"))]
+        products = [name for name in names if name.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
+        assert len(products) <= 8 + 2  # a stage's products without a wait between them: none was serialised
 
 
 def test_vector_kernels_have_a_batch_of_16_byte_loads_in_flight() -> None:
@@ -107,10 +136,9 @@ def test_vector_kernels_have_a_batch_of_16_byte_loads_in_flight() -> None:
 
     Narrower loads among them, of the bytes beside a vector, do not end a batch; a store does.
     """
-    build()
-    code = machine_code(tools()[1].WORK / "cuda" / tools()[1].PRODUCTS["cuda"])
+    code = machine_code()
     vector = {key: names for key, names in code.items() if re.search(r"_kernelI.*Li[48]E", key[1])}
-    assert {arch.rstrip("af") for arch, _ in vector} == {arch.rstrip("af") for arch in build()["cuda_archs"]}
+    assert {arch for arch, _ in vector} == {arch.rstrip("af") for arch in build()["cuda_archs"]}
     for key, names in vector.items():
         memory = [name for name in names if name.startswith(("LDG", "STG"))]
         batches = [list(batch) for loads, batch in itertools.groupby(memory, lambda name: name.startswith("LDG")) if loads]

@@ -1,41 +1,56 @@
-"""What only a GPU shows of the native CUDA ops: streams, graphs, devices, memory, tensors beyond 32 bits."""
+"""What only a GPU shows of its kernels: streams, graphs, devices, memory, determinism, tensors beyond 32 bits."""
 
 import pytest
 import torch
-from _cuda_calls import OPS, arguments, draw, laid_out, mapped, run
+from _cuda_calls import OPS, arguments, draw, is_activation, laid_out, mapped
+from _cuda_calls import run as run_native
 
+from fastres.dispatch import GPU_KERNELS
 from fastres.kernels import native
+from fastres.ops import REGISTRY
 
 pytestmark = pytest.mark.cuda
+CALLS = [(name, b.name) for name, op in REGISTRY.items() for b in op.backends if b.name in GPU_KERNELS]
+every_kernel = pytest.mark.parametrize(("name", "backend"), CALLS)
 
 
 @pytest.fixture
 def gpu():
-    if reason := native.why_not_cuda():
-        pytest.skip(reason)
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
     return torch.device("cuda")
+
+
+def run(name, backend, *args):
+    """One op on one backend, as a tuple; skips where that cannot run."""
+    chosen = next(b for b in REGISTRY[name].backends if b.name == backend)
+    if reason := chosen.why_not(*args):
+        pytest.skip(reason)
+    result = chosen.load()(*args)
+    return result if isinstance(result, tuple) else (result,)
 
 
 def on_gpu(name, gpu, shape=(16, 64, 28, 28)):
     return laid_out(arguments(name, draw(shape, torch.bfloat16, gpu)), "channels_last")
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_no_synchronisation(gpu, name):
+@every_kernel
+def test_no_synchronisation(gpu, name, backend):
     args = on_gpu(name, gpu)
+    run(name, backend, *args)  # compiles, folds, loads
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run(name, *args)
+        run(name, backend, *args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_runs_on_the_current_stream(gpu, name):
+@every_kernel
+def test_runs_on_the_current_stream(gpu, name, backend):
     """The inputs are ready only at the end of a long kernel on a side stream."""
     args = on_gpu(name, gpu)
-    expected = run(name, *args)
+    expected = run(name, backend, *args)
     late = mapped(args, torch.zeros_like)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -44,65 +59,75 @@ def test_runs_on_the_current_stream(gpu, name):
         for a, b in zip(late, args, strict=True):
             if a is not b and isinstance(a, torch.Tensor):
                 a.copy_(b)
-        found = run(name, *late)
+        found = run(name, backend, *late)
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_graph_replays(gpu, name):
+@every_kernel
+def test_graph_replays(gpu, name, backend):
     """A captured call gives the bits of an eager one for every new input."""
     args = on_gpu(name, gpu)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run(name, *args)
+        run(name, backend, *args)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = run(name, *args)
-    activations = [a for a in args if isinstance(a, torch.Tensor) and a.dim() == 4]
+        captured = run(name, backend, *args)
+    activations = [a for a in args if is_activation(a)]
     for replay in range(100):
         for a in activations:
             a.normal_(mean=0.1 * replay)
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, run(name, *args), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(captured, run(name, backend, *args), strict=True))
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_no_memory_is_kept(gpu, name):
+@every_kernel
+def test_no_memory_is_kept(gpu, name, backend):
     args = on_gpu(name, gpu)
-    run(name, *args)
+    run(name, backend, *args)
     before = torch.cuda.memory_allocated()
     for _ in range(20):
-        run(name, *args)
+        run(name, backend, *args)
     assert torch.cuda.memory_allocated() == before
+
+
+@every_kernel
+def test_the_same_bits_every_time(gpu, name, backend):
+    args = on_gpu(name, gpu)
+    expected = run(name, backend, *args)
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(run(name, backend, *args), expected, strict=True))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_tensors_of_another_device_raise(gpu, name):
+    if reason := native.why_not_cuda():
+        pytest.skip(reason)
     args = on_gpu(name, gpu)
     for index, value in enumerate(args):
         if isinstance(value, torch.Tensor):
             mixed = [*args[:index], value.cpu(), *args[index + 1 :]]
             with pytest.raises(RuntimeError, match="must be on"):
-                run(name, *mixed)
+                run_native(name, *mixed)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("name", OPS)
-def test_runs_on_the_device_of_its_tensors(gpu, name):
+@every_kernel
+def test_runs_on_the_device_of_its_tensors(gpu, name, backend):
     args = on_gpu(name, torch.device("cuda:1"))
     with torch.cuda.device(0):
-        found = run(name, *args)
+        found = run(name, backend, *args)
     with torch.cuda.device(1):
-        expected = run(name, *args)
+        expected = run(name, backend, *args)
     assert all(a.device.index == 1 and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
-@pytest.mark.parametrize("name", OPS)
-def test_more_than_2_31_elements(gpu, name, layout):
+@every_kernel
+def test_more_than_2_31_elements(gpu, name, backend, layout):
     """The last image of a batch, beyond what 32 bits can address, is treated as the first, which it copies."""
     shape = (2**15 + 1, 64, 32, 32)
     needed = 2 * 7 * shape[0] * 2**16
@@ -112,7 +137,7 @@ def test_more_than_2_31_elements(gpu, name, layout):
 
     memory = {"memory_format": getattr(torch, layout)}
     args = mapped(arguments(name, image), lambda t: t.expand(shape).contiguous(**memory))
-    for found in run(name, *args):
+    for found in run(name, backend, *args):
         if found.dim() == 4:
             assert torch.equal(found[0], found[-1]) and found[0].any()
     torch.cuda.empty_cache()

@@ -18,6 +18,7 @@ import pytest
 pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[1]
 FP32 = "torch.float32"
+SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
 
 
@@ -64,6 +65,23 @@ CUDA = [
           "test_samples", {"name": "bn_act_maxpool_backward", **NCHW}),
     Fault("the shortcut is normalised as the block is", "cuda/bn_add_bn_act_kernel.cu", "fill_affine(p.residual, c",
           "fill_affine(p.bn, c", "test_samples", {"name": "bn_add_bn_act", **NHWC}),
+    Fault("a stage is given up while products read it", SM90, "wait_for_products<1>();", "wait_for_products<2>();",
+          "test_exact_on_small_integers", {"name": "3x3", **HALF}),
+    Fault("operands are not waited for", SM90, "s.full[slot].wait(parity_of<kStages>(use));", "",
+          "test_exact_on_small_integers", {"name": "3x3", **HALF}),
+    Fault("a buffer is filled before its output is stored", SM90,
+          "wait_for_stores();\n    prepare(p, s, tiles, tile + kTilesInFlight);",
+          "prepare(p, s, tiles, tile + kTilesInFlight);\n    wait_for_stores();",
+          "test_exact_on_small_integers", {"name": "several tiles of each block, a ring that goes round", **HALF}),
+    Fault("the residual is not waited for", SM90, "s.ready[group].wait(parity);", "",
+          "test_exact_on_small_integers", {"name": "several tiles of each block, a ring that goes round", **HALF}),
+    Fault("the output is not in the swizzle", SM90, "((j % 8) ^ (row % 8)) * 16", "(j % 8) * 16",
+          "test_exact_on_small_integers", {"name": "one tile", **HALF}),
+    Fault("the dilation is forgotten in one direction", SM90, "* p.window.h.dilation", "",
+          "test_exact_on_small_integers", {"name": "3x3 dilated", **HALF}),
+    Fault("the ReLU comes before the residual", SM90, "if (p.with_residual) v += to_float(result.v[k]);",
+          "if (p.with_residual) v = relu(v) + to_float(result.v[k]);",
+          "test_exact_on_small_integers", {"name": "one tile", **HALF}),
 ]  # fmt: skip
 TRITON = [
     Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",
@@ -79,6 +97,8 @@ TRITON = [
     Fault("no border in pooling", "bn_act_maxpool.py", "inside = valid & (y >= 0) & (y < height) & (x >= 0) & (x < width)",
           "inside = valid & (y >= 0) & (y < height) & (x < width)", "test_pooling_finds_the_positions_that_torch_finds",
           {"act": "relu"}),
+    Fault("every group reads the first one's channels", "conv_bn_act.py", "pixel, group * C_IN, n", "pixel, 0, n",
+          "test_conv_act", {"dtype": FP32, "convolution": [3, 2, 1, 1, 12, 18, 3]}),
 ]  # fmt: skip
 
 
@@ -94,7 +114,7 @@ def faulty_library(fault: Fault, folder: Path) -> tuple[list, Path]:
     shutil.copytree(recipes.CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "*.py", "__pycache__"))
     apply(fault, folder / "csrc" / fault.file)
     kernel = fault.kernel or Path(fault.file).stem
-    flags = ["-include", _cuda_on_cpu.ROOM / "device.h", "-x", "c++", f"-I{folder / 'csrc'}", "-O0"]
+    flags = [*_cuda_on_cpu.AS_DEVICE, f"-I{folder / 'csrc'}", "-O0"]
     flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
     sound = recipes.WORK / "cuda_on_cpu"
     objects = [path for path in sorted(sound.glob("*.o")) if path.stem != kernel]
@@ -117,9 +137,9 @@ def caught(tasks: list, folder: Path) -> list[str]:
 
 
 def assert_all_caught(faults: list[Fault], said: list[str]) -> None:
-    """A failed assertion, or a signal (a misaligned or wild access) that ended the test: no other error counts."""
+    """A failed assertion, threads that wait for ever, or a signal (a misaligned or wild access): no other error counts."""
     words = dict(zip((fault.mistake for fault in faults), said, strict=True))
-    assert not {mistake: word for mistake, word in words.items() if not word.startswith(("AssertionError", "signal"))}
+    assert not {mistake: word for mistake, word in words.items() if not word.startswith(("AssertionError", "device", "signal"))}
 
 
 def test_faults_in_cuda_kernels_are_caught(tmp_path) -> None:

@@ -133,6 +133,18 @@ def run_convolution(room, dtype: torch.dtype):
                 yield config, lambda w=weight, g=geometry, config=config, tf32=tf32: conv.conv_act(
                     x, w, bias, x, *g, "relu", tf32, config
                 )
+        for config in configs.conv_candidates(x.element_size(), tf32, configs.Limits(max(SHARED), 1 << 30), few=True):
+            yield from few_channels(conv, dtype, config, tf32)
+
+
+def few_channels(conv, dtype: torch.dtype, config, tf32: bool):
+    """A stem, and a convolution in groups of four channels."""
+    window = ((7, 7), (2, 2), (3, 3), (1, 1)), ((3, 3), (1, 1), (1, 1), (1, 1))
+    stem, weight = image(dtype, True, 256, 3, 224), torch.empty(64, 147, dtype=dtype, device="meta")
+    yield config, lambda: conv.conv_act(stem, weight, None, None, *window[0], "relu", tf32, config)
+    x, grouped = image(dtype, True, 256, 128, 56), torch.empty(128, 36, dtype=dtype, device="meta")
+    yield config, lambda: conv.conv_act(x, grouped, None, None, *window[1], "relu", tf32, config, 32)
+
 
 
 def collect() -> list[Launch]:
@@ -173,15 +185,24 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "config": launch.config,
         "capability": capability,
         "arch": re.search(r"^\.target sm_(\w+)", ptx, re.M)[1],
-        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE")},
+        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE", "FLAT")},
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
         "mma": sum(ptx.count(name) for name in {MMA[capability], "mma.sync"}) if dot else None,
         "tensor_cores": MMA[capability] in ptx,
+        "wgmma": MMA[90] in ptx,
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*(?<!v2)(?<!v4)\.b16", ptx)),
+        "widest": max(access_bytes(ptx)),
         "wide": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
     }
+
+
+def access_bytes(ptx: str) -> list[int]:
+    """Bytes of every access to memory, the copies to shared memory among them."""
+    plain = re.findall(r"(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    copied = re.findall(r"cp\.async\.c[ag]\S* .*?, (0x[0-9a-f]+)", ptx)
+    return [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(size, 16) for size in copied]
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -211,7 +232,8 @@ def offered(launch: Launch, capability: int) -> bool:
         return True
     configs = importlib.import_module(f"{ROOM}.configs")
     itemsize, tf32 = 4 if launch.dtype == "fp32" else 2, ("PRECISION", "tf32") in launch.constants
-    legal = configs.conv_candidates(itemsize, tf32, configs.Limits(capability, SHARED[capability]))
+    few = ("FLAT", True) in launch.constants
+    legal = configs.conv_candidates(itemsize, tf32, configs.Limits(capability, SHARED[capability]), few)
     return launch.config in map(str, legal)
 
 
@@ -224,7 +246,7 @@ def test_every_configuration_is_compiled(capsys) -> None:
     configs = importlib.import_module(f"{ROOM}.configs")
     tables = (configs.FLAT, configs.CHANNELS_LAST, configs.CONTIGUOUS)
     tables += (configs.POOLED_CHANNELS_LAST, configs.POOLED_CONTIGUOUS)
-    tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE)
+    tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE, configs.CONV_FEW_CHANNELS)
     compiled = {(row["config"], row["capability"]) for row in report()}
     assert {(str(config), 90) for table in tables for config in table} <= compiled
     _compile_report.publish("triton", report(), capsys)
@@ -246,9 +268,9 @@ def test_tensor_cores_where_meant() -> None:
 def test_wide_memory_accesses() -> None:
     """Activations move 16 bytes at a time; a merge reads a handful of partials, the statistics a sample of 16 values.
 
-    Windows over contiguous planes read every other element.
+    Windows over contiguous planes read every other element; few channels are gathered one by one.
     """
     sample = {"bn_statistics_kernel": 1}
     rows = faults(lambda row: not row["wide"] or row["narrow"] > sample.get(row["kernel"], 0))
-    rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"])]
+    rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"]) and not row[4].get("FLAT")]
     assert not [row for row in rows if "merge" not in row[0]]

@@ -280,36 +280,41 @@ def test_negative_views():
     assert torch.equal(bn_act.statistics(x)[0], bn_act.statistics(x.clone())[0])
 
 
-# kernel, stride, padding, dilation, channels in, channels out
+# kernel, stride, padding, dilation, channels in, channels out, groups
 CONVOLUTIONS = (
-    (1, 1, 0, 1, 24, 17),
-    (1, 2, 0, 1, 16, 16),
-    (1, 1, 1, 1, 8, 8),
-    (3, 1, 1, 1, 5, 7),
-    (3, 2, 1, 1, 16, 20),
-    (3, 1, 2, 2, 33, 32),
-    (3, 2, 0, 1, 3, 40),
+    (1, 1, 0, 1, 24, 17, 1),
+    (1, 2, 0, 1, 16, 16, 1),
+    (1, 1, 1, 1, 8, 8, 1),
+    (3, 1, 1, 1, 5, 7, 1),
+    (3, 2, 1, 1, 36, 20, 1),
+    (3, 1, 2, 2, 33, 32, 1),
+    (7, 2, 3, 1, 3, 16, 1),
+    (3, 2, 1, 1, 12, 18, 3),
+    (3, 1, 1, 1, 9, 9, 9),
+    (3, 2, 1, 1, 66, 10, 2),
+    (1, 1, 0, 1, 24, 16, 4),
 )
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_conv_act(dtype, convolution):
-    k, stride, padding, dilation, channels_in, channels_out = convolution
+    k, stride, padding, dilation, channels_in, channels_out, groups = convolution
     geometry = ((stride, stride), (padding, padding), (dilation, dilation))
     x = draw((2, channels_in, 7, 6), dtype, torch.channels_last)
-    weight = draw((channels_out, channels_in, k, k), dtype) / (channels_in * k * k) ** 0.5
+    weight = draw((channels_out, channels_in // groups, k, k), dtype) / (channels_in // groups * k * k) ** 0.5
     bias = torch.randn(channels_out)
-    like = F.conv2d(x.float(), weight.float(), None, *geometry)
+    like = F.conv2d(x.float(), weight.float(), None, *geometry, groups)
     for residual in (None, draw(like.shape, dtype, torch.channels_last)):
 
         def reference(x, weight, bias, residual):
-            z = F.conv2d(x, weight, bias.to(x.dtype), *geometry)
+            z = F.conv2d(x, weight, bias.to(x.dtype), *geometry, groups)
             return {"y": F.relu(z if residual is None else z + residual)}
 
         for config in (None, configs.ConvConfig(32, 32, 16, 1, 1, group_m=2)):
             packed = conv_bn_act.pack(weight)
-            y = conv_bn_act.conv_act(x, packed, bias, residual, (k, k), *geometry, "relu", config=config)
+            options = {"config": config, "groups": groups}
+            y = conv_bn_act.conv_act(x, packed, bias, residual, (k, k), *geometry, "relu", **options)
             assert y.is_contiguous(memory_format=torch.channels_last)
             judge({"y": y}, reference, (x, weight, bias, residual), dtype)
 
@@ -319,6 +324,19 @@ def test_conv_act_is_exact_on_small_integers():
     weight = torch.randint(-3, 4, (9, 12, 3, 3)).half()
     y = conv_bn_act.conv_act(x, conv_bn_act.pack(weight), None, None, (3, 3), (1, 1), (1, 1), (1, 1), "none")
     assert torch.equal(y.float(), F.conv2d(x.float(), weight.float(), padding=1))
+
+
+@pytest.mark.parametrize("groups", (1, 3))
+def test_a_convolution_keeps_nan_where_it_belongs(groups):
+    """In its own window and group: neither lost in the ReLU nor spread by what lies beyond an edge."""
+    x, weight = draw((1, 6, 6, 5), torch.float32, torch.channels_last), draw((9, 6 // groups, 3, 3), torch.float32)
+    x[0, 1, 0, 0], x[0, 4, 3, 3] = torch.nan, torch.inf
+    geometry = (1, 1), (1, 1), (1, 1)
+    y = conv_bn_act.conv_act(x, conv_bn_act.pack(weight), None, None, (3, 3), *geometry, "relu", groups=groups)
+    expected = F.conv2d(x, weight, None, *geometry, groups).relu()
+    nan = expected.isnan()
+    assert nan.any() and not nan.all() and torch.equal(y.isnan(), nan)
+    torch.testing.assert_close(y[~nan], expected[~nan])
 
 
 def test_offsets_of_64_bits(monkeypatch):
@@ -349,14 +367,12 @@ def test_refusals():
     rest = (None, None, None, x, x, EPS, (1, 1), (1, 1), (1, 1))
     assert conv_bn_act.why_not(image, weight, *rest, 1, "relu") is None
     assert "channels_last" in conv_bn_act.why_not(x, weight, *rest, 1, "relu")
-    assert "grouped" in conv_bn_act.why_not(image, weight, *rest, 2, "relu")
-    assert "kernel size" in conv_bn_act.why_not(image, torch.randn(4, 4, 5, 5), *rest, 1, "relu")
 
 
 def test_heuristics_choose_legal_configurations():
     limits = configs.Limits(90, 227 << 10)
     for pixels, channels_out, depth in ((1, 1, 1), (49, 2048, 512), (802816, 64, 576), (12544, 512, 4608)):
-        for itemsize, tf32 in ((2, False), (4, True), (4, False)):
-            legal = configs.conv_candidates(itemsize, tf32, limits)
-            assert configs.conv_heuristic(pixels, channels_out, depth, itemsize, tf32, limits) in legal
+        for (itemsize, tf32), few in itertools.product(((2, False), (4, True), (4, False)), (False, True)):
+            legal = configs.conv_candidates(itemsize, tf32, limits, few)
+            assert configs.conv_heuristic(pixels, channels_out, depth, itemsize, tf32, limits, few) in legal
     assert configs.conv_candidates(2, False, configs.Limits(89, 99 << 10))

@@ -50,11 +50,11 @@ class Process:
             raise Died(self._last_words())
         return json.loads(line)
 
-    def ask(self, patience: float = PATIENCE_S) -> dict[str, Any]:
-        """Let it go on, and wait for its answer."""
+    def ask(self, patience: float = PATIENCE_S, line: str = "") -> dict[str, Any]:
+        """Let it go on, told one line, and wait for its answer."""
         assert self._child.stdin is not None
         try:
-            self._child.stdin.write("\n")
+            self._child.stdin.write(f"{line}\n")
             self._child.stdin.flush()
         except BrokenPipeError:
             raise Died(self._last_words()) from None

@@ -3,6 +3,8 @@ turns.
 """
 
 import copy
+import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,9 +25,12 @@ def compare(
     ways: Sequence[Rival],
     *,
     training: bool = False,
+    lower: torch.dtype | None = None,
     seconds: float = 10.0,
     batches: tuple[int, int] = (5, 100),
+    replay: bool = True,
     step: Callable[[str], object] = lambda text: None,
+    seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[Row]:
     """Compare the ways to run one model.
 
@@ -35,26 +40,34 @@ def compare(
 
     Args:
         training: time a training step (forward, backward, SGD with momentum) instead of evaluation.
+        lower: dtype of autocast, under which all of them run; None without it.
         seconds, batches: as for ``timing.interleaved``.
+        replay: on a GPU, inference is replayed from CUDA graphs where it can be, without the host's share; False times
+            calls as they are made.
         step: called with what begins.
+        seconds_left: until all of it must be over; a rival that needs longer to get ready is missing.
     """
     rivals.forget_compiled()
     step("float64 truth")
     model = subject.model.train(training)
-    reference = parity.Reference(model, subject.x)
+    reference = parity.Reference(model, subject.x, lower)
     rows: list[Row] = []
     calls: dict[str, Callable[[], object]] = {}
     for rival in ways:
         step(rival.name)
-        row, call = _prepare(rival, subject, reference, training)
+        enough = seconds_left() >= rival.patience + seconds
+        row, call = _prepare(rival, subject, reference, lower) if enough else (_row(rival, subject, lower), None)
+        if not enough:
+            row["missing"] = f"out of time: it may take {rival.patience + seconds:.0f} s"
         rows.append(row)
         if call is not None:
             calls[rival.name] = call
     step("timing, all in turns")
     with torch.set_grad_enabled(training):
         device = subject.x.device
-        times = timing.interleaved(calls, device, seconds=seconds, batches=batches, graph=not training)
+        times = timing.interleaved(calls, device, seconds=seconds, batches=batches, graph=replay and not training)
     for row in rows:
+        row["pass"] += "" if replay else ", as called"
         if row["rival"] in times:
             measured = times[row["rival"]]
             row.update(measured.to_dict(), images_per_s=subject.x.shape[0] / measured.median)
@@ -62,19 +75,27 @@ def compare(
     return rows
 
 
+def _row(rival: Rival, subject: Subject, lower: torch.dtype | None) -> Row:
+    """What a row tells of its case."""
+    dtype = str(lower or subject.dtype).removeprefix("torch.")
+    return {
+        "name": subject.name, "pass": "training" if subject.model.training else "inference",
+        "shape": list(subject.x.shape), "dtype": f"{dtype} autocast" if lower else dtype, "layout": rival.layout,
+        "rival": rival.name,
+    }  # fmt: skip
+
+
 def _prepare(
-    rival: Rival, subject: Subject, reference: parity.Reference, training: bool
+    rival: Rival, subject: Subject, reference: parity.Reference, lower: torch.dtype | None
 ) -> tuple[Row, Callable[[], object] | None]:
     """Make one rival ready: its row so far, and its call where it runs and passes."""
-    row: Row = {
-        "name": subject.name, "pass": "training" if training else "inference", "shape": list(subject.x.shape),
-        "dtype": str(subject.dtype).removeprefix("torch."), "layout": rival.layout, "rival": rival.name,
-    }  # fmt: skip
+    row = _row(rival, subject, lower)
     model = copy.deepcopy(subject.model)
     start = time.perf_counter()
     try:
         with rival.settings():
             run, x = rival.prepare(model, subject.x.clone())
+            run = run if lower is None else functools.partial(parity.autocast, run, lower)
             found = parity.outputs(run, model, x)
     except Exception as error:  # a rival's own failure, of whatever type, is a row of the result
         row["missing"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -85,7 +106,7 @@ def _prepare(
     row.update(reference.judge(found).to_dict())
     if not row["ok"]:
         return row, None
-    return row, training_step(run, model, x) if training else lambda: run(x)
+    return row, training_step(run, model, x) if model.training else lambda: run(x)
 
 
 def training_step(run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor) -> Callable[[], None]:

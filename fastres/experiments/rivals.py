@@ -1,6 +1,7 @@
 """The ways to run one model that are compared: PyTorch eager and compiled, and fastres."""
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres.experiments.parity import autocast
 from fastres.experiments.subject import laid_out
 
 FASTRES = "fastres"
@@ -26,6 +28,7 @@ class Rival(NamedTuple):
     layout: str
     options: dict[str, Any]  # of torch._inductor.config while it prepares and is first called
     compiles: bool = False
+    patience: float = 0.0  # seconds that it may take to get ready
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -81,11 +84,22 @@ def _fastres(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
     return fastres.optimize(model), x.contiguous(memory_format=torch.channels_last)
 
 
+def _autocast(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
+    network, x = _channels_last(model.float(), x)
+    return functools.partial(autocast, network, x.dtype), x
+
+
 EAGER = Rival("eager", _eager, "contiguous", {})
 CHANNELS_LAST = Rival("eager channels_last", _channels_last, "channels_last", {})
-COMPILE = Rival("torch.compile", _compiled, "channels_last", {}, compiles=True)
+AMP = Rival("eager channels_last + AMP", _autocast, "channels_last", {})
+COMPILE = Rival("torch.compile", _compiled, "channels_last", {}, compiles=True, patience=40.0)
+CUDA_GRAPHS = Rival(
+    "torch.compile + CUDA graphs", _compiled, "channels_last", {"triton.cudagraphs": True}, compiles=True, patience=40.0
+)
 FREEZING = Rival("torch.compile + freezing", _compiled, "channels_last", {"freezing": True}, compiles=True)
-MAX_AUTOTUNE = Rival("torch.compile max-autotune", _compiled, "channels_last", {"max_autotune": True}, compiles=True)
+MAX_AUTOTUNE = Rival(
+    "torch.compile max-autotune", _compiled, "channels_last", {"max_autotune": True}, compiles=True, patience=150.0
+)
 OPTIMIZED = Rival(FASTRES, _fastres, "channels_last", {})
 
 INFERENCE = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE, FREEZING)

@@ -38,7 +38,7 @@ def why_not_cuda() -> str | None:
 
 def why_not(name: str) -> str | None:
     """Why the native op of this name, ``cpu_add_act``, cannot run; None where ``op(name)`` is there."""
-    reason = _why_not(name.partition("_")[0])
+    reason = _why_not("cpu" if name.startswith("cpu_") else "cuda")
     if reason is None and not hasattr(torch.ops.fastres_C, name):
         return f"the native library was built without {name} (build fastres again)"
     return reason

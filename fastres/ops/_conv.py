@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres.errors import must, must_type
 from fastres.kernels import inplace
 from fastres.kernels.layout import memory_format, why_not_dense
-from fastres.ops import _check, _conv_cpu, _conv_cudnn, _fold
+from fastres.ops import _check, _conv_cpu, _conv_cuda, _conv_cudnn, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
 from fastres.ops._op import Backend, Sample
@@ -179,10 +179,10 @@ def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
     return reason or triton_module("conv_bn_act").why_not(x, weight, *rest)
 
 
-def triton_configs(x, *rest) -> list[tuple]:
+def triton_configs(x, residual, weight, *rest) -> list[tuple]:
     """The tiles that tuning may choose from."""
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return triton_module("conv_bn_act").candidates(x, tf32)
+    return triton_module("conv_bn_act").candidates(x, weight, tf32)
 
 
 def load_triton(config: tuple | None = None) -> Callable:
@@ -198,7 +198,7 @@ def run_triton(
     parameters = (weight, bias, bn_weight, bn_bias, mean, var)
     w, b = _fold.folded(parameters, eps, form, lambda w, b: (kernels.pack(w.to(x.dtype)), b))
     kernel = tuple(weight.shape[2:])
-    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, config=config)
+    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, config=config, groups=groups)
 
 
 def why_not_cpu(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
@@ -211,6 +211,13 @@ def why_not_cudnn(
     return _conv_cudnn.why_not(x, weight, groups, act) or _why_not_folded(x, residual)
 
 
+def why_not_cuda(
+    x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
+):  # fmt: skip
+    own = _conv_cuda.why_not(x, weight, stride, padding, dilation, groups)
+    return own or _why_not_folded(x, residual)
+
+
 def run_cpu(x, residual, *rest):
     """The native kernel; the plain composition for weights that are not finite."""
     y = _conv_cpu.run(x, residual, *rest)
@@ -218,7 +225,7 @@ def run_cpu(x, residual, *rest):
 
 
 def backends(with_residual: bool) -> list[Backend]:
-    """Native CPU, oneDNN, Triton and cuDNN; an op without residual passes None in its place."""
+    """Native CPU, oneDNN, Triton, cuDNN and native CUDA; an op without residual passes None in its place."""
 
     def adapt(function: Callable) -> Callable:
         return function if with_residual else lambda x, *rest: function(x, None, *rest)
@@ -230,6 +237,7 @@ def backends(with_residual: bool) -> list[Backend]:
             "triton", adapt(why_not_triton_conv), lambda config=None: adapt(load_triton(config)), adapt(triton_configs)
         ),
         Backend("cudnn", adapt(why_not_cudnn), lambda: adapt(_conv_cudnn.run)),
+        Backend("cuda", adapt(why_not_cuda), lambda: adapt(_conv_cuda.run)),
     ]
 
 

@@ -1,5 +1,5 @@
 // Included ahead of a *_kernel.cu, makes it C++ that g++ compiles: blocks run one after the other, the threads of a block as
-// fibers that change at __syncthreads. Shared memory is a static variable.
+// fibers that change at __syncthreads and where they wait. Shared memory is a static variable.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,6 +30,13 @@ void __syncthreads();
 namespace cuda_on_cpu {
 
 cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread);
+
+// Lets the other threads run until the condition holds.
+void wait_until(const std::function<bool()>& condition);
+// Lets the other threads run for some rounds.
+void pause(int rounds);
+// Does this now, or, in every other block, once all threads wait: what happens beside them, at either end of its time.
+void beside(std::function<void()> work);
 
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, void** args, size_t, cudaStream_t) {

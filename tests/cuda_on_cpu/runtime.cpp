@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <ucontext.h>
 
+#include <deque>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -23,21 +24,27 @@ struct Fiber {
   ucontext_t context;  // of the first entry; jumps, which save no signal mask, are much faster
   jmp_buf barrier;
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
-  bool started, done;
+  bool started, done, at_barrier;
 };
 
 std::vector<Fiber> fibers(kMaxThreads);
 jmp_buf scheduler;
 Fiber* current;
 const std::function<void()>* body;
+bool progress;  // some thread has done more than to look whether it may go on
+std::deque<std::function<void()>> works;
 
 void enter() {
   (*body)();
-  current->done = true;
+  current->done = progress = true;
   _longjmp(scheduler, 1);
 }
 
-// Lets a thread run to its next barrier, or its end.
+void leave() {
+  if (_setjmp(current->barrier) == 0) _longjmp(scheduler, 1);
+}
+
+// Lets a thread run to where it waits next, or to its end.
 void resume(unsigned thread) {
   threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
   current = &fibers[thread];
@@ -52,17 +59,31 @@ void run_block(unsigned threads, unsigned seed) {
     Fiber& fiber = fibers[t];
     getcontext(&fiber.context);
     fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
-    fiber.started = fiber.done = false;
+    fiber.started = fiber.done = fiber.at_barrier = false;
     makecontext(&fiber.context, enter, 0);
   }
-  // The order of the threads changes from barrier to barrier and from block to block: results that depend on it differ.
-  for (unsigned phase = seed, left = threads; left > 0; ++phase) {
-    for (unsigned t = 0; t < threads; ++t) resume(phase % 2 ? threads - 1 - t : t);
-    unsigned done = 0;
-    for (unsigned t = 0; t < threads; ++t) done += fibers[t].done;
-    if (done > 0 && done < threads) throw std::runtime_error("a barrier that only some threads of the block reach");
-    left = threads - done;
+  // The order of the threads changes from round to round and from block to block: results that depend on it differ.
+  for (unsigned round = seed, left = threads; left > 0; ++round) {
+    progress = false;
+    unsigned waiting = 0;
+    left = 0;
+    for (unsigned i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[round % 2 ? threads - 1 - i : i];
+      if (!fiber.done && !fiber.at_barrier) resume(&fiber - fibers.data());
+      left += !fiber.done;
+      waiting += fiber.at_barrier;
+    }
+    if (waiting > 0 && waiting == left) {
+      if (left < threads) throw std::runtime_error("a barrier that only some threads of the block reach");
+      for (Fiber& fiber : fibers) fiber.at_barrier = false;
+    } else if (!progress && !works.empty()) {
+      works.front()();
+      works.pop_front();
+    } else if (!progress && left > 0) {
+      throw std::runtime_error("every thread of the block waits for another");
+    }
   }
+  for (; !works.empty(); works.pop_front()) works.front()();
 }
 
 }  // namespace
@@ -77,15 +98,47 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread) {
   return cudaSuccess;
 }
 
+void wait_until(const std::function<bool()>& condition) {
+  while (!condition()) leave();
+  progress = true;
+}
+
+void pause(int rounds) {
+  for (; rounds > 0; --rounds) {
+    leave();
+    progress = true;
+  }
+}
+
+void beside(std::function<void()> work) {
+  if (blockIdx.x % 2 == 0) return work();
+  works.push_back(std::move(work));
+}
+
 }  // namespace cuda_on_cpu
 
 void __syncthreads() {
-  if (_setjmp(cuda_on_cpu::current->barrier) == 0) _longjmp(cuda_on_cpu::scheduler, 1);
+  cuda_on_cpu::current->at_barrier = true;
+  cuda_on_cpu::leave();
+  cuda_on_cpu::progress = true;
 }
 
 extern "C" {
 
 const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+// Three multiprocessors: blocks that walk tiles do so even over small tensors.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 3;
+  return cudaSuccess;
+}
 
 int32_t aoti_torch_device_type_cuda() { return aoti_torch_device_type_cpu(); }
 

@@ -76,6 +76,12 @@ CONV_IEEE = (  # no tensor cores: products in fp32 registers
     ConvConfig(64, 32, 16, 4, 3, efficiency=0.8),
     ConvConfig(32, 32, 16, 4, 3, efficiency=0.6),
 )
+CONV_FEW_CHANNELS = (  # addresses for every element: small tiles, so that they stay in registers
+    ConvConfig(64, 64, 32, 8, 3),
+    ConvConfig(128, 32, 32, 8, 3, efficiency=0.8),
+    ConvConfig(64, 16, 32, 4, 3, efficiency=0.4),
+)
+CONV_TF32_FEW_CHANNELS = CONV_IEEE[:2]  # of 64 rows at least, as Hopper's products are
 MULTIPROCESSORS = 132
 
 
@@ -118,9 +124,11 @@ class Limits(NamedTuple):
     shared_bytes: int
 
 
-def conv_candidates(itemsize: int, tf32: bool, limits: Limits) -> list[ConvConfig]:
-    """Every configuration that fits the device."""
-    table = CONV_TENSOR_CORE if itemsize == 2 else CONV_TF32 if tf32 else CONV_IEEE
+def conv_candidates(itemsize: int, tf32: bool, limits: Limits, few: bool = False) -> list[ConvConfig]:
+    """Every configuration that fits the device; ``few``: taps and channels are one dimension."""
+    narrow = CONV_FEW_CHANNELS if few else CONV_TENSOR_CORE
+    wide = CONV_IEEE if not tf32 else CONV_TF32_FEW_CHANNELS if few else CONV_TF32
+    table: tuple[ConvConfig, ...] = narrow if itemsize == 2 else wide
     return [
         config
         for config in table
@@ -129,7 +137,7 @@ def conv_candidates(itemsize: int, tf32: bool, limits: Limits) -> list[ConvConfi
 
 
 @functools.lru_cache(maxsize=1024)
-def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, limits: Limits) -> ConvConfig:
+def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, limits: Limits, few: bool = False) -> ConvConfig:
     """The candidate with the least estimated time: waves of tiles x padded work of a tile / its efficiency."""
 
     def time(config: ConvConfig) -> float:
@@ -137,7 +145,7 @@ def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, limits: Li
         padded_k = -(-k // config.block_k) * config.block_k
         return waves * config.block_m * config.block_n * padded_k / config.efficiency
 
-    return min(conv_candidates(itemsize, tf32, limits), key=time)
+    return min(conv_candidates(itemsize, tf32, limits, few), key=time)
 
 
 def _power_of_two(n: int) -> int:

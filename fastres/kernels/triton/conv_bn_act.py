@@ -1,4 +1,4 @@
-"""Triton conv_bn_act and conv_bn_add_act: NHWC implicit GEMM, 1x1 and 3x3, with bias, residual and activation.
+"""Triton conv_bn_act and conv_bn_add_act: NHWC implicit GEMM, any window, grouped too, with bias, residual and activation.
 
 Batch norm comes folded into the weights and the bias. The caller keeps both, the weights as ``pack`` returns them.
 """
@@ -17,7 +17,7 @@ from fastres.kernels.triton import why_not as why_not_here
 from fastres.kernels.triton.bn_act import parameters
 from fastres.kernels.triton.device import activate, index_type, launch, load_parameter
 
-KERNELS = ((1, 1), (3, 3))
+FEW_CHANNELS = 32  # of a group, below which blocks of channels would be mostly empty: taps and channels share them
 
 
 @triton.jit
@@ -32,12 +32,16 @@ def _tile_order(tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    acc, x_ptr, weight_ptr, pixel, n, pixels, channels_out, height, width, out_height, out_width,
+    acc, x_ptr, weight_ptr, pixel, channel, n, n_valid, pixels, height, width, out_height, out_width,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
+    C_IN: tl.constexpr, GROUPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr,
+    FLAT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc plus the convolution of the tile pixel x n, over filter taps and blocks of input channels."""
+    """acc plus the convolution of the tile pixel x n, over taps and blocks of the group's channels from ``channel`` on.
+
+    FLAT: blocks go through taps and channels as one, as few channels (a stem, small groups) ask.
+    """
+    DEPTH: tl.constexpr = KH * KW * C_IN
     STEPS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K  # per filter tap
     if POINTWISE:  # output pixel i is input pixel i
         top, left, origin = pixel, pixel, pixel
@@ -47,21 +51,30 @@ def _accumulate(
         left = pixel % out_width * stride_w - padding_w
         origin = (image * height + top) * width + left
     k = tl.arange(0, BLOCK_K)
-    for step in range(KH * KW * STEPS):
-        tap, c = step // STEPS, step % STEPS * BLOCK_K + k
-        row, column = tap // KW * dilation_h, tap % KW * dilation_w
+    for step in range((DEPTH + BLOCK_K - 1) // BLOCK_K if FLAT else KH * KW * STEPS):
         inside = pixel < pixels
-        if not POINTWISE:
-            inside &= (top + row >= 0) & (top + row < height) & (left + column >= 0) & (left + column < width)
-        x_mask, weight_mask = inside[:, None], (n < channels_out)[None, :]
-        if C_IN % BLOCK_K != 0:
-            x_mask, weight_mask = x_mask & (c < C_IN)[None, :], weight_mask & (c < C_IN)[:, None]
-        x = tl.load(x_ptr + (origin + row * width + column)[:, None] * C_IN + c[None, :], mask=x_mask, other=0.0)
-        weight_offset = n[None, :] * (KH * KW * C_IN) + tap * C_IN + c[:, None]
-        weight = tl.load(weight_ptr + weight_offset, mask=weight_mask, other=0.0)
+        if FLAT:  # a tap for each k
+            first, c = step * BLOCK_K, (step * BLOCK_K + k) % C_IN
+            tap, k_valid = (step * BLOCK_K + k) // C_IN, step * BLOCK_K + k < DEPTH
+            row, column = (tap // KW * dilation_h)[None, :], (tap % KW * dilation_w)[None, :]
+            y, x = top[:, None] + row, left[:, None] + column
+            x_mask = inside[:, None] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            place = origin[:, None] + (row * width + column)
+        else:  # one for the block
+            tap, c = step // STEPS, step % STEPS * BLOCK_K + k
+            first, k_valid = tap * C_IN + step % STEPS * BLOCK_K, c < C_IN
+            row, column = tap // KW * dilation_h, tap % KW * dilation_w
+            if not POINTWISE:
+                inside &= (top + row >= 0) & (top + row < height) & (left + column >= 0) & (left + column < width)
+            x_mask, place = inside[:, None], (origin + row * width + column)[:, None]
+        weight_mask = n_valid[None, :]
+        if FLAT or C_IN % BLOCK_K != 0:
+            x_mask, weight_mask = x_mask & k_valid[None, :], weight_mask & k_valid[:, None]
+        a = tl.load(x_ptr + place * (C_IN * GROUPS) + (channel + c)[None, :], mask=x_mask, other=0.0)
+        b = tl.load(weight_ptr + n[None, :] * DEPTH + (first + k)[:, None], mask=weight_mask, other=0.0)
         if UPCAST:
-            x, weight = x.to(tl.float32), weight.to(tl.float32)
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 
@@ -69,44 +82,53 @@ def _accumulate(
 def _conv_act_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, pixels, channels_out, height, width, out_height, out_width,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr, ACT: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, INDEX: tl.constexpr,
+    C_IN: tl.constexpr, GROUPS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr,
+    FLAT: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # y = act(conv(x) + bias [+ residual])
-    # x, residual, y NHWC, weight [C_OUT, KH, KW, C_IN]; a program owns BLOCK_M output pixels x BLOCK_N output channels
+    # x, residual, y NHWC, weight [channels_out, KH, KW, C_IN], C_IN those of a group; a program owns BLOCK_M output pixels x
+    #   BLOCK_N output channels of one group
     # x and weight once per tile that needs them, one write (and one read of residual) of the element size per output
     # fp32 accumulator, rounded once; PRECISION is that of fp32 products (UPCAST: the interpreter's bf16)
     # any size: pixels beyond the image, tiles beyond the tensor and channels beyond C_IN are masked to zero
-    pid_m, pid_n = _tile_order(tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels_out, BLOCK_N), GROUP_M)
+    of_group = channels_out // GROUPS
+    tiles_n = tl.cdiv(of_group, BLOCK_N)
+    pid_m, pid_n = _tile_order(tl.cdiv(pixels, BLOCK_M), GROUPS * tiles_n, GROUP_M)
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GROUPS == 1:  # written apart: registers are scarce
+        group = 0
+        n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_valid = n < channels_out
+    else:
+        group, in_group = pid_n // tiles_n, pid_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        n, n_valid = group * of_group + in_group, in_group < of_group
     offset = pixel[:, None] * channels_out + n[None, :]
-    valid = (pixel < pixels)[:, None] & (n < channels_out)[None, :]
+    valid = (pixel < pixels)[:, None] & n_valid[None, :]
 
     # The accumulator starts at bias + residual: after the loop their registers would come on top of its own.
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-    acc += load_parameter(bias_ptr, n, n < channels_out, 0.0)[None, :]
+    acc += load_parameter(bias_ptr, n, n_valid, 0.0)[None, :]
 
     acc = _accumulate(
-        acc, x_ptr, weight_ptr, pixel, n, pixels, channels_out, height, width, out_height, out_width,
+        acc, x_ptr, weight_ptr, pixel, group * C_IN, n, n_valid, pixels, height, width, out_height, out_width,
         stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-        C_IN, KH, KW, POINTWISE, PRECISION, UPCAST, BLOCK_K,
+        C_IN, GROUPS, KH, KW, POINTWISE, FLAT, PRECISION, UPCAST, BLOCK_K,
     )  # fmt: skip
     tl.store(y_ptr + offset, activate(acc, ACT).to(y_ptr.dtype.element_ty), mask=valid)
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Weights as the kernel reads them, [C_out, KH * KW * C_in]: a view where they are channels_last."""
+    """Weights as the kernel reads them, [C_out, KH * KW * C_in of a group]: a view where they are channels_last."""
     return weight.resolve_neg().permute(0, 2, 3, 1).contiguous().flatten(1)
 
 
 def conv_act(
     x: Tensor, weight_packed: Tensor, bias: Tensor | None, residual: Tensor | None, kernel: list[int],
     stride: list[int], padding: list[int], dilation: list[int], act: str, allow_tf32: bool | None = None,
-    config: configs.ConvConfig | None = None,
+    config: configs.ConvConfig | None = None, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """act(conv(x) + bias [+ residual]): weights packed by ``pack``, a batch norm folded into them or absent.
 
@@ -124,13 +146,15 @@ def conv_act(
     if allow_tf32 is None:
         allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     tf32 = allow_tf32 and x.dtype == torch.float32
-    config = config or heuristic(x, channels_out, pixels, kernel, tf32)
+    config = config or heuristic(x, channels_out, pixels, kernel, tf32, groups)
+    tiles_n = groups * triton.cdiv(channels_out // groups, config.block_n)
     launch(
-        _conv_act_kernel, (triton.cdiv(pixels, config.block_m) * triton.cdiv(channels_out, config.block_n),), x,
+        _conv_act_kernel, (triton.cdiv(pixels, config.block_m) * tiles_n,), x,
         x.resolve_neg(), weight_packed, *parameters(bias), None if residual is None else residual.resolve_neg(), y,
         pixels, channels_out, height, width, out_height, out_width, *stride, *padding, *dilation,
-        C_IN=channels_in, KH=kernel[0], KW=kernel[1], ACT=act,
+        C_IN=channels_in // groups, GROUPS=groups, KH=kernel[0], KW=kernel[1], ACT=act,
         POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0),
+        FLAT=has_few_channels(channels_in // groups, kernel),
         PRECISION="tf32" if tf32 else "ieee", UPCAST=triton_interpret() and x.dtype == torch.bfloat16,
         INDEX=index_type(max(x.numel(), y.numel(), weight_packed.numel())),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
@@ -144,24 +168,29 @@ def why_not(
     var: Tensor, eps: float, stride: list[int], padding: list[int], dilation: list[int], groups: int, act: str,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot run this convolution, or None."""
-    if groups != 1:
-        return f"it has no grouped convolution, got groups={groups}"
-    if tuple(weight.shape[2:]) not in KERNELS:
-        return f"the kernel size must be one of {KERNELS}, got {tuple(weight.shape[2:])}"
     if memory_format(x) is not torch.channels_last:
         return f"x must be channels_last, got strides {tuple(x.stride())}"
     return why_not_here(x)
 
 
-def heuristic(x: Tensor, channels_out: int, pixels: int, kernel: list[int], tf32: bool) -> configs.ConvConfig:
-    """The configuration for one convolution on x's device where none has been tuned."""
-    depth = kernel[0] * kernel[1] * x.shape[1]
-    return configs.conv_heuristic(pixels, channels_out, depth, x.element_size(), tf32, limits(x.device))
+def heuristic(
+    x: Tensor, channels_out: int, pixels: int, kernel: list[int], tf32: bool, groups: int
+) -> configs.ConvConfig:
+    """The configuration for one convolution on x's device where none has been tuned; its groups are as many more pixels."""
+    few, depth = has_few_channels(x.shape[1] // groups, kernel), kernel[0] * kernel[1] * x.shape[1] // groups
+    size = pixels * groups, channels_out // groups, depth
+    return configs.conv_heuristic(*size, x.element_size(), tf32, limits(x.device), few)
 
 
-def candidates(x: Tensor, tf32: bool = False) -> list[configs.ConvConfig]:
-    """The configurations tuning may choose from on x's device."""
-    return configs.conv_candidates(x.element_size(), tf32, limits(x.device))
+def has_few_channels(channels: int, kernel: list[int]) -> bool:
+    """Whether blocks of a group's channels would be mostly empty."""
+    return channels < FEW_CHANNELS and kernel[0] * kernel[1] > 1
+
+
+def candidates(x: Tensor, weight: Tensor, tf32: bool = False) -> list[configs.ConvConfig]:
+    """The configurations tuning may choose from for a convolution on x's device."""
+    few = has_few_channels(weight.shape[1], list(weight.shape[2:]))
+    return configs.conv_candidates(x.element_size(), tf32, limits(x.device), few)
 
 
 @functools.cache

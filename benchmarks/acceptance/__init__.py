@@ -1,0 +1,1 @@
+"""``python -m benchmarks.acceptance``: what this release promises, checked on this machine and recorded."""

@@ -1,0 +1,112 @@
+"""``python -m benchmarks.acceptance``: what this release promises, checked on this machine and recorded.
+
+On a GPU, in the minutes given: the build, parity of every kernel (op by op, the tests that need a GPU, compute-sanitizer),
+kernels against the measured copy and matmul peaks and against PyTorch, whole networks against eager and compiled PyTorch.
+Without one: parity of the CPU kernels, ResNet-50 at batch 1 and 8, the overhead of a call. Everything goes to one JSON and
+one PNG below benchmarks/results/. Exit code 1 where a promise is not kept.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+
+import torch
+
+from benchmarks import bench_overhead, harness
+from benchmarks.acceptance import lane, plot, tasks
+from benchmarks.acceptance.promises import Promise, kernel_promises, parity_promises, speed_promises
+from benchmarks.acceptance.run import Budget, perform_all, say
+from benchmarks.table import text_table
+from fastres import info
+from fastres.experiments import rivals
+from fastres.experiments.compare import Row, compare
+from fastres.experiments.subject import load
+
+PARTS = {"parity": 0.4, "kernels": 0.4, "models": 1.0}  # of the time that is left then
+CPU_WAYS = (rivals.OPTIMIZED, rivals.EAGER, rivals.CHANNELS_LAST, rivals.FREEZING)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=PARTS, action="append", help="one or more; all by default")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; what does not fit is shown so")
+    parser.add_argument("--no-record", action="store_true", help="write no result file")
+    wish = parser.parse_args()
+    place, parts = harness.device(), wish.part or list(PARTS)
+    on_gpu, budget = place.type == "cuda", Budget(60 * wish.minutes)
+    built = [{"do": "lane", **row} for row in lane.build(place, budget)] if on_gpu else []  # before anything loads them
+    print(info.text(info.collect()), flush=True)
+    if not on_gpu:
+        print("no GPU: the kernels for GPUs are not run; what a CPU can show follows", flush=True)
+    before = harness.clocks(place)
+    with tempfile.TemporaryDirectory() as cache:  # choices of this run alone: only what it validates is chosen
+        os.environ["FASTRES_CACHE_DIR"] = cache
+        measure = gpu_parts if on_gpu else cpu_parts
+        rows, promises = measure(place, parts, budget)
+    rows, promises = [*built, *rows], [*parity_promises(built), *promises]
+    show(rows, promises)
+    if not wish.no_record:
+        more = {"parts": parts, "minutes": wish.minutes, "clocks": {"before": before, "after": harness.clocks(place)}}
+        path = harness.save("acceptance", rows, place, **more)
+        plot.draw(path)
+        print(f"wrote {path} and its picture")
+    return 0 if all(kept for _, kept in promises) else 1
+
+
+def gpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[list[Row], list[Promise]]:
+    share = budget.share(PARTS["parity"])
+    rows = perform_all(tasks.validations(place), share, place)  # always: only what is valid is chosen and timed
+    if "parity" in parts:
+        rows += [{"do": "lane", **row} for row in lane.sanitized(share.share(0.3))]
+        rows += [{"do": "lane", **row} for row in lane.tests("cuda", share)]
+    promises = parity_promises(rows)
+    if "kernels" in parts:
+        rows += perform_all(tasks.kernels(), budget.share(PARTS["kernels"]), place)
+        promises += kernel_promises(rows)
+    if "models" in parts:
+        rows += perform_all(tasks.networks(), budget, place)
+        promises += [
+            (f"{row['name']} {row['pass']} {row['shape'][0]} {row['dtype']}: parity", row["ok"])
+            for row in rows if row["do"] == "network" and row["rival"] == rivals.FASTRES and "ok" in row
+        ]  # fmt: skip
+    return rows, promises
+
+
+def cpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[list[Row], list[Promise]]:
+    """ResNet-50 and the overhead are not cut short: their rows are compared with those of earlier commits."""
+    rows: list[Row] = []
+    promises: list[Promise] = []
+    if "parity" in parts:
+        rows += perform_all(tasks.validations(place), budget.share(PARTS["parity"]), place)
+        promises += parity_promises(rows)
+    if "models" not in parts:
+        return rows, promises
+    for batch in (1, 8):
+        found = compare(load("resnet50", batch=batch, device="cpu"), CPU_WAYS, seconds=25.0, step=say)
+        rows += [{"do": "network", **row} for row in found]
+        promises += speed_promises(found, f"resnet50 batch {batch}")
+    for grad, limit in bench_overhead.LIMIT.items():
+        _, excess = bench_overhead.measure(grad)
+        pass_ = "with grad" if grad else "without grad"
+        text = f"add_act {pass_} costs {excess * 1e6:.1f} µs over eager, at most {limit * 1e6:.0f}"
+        promises.append((text, excess <= limit))
+    return rows, promises
+
+
+def show(rows: list[Row], promises: list[Promise]) -> None:
+    networks = [row for row in rows if row["do"] == "network"]
+    if networks:
+        print(text_table(networks))
+    for row in rows:
+        if row["do"] == "kernel" and "of_roof" in row:
+            where = f"{row['name']} {'x'.join(map(str, row['shape']))} {row['dtype']} on {row['rival']}"
+            print(f"{where}: {row['median_s'] * 1e6:.0f} µs, {row['of_roof']:.0%} of the {row['bound']} peak")
+        elif row["do"] != "network" and ("missing" in row or "failure" in row):
+            print(f"{row['name']} {row.get('rival', '')}: {row.get('missing') or row.get('failure')}")
+    for text, kept in promises:
+        print(f"{'kept  ' if kept else 'BROKEN'} {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

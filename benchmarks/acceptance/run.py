@@ -1,0 +1,81 @@
+"""Tasks within a time: performed one after the other in a process of their own, which is started again where it dies."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from benchmarks.acceptance.tasks import Task, label, missing
+from benchmarks.peers.process import Died, Process
+from fastres.experiments.compare import Row
+
+START_S = 60.0  # for the process to import torch and find its device
+LEAST_S = 3.0  # no task begins with less time left
+OUT_OF_TIME = "out of time"
+
+
+class Budget:
+    """Seconds that are left, of a whole or of a share of it that ends earlier."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._end = clock, clock() + seconds
+
+    def left(self) -> float:
+        return self._end - self._clock()
+
+    def share(self, part: float) -> "Budget":
+        """A part of what is left now; what it leaves over is the others'."""
+        return Budget(self.left() * part, self._clock)
+
+
+def perform_all(
+    tasks: Iterable[Task], budget: Budget, place: torch.device, module: str = "benchmarks.acceptance.worker"
+) -> list[Row]:
+    """The rows of all tasks; those that time did not allow, and those that ended their process, say so in theirs."""
+    rows: list[Row] = []
+    process: Process | None = None
+    peaks: list[Task] = []  # a process that is started anew has to measure them again
+    try:
+        for task in tasks:
+            if budget.left() < LEAST_S:
+                rows += missing(task, OUT_OF_TIME)
+                continue
+            say(f"{budget.left():4.0f} s left: {label(task)}")
+            try:
+                if process is None:
+                    process = start(module, place, peaks)
+                answer = ask(process, task, budget.left())
+                rows += answer.get("rows") or missing(task, answer.get("missing", "no rows"))
+                peaks += [task] if task["do"] == "peaks" else []
+            except Died as reason:
+                rows += missing(task, OUT_OF_TIME if budget.left() < LEAST_S else str(reason))
+                if process is not None:
+                    process.close()
+                process = None
+    finally:
+        if process is not None:
+            process.close()
+    return rows
+
+
+def start(module: str, place: torch.device, again: list[Task]) -> Process:
+    process = Process(module, {"device": str(place)}, threads=torch.get_num_threads(), pinned=False)
+    try:
+        process.answer(START_S)
+        for task in again:
+            ask(process, task, START_S)
+    except Died:
+        process.close()
+        raise
+    return process
+
+
+def ask(process: Process, task: Task, seconds: float) -> dict[str, Any]:
+    return process.ask(max(seconds, LEAST_S), json.dumps({"task": task, "seconds": seconds}))
+
+
+def say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)

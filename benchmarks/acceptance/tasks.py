@@ -1,0 +1,203 @@
+"""What is done on a device, one task at a time: a task is plain data, ``perform`` gives its rows.
+
+Nothing here knows a GPU but the lists of tasks: on the CPU the same code runs the backends that are there.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastres
+from benchmarks import harness, sources
+from benchmarks.bench_ops import CASE_IDS, call, wanting
+from benchmarks.cases import CASES
+from fastres import info, tuner
+from fastres.dispatch import GPU_KERNELS
+from fastres.experiments import rivals
+from fastres.experiments.compare import Row, compare
+from fastres.experiments.rivals import Rival
+from fastres.experiments.subject import DTYPES, load
+from fastres.ops import REGISTRY
+from fastres.ops._op import Op
+
+Task = dict[str, Any]
+INFERENCE = (rivals.OPTIMIZED, rivals.CHANNELS_LAST, rivals.AMP, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE)
+TRAINING = (rivals.OPTIMIZED, rivals.CHANNELS_LAST, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE)
+WAYS = {way.name: way for way in (*INFERENCE, *TRAINING, rivals.EAGER, rivals.FREEZING)}
+TORCH = "torch"  # the plain composition: what the kernels' times are held against
+BATCH = 256
+# What batch norm and addition see in ResNet-50, the largest first.
+SHAPES = [(BATCH, 256, 56, 56), (BATCH, 64, 56, 56), (BATCH, 512, 28, 28), (BATCH, 1024, 14, 14), (BATCH, 2048, 7, 7)]
+STEM_SHAPE = (BATCH, 64, 112, 112)
+# Its convolutions: channels in and out, kernel, stride, side of the input; those that end a block with an addition, those
+# inside, and the rest. In each, what weighs most comes first.
+BLOCK_ENDS = [(64, 256, 1, 1, 56), (128, 512, 1, 1, 28), (256, 1024, 1, 1, 14), (512, 2048, 1, 1, 7)]
+INNER = [
+    (256, 64, 1, 1, 56), (64, 64, 3, 1, 56), (512, 128, 1, 1, 28), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14),
+    (512, 512, 3, 1, 7), (1024, 256, 1, 1, 14), (2048, 512, 1, 1, 7), (3, 64, 7, 2, 224), (128, 128, 3, 2, 56),
+    (256, 512, 1, 2, 56),
+]  # fmt: skip
+SECONDS = 0.6  # of one kernel's rows together
+
+
+def validations(place: torch.device) -> Iterator[Task]:
+    """Every kernel that this device can run, but PyTorch's own."""
+    for op in REGISTRY.values():
+        for backend in op.backends:
+            wanted = GPU_KERNELS if place.type == "cuda" else ("cpu", "onednn")
+            if backend.name in wanted and info.status(op, backend).startswith("live"):
+                yield {"do": "validate", "name": op.name, "rival": backend.name}
+
+
+def kernels() -> Iterator[Task]:
+    """The ops of ResNet-50 at its shapes, in order of what they weigh; bf16 first, then fp16 at the largest shapes."""
+    with_backward = {op for case in CASES if case.backward for op in case.covers}
+    chosen = {name: case for name, case in CASE_IDS.items() if case.backward or case.op not in with_backward}
+    for dtype, most in (("bf16", None), ("fp16", 1)):
+        common = {"do": "kernel", "dtype": dtype}
+        yield {"do": "peaks", "name": "peaks", "dtype": dtype}
+        for name, sizes in {"conv_bn_add_act": BLOCK_ENDS, "conv_bn_act": INNER}.items():
+            yield from ({**common, "name": name, "batch": BATCH, "convolution": size} for size in sizes[:most])
+        for shape in SHAPES[:most]:
+            plain = {name for name, case in chosen.items() if not case.convolution and "maxpool" not in name}
+            yield from ({**common, "name": name, "shape": shape} for name in chosen if name in plain)
+        yield from ({**common, "name": name, "shape": STEM_SHAPE} for name in chosen if "maxpool" in name)
+
+
+def networks() -> Iterator[Task]:
+    """ResNet-50 before the others, bf16 before fp16, the large batch and the single image, which is also timed as a user
+    calls it, before what lies between.
+    """
+    order = [("resnet50", "bf16"), ("resnet50", "fp16"), ("resnet18", "bf16"), ("resnet152", "bf16")]
+    order += [("resnet18", "fp16"), ("resnet152", "fp16")]
+    passes = [(False, 256, True), (True, 256, True), (False, 1, True), (False, 1, False), (False, 32, True), (True, 64, True)]
+    for (name, dtype), (training, batch, replay) in itertools.product(order, passes):
+        ways = [way.name for way in (TRAINING if training else INFERENCE)]
+        task = {"do": "network", "name": name, "dtype": dtype, "training": training, "batch": batch, "replay": replay}
+        yield task | {"ways": ways}
+
+
+def label(task: Task) -> str:
+    return " ".join(str(value) for key, value in task.items() if key not in ("do", "ways"))
+
+
+def missing(task: Task, reason: str) -> list[Row]:
+    """The row of a task that gave none."""
+    row: Row = {"do": task["do"], "name": task["name"], "rival": task.get("rival", rivals.FASTRES), "missing": reason}
+    if "shape" in task or "batch" in task:
+        row |= {"shape": task.get("shape") or [task["batch"], 3, task.get("size", 224), task.get("size", 224)]}
+    return [row | {key: task[key] for key in ("dtype", "training") if key in task}]
+
+
+class Worker:
+    """Performs tasks on one device, and knows the peaks that it measured."""
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place
+        self.peaks: dict[str, tuple[float, float]] = {}
+
+    def perform(self, task: Task, seconds_left: Callable[[], float] = lambda: math.inf) -> list[Row]:
+        run = {"validate": self.validate, "peaks": self.measure_peaks, "kernel": self.kernel, "network": self.network}
+        found = run[task["do"]](task, seconds_left)
+        return [{"do": task["do"], **row} for row in found]
+
+    def validate(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """One backend's kernels of one op on all its samples; the verdict goes to the tuning cache of this run."""
+        op = REGISTRY[task["name"]]
+        backend = next(backend for backend in op.backends if backend.name == task["rival"])
+        session = tuner.Session(self.place)
+        reason = session.verdict(op, backend)
+        session.store()
+        row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "ok": reason is None}
+        row |= {} if reason is None else {"failure": reason}
+        return [row | ({"source": sources.fingerprint(op.name, backend.name)} if backend.name in sources.ROOMS else {})]
+
+    def measure_peaks(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """GB/s of a large copy and flop/s of a large product, against which kernels are held."""
+        copy_peak, matmul_peak = harness.copy_peak(self.place), harness.matmul_peak(self.place, DTYPES[task["dtype"]])
+        self.peaks[task["dtype"]] = copy_peak * 1e9, matmul_peak * 1e9
+        common = {"name": "peaks", "dtype": task["dtype"], "rival": TORCH}
+        return [{**common, "gb_per_s": copy_peak, "gflop_per_s": matmul_peak}]
+
+    def kernel(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """Every op of a case at one shape on each of its backends, beside PyTorch."""
+        with fastres.use(TORCH):
+            calls = self.recorded(task)
+        with torch.no_grad():
+            return [row for op, args in calls for row in self.backends(op, args, task["dtype"])]
+
+    def recorded(self, task: Task) -> list[tuple[Op, tuple]]:
+        """The calls of ops that a task is about, with their arguments."""
+        dtype = DTYPES[task["dtype"]]
+        if "convolution" in task:
+            return [(REGISTRY[task["name"]], convolution(task, dtype, self.place))]
+        case = CASE_IDS[task["name"]]
+        tensors = case.tensors(tuple(task["shape"]), dtype, self.place)
+        with torch.set_grad_enabled(case.backward):
+            return list(tuner.recorded(lambda: call(case.fused, case, wanting(case, tensors))).values())
+
+    def backends(self, op: Op, args: tuple, dtype: str) -> list[Row]:
+        """Rows of one call: a backend that takes the arguments is judged, and timed where it keeps the budget."""
+        calls: dict[str, Callable] = {}
+        extra: dict[str, Row] = {}
+        for backend in op.backends:
+            if backend.why_not(*args) is not None:
+                continue
+            run = backend.load()
+            failure = None if backend.name == TORCH else tuner.judge(op, run, args)
+            extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
+            if failure is None:
+                calls[backend.name] = harness.rotated(run, args, self.place)
+        moved, flops = op.cost(*args)
+        common = {**named(op, args), "dtype": dtype, "bytes": moved, "flops": flops}
+        found = harness.rows_of(common, calls, extra, self.place, base=TORCH, seconds=SECONDS)
+        bytes_per_s, flops_per_s = self.peaks[dtype]
+        roof = max(moved / bytes_per_s, flops / flops_per_s)  # seconds below which neither peak lets it go
+        bound = "memory" if roof == moved / bytes_per_s else "matmul"
+        return [{**row, "bound": bound, "of_roof": roof / row["median_s"]} if "median_s" in row else row for row in found]
+
+    def network(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """A whole network, the ways to run it in turns; in training all of them under autocast."""
+        lower = DTYPES[task["dtype"]] if task["training"] and task["dtype"] != "fp32" else None
+        options = {"size": task.get("size"), "device": self.place.type}
+        subject = load(task["name"], batch=task["batch"], dtype="fp32" if lower else task["dtype"], **options)
+        ways: list[Rival] = [WAYS[name] for name in task["ways"]]
+        if self.place.type == "cuda" and not task["training"]:  # which validated kernel is the fastest of each call
+            model = fastres.optimize(copy.deepcopy(subject.model))
+            x = subject.x.contiguous(memory_format=torch.channels_last)
+            tuner.tune_model(model, x, seconds=0.05, configurations=False)
+        return compare(
+            subject, ways, training=task["training"], lower=lower, seconds=task.get("seconds", 3.0), batches=(3, 60),
+            replay=task.get("replay", True), seconds_left=seconds_left,
+        )  # fmt: skip
+
+
+def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:
+    """Arguments of a convolution of a residual network; at the end of a block with the shortcut's values."""
+    channels, out, kernel, stride, side = task["convolution"]
+    padding, generator = kernel // 2, torch.Generator().manual_seed(0)
+    out_side = (side + 2 * padding - kernel) // stride + 1
+
+    def image(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(place, dtype).contiguous(memory_format=torch.channels_last)
+
+    weight = image(out, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5
+    residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
+    norm = torch.rand(4, out, generator=generator).to(place) + 0.5
+    geometry = (stride, stride), (padding, padding), (1, 1), 1
+    return (image(task["batch"], channels, side, side), *residual, weight, None, *norm, 1e-5, *geometry, "relu")
+
+
+def named(op: Op, args: tuple) -> Row:
+    """What tells one call of an op from another: a convolution's channels, kernel and stride too."""
+    x = next(a for a in args if isinstance(a, Tensor))
+    if not op.name.startswith("conv"):
+        return {"name": op.name, "shape": list(x.shape)}
+    weight = args[2 if op.name == "conv_bn_add_act" else 1]
+    out, channels, *kernel = weight.shape
+    return {"name": f"{op.name} {kernel[0]}x{kernel[1]}/{args[-5][0]} {channels}→{out}", "shape": list(x.shape)}

@@ -1,0 +1,37 @@
+"""The process that performs tasks: a task in JSON on each line of stdin, its rows in JSON on a line of stdout.
+
+A kernel that breaks the CUDA context ends this process, not the run. The order on the command line names the device.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.acceptance.tasks import Worker
+from benchmarks.peers.worker import answers, reason
+
+
+def main() -> None:
+    channel, order = answers(), json.loads(sys.argv[1])
+    worker = Worker(torch.device(order["device"]))
+    print(json.dumps({"ready": True}), file=channel)
+    for line in sys.stdin:
+        print(json.dumps(perform(worker, json.loads(line))), file=channel)
+
+
+def perform(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a task, or why there are none; one that this process will not survive ends it."""
+    end = time.monotonic() + message["seconds"]
+    try:
+        return {"rows": worker.perform(message["task"], lambda: end - time.monotonic())}
+    except Exception as error:  # whatever a task raises is its result, and the next one is still performed
+        if "CUDA error" in str(error):  # the context is lost: so would be all that follows
+            raise
+        return {"missing": reason(error)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+// conv_bn_act and conv_bn_add_act with folded weights: y = act(conv(x, weight) + bias [+ residual]).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "common/types.h"
+
+namespace fastres::cuda {
+
+// One direction of a window.
+struct Span {
+  int kernel, stride, padding, dilation;
+
+  int out(int size) const { return (size + padding + last() - 1) / stride + 1; }
+  // Where the last window may begin, relative to the last pixel.
+  int last() const { return padding - (kernel - 1) * dilation; }
+};
+struct Window {
+  Span h, w;
+};
+struct Images {
+  int count, height, width, channels;
+};
+
+struct ConvActParams {
+  DType dtype;  // float16 or bfloat16
+  bool relu;
+  Images x;  // NHWC; channels, here and of the output, are multiples of 8: pixels are aligned to 16 bytes
+  Window window;
+  int channels_out;
+  const void* x_data;
+  const void* weight;  // [channels_out, kernel h, kernel w, channels]
+  const float* bias;
+  const void* residual;  // or null
+  void* y;
+};
+
+cudaError_t launch_sm90_conv_act(const ConvActParams& params, cudaStream_t stream);
+
+}  // namespace fastres::cuda

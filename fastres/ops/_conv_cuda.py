@@ -1,0 +1,74 @@
+"""The CUDA backend of the convolution ops: one kernel for sm_90a (csrc/cuda/sm90_conv_bn_act_kernel.cu), batch norm folded.
+
+fp16 and bf16, channels_last, one group, any small window. Compiled, and executed on the CPU by the tests; until a Hopper GPU
+has validated it, it is chosen only where it is forced.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.kernels import native
+from fastres.kernels.layout import memory_format
+from fastres.ops import _fold
+
+OP = "sm90_conv_act"
+DTYPES = (torch.float16, torch.bfloat16)
+ARCH = "90a"
+ALIGNMENT = 16  # bytes of a pixel, and of every address: what the TMA unit asks
+
+
+def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
+    """Why the kernel cannot run a convolution, beyond what all folded backends ask."""
+    if x.device.type != "cuda":
+        return f"it runs on cuda, the tensors are on {x.device.type}"
+    return why_not_device(x.device) or why_not_arguments(x, weight, stride, padding, dilation, groups)
+
+
+@functools.cache
+def why_not_device(device: torch.device) -> str | None:
+    if (capability := torch.cuda.get_device_capability(device)) != (9, 0):
+        return f"it is written for compute capability 9.0, got {'.'.join(map(str, capability))}"
+    if reason := native.why_not(OP):
+        return reason
+    archs = native.build_info()["cuda_archs"]
+    return None if ARCH in archs else f"the native library was built for {archs}, without {ARCH}"
+
+
+def why_not_arguments(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
+    """What it asks of the arguments, on any device."""
+    if x.dtype not in DTYPES:
+        return f"it has float16 and bfloat16 kernels, got {x.dtype}"
+    if x.numel() == 0 or x.numel() // x.shape[1] >= 2**31:
+        return f"x must have from 1 to 2^31 - 1 pixels, got {tuple(x.shape)}"
+    if groups != 1:
+        return f"it has no grouped convolution, got groups={groups}"
+    if memory_format(x) is not torch.channels_last:
+        return f"x must be channels_last, got strides {tuple(x.stride())}"
+    if x.shape[1] % 8 or weight.shape[0] % 8:
+        return f"channels in and out must be multiples of 8, got {x.shape[1]} and {weight.shape[0]}"
+    reach = max((k - 1) * d for k, d in zip(weight.shape[2:], dilation, strict=True))
+    if reach > 127 or max(padding) > 127 or max(stride) > 8:
+        shape = tuple(weight.shape[2:])
+        return f"its windows are smaller, got {shape}, stride {stride}, padding {padding}, dilation {dilation}"
+    return None
+
+
+def aligned(t: Tensor) -> Tensor:
+    """The tensor where it is aligned, else a copy: a choice of backend is kept by shapes, not by addresses."""
+    t = t.resolve_neg()
+    return t.clone(memory_format=torch.channels_last) if t.data_ptr() % ALIGNMENT else t
+
+
+def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    """One launch over weights packed as (C_out, KH, KW, C_in)."""
+
+    def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return w.to(x.dtype).permute(0, 2, 3, 1).contiguous(), b.float()
+
+    parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
+    w, b = _fold.folded(parameters, eps, (OP, x.dtype), finish)
+    residual = None if residual is None else aligned(residual)
+    return native.op(OP)(aligned(x), w, b, residual, stride, padding, dilation, act)

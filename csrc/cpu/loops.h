@@ -82,9 +82,9 @@ FASTRES_INLINE void for_doubles(Vec<acc_t, L> v, F f) {
 // a row. term(col)(offset, lanes) -> Pair. The sums of kRun rows grow in the near cache, kBlock columns at a time, and join
 // those in double; kRows rows are added before they meet them. kRows is 1, memory in order, for what does not come from the
 // caches: of several rows at a time the hardware does not foresee the next line, and statistics at 32x512x28x28 in bf16 take
-// 1.3 times as long; in the caches four rows at a time take 0.6 to 0.8 of the time (AMD EPYC, Zen 4, 2026-11-25). Blocks that
-// end inside a page, or inside what is read ahead, cost 1.5 times as much at 32x2048x7x7.
-constexpr int64_t kRun = 128, kBlock = 2048;
+// 1.3 times as long. In the caches statistics at 32x512x7x7, four rows at a time, take 0.6 of the time in fp32 and 0.8 in bf16
+// (AMD EPYC, Zen 4, 2026-11-25).
+constexpr int64_t kRun = 32, kBlock = 2048;
 
 template <typename acc_t, int64_t L, int64_t kRows, typename Term>
 FASTRES_INLINE void reduce_rows(int64_t begin, int64_t end, int64_t cols, int64_t numel, double* sum_a, double* sum_b,

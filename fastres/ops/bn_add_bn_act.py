@@ -3,7 +3,8 @@
 x, residual: outputs of the block's last convolution and of the shortcut's (He et al. 2016, equation 2), of one shape, each
 with its own parameters and statistics; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
 activated in fp32 (fp64 for fp64) with one rounding; the normalised shortcut is never written. Saved for backward: x,
-residual, the statistics and y, whose sign is the mask. Bytes moved: 3 tensors in evaluation, 5 in training, 10 in backward.
+residual, the statistics and y, whose sign is the mask. Bytes moved: 3 tensors in evaluation, 5 in training, 10 in backward,
+12 on the CPU, which writes the gradient behind the activation and reads it three times.
 """
 
 import torch
@@ -181,7 +182,7 @@ BN_ADD_BN_ACT_BACKWARD = Op(
     check=check_backward,
     fake=fake_backward,
     samples=samples_backward,
-    cost=_bn.cost(10),
+    cost=lambda grad_y, *rest: _bn.cost(12 if grad_y.device.type == "cpu" else 10)(grad_y, *rest),
     backends=_backends.all_kernels("bn_add_bn_act_backward", _bn.why_not, module="bn_add_bn_act"),
 )
 

@@ -9,7 +9,6 @@ residual, the statistics and y, whose sign is the mask. Bytes moved: 3 tensors i
 
 import torch
 
-from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check
 from fastres.ops._op import Op, Sample
 
@@ -118,7 +117,7 @@ def gradients(ctx, grad_y):
             dz.to(residual.dtype), residual, r_weight, r_bias, (r_mean, r_var), r_eps, training
         )
         return found[0], others[0], *found[1:], *others[1:]
-    grad_y = grad_y.contiguous(memory_format=memory_format(x))
+    grad_y = _bn.laid_as(x, grad_y)
     grad_x, grad_residual, grad_weight, grad_bias, r_grad_weight, r_grad_bias = BN_ADD_BN_ACT_BACKWARD(
         grad_y, y, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act, training
     )

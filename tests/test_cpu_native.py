@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastres import functional
 from fastres.kernels import native
 
 pytestmark = pytest.mark.cpu
@@ -88,10 +89,10 @@ def test_misaligned_storage_gives_the_same_bits(dtype, memory_format):
 
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 17, 331, 333), (3, 64, 192, 128)])
+@pytest.mark.parametrize("shape", [(4, 17, 331, 333), (4, 64, 192, 128)])
 def test_outputs_beyond_the_caches_equal_those_within(shape, dtype, memory_format):
     if dtype in (torch.float32, torch.float64):
-        shape = (3, shape[1], shape[2] // 2, shape[3])
+        shape = (4, shape[1], shape[2] // 2, shape[3])
     x, residual, grad_y = [
         torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3)
     ]
@@ -254,3 +255,31 @@ ERRORS = [
 def test_what_would_be_unsafe_raises(name, args, message):
     with pytest.raises(RuntimeError, match=message):
         op(name)(*args)
+
+
+@pytest.mark.parametrize("act", ["relu", "none"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_weights_give_what_torch_gives(dtype, memory_format, training, act):
+    generator = torch.Generator().manual_seed(0)
+    x, residual, grad_y = (torch.randn(2, 19, 5, 3, generator=generator).to(dtype) for _ in range(3))
+    x[0, :, 0, 0] = 0
+    weight, bias = torch.ones(19, dtype=statistics(dtype)), torch.linspace(-1, 1, 19, dtype=statistics(dtype))
+    weight[::3], weight[1::3] = float("inf"), -float("inf")
+    mean, var = torch.linspace(-1, 1, 19, dtype=statistics(dtype)), torch.ones(19, dtype=statistics(dtype))
+    x, residual, grad_y = (t.contiguous(memory_format=memory_format) for t in (x, residual, grad_y))
+    for run, inputs in ((functional.bn_act, (x,)), (functional.bn_add_act, (x, residual))):
+        leaves = [t.clone().requires_grad_() for t in (*inputs, weight, bias)]
+        z = F.batch_norm(leaves[0], mean.clone(), var.clone(), *leaves[-2:], training)
+        z = z + leaves[1] if len(inputs) == 2 else z
+        expected = F.relu(z) if act == "relu" else z
+        found = run(*leaves[:-2], mean.clone(), var.clone(), *leaves[-2:], training, act=act)
+        grads = [torch.autograd.grad(y, leaves, grad_y) for y in (found, expected)]
+        for a, b in zip((found, *grads[0]), (expected, *grads[1]), strict=True):
+            assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.isposinf(), b.isposinf())
+            assert torch.equal(a.isneginf(), b.isneginf())
+
+
+def statistics(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -180,3 +180,23 @@ def test_running_buffers_come_together_and_own_their_memory():
         with pytest.raises(fastres.ArgumentError, match=f"fastres.bn_act: {text}"):
             FF.bn_act(**given)
         assert torch.equal(given["running_mean"], before)
+
+
+class Cut(torch.autograd.Function):
+    """Passes values on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize(("name", "training"), CASES)
+def test_no_gradient_of_y_is_no_gradient(name, training):
+    given = arguments(name, training)
+    x = given["x"].requires_grad_()
+    Cut.apply(getattr(FF, name)(**given)).sum().backward()
+    assert x.grad is None

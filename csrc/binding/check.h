@@ -168,6 +168,19 @@ inline bool is_non_overlapping_and_dense(const Tensor& t) {
   return true;
 }
 
+// Two operands of any rank that lie alike in memory, without gap or overlap.
+inline void check_pair(const char* op, Named first, Named second, bool with_double) {
+  const Tensor &a = first.tensor, &b = second.tensor;
+  check_floating(op, first.param, a, with_double);
+  FASTRES_CHECK(a.numel() > 0, op, first.param, "not empty", show(a.sizes()));
+  check_like(op, second.param, b, a);
+  for (int64_t d = 0; d < a.dim(); ++d)
+    FASTRES_CHECK(a.sizes()[d] == 1 || a.strides()[d] == b.strides()[d], op, second.param,
+                  "of the strides of " << first.param << ", " << show(a.strides()), show(b.strides()));
+  FASTRES_CHECK(is_non_overlapping_and_dense(a), op, first.param, "dense and without overlap",
+                "strides " << show(a.strides()) << " for sizes " << show(a.sizes()));
+}
+
 // --- parameters and statistics -------------------------------------------------------------------
 
 // A vector with one value per channel of x, contiguous and of the wanted dtype (a copy only where it is neither).

@@ -6,18 +6,9 @@
 namespace fastres::cpu {
 namespace {
 
-// The second operand lies in memory as the first one does.
 void check_pair(const char* op, Named first, Named second) {
-  const Tensor &a = first.tensor, &b = second.tensor;
-  check_cpu(op, first.param, a);
-  check_floating(op, first.param, a, true);
-  FASTRES_CHECK(a.numel() > 0, op, first.param, "not empty", show(a.sizes()));
-  check_like(op, second.param, b, a);
-  for (int64_t d = 0; d < a.dim(); ++d)
-    FASTRES_CHECK(a.sizes()[d] == 1 || a.strides()[d] == b.strides()[d], op, second.param,
-                  "of the strides of " << first.param << ", " << show(a.strides()), show(b.strides()));
-  FASTRES_CHECK(is_non_overlapping_and_dense(a), op, first.param, "dense and without overlap",
-                "strides " << show(a.strides()) << " for sizes " << show(a.sizes()));
+  check_cpu(op, first.param, first.tensor);
+  fastres::check_pair(op, first, second, true);
 }
 
 template <typename Kernel>

@@ -5,7 +5,7 @@ namespace fastres::cpu {
 namespace {
 
 Tensor apply(BnCall& call) {
-  Tensor y = empty_activation(call.x.sizes(), call.format, call.x);
+  Tensor y = empty_output(call.x.sizes(), call.format, call.x);
   call.fill_tables();
   call.args.out = y.data_ptr();
   call.run_rows(bn_act_forward);
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const T
   call.args.grad_y = grad_y.data_ptr();
   call.reduce(bn_act_sums);
   const ParameterGradients grads = parameter_gradients(call, mean, weight, bias);
-  Tensor grad_x = empty_activation(x.sizes(), call.format, x);
+  Tensor grad_x = empty_output(x.sizes(), call.format, x);
   call.args.out = grad_x.data_ptr();
   call.run_rows(bn_act_gradient);
   return {grad_x, grads.weight, grads.bias};

@@ -14,9 +14,11 @@ void bn_statistics(const BnArgs& shared, int64_t begin, int64_t end) {
     constexpr int64_t L = kLanes<acc_t>;
     const auto* x = static_cast<const scalar_t*>(args.x);
     const auto* shift = static_cast<const acc_t*>(args.shift);
-    reduce_chunks<last.value, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
-      const auto d = read<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, last.value>(shift, entry);
-      return Pair<Vec<acc_t, L>>{d, d * d};
+    reduce_chunks<last.value, 4, acc_t>(args, begin, end, [&](int64_t entry) {
+      return [&, shift = channel_value<acc_t, L, last.value>(shift, entry)](int64_t offset, auto lanes) {
+        const auto d = read<acc_t, L>(x + offset, lanes) - shift;
+        return Pair<Vec<acc_t, L>>{d, d * d};
+      };
     });
   });
 }

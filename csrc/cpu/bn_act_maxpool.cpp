@@ -46,7 +46,7 @@ void run_rows(Kernel kernel, const BnActMaxpoolArgs& args, int64_t rows_per_imag
 }
 
 Tensor apply(BnCall& call, const BnActMaxpoolArgs& args) {
-  Tensor y = empty_activation(std::array{call.x.size(0), call.x.size(1), args.out_h, args.out_w}, call.format, call.x);
+  Tensor y = empty_output(std::array{call.x.size(0), call.x.size(1), args.out_h, args.out_w}, call.format, call.x);
   call.fill_tables();
   call.args.out = y.data_ptr();
   run_rows(bn_act_maxpool_forward, args, args.out_h, args.stride_h * args.in_w * args.pixel);
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y,
   args.taps = call.scratch.take<uint16_t>(grad_y.numel());
   call.reduce([&](const BnArgs&, int64_t begin, int64_t end) { bn_act_maxpool_sums(args, begin, end); });
   const ParameterGradients grads = parameter_gradients(call, mean, weight, bias);
-  Tensor grad_x = empty_activation(x.sizes(), call.format, x);
+  Tensor grad_x = empty_output(x.sizes(), call.format, x);
   call.args.out = grad_x.data_ptr();
   run_rows(bn_act_maxpool_gradient, args, args.in_h, args.in_w * args.pixel);
   return {grad_x, grads.weight, grads.bias};

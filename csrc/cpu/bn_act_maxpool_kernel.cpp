@@ -279,11 +279,13 @@ void bn_act_maxpool_sums(const BnActMaxpoolArgs& args, int64_t begin, int64_t en
         const int64_t rows = args.images * args.out_h;
         for (int64_t unit = rows * chunk / args.bn.chunks; unit < rows * (chunk + 1) / args.bn.chunks; ++unit) {
           finder.run(unit);
-          reduce_rows<acc_t, L>(0, (count + args.bn.cols - 1) / args.bn.cols, args.bn.cols, count, part.sum_a, part.sum_b,
-                         [&](int64_t i, int64_t, auto lanes) {
-                           return Pair<Vec<acc_t, L>>{load<acc_t, L>(finder.dz + i, lanes),
-                                                      load<acc_t, L>(finder.dz_x + i, lanes)};
-                         });
+          reduce_rows<acc_t, L, 4>(0, (count + args.bn.cols - 1) / args.bn.cols, args.bn.cols, count, part.sum_a, part.sum_b,
+                                 [&](int64_t) {
+                                   return [&](int64_t i, auto lanes) {
+                                     return Pair<Vec<acc_t, L>>{load<acc_t, L>(finder.dz + i, lanes),
+                                                                load<acc_t, L>(finder.dz_x + i, lanes)};
+                                   };
+                                 });
         }
       } else {
         part.for_each_plane([&](int64_t image, int64_t, double* sum_a, double* sum_b) {
@@ -338,10 +340,13 @@ void bn_act_maxpool_gradient(const BnActMaxpoolArgs& args, int64_t begin, int64_
         gather_dz<L, scalar_t>(args, image, unit % args.in_h, static_cast<acc_t*>(line));
         join<kLast>(args, static_cast<const acc_t*>(line), static_cast<acc_t*>(dz_row));
         const int64_t offset = unit * args.in_w * args.pixel;
+        const auto* x = static_cast<const scalar_t*>(args.bn.x);
         auto* grad_x = static_cast<scalar_t*>(args.bn.out) + offset;
         for_each_pixel<kLast, L>(args, image, grad_x, args.bn.stream, [&](int64_t i, int64_t entry, auto lanes) {
-          store_grad_x<training.value, kLast, L>(args.bn, load<acc_t, L>(dz_row + i, lanes), grad_x + i, offset + i, entry,
-                                                 lanes);
+          const auto slope = load_slope<training.value, acc_t, L, kLast>(args.bn, entry);
+          Vec<acc_t, L> x_{};
+          if constexpr (training.value) x_ = load<acc_t, L>(x + offset + i, lanes);
+          store<L>(grad_x + i, slope(load<acc_t, L>(dz_row + i, lanes), x_), lanes);
         });
       }
     });

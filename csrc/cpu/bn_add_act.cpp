@@ -5,7 +5,7 @@ namespace fastres::cpu {
 namespace {
 
 Tensor apply(BnCall& call, const Tensor& residual) {
-  Tensor y = empty_activation(call.x.sizes(), call.format, call.x);
+  Tensor y = empty_output(call.x.sizes(), call.format, call.x);
   call.fill_tables();
   call.args.residual = residual.data_ptr();
   call.args.out = y.data_ptr();
@@ -41,11 +41,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& gra
   call.args.training = training;
   call.args.grad_y = grad_y.data_ptr();
   call.args.y = y.data_ptr();
-  Tensor grad_residual = empty_activation(x.sizes(), call.format, x);
+  Tensor grad_residual = empty_output(x.sizes(), call.format, x);
   call.args.grad_residual = grad_residual.data_ptr();
   call.reduce(bn_add_act_sums);
   const ParameterGradients grads = parameter_gradients(call, mean, weight, std::nullopt);
-  Tensor grad_x = empty_activation(x.sizes(), call.format, x);
+  Tensor grad_x = empty_output(x.sizes(), call.format, x);
   call.args.out = grad_x.data_ptr();
   call.run_rows(bn_add_act_gradient);
   return {grad_x, grad_residual, grads.weight, grads.bias};

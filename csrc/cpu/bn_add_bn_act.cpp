@@ -7,7 +7,7 @@ namespace fastres::cpu {
 namespace {
 
 Tensor apply(BnCall& call, BnCall& shortcut) {
-  Tensor y = empty_activation(call.x.sizes(), call.format, call.x);
+  Tensor y = empty_output(call.x.sizes(), call.format, call.x);
   call.fill_tables();
   shortcut.fill_tables();
   call.args.out = y.data_ptr();
@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backwar
   shortcut.read_affine(residual_weight, std::nullopt);
   call.read_statistics(mean, var, eps);
   shortcut.read_statistics(residual_mean, residual_var, residual_eps);
-  Tensor grad_x = empty_activation(x.sizes(), call.format, x);
-  Tensor grad_residual = empty_activation(x.sizes(), call.format, x);
+  Tensor grad_x = empty_output(x.sizes(), call.format, x);
+  Tensor grad_residual = empty_output(x.sizes(), call.format, x);
   for (BnCall* each : {&call, &shortcut}) {
     each->fill_tables();
     each->args.training = training;

@@ -17,15 +17,14 @@ void bn_add_bn_act_forward(const BnAddBnActArgs& both, int64_t begin, int64_t en
     constexpr bool kLast = last.value;
     const BnArgs other = both.residual;
     auto* y = static_cast<scalar_t*>(args.out);
-    for_each_row<kLast, L>(args, begin, end, y, [&](int64_t offset, int64_t entry, auto lanes) {
-      const auto normalised = [&](const BnArgs& from) {
-        return normalise(load<acc_t, L>(static_cast<const scalar_t*>(from.x) + offset, lanes),
-                         channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(from.mean), entry),
-                         channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(from.scale), entry),
-                         channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(from.bias), entry));
+    const auto *x = static_cast<const scalar_t*>(args.x), *residual = static_cast<const scalar_t*>(other.x);
+    for_each_row<kLast, L>(args, begin, end, y, [&](int64_t entry) {
+      return [&, own = load_affine<acc_t, L, kLast>(args, entry), shortcut = load_affine<acc_t, L, kLast>(other, entry)](
+                 int64_t offset, auto lanes) {
+        const auto z = own(read<acc_t, L>(x + offset, lanes)) +
+                       shortcut(read<acc_t, L>(residual + offset, lanes));
+        store<L>(y + offset, is_relu.value ? relu(z) : z, lanes);
       };
-      const auto z = normalised(args) + normalised(other);
-      store<L>(y + offset, is_relu.value ? relu(z) : z, lanes);
     });
   });
 }

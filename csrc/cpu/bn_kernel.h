@@ -53,36 +53,53 @@ struct Chunk {
   }
 };
 
-// Sums term(offset, entry, lanes) -> Pair over the chunks [begin, end): `offset` into x, `entry` into the tables.
-template <bool kChannelsLast, typename acc_t, typename Term>
+// Sums term(entry)(offset, lanes) -> Pair over the chunks [begin, end): `entry` into the tables, `offset` into x. kNearRows:
+// how many rows at a time where the tensors may be in the caches.
+template <bool kChannelsLast, int64_t kNearRows, typename acc_t, typename Term>
 FASTRES_INLINE void reduce_chunks(const BnArgs& args, int64_t begin, int64_t end, Term term) {
   constexpr int64_t L = kLanes<acc_t>;
   for (int64_t k = begin; k < end; ++k) {
     const Chunk<kChannelsLast> chunk(args, k);
     chunk.clear();
     if constexpr (kChannelsLast) {
-      reduce_rows<acc_t, L>(chunk.row_begin, chunk.row_end, args.cols, args.numel, chunk.sum_a, chunk.sum_b, term);
+      with_bool(kNearRows > 1 && !args.stream, [&](auto near) {
+        reduce_rows<acc_t, L, near.value ? kNearRows : 1>(chunk.row_begin, chunk.row_end, args.cols, args.numel, chunk.sum_a,
+                                                          chunk.sum_b, term);
+      });
     } else {
       chunk.for_each_plane([&](int64_t plane, int64_t c, double* sum_a, double* sum_b) {
-        reduce_plane<acc_t, L>(args.cols, sum_a, sum_b, [&](int64_t i, auto lanes) {
-          return term(plane * args.cols + i, c, lanes);
-        });
+        const auto at = term(c);
+        reduce_plane<acc_t, L>(args.cols, sum_a, sum_b, [&](int64_t i, auto lanes) { return at(plane * args.cols + i, lanes); });
       });
     }
   }
 }
 
-// Calls body(offset, entry, lanes) for the elements of rows [begin, end).
+// Calls body(entry)(offset, lanes) for the elements of rows [begin, end), in memory order.
 template <bool kChannelsLast, int64_t L, typename scalar_t, typename Body>
 FASTRES_INLINE void for_each_row(const BnArgs& args, int64_t begin, int64_t end, const scalar_t* out, Body body) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * args.cols;
     const int64_t channel = row % args.channels;
     for_each<L>(min(args.cols, args.numel - offset), out + offset, args.stream, [&](int64_t i, auto lanes) {
-      body(offset + i, kChannelsLast ? i : channel, lanes);
+      body(kChannelsLast ? i : channel)(offset + i, lanes);
     });
   }
   if (args.stream) stream_fence();
+}
+
+// What the tables hold for L neighbouring elements.
+template <typename V>
+struct Affine {
+  V mean, scale, bias;
+  FASTRES_INLINE V operator()(V x) const { return normalise(x, mean, scale, bias); }
+};
+template <typename acc_t, int64_t L, bool kLast>
+FASTRES_INLINE auto load_affine(const BnArgs& args, int64_t entry) {
+  const auto value = [&](const void* table) {
+    return channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(table), entry);
+  };
+  return Affine<Vec<acc_t, L>>{value(args.mean), value(args.scale), value(args.bias)};
 }
 
 template <bool kAdd>
@@ -94,35 +111,25 @@ FASTRES_INLINE void forward(const BnArgs& shared, int64_t begin, int64_t end) {
     constexpr bool kLast = last.value;
     const auto* x = static_cast<const scalar_t*>(args.x);
     const auto* residual = static_cast<const scalar_t*>(args.residual);
-    const auto* mean = static_cast<const acc_t*>(args.mean);
-    const auto* scale = static_cast<const acc_t*>(args.scale);
-    const auto* bias = static_cast<const acc_t*>(args.bias);
     auto* y = static_cast<scalar_t*>(args.out);
-    for_each_row<kLast, L>(args, begin, end, y, [&](int64_t offset, int64_t entry, auto lanes) {
-      auto z = normalise(read<acc_t, L>(x + offset, lanes), channel_value<acc_t, L, kLast>(mean, entry),
-                         channel_value<acc_t, L, kLast>(scale, entry), channel_value<acc_t, L, kLast>(bias, entry));
-      if constexpr (kAdd) z += read<acc_t, L>(residual + offset, lanes);
-      store<L>(y + offset, is_relu.value ? relu(z) : z, lanes);
+    for_each_row<kLast, L>(args, begin, end, y, [&](int64_t entry) {
+      return [&, affine = load_affine<acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
+        auto z = affine(read<acc_t, L>(x + offset, lanes));
+        if constexpr (kAdd) z += read<acc_t, L>(residual + offset, lanes);
+        store<L>(y + offset, is_relu.value ? relu(z) : z, lanes);
+      };
     });
   });
 }
 
-// dz, the gradient behind the activation, of L elements; x_centred = x - mean.
-template <bool kAdd, bool kRelu, bool kLast, int64_t L, typename scalar_t, typename Lanes>
-FASTRES_INLINE auto load_dz(const BnArgs& args, int64_t offset, int64_t entry, Lanes lanes) {
+// dz, the gradient behind the activation, of L elements of x, which lie at `offset`.
+template <bool kAdd, bool kRelu, int64_t L, typename scalar_t, typename V, typename Lanes>
+FASTRES_INLINE V load_dz(const BnArgs& args, const Affine<V>& affine, V x, int64_t offset, Lanes lanes) {
   using acc_t = acc_of<scalar_t>;
   const auto grad_y = read<acc_t, L>(static_cast<const scalar_t*>(args.grad_y) + offset, lanes);
-  if constexpr (!kRelu) {
-    return grad_y;
-  } else if constexpr (kAdd) {
-    return relu_gradient(grad_y, read<acc_t, L>(static_cast<const scalar_t*>(args.y) + offset, lanes), acc_t{});
-  } else {
-    const auto z = normalise(load<acc_t, L>(static_cast<const scalar_t*>(args.x) + offset, lanes),
-                             channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(args.mean), entry),
-                             channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(args.scale), entry),
-                             channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(args.bias), entry));
-    return relu_gradient(grad_y, z, static_cast<acc_t>(kZeroUpTo<scalar_t>));
-  }
+  if constexpr (!kRelu) return grad_y;
+  else if constexpr (!kAdd) return relu_gradient(grad_y, affine(x), static_cast<acc_t>(kZeroUpTo<scalar_t>));
+  else return relu_gradient(grad_y, read<acc_t, L>(static_cast<const scalar_t*>(args.y) + offset, lanes), acc_t{});
 }
 
 // With a residual, dz is its gradient: it is written here, and the second pass reads it instead of grad_y and y.
@@ -133,36 +140,37 @@ FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
     using acc_t = acc_of<scalar_t>;
     constexpr int64_t L = kLanes<acc_t>;
     constexpr bool kLast = last.value;
-    const auto* x = static_cast<const scalar_t*>(args.x);
-    const auto* mean = static_cast<const acc_t*>(args.mean);
+    const auto* from_x = static_cast<const scalar_t*>(args.x);
     auto* grad_residual = static_cast<scalar_t*>(args.grad_residual);
     // Whole vectors of rows are aligned where the tensor is.
     const bool stream = kAdd && kLast && args.stream && reinterpret_cast<uintptr_t>(grad_residual) % kVectorBytes == 0;
-    reduce_chunks<kLast, acc_t>(args, begin, end, [&](int64_t offset, int64_t entry, auto lanes) {
-      const auto dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
-      if constexpr (kAdd) {
-        if (is_whole(lanes) && stream) store<L>(grad_residual + offset, dz, Stream{});
-        else store<L>(grad_residual + offset, dz, lanes);
-      }
-      const auto x_centred = read<acc_t, L>(x + offset, lanes) - channel_value<acc_t, L, kLast>(mean, entry);
-      return Pair<Vec<acc_t, L>>{dz, dz * x_centred};
+    reduce_chunks<kLast, kAdd ? 1 : 4, acc_t>(args, begin, end, [&](int64_t entry) {
+      return [&, affine = load_affine<acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
+        const auto x = read<acc_t, L>(from_x + offset, lanes);
+        const auto dz = load_dz<kAdd, is_relu.value, L, scalar_t>(args, affine, x, offset, lanes);
+        if constexpr (kAdd) {
+          if (is_whole(lanes) && stream) store<L>(grad_residual + offset, dz, Stream{});
+          else store<L>(grad_residual + offset, dz, lanes);
+        }
+        return Pair<Vec<acc_t, L>>{dz, dz * (x - affine.mean)};
+      };
     });
     if (stream) stream_fence();
   });
 }
 
-// grad_x of L elements from their dz.
-template <bool kTraining, bool kLast, int64_t L, typename scalar_t, typename V, typename Lanes>
-FASTRES_INLINE void store_grad_x(const BnArgs& args, V dz, scalar_t* to, int64_t offset, int64_t entry, Lanes lanes) {
-  using acc_t = acc_of<scalar_t>;
-  const auto value = [&](const void* table) {
-    return channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(table), entry);
-  };
+// The gradient of x behind the sums, for L neighbouring elements.
+template <bool kTraining, typename acc_t, int64_t L, bool kLast>
+FASTRES_INLINE auto load_slope(const BnArgs& args, int64_t entry) {
+  const auto affine = load_affine<acc_t, L, kLast>(args, entry);
   if constexpr (kTraining) {
-    const auto x = read<acc_t, L>(static_cast<const scalar_t*>(args.x) + offset, lanes);
-    store<L>(to, normalise_grad(dz, x, value(args.mean), value(args.scale), value(args.mean_dz), value(args.slope)), lanes);
+    const auto mean_dz = channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(args.mean_dz), entry);
+    const auto slope = channel_value<acc_t, L, kLast>(static_cast<const acc_t*>(args.slope), entry);
+    return [=](Vec<acc_t, L> dz, Vec<acc_t, L> x) {
+      return normalise_grad(dz, x, affine.mean, affine.scale, mean_dz, slope);
+    };
   } else {
-    store<L>(to, dz * value(args.scale), lanes);
+    return [=](Vec<acc_t, L> dz, Vec<acc_t, L>) { return dz * affine.scale; };
   }
 }
 
@@ -175,12 +183,17 @@ FASTRES_INLINE void gradient(const BnArgs& shared, int64_t begin, int64_t end) {
       constexpr int64_t L = kLanes<acc_t>;
       constexpr bool kLast = last.value;
       auto* grad_x = static_cast<scalar_t*>(args.out);
+      const auto* from_x = static_cast<const scalar_t*>(args.x);
       const auto* grad_residual = static_cast<const scalar_t*>(args.grad_residual);
-      for_each_row<kLast, L>(args, begin, end, grad_x, [&](int64_t offset, int64_t entry, auto lanes) {
-        Vec<acc_t, L> dz;
-        if constexpr (kAdd) dz = read<acc_t, L>(grad_residual + offset, lanes);
-        else dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, offset, entry, lanes);
-        store_grad_x<training.value, kLast, L>(args, dz, grad_x + offset, offset, entry, lanes);
+      for_each_row<kLast, L>(args, begin, end, grad_x, [&](int64_t entry) {
+        return [&, affine = load_affine<acc_t, L, kLast>(args, entry),
+                slope = load_slope<training.value, acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
+          Vec<acc_t, L> x{}, dz;
+          if constexpr (training.value || (!kAdd && is_relu.value)) x = read<acc_t, L>(from_x + offset, lanes);
+          if constexpr (kAdd) dz = read<acc_t, L>(grad_residual + offset, lanes);
+          else dz = load_dz<kAdd, is_relu.value, L, scalar_t>(args, affine, x, offset, lanes);
+          store<L>(grad_x + offset, slope(dz, x), lanes);
+        };
       });
     });
   });

@@ -96,16 +96,39 @@ FASTRES_INLINE Vec<double, L> to_double(V v) {
   return __builtin_convertvector(v, Vec<double, L>);
 }
 
+#if FASTRES_CPU_LEVEL >= 4
+// A bf16 is the upper half of a float: one permutation of 16-bit lanes puts 16 of them there, one takes them out.
+FASTRES_INLINE __m512i lanes_16(int64_t numerator, int64_t denominator, int64_t first) {
+  Vec<uint16_t, 32> lane;
+  for (int64_t i = 0; i < 32; ++i) lane[i] = i * numerator / denominator + first;
+  return (__m512i)lane;
+}
+#endif
+
 template <int64_t L>
 FASTRES_INLINE Vec<float, L> widen(bf16, Vec<uint16_t, L> h) {
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (L == 16)
+    return (Vec<float, L>)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, lanes_16(1, 2, 0), _mm512_castsi256_si512((__m256i)h));
+#endif
   return bits_as<Vec<float, L>>(to_32<L>(h) << 16);
 }
 
+// To nearest even. A NaN that arithmetic or a bf16 tensor gave has a bit in its upper half; rounded, it could become infinity.
 template <int64_t L>
 FASTRES_INLINE Vec<uint16_t, L> narrow(bf16, Vec<float, L> v) {
+#if FASTRES_CPU_LEVEL >= 4
+  if constexpr (L == 16) {
+    const auto number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    const auto odd = _mm512_mask_test_epi32_mask(number, (__m512i)v, _mm512_set1_epi32(1 << 16));
+    auto u = _mm512_mask_add_epi32((__m512i)v, number, (__m512i)v, _mm512_set1_epi32(0x7fff));
+    u = _mm512_mask_add_epi32(u, odd, u, _mm512_set1_epi32(1));
+    const __m512i upper = _mm512_maskz_permutexvar_epi16(~0u, lanes_16(2, 1, 1), u);
+    return (Vec<uint16_t, L>)_mm512_maskz_extracti64x4_epi64(0xff, upper, 0);
+  }
+#endif
   const auto u = bits_as<Vec<uint32_t, L>>(v);
-  const auto rounded = u + (((u >> 16) & 1) + 0x7fff);  // to nearest even
-  // A NaN that arithmetic or a bf16 tensor gave has a bit in its upper half; rounded, it could become infinity.
+  const auto rounded = u + (((u >> 16) & 1) + 0x7fff);
   return to_16<L>((v == v ? rounded : u) >> 16);
 }
 

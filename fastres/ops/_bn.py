@@ -102,6 +102,11 @@ def parameter_grads(
     return grad_weight, grad_bias.to(grad_weight.dtype if bias is None else bias.dtype)
 
 
+def laid_as(x: Tensor, grad_y: Tensor) -> Tensor:
+    """The gradient of y in y's memory format, which it mostly has: then to ask for x's strides is all it costs."""
+    return grad_y if grad_y.stride() == x.stride() else grad_y.contiguous(memory_format=memory_format(x))
+
+
 def refuse_statistics_gradient(mean: Tensor, var: Tensor) -> None:
     """Given statistics are constants, as in PyTorch."""
     if mean.requires_grad or var.requires_grad:

@@ -175,12 +175,15 @@ def _eager_function(name: str, setup_context: Callable, backward: Callable) -> t
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, run = args
+            ctx.set_materialize_grads(False)  # of statistics, which have none: zeros would be allocated for them
             outputs = run(*inputs)
             setup_context(ctx, inputs, outputs)
             return outputs
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> tuple:
+            if grads[0] is None:  # y's: nothing flows back
+                return (None,) * len(ctx.needs_input_grad)
             return *backward(ctx, *grads), None
 
     EagerFunction.__name__ = EagerFunction.__qualname__ = f"fastres_{name}"

@@ -9,7 +9,6 @@ Bytes moved: 2 tensors in evaluation, 3 in training, 5 in backward.
 import torch
 from torch import Tensor
 
-from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check
 from fastres.ops._op import Op, Sample
 
@@ -86,7 +85,7 @@ def gradients(ctx, grad_y: Tensor) -> tuple:
         if ctx.act == "relu":
             dz = torch.where(_bn.normalize(x.detach(), weight, bias, mean, var, ctx.eps) <= 0, 0, grad_y)
         return _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
-    grad_y = grad_y.contiguous(memory_format=memory_format(x))
+    grad_y = _bn.laid_as(x, grad_y)
     found = BN_ACT_BACKWARD(grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training)
     return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
 

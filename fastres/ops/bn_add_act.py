@@ -7,7 +7,6 @@ Bytes moved: 3 tensors in evaluation, 4 in training, 7 in backward.
 
 import torch
 
-from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check
 from fastres.ops._op import Op, Sample
 
@@ -91,7 +90,7 @@ def gradients(ctx, grad_y):
         dz = torch.where(y <= 0, 0, grad_y) if ctx.act == "relu" else grad_y
         grad_x, *others = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
         return grad_x, dz.to(ctx.residual_dtype), *others
-    grad_y = grad_y.contiguous(memory_format=memory_format(x))
+    grad_y = _bn.laid_as(x, grad_y)
     grad_x, grad_residual, grad_weight, grad_bias = BN_ADD_ACT_BACKWARD(
         grad_y, y, x, weight, mean, var, ctx.eps, ctx.act, ctx.training
     )

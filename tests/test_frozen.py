@@ -199,6 +199,9 @@ def test_the_model_is_left_alone_and_no_longer_needed():
     assert not frozen.state_dict() and not frozen.training
 
 
+CONSTANT = torch.ones(2, 16, 6, 6)
+
+
 class Function(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -215,11 +218,32 @@ class Function(nn.Module):
         (lambda y: F.max_pool2d(y, 2, dilation=2), "max_pool2d"), (lambda y: y.view(-1, 16), "aten.view"),
         (lambda y: y + 1.0, "aten.add"), (lambda y: torch.ones(3), "ones"), (lambda y: y.flatten(1)[:, :4], "slice"),
         (lambda y: y[:, :8].relu() + y[:, 8:], "slice"), (nn.Conv2d(16, 16, 3, groups=4), "convolution"), (F.dropout, "dropout|bernoulli"),
+        (lambda y: y + CONSTANT, "computes from a constant"), (lambda y: y.mean(), "aten.mean"),
+        (lambda y: y.mean((2, 3), dtype=torch.float64), "dtype"), (lambda y: y.view(torch.int32), "aten.view"),
+        (lambda y: y.mean((2, 3), keepdim=True).squeeze(), "squeeze"), (lambda y: y.mean((2, 3), keepdim=True).squeeze(3), "must return"),
+        (lambda y: torch.addmm(torch.ones(4), y.mean((2, 3)), torch.ones(4, 16).t(), beta=0.5), "addmm"),
+        (lambda y: torch.addmm(torch.ones(1), y.mean((2, 3)), torch.ones(4, 16).t()), "addmm"), (lambda y: y[:1], "must return|slice"),
+        (lambda y: torch.add(y, y, out=torch.empty_like(y)), "empty_like|add"), (lambda y: torch.add(*F.max_pool2d(y, 2, return_indices=True)), "constant"),
     ],
 )  # fmt: skip
 def test_what_a_plan_cannot_do_is_refused(function, why):
     with pytest.raises(fastres.UnsupportedError, match=why):
         fastres.freeze(Function(function), images((2, 3, 8, 8)))
+
+
+def test_additions_and_relus_of_flat_values():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 5, 1), nn.Linear(5 * 6 * 7, 4)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.linear(F.relu(y.flatten(1) + F.relu(y).flatten(1)))
+
+    model, x = Flat().eval(), images((2, 3, 6, 7))
+    with torch.no_grad():
+        assert_close_to_truth(fastres.freeze(model, x)(x), model(x), copy.deepcopy(model).double()(x.double()), x.dtype)
 
 
 def test_writes_that_others_would_see_are_refused():

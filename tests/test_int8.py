@@ -4,6 +4,7 @@
 
 import copy
 import json
+import os
 import pickle
 
 import pytest
@@ -236,7 +237,8 @@ def test_bad_calibration_is_refused():
         ([x[0]], ValueError, "batch 0"), ([x[:0]], ValueError, "batch 0"), ([x.long()], ValueError, "floating-point"),
         ([(x, labels[:1])], ValueError, "2 integer labels"), ([(x, labels.float())], ValueError, "integer labels"),
         (quiet([x], accuracy=0.9), ValueError, "pairs"), (quiet([x], agreement=1.5), ValueError, "agreement"),
-        (quiet([x], error=-1.0), ValueError, "error"), (quiet([(x, labels)], accuracy=float("nan")), ValueError, "accuracy"),
+        (quiet([x], error=-1.0), ValueError, "error"), (quiet([x], error="1"), TypeError, "quantize.error"),
+        ([x.to_sparse()], ValueError, "batch 0 must be of strided"), (quiet([(x, labels)], accuracy=float("nan")), ValueError, "accuracy"),
     ]  # fmt: skip
     for calibration, kind, word in cases:
         with pytest.raises(kind, match=word):
@@ -318,6 +320,7 @@ DAMAGES = {
     "one tensor more": lambda a, t: t.update({"more": torch.zeros(1)}),
     "relu at the end": lambda a, t: a["layers"][-1].update(relu=True),
     "quality": lambda a, t: a.update(quality={"images": "many"}),
+    "quality is text": lambda a, t: a.update(quality="good"),
     "name": lambda a, t: a.update(name=["a"]),
 }
 
@@ -344,5 +347,10 @@ def test_other_files_are_refused(tmp_path):
         damage(path, metadata=metadata)
         with pytest.raises(ValueError, match=r"fastres\.load_frozen: path must be"):
             fastres.load_frozen(path)
-    with pytest.raises(ValueError, match="path must be"):
-        fastres.load_frozen(tmp_path / "none")
+    os.mkfifo(tmp_path / "pipe")
+    for missing in ("none", "pipe", "."):
+        with pytest.raises(ValueError, match="path must be"):
+            fastres.load_frozen(tmp_path / missing)
+    for strange in (None, 5, b"network"):
+        with pytest.raises(TypeError, match="path must be"):
+            fastres.load_frozen(strange)

@@ -72,6 +72,10 @@ def checked(calibration: Calibration | Iterable[Any], channels: int) -> Calibrat
         if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
             raise must_type("freeze", "quantize", "a fastres.Calibration or an iterable of image batches", calibration)
         calibration = Calibration(calibration)
+    for name in ("accuracy", "agreement", "error"):
+        value = getattr(calibration, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise must_type("freeze", f"quantize.{name}", "a number or None", value)
     for name in ("accuracy", "agreement"):
         value = getattr(calibration, name)
         if value is not None and not 0 <= value <= 1:
@@ -94,6 +98,8 @@ def _pair(index: int, batch: Any, channels: int) -> tuple[Tensor, Tensor | None]
     x, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     if not isinstance(x, Tensor) or not (labels is None or isinstance(labels, Tensor)):
         raise must_type("freeze", name, "images, or a pair of images and labels", batch)
+    if any(t is not None and (t.is_nested or t.layout is not torch.strided) for t in (x, labels)):
+        raise must("freeze", name, "of strided tensors", "another layout", "call .to_dense()")
     if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or x.device.type != "cpu" or not x.is_floating_point():
         raise must("freeze", name, f"floating-point images (N, {channels}, H, W) on the CPU", f"{tuple(x.shape)} {x.dtype}")
     if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):

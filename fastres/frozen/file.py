@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastres.errors import must
+from fastres.errors import must, must_type
 from fastres.frozen.calibrate import INHERIT, Quality
 from fastres.frozen.int8 import LEVELS, MOST_TERMS, Scale
 from fastres.frozen.layers import Layer, Network
@@ -62,6 +62,10 @@ def read(path: str | os.PathLike) -> tuple[Network, dict[Value, Scale], Quality 
     Raises:
         ArgumentError: it is something else; the text says where.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise must_type("load_frozen", "path", "a str or os.PathLike", path)
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise must("load_frozen", "path", "a file that Frozen.save wrote", f"{path}, which is no file")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)
@@ -176,6 +180,7 @@ def _text(value: Any) -> str:
 
 
 def _quality(found: dict[str, Any]) -> Quality:
+    _need(isinstance(found, dict), "the quality")
     fields = {field.name for field in dataclasses.fields(Quality)}
     numbers = all(value is None or isinstance(value, (int, float)) for value in found.values())
     _need(set(found) == fields and numbers, "the quality")

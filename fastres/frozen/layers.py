@@ -13,6 +13,7 @@ from fastres.ops import _fold
 
 Pair = tuple[int, int]
 _ONE = (1, 1)
+_WHOLE = 2**31  # where a slice ends that takes all there is, whatever the size of the images
 
 
 @dataclass(eq=False)
@@ -82,7 +83,7 @@ class _Builder:
             self.sources[operation.result] = operation
             take = getattr(self, "on_" + _stem(operation.target), None)
             try:
-                if take is None:
+                if take is None or operation.target.endswith("out"):
                     raise _Refused
                 take(*operation.args, y=operation.result)
             except _Refused:
@@ -103,6 +104,13 @@ class _Builder:
                 kept.append(layer)
         if end not in self.makers:
             raise UnsupportedError("fastres.freeze: the network computes nothing that a plan could run")
+        shape, made = self.recording.y.shape, {self.recording.x}
+        if len(shape) not in (2, 4) or shape[0] != self.recording.x.shape[0]:
+            raise UnsupportedError(f"fastres.freeze: the network must return (N, C, H, W) or (N, features), got {shape}")
+        for layer in kept[::-1]:
+            if not {layer.x, layer.residual} <= {None, *made}:
+                raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} computes from a constant")
+            made.add(layer.y)
         return kept[::-1]
 
     def value(self, value: Value) -> Value:
@@ -118,6 +126,14 @@ class _Builder:
     def pass_on(self, x: Value, y: Value) -> None:
         x.uses += y.uses - 1
         self.same[y] = x
+
+    def stored(self, x: Value, y: Value) -> Value:
+        """What a layer that keeps the shape of x makes for y: y itself, or, where that is flattened, what it is a view of."""
+        source = self.value(x)
+        if len(source.shape) == len(y.shape):
+            return y
+        self.same[y] = twin = Value(source.shape, uses=y.uses)
+        return twin
 
     def private(self, value: Any, *kinds: str) -> Layer | None:
         """The layer of one of these kinds that made a value nobody else uses, if it has no addition or ReLU yet."""
@@ -186,6 +202,9 @@ class _Builder:
     def on_add(self, x, residual, alpha=1, *, y):
         if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
             raise _Refused
+        if _image_shape(self.value(x)) != _image_shape(self.value(residual)):
+            raise _Refused  # flattened from images of other sizes
+        y = self.stored(x, y)
         for first, second in ((x, residual), (residual, x)):
             layer = self.private(first, "conv", "linear")
             if layer is not None:  # it moves here, where both operands exist
@@ -198,10 +217,10 @@ class _Builder:
 
     def on_add_act(self, x, residual, act, *, y):
         self.on_add(x, residual, y=y)
-        self.makers[y].relu = act == "relu"
+        self.makers[self.value(y)].relu = act == "relu"
 
     def on_relu(self, x, *, y):
-        x = self.value(x)
+        x, y = self.value(x), self.stored(x, y)
         layer = self.makers.get(x)
         if layer is not None and layer.kind in ("conv", "linear", "bn", "add") and not layer.relu and x.uses == 1:
             layer.relu = True
@@ -221,8 +240,8 @@ class _Builder:
             raise _Refused
         self.add(Layer("avg_pool", "avg_pool", x, y, None, False, kernel, _pair(stride or kernel), padding, ceil=ceil))
 
-    def on_mean(self, x, dims, keepdim=False, *, y):
-        if len(x.shape) != 4 or sorted(dim % 4 for dim in dims) != [2, 3]:
+    def on_mean(self, x, dims, keepdim=False, dtype=None, *, y):
+        if len(x.shape) != 4 or not isinstance(dims, list) or sorted(dim % 4 for dim in dims) != [2, 3]:
             raise _Refused
         self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
 
@@ -234,12 +253,12 @@ class _Builder:
         else:
             raise _Refused
 
-    def on_addmm(self, bias, x, weight, *, y, beta=1, alpha=1):
+    def on_addmm(self, bias, x, weight, beta=1, alpha=1, *, y):
         matrix = self.transposed(weight)
         source = self.value(x)
-        if matrix is None or matrix.constant is None or bias.constant is None or bias.constant.dim() != 1:
+        if matrix is None or matrix.constant is None or bias.constant is None or beta != 1 or alpha != 1:
             raise _Refused
-        if beta != 1 or alpha != 1:
+        if bias.constant.shape != matrix.constant.shape[:1]:
             raise _Refused
         kernel = _pair(source.shape[2:]) if len(source.shape) == 4 else _ONE
         rows = matrix.constant.detach()
@@ -258,14 +277,16 @@ class _Builder:
     def on_view(self, x, shape, *, y):
         flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
         pixels = len(x.shape) == 4 and len(y.shape) == 4 and y.shape == x.shape
-        if not flat and not pixels:
+        if not isinstance(shape, list) or not (flat or pixels):
             raise _Refused
         self.pass_on(self.value(x), y)
 
     on__unsafe_view = on_view
 
-    def on_squeeze(self, x, *_, y):
-        if x.shape[2:].count(1) != len(x.shape[2:]):
+    def on_squeeze(self, x, dims=None, *, y):
+        """Of the pixels only; without ``dims`` it would take a batch of one image too."""
+        dims = [dims] if isinstance(dims, int) else dims or [0]
+        if x.shape[2:].count(1) != len(x.shape[2:]) or any(dim % len(x.shape) < 2 for dim in dims):
             raise _Refused
         self.pass_on(self.value(x), y)
 
@@ -281,7 +302,8 @@ class _Builder:
         pass  # the unused outputs of a batch norm in evaluation
 
     def on_slice(self, x, dim=0, start=None, end=None, step=1, *, y):
-        whole = not start and (end is None or end >= x.shape[dim])
+        dim %= len(x.shape)
+        whole = not start and (end is None or end >= _WHOLE or (dim == 1 and end >= x.shape[1]))
         if not whole or (step != 1 and dim not in (2, 3)) or len(x.shape) != 4:
             raise _Refused
         if step == 1:
@@ -304,6 +326,10 @@ class _Builder:
             self.rename(before, y)
             return
         self.add(Layer("pad", "zero_pad", x, y, out_channels=y.shape[1]))
+
+
+def _image_shape(value: Value) -> tuple[int, ...]:
+    return (*value.shape, 1, 1)[:4]
 
 
 def _stem(target: str) -> str:

@@ -62,6 +62,12 @@ class Recording:
         return [*found, (order[self.y],)]
 
 
+def _in_order(func: Any, args: tuple, kwargs: dict) -> list:
+    """The arguments of a call, in its schema's order with the defaults of those not given."""
+    further = func._schema.arguments[len(args) :]
+    return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in further)]
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -107,7 +113,10 @@ class _Recorder(TorchDispatchMode):
             self.values[id(first)] = self.value(args[0])
             self.keep(first)
             return out
-        operands = tuple(self.value(arg) if isinstance(arg, Tensor) else arg for arg in (*args, *kwargs.values()))
+        operands = tuple(self.value(arg) if isinstance(arg, Tensor) else arg for arg in _in_order(func, args, kwargs))
+        computed = any(isinstance(arg, Value) and arg.constant is None for arg in operands)
+        if computed and first.is_floating_point() and first.dtype != self.alive[0].dtype:
+            raise UnsupportedError(f"fastres.freeze: the network changes dtype to {first.dtype} ({target})")
         if func._schema.is_mutable:
             self.refuse_shared_write(args[0], target)
         for operand in operands:

@@ -3,8 +3,8 @@
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format. Its gradients are two
 ops, ``conv_backward_input`` and ``conv_backward_weight``. Natively all three are Winograd's F(2x2, 3x3): 3x3 kernels with
 stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. Accumulates in float, 64 to
-256 products at a time; in bfloat16 the transformed values are rounded to it, which makes two and a half times PyTorch's error
-of a single rounding. Saved for backward: x and weight. Bytes moved: x, weight and y.
+256 products at a time; in bfloat16 the transformed values are rounded to it, more error than PyTorch's one rounding but within
+the budget. Saved for backward: x and weight. Bytes moved: x, weight and y.
 """
 
 from typing import Any

@@ -25,8 +25,8 @@ SCHEMA = f"(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor"
 SCHEMA_INPUT = f"(Tensor grad_y, Tensor weight, int[2] size, {GEOMETRY}) -> Tensor"
 SCHEMA_WEIGHT = f"(Tensor grad_y, Tensor x, int[2] kernel, {GEOMETRY}) -> Tensor"
 
-# 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the gradient by the input break even
-# at 32, gain a twelfth at 64, a third at 256 (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
+# 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the gradient by the input gain a
+# thirtieth at 32, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
 LEAST_TILES = 64
 
 

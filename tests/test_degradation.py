@@ -140,6 +140,15 @@ def test_what_counts_as_the_effect():
     assert degradation_report.cells([1.0, 2.0]) == "1.50 (1.00 to 2.00)"
 
 
+def test_seeds_that_agree_are_plotted(tmp_path):
+    study(tmp_path)
+    networks = entries({20: [0.910864] * 3, 56: [0.1, 0.2, 0.3]}, {20: [0.910864] * 3, 56: [0.1, 0.1, 0.1]})
+    data = {"name": "digits", "training": 1, "test": 1, "shape": [1, 8, 8]}
+    about = {"data": data, "settings": {"epochs": 2}, "seeds": [0, 1, 2], "blocks": "torch", "torch": "2"}
+    degradation_report.plot(tmp_path / "figure.png", {"networks": networks, **about})
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
 def test_the_identities_hold_and_a_wrong_one_would_not():
     torch.manual_seed(0)
     model = cifar.preact_resnet(26, 10, "A", 1, bottleneck=False)

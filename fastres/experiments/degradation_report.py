@@ -55,9 +55,10 @@ def _median(values: list[float]) -> float:
 def described(result: dict[str, Any]) -> str:
     data = result["data"]
     shape = "x".join(str(side) for side in data["shape"])
+    seeds = f"{len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}"
     return (
         f"{data['name']} ({data['training']} training and {data['test']} test images of {shape}),"
-        f" {result['settings']['epochs']} epochs, {len(result['seeds'])} seeds, blocks of {result['blocks']}"
+        f" {result['settings']['epochs']} epochs, {seeds}, blocks of {result['blocks']}"
     )
 
 
@@ -103,15 +104,16 @@ def plot(path: Path, result: dict[str, Any]) -> None:
                 _curve(axis, entry, key, color=colours[entry["depth"]], linestyle=style, linewidth=width, label=label)
         axis.set(xlabel="epoch", ylim=(0, 100))
         axis.set_title(f"{kind} networks (solid: test, dashed: training)", fontsize=10, loc="left")
-        axis.legend(fontsize=8, frameon=False)
+    axes[1].legend(fontsize=8, frameon=False)  # where all lines are low
     axes[0].set_ylabel("error, %")
     for kind, colour in zip(KINDS, (report.TORCH_COLOUR, report.FASTRES_COLOUR), strict=True):
         mine = sorted((entry for entry in result["networks"] if entry["kind"] == kind), key=lambda entry: entry["depth"])
         for key, style, marker in (("train_error", "--", "o"), ("test_error", "-", "s")):
             values = [_final(entry, key) for entry in mine]
             means = [sum(found) / len(found) for found in values]
-            below = [mean - min(found) for mean, found in zip(means, values, strict=True)]
-            above = [max(found) - mean for mean, found in zip(means, values, strict=True)]
+            # Never below 0, as a rounded mean of equal values may make it.
+            below = [max(0.0, mean - min(found)) for mean, found in zip(means, values, strict=True)]
+            above = [max(0.0, max(found) - mean) for mean, found in zip(means, values, strict=True)]
             label = f"{kind}, {'training' if key == 'train_error' else 'test'}"
             axes[2].errorbar(
                 [entry["depth"] for entry in mine], means, yerr=(below, above), color=colour, linestyle=style,

@@ -7,4 +7,16 @@ a planted fault also shows that the class can fail; the full one fills RELIABILI
 from reliability import derivatives, exact, files, frozen, parity, refusals, stateful
 from reliability.board import CLASSES, Class, Result, run
 
-__all__ = ["CLASSES", "Class", "Result", "derivatives", "exact", "files", "frozen", "parity", "refusals", "run", "stateful"]
+__all__ = [
+    "CLASSES",
+    "Class",
+    "Result",
+    "derivatives",
+    "exact",
+    "files",
+    "frozen",
+    "parity",
+    "refusals",
+    "run",
+    "stateful",
+]

@@ -81,7 +81,11 @@ class Call:
         kernel, stride, padding, dilation = (*self.window, None, None, None, None)[:4]
         groups = self.filters[1] if self.filters else 1
         conv = draw_(channels, self.shape[1] // groups, *kernel) if self.filters else None
-        y_shape = output_shape(torch.empty(self.shape, device="meta"), conv, stride, padding, dilation) if self.filters else self.shape
+        y_shape = (
+            output_shape(torch.empty(self.shape, device="meta"), conv, stride, padding, dilation)
+            if self.filters
+            else self.shape
+        )
         found = {
             "x": place((draw_(*self.shape) * 1.5 + shift).to(self.dtype), self.layouts[0]),
             "residual": place(draw_(*y_shape).to(self.dtype), self.layouts[1]),

@@ -3,11 +3,11 @@
 import itertools
 
 import torch
-from reliability.board import Tally, scored
-from reliability.calls import LAYOUTS, place
 
 import fastres
 from fastres.ops import REGISTRY
+from reliability.board import Tally, scored
+from reliability.calls import LAYOUTS, place
 
 CPU = torch.device("cpu")
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -62,12 +62,23 @@ def derivatives(tally: Tally, count: int) -> None:
 
 @scored("R6", "opcheck: every op × layout × with and without gradient", full=200, short=16)
 def opchecks(tally: Tally, count: int) -> None:
-    rows = [(op, layout, grad) for op in REGISTRY.values() for layout in LAYOUTS for grad in (False, True)[: 1 + op.differentiable]]
+    rows = [
+        (op, layout, grad)
+        for op in REGISTRY.values()
+        for layout in LAYOUTS
+        for grad in (False, True)[: 1 + op.differentiable]
+    ]
     every = max(1, len(rows) // count)
     for op, layout, grad in itertools.islice(rows, 0, None, every):
-        args = [place(a, layout) if isinstance(a, torch.Tensor) and a.dim() == 4 and a is not None else a for a in small(op, torch.float32)[0].args]
+        args = [
+            place(a, layout) if isinstance(a, torch.Tensor) and a.dim() == 4 and a is not None else a
+            for a in small(op, torch.float32)[0].args
+        ]
         if grad:
             names = zip(op.parameters, args, strict=True)
-            args = [a.detach().requires_grad_(not n.endswith(("mean", "var"))) if isinstance(a, torch.Tensor) else a for n, a in names]
+            args = [
+                a.detach().requires_grad_(not n.endswith(("mean", "var"))) if isinstance(a, torch.Tensor) else a
+                for n, a in names
+            ]
         with tally.case(f"{op.name} {layout} {'with' if grad else 'without'} gradient"), fastres.use():
             torch.library.opcheck(getattr(torch.ops.fastres, op.name).default, tuple(args), test_utils=UTILS)

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from reliability.board import Tally, scored
 from torch import nn
 
 import fastres
 from fastres import models, tune
+from reliability.board import Tally, scored
 
 _RAN: list[int] = []
 
@@ -30,9 +30,19 @@ class Bomb:
 def whole_network(path: Path) -> tuple[dict, dict, bytes]:
     """A quantised network's file in parts: its header, the description in it, its tensors."""
     torch.manual_seed(0)
-    parts = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    parts = (
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
     x = torch.randn(2, 3, 16, 16)
-    fastres.freeze(nn.Sequential(*parts).eval(), x, quantize=fastres.Calibration([x], error=None, progress=False)).save(path)
+    fastres.freeze(nn.Sequential(*parts).eval(), x, quantize=fastres.Calibration([x], error=None, progress=False)).save(
+        path
+    )
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + size])
@@ -46,7 +56,28 @@ def put(path: Path, header: dict, about: object, body: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
-VALUES = (None, -1, 0, 1, 3, 2**20, 2**63, 2**70, 1.5, float("nan"), 1e308, "x", "", [], [0, 0], [2**20, 2**20], [1, -1], {}, True, [[1]])
+VALUES = (
+    None,
+    -1,
+    0,
+    1,
+    3,
+    2**20,
+    2**63,
+    2**70,
+    1.5,
+    float("nan"),
+    1e308,
+    "x",
+    "",
+    [],
+    [0, 0],
+    [2**20, 2**20],
+    [1, -1],
+    {},
+    True,
+    [[1]],
+)
 
 
 def mutations(about: dict):

@@ -5,12 +5,12 @@ import contextlib
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
-from reliability.board import Tally, scored
-from reliability.calls import OPS, Call, calls, memory_of
 
 import fastres
 from fastres.budget import within_budget
 from fastres.ops import REGISTRY
+from reliability.board import Tally, scored
+from reliability.calls import OPS, Call, calls, memory_of
 
 DRAWS = 32
 BACKENDS = ("chosen", "cpu", "onednn")
@@ -37,14 +37,19 @@ def forward(op, args: list, seed: int) -> list[torch.Tensor]:
 def backward(op, args: list, seed: int) -> list[torch.Tensor]:
     """Gradients of all tensors but the statistics, for gradients of the outputs in another layout than theirs."""
     names = zip(op.parameters, args, strict=True)
-    args = [a.detach().requires_grad_(not n.endswith(("mean", "var"))) if isinstance(a, torch.Tensor) else a for n, a in names]
+    args = [
+        a.detach().requires_grad_(not n.endswith(("mean", "var"))) if isinstance(a, torch.Tensor) else a
+        for n, a in names
+    ]
     outputs = [y for y in tuple_of(op(*args)) if y.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     seeds = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16) for y in outputs]
     if seed % 2:
         seeds = [s.transpose(2, 3).contiguous().transpose(2, 3) if s.dim() == 4 else s for s in seeds]
     inputs = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-    found = torch.autograd.grad(outputs, inputs, [s.to(y.dtype) for s, y in zip(seeds, outputs, strict=True)], allow_unused=True)
+    found = torch.autograd.grad(
+        outputs, inputs, [s.to(y.dtype) for s, y in zip(seeds, outputs, strict=True)], allow_unused=True
+    )
     return [g for g in found if g is not None]
 
 
@@ -60,7 +65,9 @@ def results(call: Call, backend: str, run, draw: int = 0) -> list[tuple]:
     chosen = contextlib.nullcontext() if backend == "chosen" else fastres.use(**{call.op: backend})
     with poisoned(), chosen:
         own = run(op, args, call.seed)
-    assert all(torch.equal(memory_of(t), b) for t, b in zip(tensors, before, strict=True)), "memory of an input was written"
+    assert all(torch.equal(memory_of(t), b) for t, b in zip(tensors, before, strict=True)), (
+        "memory of an input was written"
+    )
     with fastres.use("torch"):
         return list(zip(own, run(op, args, call.seed), run(op, in_double(args), call.seed), strict=True))
 

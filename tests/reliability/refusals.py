@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import test_functional
 import torch
-from reliability.board import Tally, scored
 from test_nn_errors import BAD_INPUTS
 from torch import nn
 
@@ -17,6 +16,7 @@ import fastres
 import fastres.functional as FF
 import fastres.nn as fnn
 from fastres import models
+from reliability.board import Tally, scored
 
 Case = tuple[str, Callable[[], object], tuple[type, ...], str]
 OURS = (fastres.ArgumentError, fastres.ArgumentTypeError)
@@ -37,7 +37,12 @@ def of_functions() -> Iterator[Case]:
 
 
 def of_blocks() -> Iterator[Case]:
-    for make in (lambda: fnn.BasicBlock(16, 16), lambda: fnn.Bottleneck(16, 4), lambda: fnn.PreActBasicBlock(16, 16), lambda: fnn.ConvBNAct2d(16, 8)):
+    for make in (
+        lambda: fnn.BasicBlock(16, 16),
+        lambda: fnn.Bottleneck(16, 4),
+        lambda: fnn.PreActBasicBlock(16, 16),
+        lambda: fnn.ConvBNAct2d(16, 8),
+    ):
         for name, x in BAD_INPUTS.items():
             yield f"{type(make()).__name__} of {name}", lambda make=make, x=x: make()(x), (Exception,), ""
     for name, make, word in (
@@ -72,7 +77,12 @@ def of_freeze() -> Iterator[Case]:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
     frozen = fastres.freeze(model, x)
     calibration = fastres.Calibration
-    for name, wrong in {**{k: v for k, v in BAD_INPUTS.items() if k not in ("no height",)}, "no images": x[:0], "requires grad": x.clone().requires_grad_(), "no height": x[:, :, :0]}.items():
+    for name, wrong in {
+        **{k: v for k, v in BAD_INPUTS.items() if k not in ("no height",)},
+        "no images": x[:0],
+        "requires grad": x.clone().requires_grad_(),
+        "no height": x[:, :, :0],
+    }.items():
         if name not in ("requires grad", "float16 channels"):
             yield f"freeze(example: {name})", lambda wrong=wrong: fastres.freeze(model, wrong), (Exception,), ""
         if name != "no images":
@@ -85,7 +95,12 @@ def of_freeze() -> Iterator[Case]:
         "other device": [x.to("meta")], "rank": [x[0]],
     }  # fmt: skip
     for name, wrong in quantize.items():
-        yield f"freeze(quantize: {name})", lambda wrong=wrong: fastres.freeze(model, x, quantize=wrong), (ValueError, TypeError), "quantize"
+        yield (
+            f"freeze(quantize: {name})",
+            lambda wrong=wrong: fastres.freeze(model, x, quantize=wrong),
+            (ValueError, TypeError),
+            "quantize",
+        )
     for name, call, word in (
         ("freeze(model: None)", lambda: fastres.freeze(None, x), "model"), ("freeze(frozen)", lambda: fastres.freeze(frozen, x), "model"),
         ("freeze(dtype float16)", lambda: fastres.freeze(model, x, torch.float16), "dtype"), ("freeze(dtype text)", lambda: fastres.freeze(model, x, "float32"), "dtype"),
@@ -134,7 +149,9 @@ def of_environment() -> Iterator[Case]:
 
         def call(wish=wish) -> None:
             environment = {**os.environ, "FASTRES_BACKEND": wish}
-            done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(
+                [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+            )
             assert done.returncode == 1, f"exit code {done.returncode}"
             raise ValueError(done.stderr.strip().splitlines()[-1])
 
@@ -146,13 +163,20 @@ def distinct() -> list[Case]:
     return [case for make in makers for case in make()]
 
 
-@scored("R7", "wrong inputs to functions, blocks, builders, optimize, freeze, files, commands: all refused in words", full=900, short=120)
+@scored(
+    "R7",
+    "wrong inputs to functions, blocks, builders, optimize, freeze, files, commands: all refused in words",
+    full=900,
+    short=120,
+)
 def wrong_inputs(tally: Tally, count: int) -> None:
     import re
 
     cases = distinct()
     rest = [case for case in cases if not case[0].startswith("FASTRES_BACKEND")]
-    for name, call, kinds, word in cases if count >= len(cases) or count >= 900 else rest[:: max(1, len(rest) // count)]:
+    for name, call, kinds, word in (
+        cases if count >= len(cases) or count >= 900 else rest[:: max(1, len(rest) // count)]
+    ):
         with tally.case(name):
             try:
                 result = call()

@@ -6,13 +6,13 @@ import random
 
 import torch
 from _modules import lively
-from reliability.board import Tally, scored
 from torch import nn
 
 import fastres
 from fastres import models
 from fastres import nn as fnn
 from fastres.budget import errors
+from reliability.board import Tally, scored
 
 LENGTH = 8
 
@@ -141,6 +141,7 @@ class Pair:
     def do_hook(self) -> None:
         index = self.draw.randrange(len(self.twin))
         for who, model in self.both():
+
             def count(*_, who=who):
                 self.fired[who] += 1
 
@@ -187,7 +188,9 @@ class Pair:
     def do_sync_bn(self) -> None:
         """Converted, a copy still computes the same in evaluation."""
         x = self.images().to(self.twin[0].weight.dtype)
-        found = [nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()(x).detach() for _, model in self.both()]
+        found = [
+            nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()(x).detach() for _, model in self.both()
+        ]
         self.close(*found, "SyncBatchNorm")
 
     def do_freeze_bn(self) -> None:

@@ -5,6 +5,8 @@ writes RELIABILITY.json. Each class runs in a process of its own, which may cras
 of the same commit.
 """
 
+# ruff: noqa: E501
+
 import argparse
 import dataclasses
 import datetime

@@ -1,5 +1,7 @@
 """Random calls of the ops: shapes, dtypes, layouts, flags, and memory with red zones around every tensor."""
 
+# ruff: noqa: E501
+
 import math
 from dataclasses import dataclass
 

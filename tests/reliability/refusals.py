@@ -1,5 +1,7 @@
 """R7: wrong inputs to everything public. Each must raise, naming the parameter and what it must be; none returns."""
 
+# ruff: noqa: E501
+
 import contextlib
 import io
 import os

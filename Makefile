@@ -1,4 +1,4 @@
-# demo, test, bench, peers and lint work from a clean clone with only Python and a compiler: each creates .venv, installs a
+# demo, test, bench, peers, reliability and lint work from a clean clone with only Python and a compiler: each creates .venv, installs a
 # pinned torch and what else it needs, builds the kernels in place, and runs. A second run repeats only what changed.
 PYTHON ?= python3
 # pip takes the CPU or the CUDA build, as its index offers. Override: make test TORCH="torch --index-url URL"
@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.py csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test bench peers lint clean FORCE
+.PHONY: demo test bench peers reliability lint clean FORCE
 
 demo: .venv/built
 	$(BIN)/python -m fastres demo
@@ -31,6 +31,11 @@ bench: .venv/built .venv/dev
 # Against ONNX Runtime and OpenVINO too, some hundred megabytes more; takes about two hours.
 peers: .venv/built .venv/peers
 	$(BIN)/python -m benchmarks.peers
+
+# Every class of the scoreboard in full; writes RELIABILITY.json, and README's table from it.
+reliability: .venv/built .venv/dev
+	PYTHONPATH=tests $(BIN)/python -m reliability
+	$(BIN)/python -m benchmarks.report
 
 lint: .venv/dev
 	$(BIN)/ruff check .

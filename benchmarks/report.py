@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: writes README's tables from the result files, and plots beside those of networks.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; NAME is that of result files (``models``,
-``ops``, ...), one table for each machine that has one, or ``support-matrix``. ``--check`` writes nothing, and exits
+``ops``, ...), one table for each machine that has one, ``reliability`` or ``support-matrix``. ``--check`` writes nothing, and exits
 with 1 where README differs from what the files give.
 """
 
@@ -70,12 +70,27 @@ def stale(text: str, wanted: str) -> list[str]:
 def table(name: str, results: Path) -> str:
     if name == "support-matrix":
         return support_matrix()
+    if name == "reliability":
+        return reliability(results)
     files = sorted(results.glob(f"*/{name}.json"))
     if not files:
         raise LookupError(f"README.md shows results:{name}, but no file {results}/*/{name}.json holds them")
     show, legend = (peers.markdown, peers.LEGEND) if name == "peers" else (_markdown, LEGEND)
     parts = [section(json.loads(path.read_text(encoding="utf-8")), show) for path in files]
     return "\n\n".join([*parts, legend])
+
+
+def reliability(results: Path) -> str:
+    """The scoreboard, as ``make reliability`` wrote it beside README."""
+    path = results.parent.parent / "RELIABILITY.json"
+    if not path.is_file():
+        raise LookupError(f"README.md shows results:reliability, but there is no {path}")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
+    lines = [f"**{data['device']}**, torch {data['torch']}, {commit}, {data['date']}:", ""]
+    lines += ["| class | what was tried | tried | failed | seconds |", "| :-- | :-- | --: | --: | --: |"]
+    lines += [f"| {r['code']} | {r['title']} | {r['tried']:,} | {r['failed']} | {r['seconds']} |" for r in data["rows"]]
+    return "\n".join(lines)
 
 
 def section(data: dict[str, Any], show: Callable[[list[Row]], str]) -> str:

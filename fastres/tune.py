@@ -110,6 +110,8 @@ def _check_ownership(path: Path) -> None:
         status = place.lstat() if place is path else place.stat()
         if stat.S_ISLNK(status.st_mode):
             raise ValueError("it is a symbolic link")
+        if place is path and not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no plain file")  # a pipe would be waited for
         if status.st_uid != os.getuid():
             raise ValueError(f"{place} belongs to another user")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -54,6 +54,21 @@ def plain(x, residual, weight, bias, geometry, act):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [1, 3, 8, 15])
+@pytest.mark.parametrize("kernel, padding", [((1, 2), (0, 0)), ((1, 3), (0, 1)), ((1, 7), (0, 0))])
+def test_one_row_of_taps_over_few_channels(kernel, padding, channels, dtype):
+    """Copied, such a convolution is one tap a pixel, but has fewer pixels than its input."""
+    if _conv_cpu.lacks(dtype):
+        pytest.skip(_conv_cpu.lacks(dtype))
+    g = torch.Generator().manual_seed(channels)
+    x, weight, bias = (torch.randn(shape, generator=g) for shape in ((2, channels, 5, 9), (20, channels, *kernel), (20,)))
+    x, weight, geometry = x.to(dtype), weight.to(dtype), ((1, 1), padding, (1, 1))
+    truth = plain(x.double(), None, weight.double(), bias.double(), geometry, "none")
+    own = run(x, None, weight, bias, geometry, "none", False)
+    assert_close_to_truth(own, plain(x, None, weight, bias, geometry, "none"), truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(40))
 def test_any_geometry(seed, dtype):
     if _conv_cpu.lacks(dtype):

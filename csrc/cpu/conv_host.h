@@ -31,7 +31,8 @@ inline const char* conv_lacks(DType dtype) {
 template <typename Args, typename Kernel>
 Work shared_out(Args whole, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
   ConvArgs& args = conv_of(whole);
-  args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0;
+  args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0 &&
+               args.out_h == args.height && args.out_w == args.width;  // a run may hold the taps of a row: fewer pixels
   const int64_t threads = torch::stable::get_num_threads(), tiles = conv_pixel_tiles(args), blocks = conv_channel_blocks(args);
   const int64_t depth = args.kernel_h * args.kernel_w * args.run, cycles = conv_tile().pixels * conv_tile().channels / 16 * depth;
   const int64_t x = args.images * args.image_step, weights = args.out_channels * depth * kWordBytes;

@@ -1,0 +1,112 @@
+"""``python -m reliability``, with tests/ on the path (``make reliability``): tries every class, prints the table, and
+writes RELIABILITY.json. Each class runs in a process of its own, which may crash or hang without ending the others.
+
+``--profile short`` is what ``make test`` runs; ``CODE ...`` runs some classes and keeps the rows of the others, if they are
+of the same commit.
+"""
+
+# ruff: noqa: E501
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "RELIABILITY.json"
+HOURS = 3600
+COLUMNS = ("code", "title", "tried", "failed", "seconds")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("codes", nargs="*", metavar="CODE", help="classes, such as R1; all without")
+    parser.add_argument("--profile", choices=("full", "short"), default="full")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    import reliability
+
+    unknown = sorted(set(arguments.codes) - set(reliability.CLASSES))
+    if unknown:
+        parser.error(f"CODE must be of {', '.join(reliability.CLASSES)}, got {', '.join(unknown)}")
+    codes = arguments.codes or list(reliability.CLASSES)
+    if arguments.in_process:
+        print(json.dumps(dataclasses.asdict(reliability.run(codes[0], arguments.profile))))
+        return 0
+    rows = []
+    for code in codes:
+        print(f"{code} {reliability.CLASSES[code].title} ...", file=sys.stderr, flush=True)
+        rows.append(apart(code, arguments.profile))
+        for failure in rows[-1]["failures"]:
+            print(f"    {failure}", file=sys.stderr)
+    print(table(rows))
+    if arguments.profile == "full":
+        write(rows)
+    return 0 if all(not row["failed"] and row["tried"] >= row["wanted"] for row in rows) else 1
+
+
+def apart(code: str, profile: str) -> dict:
+    """The row of a class, tried in another process."""
+    from reliability import CLASSES, Result
+
+    command = [sys.executable, "-m", "reliability", code, "--profile", profile, "--in-process"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    found = CLASSES[code]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=HOURS)
+        ended = f"ended with code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        done, ended = None, f"hung for {HOURS} s"
+    if done is not None and done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    wanted = found.full if profile == "full" else found.short
+    return dataclasses.asdict(Result(code, found.title, wanted, 1, 1, 0.0, [ended]))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"| {' | '.join(('class', 'what was tried', 'tried', 'failed', 'seconds'))} |",
+        "| :-- | :-- | --: | --: | --: |",
+    ]
+    lines += [
+        f"| {' | '.join(f'{row[name]:,}' if name == 'tried' else str(row[name]) for name in COLUMNS)} |" for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def write(rows: list[dict]) -> None:
+    """RELIABILITY.json with these rows, and those of other classes that the same commit was tried on."""
+    import torch
+
+    from fastres import info
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    about = {
+        "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*.json", ":!README.md")),
+        "device": info.cpu_model(), "torch": torch.__version__, "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }  # fmt: skip
+    if FILE.exists():
+        before = json.loads(FILE.read_text(encoding="utf-8"))
+        if before.get("commit") == about["commit"]:
+            codes = {row["code"] for row in rows}
+            rows = [*(row for row in before["rows"] if row["code"] not in codes), *rows]
+    rows.sort(key=lambda row: (row["code"][0], int(row["code"][1:])))
+    temporary = FILE.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, FILE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

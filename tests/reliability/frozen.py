@@ -1,0 +1,146 @@
+"""F: random networks, frozen and optimised, against the same modules run one by one."""
+
+import copy
+import random
+
+import torch
+import torch.nn.functional as F
+from _modules import lively
+from torch import nn
+
+import fastres
+from fastres.budget import within_budget
+from reliability.board import Tally, scored
+
+STEPS = ("conv", "conv", "conv bn", "conv bn", "relu", "bn", "residual", "max", "average", "pad", "twice")
+
+
+class Random(nn.Module):
+    """A chain of steps drawn from a seed, some with a residual; it ends in features, a classifier or images."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = self.draw = random.Random(seed)
+        self.first = self.channels = draw.choice((1, 3, 4, 8, 16, 20))
+        self.steps = nn.ModuleList()
+        self.kinds = [draw.choice(STEPS) for _ in range(draw.randint(1, 7))]
+        for kind in self.kinds:
+            self.steps.append(getattr(self, "_" + kind.split()[0])(kind))
+        self.end = draw.choice(("images", "mean", "linear", "flat relu linear"))
+        self.linear = nn.Linear(self.channels, draw.choice((1, 10))) if "linear" in self.end else None
+
+    def _conv(self, kind: str, out: int | None = None, stride: int | None = None) -> nn.Module:
+        draw, channels = self.draw, self.channels
+        out = out or draw.choice((1, 4, 8, 12, 16, 24, 32, 64))
+        kernel = draw.choice((1, 1, 3, 3, 3, (1, 3), 5, 2))
+        sizes = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        dilation = draw.choice((1, 1, 1, 2)) if stride is None and kernel != 2 else 1
+        padding = tuple(dilation * (k - 1) // 2 for k in sizes)
+        conv = nn.Conv2d(
+            channels, out, kernel, stride or draw.choice((1, 1, 1, 2)), padding, dilation, bias=draw.random() < 0.5
+        )
+        self.channels = out
+        return nn.Sequential(conv, nn.BatchNorm2d(out)) if "bn" in kind else conv
+
+    def _bn(self, kind: str) -> nn.Module:
+        return nn.BatchNorm2d(self.channels, affine=self.draw.random() < 0.7, eps=self.draw.choice((1e-5, 1e-3)))
+
+    def _relu(self, kind: str) -> nn.Module:
+        return nn.ReLU(inplace=self.draw.random() < 0.5 and len(self.steps) > 0)  # the images are not written to
+
+    def _residual(self, kind: str) -> nn.Module:
+        channels = self.channels
+        return nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1), nn.BatchNorm2d(channels))
+
+    def _max(self, kind: str) -> nn.Module:
+        return nn.MaxPool2d(self.draw.choice((2, 3)), self.draw.choice((1, 2)), 1, ceil_mode=self.draw.random() < 0.3)
+
+    def _average(self, kind: str) -> nn.Module:
+        return nn.AvgPool2d(3, self.draw.choice((1, 2)), 1, count_include_pad=False, ceil_mode=self.draw.random() < 0.3)
+
+    def _pad(self, kind: str) -> nn.Module:
+        self.channels += 4
+        return nn.Identity()
+
+    def _twice(self, kind: str) -> nn.Module:
+        return nn.Conv2d(self.channels, self.channels, 1)
+
+    def forward(self, x):
+        for kind, step in zip(self.kinds, self.steps, strict=True):
+            if kind == "residual":
+                x = F.relu(step(x) + x)
+            elif kind == "twice":  # one module, two places
+                x = step(F.relu(step(x))) + x
+            elif kind == "pad":
+                x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 4))
+            else:
+                x = step(x)
+        if self.end == "images":
+            return x
+        x = x.mean((2, 3))
+        x = F.relu(x) if self.end == "flat relu linear" else x
+        return x if self.linear is None else self.linear(x)
+
+
+def example(seed: int, channels: int, batch: int = 2) -> torch.Tensor:
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, draw.randint(5, 24), draw.randint(5, 24), generator=generator)
+    return x.contiguous(memory_format=torch.channels_last) if seed % 2 else x
+
+
+def agrees(own: torch.Tensor, model: nn.Module, x: torch.Tensor) -> None:
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        theirs, truth = model(x), exact(x.double())
+    assert (own.shape, own.dtype) == (theirs.shape, theirs.dtype), (
+        f"{tuple(own.shape)} {own.dtype}, not {tuple(theirs.shape)}"
+    )
+    verdict = within_budget(own, theirs, truth, x.dtype)
+    assert verdict.ok, f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+
+
+def unmasked(model: nn.Module) -> nn.Module:
+    """Batch norms away from their first state, so that folding, gammas of 0 and negative ones all count."""
+    for child in model.modules():
+        if isinstance(child, nn.BatchNorm2d) and child.num_features < 2:
+            child.running_mean.fill_(0.1)
+            return model
+    return lively(model)
+
+
+@scored("F1", "random networks frozen: other batches, sizes, layouts, copies", full=2000, short=60)
+def random_networks(tally: Tally, count: int) -> None:
+    for seed in range(count):
+        torch.manual_seed(seed)
+        model = unmasked(Random(seed)).eval()
+        x = example(seed, model.first)
+        with tally.case(f"seed {seed}: {model.kinds}, {model.end}, {tuple(x.shape)}"):
+            frozen = fastres.freeze(model, x)
+            agrees(frozen(x), model, x)
+            for other in (example(seed + 1, model.first, 1), example(seed + 2, model.first, 3).transpose(2, 3)):
+                agrees(frozen(other), model, other)
+            assert torch.equal(copy.deepcopy(frozen)(x), frozen(x)), "a copy differs"
+
+
+@scored("F2", "random networks in 8-bit integers: within 15 % of float32, the same from the file", full=600, short=20)
+def random_int8(tally: Tally, count: int) -> None:
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(count):
+            torch.manual_seed(seed)
+            model = unmasked(Random(seed)).eval()
+            x = example(seed, model.first, 4)
+            with tally.case(f"seed {seed}: {model.kinds}, {model.end}, {tuple(x.shape)}"):
+                frozen = fastres.freeze(model, x, quantize=fastres.Calibration([x], error=None, progress=False))
+                with torch.no_grad():
+                    truth = model(x)
+                y = frozen(x)
+                assert y.shape == truth.shape and bool(y.isfinite().all())
+                assert (y - truth).norm() <= 0.15 * truth.norm() + 1e-6, (
+                    f"{(y - truth).norm() / truth.norm():.3f} apart"
+                )
+                frozen.save(path := Path(folder) / "network")
+                assert torch.equal(fastres.load_frozen(path)(x), y), "the file's network differs"

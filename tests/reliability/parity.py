@@ -1,0 +1,115 @@
+"""R1, R2 and R14: random calls against float64, forward and backward, in memory with red zones and poison."""
+
+import contextlib
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+import fastres
+from fastres.budget import within_budget
+from fastres.ops import REGISTRY
+from reliability.board import Tally, scored
+from reliability.calls import OPS, Call, calls, memory_of
+
+DRAWS = 32
+BACKENDS = ("chosen", "cpu", "onednn")
+
+
+@contextlib.contextmanager
+def poisoned():
+    """torch.empty hands out NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def tuple_of(result) -> tuple:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def forward(op, args: list, seed: int) -> list[torch.Tensor]:
+    return [y.detach() for y in tuple_of(op(*args))]
+
+
+def backward(op, args: list, seed: int) -> list[torch.Tensor]:
+    """Gradients of all tensors but the statistics, for gradients of the outputs in another layout than theirs."""
+    names = zip(op.parameters, args, strict=True)
+    args = [
+        a.detach().requires_grad_(not n.endswith(("mean", "var"))) if isinstance(a, torch.Tensor) else a
+        for n, a in names
+    ]
+    outputs = [y for y in tuple_of(op(*args)) if y.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    seeds = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16) for y in outputs]
+    if seed % 2:
+        seeds = [s.transpose(2, 3).contiguous().transpose(2, 3) if s.dim() == 4 else s for s in seeds]
+    inputs = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    found = torch.autograd.grad(
+        outputs, inputs, [s.to(y.dtype) for s, y in zip(seeds, outputs, strict=True)], allow_unused=True
+    )
+    return [g for g in found if g is not None]
+
+
+def in_double(args: list) -> list:
+    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+
+
+def results(call: Call, backend: str, run, draw: int = 0) -> list[tuple]:
+    """Ours, PyTorch's and the truth of each output or gradient; fails where memory around the inputs was written."""
+    op, args = REGISTRY[call.op], call.arguments(draw)
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    before = [memory_of(t).clone() for t in tensors]
+    chosen = contextlib.nullcontext() if backend == "chosen" else fastres.use(**{call.op: backend})
+    with poisoned(), chosen:
+        own = run(op, args, call.seed)
+    assert all(torch.equal(memory_of(t), b) for t, b in zip(tensors, before, strict=True)), (
+        "memory of an input was written"
+    )
+    with fastres.use("torch"):
+        return list(zip(own, run(op, args, call.seed), run(op, in_double(args), call.seed), strict=True))
+
+
+def judge(call: Call, backend: str, run) -> None:
+    """Each output within budget. Of few values a single rounding decides: what misses it is judged over many draws."""
+    if backend != "chosen":
+        implementation = next((b for b in REGISTRY[call.op].backends if b.name == backend), None)
+        assume(implementation is not None and implementation.why_not(*call.arguments()) is None)
+    if run is backward and call.act == "relu":
+        assume(not near_a_kink(call))
+    found = results(call, backend, run)
+    for index, (own, theirs, _) in enumerate(found):
+        assert (own.dtype, own.shape) == (theirs.dtype, theirs.shape), f"result {index}: {own.dtype} {tuple(own.shape)}"
+    missed = [i for i, row in enumerate(found) if not within_budget(*row, call.dtype).ok]
+    if missed:
+        draws = [found, *(results(call, backend, run, draw) for draw in range(1, DRAWS))]
+        for index in missed:
+            rows = [[t.double().flatten() for t in d[index]] for d in draws]
+            verdict = within_budget(*(torch.cat(column) for column in zip(*rows, strict=True)), call.dtype)
+            assert verdict.ok, f"result {index} on {backend}: error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+
+
+def near_a_kink(call: Call) -> bool:
+    """Whether a value is so close to the ReLU's kink that rounding decides which gradient is right."""
+    op, args = REGISTRY[call.op], in_double(call.arguments())
+    args[op.parameters.index("act")] = "none"
+    with fastres.use("torch"):
+        z = tuple_of(op(*args))[0].abs()
+    return bool(z.min() < 1e-5 * z.max())
+
+
+def fuzz(tally: Tally, count: int, run, values: int, ops: tuple[str, ...] = OPS) -> None:
+    pairs = st.tuples(calls(ops, values), st.sampled_from(BACKENDS))
+    tally.fuzz(pairs, lambda pair: judge(*pair, run), count)
+
+
+@scored("R1", "fuzz parity, forward: shapes × dtypes × layouts × flags, red zones, poison", full=20_000, short=1000)
+def parity_forward(tally: Tally, count: int) -> None:
+    fuzz(tally, count, forward, 2)
+
+
+@scored("R2", "fuzz parity, backward: every gradient", full=5000, short=500)
+def parity_backward(tally: Tally, count: int) -> None:
+    fuzz(tally, count, backward, 8)

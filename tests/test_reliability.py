@@ -1,0 +1,130 @@
+"""The scoreboard's short profile, and for each of its classes a planted fault that it finds."""
+
+import contextlib
+
+import pytest
+import reliability
+import torch
+from reliability.board import Tally, run
+
+from fastres.frozen import file, layers
+from fastres.ops import REGISTRY, _check
+from fastres.optimize import whole
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.mark.parametrize("code", reliability.CLASSES)
+def test_nothing_fails(code):
+    result = run(code, "short")
+    assert not result.failed, "\n".join(result.failures)
+    assert result.tried >= result.wanted
+
+
+def wrong_kernel(patch, change, name="bn_act", only=lambda args: True):
+    """The op's chosen function with its first output changed."""
+    op = REGISTRY[name]
+    choose = op._choose
+
+    def faulty(key, args):
+        right = choose(key, args)
+
+        def run(*args):
+            result = right(*args)
+            first = result[0] if isinstance(result, tuple) else result
+            if only(args):
+                change(first)
+            return result
+
+        return run
+
+    op._choices.clear()
+    patch.setattr(op, "_choose", faulty)
+
+
+def scale_last(y):
+    if y.numel():
+        y.view(-1)[-1:].mul_(1.001) if y.is_contiguous() else y.mul_(1.001)
+
+
+def unlike_torch(args):
+    from fastres import dispatch
+
+    return "*" not in dispatch._forced
+
+
+def fault_values(patch):
+    wrong_kernel(patch, scale_last, only=unlike_torch)
+
+
+def fault_gradients(patch):
+    wrong_kernel(patch, scale_last, "bn_act_backward", unlike_torch)
+
+
+def fault_derivative(patch):
+    wrong_kernel(patch, lambda grad: grad.mul_(1.5), "add_act_backward")
+
+
+def fault_integers(patch):
+    wrong_kernel(patch, lambda y: y.add_(torch.finfo(y.dtype).eps), only=unlike_torch)
+
+
+def fault_nan(patch):
+    wrong_kernel(patch, lambda y: y.nan_to_num_(), only=unlike_torch)
+
+
+def fault_fake(patch):
+    patch.setattr("fastres.ops.add_act.torch.empty_like", lambda x, **options: torch.empty(x.shape, **options))
+
+
+def fault_check(patch):
+    patch.setattr(_check, "eps", lambda op, value: None)
+
+
+def fault_stale(patch):
+    """Folds and plans do not notice writes."""
+    patch.setattr(whole._Made, "holds", lambda self: True)
+
+
+def fault_luck(patch):
+    wrong_kernel(
+        patch, lambda y: y.mul_(1 + torch.rand(1, generator=torch.Generator().manual_seed(torch.seed() % 99)).item())
+    )
+
+
+def fault_file(patch):
+    patch.setattr(file, "_need", lambda fine, what: None)
+
+
+def fault_plan(patch):
+    """An addition takes the wrong operand's place."""
+    right = layers._Builder.on_relu
+
+    def on_relu(self, x, *, y):
+        self.pass_on(x, y)
+
+    assert right is not on_relu
+    patch.setattr(layers._Builder, "on_relu", on_relu)
+
+
+FAULTS = {
+    "R1": fault_values, "R2": fault_gradients, "R3": fault_derivative, "R4": fault_integers, "R5": fault_nan, "R6": fault_fake,
+    "R7": fault_check, "R10": fault_stale, "R16": fault_luck, "R22": fault_file, "F1": fault_plan, "F2": fault_plan,
+}  # fmt: skip
+
+
+def test_every_class_has_a_fault():
+    assert FAULTS.keys() == reliability.CLASSES.keys()
+
+
+@pytest.mark.parametrize("code", FAULTS)
+def test_a_planted_fault_is_found(code, monkeypatch):
+    with contextlib.ExitStack() as undo:
+        for op in REGISTRY.values():
+            undo.callback(op._choices.clear)
+        FAULTS[code](monkeypatch)
+        found = reliability.CLASSES[code]
+        tally = Tally()
+        found.tries(tally, found.short)
+        monkeypatch.undo()
+    assert tally.failed, f"{code} did not find its fault among {tally.tried} cases"

@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: writes README's tables from the result files, and plots beside those of networks.
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; NAME is that of result files (``models``,
-``ops``, ...), one table for each machine that has one, ``reliability`` or ``support-matrix``. ``--check`` writes nothing, and exits
+``ops``, ...), one table a machine, ``reliability`` or ``support-matrix``. ``--check`` writes nothing, and exits
 with 1 where README differs from what the files give.
 """
 

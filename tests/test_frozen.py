@@ -199,6 +199,16 @@ def test_the_model_is_left_alone_and_no_longer_needed():
     assert not frozen.state_dict() and not frozen.training
 
 
+def test_what_is_planned_later_is_of_the_weights_that_were_frozen():
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1)).eval()
+    frozen, x = fastres.freeze(model, images((1, 32, 3, 3))), images((1, 32, 16, 16))
+    with torch.no_grad():
+        y = model(x)
+        model[0].weight.zero_()
+        model[0].bias.add_(1)
+    assert (frozen(x) - y).abs().max() < 1e-4  # another algorithm than that of the example's size
+
+
 CONSTANT = torch.ones(2, 16, 6, 6)
 
 

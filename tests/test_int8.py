@@ -276,6 +276,17 @@ def test_files(tmp_path):
         fastres.freeze(small(), x).save(tmp_path / "float")
 
 
+def test_a_layer_in_two_places_is_saved_and_the_model_may_change(tmp_path):
+    layer, x = conv(16, 16, 1), images((2, 16, 6, 6))
+    model = Steps(layer, nn.ReLU(), layer)
+    frozen = quantized(model, x)
+    y = frozen(x)
+    with torch.no_grad():
+        layer.bias.add_(3)
+    frozen.save(tmp_path / "network")
+    assert torch.equal(fastres.load_frozen(tmp_path / "network")(x), y)
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     frozen, path = quantized(small(), images((1, 3, 32, 32))), tmp_path / "network"
     path.write_bytes(b"old")

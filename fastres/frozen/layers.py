@@ -264,7 +264,7 @@ class _Builder:
         rows = matrix.constant.detach()
         rows = rows.reshape(len(rows), -1, *kernel)
         self.add(Layer("linear", _layer_name(matrix), source, y, None, False, kernel, out_channels=len(rows),
-                       expects=kernel, weight=rows.float(), bias=bias.constant.float()))  # fmt: skip
+                       expects=kernel, weight=_own(rows), bias=_own(bias.constant)))  # fmt: skip
 
     def transposed(self, weight: Value) -> Value | None:
         source = self.sources.get(weight)
@@ -349,6 +349,11 @@ def _constant(value: Value | None) -> Tensor | None:
     return None if value is None else value.constant
 
 
+def _own(parameter: Tensor) -> Tensor:
+    """A copy in float32: the model may change later, and two layers may share one."""
+    return parameter.detach().to(torch.float32, copy=True)
+
+
 def _layer_name(parameter: Value) -> str:
     return parameter.name.rpartition(".")[0] or parameter.name
 
@@ -356,9 +361,9 @@ def _layer_name(parameter: Value) -> str:
 def _conv(x: Value, weight: Value, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, y: Value) -> Layer:
     constant = _constant(weight)
     assert constant is not None
-    zero = torch.zeros(len(constant)) if bias is None else bias.float()
+    zero = torch.zeros(len(constant)) if bias is None else _own(bias)
     return Layer("conv", _layer_name(weight), x, y, None, False, _pair(constant.shape[2:]), stride, padding, dilation,
-                 out_channels=len(constant), weight=constant.float(), bias=zero)  # fmt: skip
+                 out_channels=len(constant), weight=_own(constant), bias=zero)  # fmt: skip
 
 
 def output_size(layer: Layer, size: Pair) -> Pair:

@@ -81,7 +81,8 @@ CONV_FEW_CHANNELS = (  # addresses for every element: small tiles, so that they 
     ConvConfig(128, 32, 32, 8, 3, efficiency=0.8),
     ConvConfig(64, 16, 32, 4, 3, efficiency=0.4),
 )
-CONV_TF32_FEW_CHANNELS = CONV_IEEE[:2]  # of 64 rows at least, as Hopper's products are
+CONV_IEEE_FEW_CHANNELS = CONV_IEEE[1:]  # the first spills on sm_100
+CONV_TF32_FEW_CHANNELS = CONV_IEEE[1:2]  # of 64 rows at least, as Hopper's products are
 MULTIPROCESSORS = 132
 
 
@@ -127,7 +128,10 @@ class Limits(NamedTuple):
 def conv_candidates(itemsize: int, tf32: bool, limits: Limits, few: bool = False) -> list[ConvConfig]:
     """Every configuration that fits the device; ``few``: taps and channels are one dimension."""
     narrow = CONV_FEW_CHANNELS if few else CONV_TENSOR_CORE
-    wide = CONV_IEEE if not tf32 else CONV_TF32_FEW_CHANNELS if few else CONV_TF32
+    if few:
+        wide: tuple[ConvConfig, ...] = CONV_TF32_FEW_CHANNELS if tf32 else CONV_IEEE_FEW_CHANNELS
+    else:
+        wide = CONV_TF32 if tf32 else CONV_IEEE
     table: tuple[ConvConfig, ...] = narrow if itemsize == 2 else wide
     return [
         config

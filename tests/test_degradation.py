@@ -231,4 +231,4 @@ def test_the_readme_shows_what_was_measured():
     assert degradation.effect(result["networks"]) == result["checks"]
     readme = (ROOT / "README.md").read_text()
     assert degradation_report.markdown(result) in readme and "benchmarks/results/degradation/degradation.png" in readme
-    assert (kept / "degradation.png").is_file()
+    assert (kept / "degradation.png").is_file() and json.loads((kept / "gradients.json").read_text())["ok"]

@@ -1,12 +1,14 @@
 """The scoreboard's short profile, and for each of its classes a planted fault that it finds."""
 
 import contextlib
+import itertools
 
 import pytest
 import reliability
 import torch
 from reliability.board import Tally, run
 
+from fastres import dispatch
 from fastres.frozen import file, int8, layers
 from fastres.ops import REGISTRY, _check
 from fastres.optimize import whole

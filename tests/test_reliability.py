@@ -1,13 +1,15 @@
 """The scoreboard's short profile, and for each of its classes a planted fault that it finds."""
 
 import contextlib
+import itertools
 
 import pytest
 import reliability
 import torch
 from reliability.board import Tally, run
 
-from fastres.frozen import file, layers
+from fastres import dispatch
+from fastres.frozen import file, int8, layers
 from fastres.ops import REGISTRY, _check
 from fastres.optimize import whole
 
@@ -48,8 +50,7 @@ def scale_last(y):
 
 
 def unlike_torch(args):
-    from fastres import dispatch
-
+    """Whether the call is not the reference of a comparison."""
     return "*" not in dispatch._forced
 
 
@@ -73,8 +74,10 @@ def fault_nan(patch):
     wrong_kernel(patch, lambda y: y.nan_to_num_(), only=unlike_torch)
 
 
-def fault_fake(patch):
-    patch.setattr("fastres.ops.add_act.torch.empty_like", lambda x, **options: torch.empty(x.shape, **options))
+def fault_mutation(patch):
+    """Every op writes into its first argument."""
+    for name in REGISTRY:
+        wrong_kernel(patch, lambda y: None, name, lambda args: args[0].detach().mul_(2) is None)
 
 
 def fault_check(patch):
@@ -97,19 +100,19 @@ def fault_file(patch):
 
 
 def fault_plan(patch):
-    """An addition takes the wrong operand's place."""
-    right = layers._Builder.on_relu
+    """ReLUs are left out."""
+    patch.setattr(layers._Builder, "on_relu", lambda self, x, *, y: self.pass_on(x, y))
 
-    def on_relu(self, x, *, y):
-        self.pass_on(x, y)
 
-    assert right is not on_relu
-    patch.setattr(layers._Builder, "on_relu", on_relu)
+def fault_scale(patch):
+    """A convolution in 8-bit integers is scaled by a little more than it should be."""
+    right = int8._packed_conv
+    patch.setattr(int8, "_packed_conv", lambda layer, scales: (right(layer, scales)[0], right(layer, scales)[1] * 1.01))
 
 
 FAULTS = {
-    "R1": fault_values, "R2": fault_gradients, "R3": fault_derivative, "R4": fault_integers, "R5": fault_nan, "R6": fault_fake,
-    "R7": fault_check, "R10": fault_stale, "R16": fault_luck, "R22": fault_file, "F1": fault_plan, "F2": fault_plan,
+    "R1": fault_values, "R2": fault_gradients, "R3": fault_derivative, "R4": fault_integers, "R5": fault_nan, "R6": fault_mutation,
+    "R7": fault_check, "R10": fault_stale, "R16": fault_luck, "R22": fault_file, "F1": fault_plan, "F2": fault_scale,
 }  # fmt: skip
 
 

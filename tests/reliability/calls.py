@@ -103,6 +103,8 @@ class Call:
         if self.filters:
             found["weight"] = (conv / math.sqrt(conv[0].numel())).to(parameters)
             found["bias"] = draw_(channels).to(parameters) if self.filters[2] else None
+        if self.op == "conv":  # whose parameters have the dtype of its images
+            found |= {name: None if found[name] is None else found[name].to(self.dtype) for name in ("weight", "bias")}
         return [found[name] for name in REGISTRY[self.op].parameters]
 
 

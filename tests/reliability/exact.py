@@ -129,7 +129,8 @@ def special(tally: Tally, count: int) -> None:
             a.clone() if isinstance(a, torch.Tensor) else a
             for a in op.samples(torch.device("cpu"), torch.float32)[0].args
         ]
-        args[op.parameters.index("act")] = act
+        if "act" in op.parameters:
+            args[op.parameters.index("act")] = act
         args[slot].view(-1)[:: max(2, args[slot].numel() // 3)] = SPECIAL[value]
         args = [
             place(a, layout) if isinstance(a, torch.Tensor) and a.dim() == 4 and n != "weight" else a

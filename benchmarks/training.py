@@ -1,8 +1,8 @@
 """``python -m benchmarks.training kernels|steps|memory``: training on the CPU against eager PyTorch.
 
 ``kernels`` times batch norm with what follows it, ``steps`` whole training steps (forward, backward, SGD with momentum),
-``memory`` the peak of a process that trains. Every part adds its rows to those that this commit has in training.json,
-so that a long measurement can be made in pieces.
+``memory`` the peak of a process that trains. Every part adds its rows to those that this commit has in its file,
+``training-steps.json`` and so on, so that a long measurement can be made in pieces.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> int:
             rows += measure(model, batch, dtype, common)
     print(text_table(rows))
     if not wish.no_record:
-        print(f"wrote {harness.extend('training', rows, CPU)}")
+        print(f"wrote {harness.extend(f'training-{wish.part}', rows, CPU)}")
     return 0
 
 

@@ -90,9 +90,9 @@ def fault_stale(patch):
 
 
 def fault_luck(patch):
-    wrong_kernel(
-        patch, lambda y: y.mul_(1 + torch.rand(1, generator=torch.Generator().manual_seed(torch.seed() % 99)).item())
-    )
+    """Every call computes something else."""
+    calls = itertools.count(1)
+    wrong_kernel(patch, lambda y: y.mul_(next(calls)))
 
 
 def fault_file(patch):
@@ -107,7 +107,12 @@ def fault_plan(patch):
 def fault_scale(patch):
     """A convolution in 8-bit integers is scaled by a little more than it should be."""
     right = int8._packed_conv
-    patch.setattr(int8, "_packed_conv", lambda layer, scales: (right(layer, scales)[0], right(layer, scales)[1] * 1.01))
+
+    def packed(layer, scales):
+        weight, constants = right(layer, scales)
+        return weight, constants * 1.01
+
+    patch.setattr(int8, "_packed_conv", packed)
 
 
 FAULTS = {

@@ -49,7 +49,7 @@ class Case:
         if self.convolution:
             kernel = self.convolution
             found.append(image(channels, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5)
-        if self.op != "add_act":
+        if self.op not in ("add_act", "conv"):
             vectors = torch.randn(4, channels, generator=generator).to(device)
             found += [vectors[0] * 0.1, vectors[1].abs() + 0.5, vectors[2].abs() + 0.3, vectors[3] * 0.1]
         return tuple(found)
@@ -59,12 +59,18 @@ class Case:
         forward, y = self.op_args(tensors), self.eager(*tensors)
         backward = (y, y, "relu") if self.op == "add_act" else (y, *forward)
         args = {name: backward if name.endswith("_backward") else forward for name in self.covers}
+        if self.op == "conv":
+            x, weight, _, *geometry = forward
+            args["conv_backward_input"] = (y, weight, x.shape[2:], *geometry)
+            args["conv_backward_weight"] = (y, x, weight.shape[2:], *geometry)
         totals = [REGISTRY[name].cost(*args[name]) for name in self.covers]
         return sum(t[0] for t in totals), sum(t[1] for t in totals)
 
     def op_args(self, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
         if self.op == "add_act":
             return (*tensors, "relu")
+        if self.op == "conv":
+            return (*tensors, None, (1, 1), (1, 1), (1, 1), 1)
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
         if self.convolution:
             pad = self.convolution // 2
@@ -120,6 +126,8 @@ def _all() -> list[Case]:
         Case("add_act", False, *add, ("add_act",), residual=True),
         Case("add_act", True, *add, ("add_act", "add_act_backward"), residual=True),
     ]
+    conv = (lambda x, w: functional.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1))
+    found.append(Case("conv", True, *conv, ("conv", "conv_backward_input", "conv_backward_weight"), convolution=3))
     evaluation, training = _norm(False), _norm(True)
     for name in evaluation:
         residual = "add" in name

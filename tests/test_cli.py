@@ -117,7 +117,7 @@ def test_a_missing_gpu_is_told(capsys):
     assert code == 2 and out == "" and err.startswith("fastres verify: --device cuda: torch") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("wish", ["abacus", "conv_bn_act=abacus", "conv=torch"])
+@pytest.mark.parametrize("wish", ["abacus", "conv_bn_act=abacus", "cnv=torch"])
 def test_a_backend_misspelt_in_the_environment_is_told(capsys, monkeypatch, wish):
     monkeypatch.setenv("FASTRES_BACKEND", wish)
     dispatch.forget()

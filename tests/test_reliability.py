@@ -117,7 +117,8 @@ def fault_scale(patch):
 
 FAULTS = {
     "R1": fault_values, "R2": fault_gradients, "R3": fault_derivative, "R4": fault_integers, "R5": fault_nan,
-    "R6": fault_mutation, "R7": fault_check, "R10": fault_stale, "R16": fault_luck, "R22": fault_file, "F1": fault_plan, "F2": fault_scale,
+    "R6": fault_mutation, "R7": fault_check, "R10": fault_stale, "R16": fault_luck, "R22": fault_file,
+    "F1": fault_plan, "F2": fault_scale,
 }  # fmt: skip
 
 

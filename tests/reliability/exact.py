@@ -123,7 +123,7 @@ def special(tally: Tally, count: int) -> None:
             if isinstance(a, torch.Tensor)
         ]
         rows += itertools.product([name], slots, SPECIAL, ("contiguous", "channels_last"), ("relu", "none"))
-    for name, slot, value, layout, act in rows[:: max(1, len(rows) // count)]:
+    for name, slot, value, layout, act in rows[:: max(1, len(rows) // (count + count // 10))]:
         op = REGISTRY[name]
         args = [
             a.clone() if isinstance(a, torch.Tensor) else a

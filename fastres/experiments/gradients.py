@@ -51,8 +51,9 @@ def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
     return result
 
 
-def make(kind: str, images: Data, depth: int = DEPTH, seed: int = 0) -> nn.Module:
+def make(kind: str, images: Data, depth: int | None = None, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
+    depth = depth or DEPTH
     if kind == PREACT:
         return cifar.preact_resnet(depth, len(images.classes), "A", images.channels, bottleneck=False)
     return network(kind, depth, "cifar", len(images.classes), images.channels)

@@ -29,11 +29,11 @@ inline const char* conv_lacks(DType dtype) {
 // all weights, once for each block of pixels; by channels all of x, its half maybe from another core, and each weight once.
 // What costs fewer cycles, counting the rounds of tiles and the bytes that come from beyond a core's cache.
 template <typename Args, typename Kernel>
-Work shared_out(Args whole, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
+Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
   ConvArgs& args = conv_of(whole);
   args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0 &&
                args.out_h == args.height && args.out_w == args.width;  // a run may hold the taps of a row: fewer pixels
-  const int64_t threads = torch::stable::get_num_threads(), tiles = conv_pixel_tiles(args), blocks = conv_channel_blocks(args);
+  const int64_t tiles = conv_pixel_tiles(args), blocks = conv_channel_blocks(args);
   const int64_t depth = args.kernel_h * args.kernel_w * args.run, cycles = conv_tile().pixels * conv_tile().channels / 16 * depth;
   const int64_t x = args.images * args.image_step, weights = args.out_channels * depth * kWordBytes;
   const int64_t tile_bytes = conv_tile().pixels * args.stride_h * args.stride_w * args.pixel_step;
@@ -50,12 +50,12 @@ Work shared_out(Args whole, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
 // What this machine lacks for 8-bit integers, null for nothing.
 inline const char* int8_lacks() { return has_int8_dot() ? nullptr : "AVX-512 VNNI"; }
 
-inline Work conv_work(const ConvArgs& args) {
-  return shared_out<ConvArgs>(args, [](ConvArgs& all) -> ConvArgs& { return all; }, conv_bn_act_forward);
+inline Work conv_work(const ConvArgs& args, int64_t threads) {
+  return shared_out<ConvArgs>(args, threads, [](ConvArgs& all) -> ConvArgs& { return all; }, conv_bn_act_forward);
 }
 
-inline Work conv_int8_work(const ConvInt8Args& args) {
-  return shared_out<ConvInt8Args>(args, [](ConvInt8Args& all) -> ConvArgs& { return all.conv; }, conv_int8_forward);
+inline Work conv_int8_work(const ConvInt8Args& args, int64_t threads) {
+  return shared_out<ConvInt8Args>(args, threads, [](ConvInt8Args& all) -> ConvArgs& { return all.conv; }, conv_int8_forward);
 }
 
 // A 3x3 convolution with stride 1, with transformed weights; channels in whole vectors. `finite` as in WinogradArgs.
@@ -67,7 +67,7 @@ inline Work winograd_work(const ConvArgs& conv, std::atomic<bool>* finite = null
   return {args.groups * winograd_blocks(conv), 1, [args](int64_t begin, int64_t end) { winograd_forward(args, begin, end); }};
 }
 
-inline void run_conv(const ConvArgs& args) { run_now(conv_work(args)); }
+inline void run_conv(const ConvArgs& args) { run_now(conv_work(args, torch::stable::get_num_threads())); }
 inline void run_winograd(const ConvArgs& args, std::atomic<bool>* finite = nullptr) { run_now(winograd_work(args, finite)); }
 
 // Images with their padding written out and `out_channels` channels, the further ones zero, so that a row of taps is one

@@ -31,7 +31,7 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
                                   row.stride_h * row.stride_w * row.dilation_h * row.dilation_w == 1),
                 kPlan, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
   args.weight = weight.data_ptr(), args.bias = static_cast<const float*>(bias.data_ptr());
-  return row.winograd ? winograd_work(args) : conv_work(args);
+  return row.winograd ? winograd_work(args) : conv_work(args, call.threads);
 }
 
 Work pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
@@ -80,7 +80,27 @@ Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images
   return {};
 }
 
-void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena, const Tensor& y) {
+// The works of one part of the images, in their order.
+std::vector<Work> works_of(const Call& call, const Tensor& program, int64_t images) {
+  const auto* rows = static_cast<const PlanRow*>(program.data_ptr());
+  const int64_t count = program.numel() / kRowFields;
+  std::vector<Work> works;
+  for (int64_t at = 0; at < count;) {
+    const PlanRow& segment = rows[at++];
+    FASTRES_CHECK(segment.kind == Step::kSegment && segment.chunk >= 1 && segment.count >= 0 && segment.count <= count - at,
+                  kPlan, "the program", "a list of segments", segment.count);
+    for (int64_t first = 0; first < images; first += segment.chunk)
+      for (int64_t i = 0; i < segment.count; ++i)
+        works.push_back(work_of(call, rows[at + i], first, std::min(segment.chunk, images - first)));
+    at += segment.count;
+  }
+  return works;
+}
+
+// With one part, all threads share each work; with several, each part is seen through by one thread, in its own part of the
+// arena: nobody waits for another, and what a core wrote is what it reads.
+void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena, const Tensor& y,
+              int64_t parts) {
   for (const Tensor* t : {&x, &program, &arena, &y}) check_cpu(kPlan, "every tensor", *t);
   const DType dtype = dtype_of(y);
   FASTRES_CHECK(conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16, kPlan, "the output",
@@ -91,23 +111,24 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
                 kPlan, "the program", "whole rows of " << kRowFields << " int64", show(program.sizes()));
   FASTRES_CHECK(arena.scalar_type() == ScalarType::Byte && arena.is_contiguous(), kPlan, "the arena", "contiguous bytes",
                 show(arena.scalar_type()));
+  FASTRES_CHECK(parts >= 1 && x.size(0) % parts == 0 && arena.numel() % parts == 0, kPlan, "the parts",
+                "as many as divide images and arena", parts);
   for (const Tensor& constant : constants)
     FASTRES_CHECK(constant.is_cpu() && constant.is_contiguous(), kPlan, "a constant", "contiguous on cpu", show(constant.sizes()));
   std::atomic<bool> finite{true};
-  const Call call{x, constants, arena, y, dtype, element_size(dtype), finite};
-  const auto* rows = static_cast<const PlanRow*>(program.data_ptr());
-  const int64_t count = program.numel() / kRowFields, batch = x.size(0);
-  std::vector<Work> works;
-  for (int64_t at = 0; at < count;) {
-    const PlanRow& segment = rows[at++];
-    FASTRES_CHECK(segment.kind == Step::kSegment && segment.chunk >= 1 && segment.count >= 0 && segment.count <= count - at,
-                  kPlan, "the program", "a list of segments", segment.count);
-    for (int64_t first = 0; first < batch; first += segment.chunk)
-      for (int64_t i = 0; i < segment.count; ++i)
-        works.push_back(work_of(call, rows[at + i], first, std::min(segment.chunk, batch - first)));
-    at += segment.count;
+  const int64_t images = x.size(0) / parts, bytes = arena.numel() / parts;
+  std::vector<std::vector<Work>> works;
+  for (int64_t part = 0; part < parts; ++part) {
+    const Call call{x, constants, y, part * images, static_cast<char*>(arena.data_ptr()) + part * bytes, bytes,
+                    parts == 1 ? torch::stable::get_num_threads() : 1, dtype, element_size(dtype), finite};
+    works.push_back(works_of(call, program, images));
   }
-  run_team(works);
+  if (parts == 1) run_team(works[0]);
+  else
+    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part)
+        for (const Work& work : works[part]) work.run(0, work.units);
+    });
   FASTRES_CHECK(finite, kPlan, "x", "finite: 8-bit integers hold neither NaN nor infinity", "values that are not");
 }
 
@@ -115,7 +136,7 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
 }  // namespace fastres::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
-  m.def("cpu_plan(Tensor x, Tensor program, Tensor[] constants, Tensor arena, Tensor(a!) y) -> ()");
+  m.def("cpu_plan(Tensor x, Tensor program, Tensor[] constants, Tensor arena, Tensor(a!) y, int parts) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {

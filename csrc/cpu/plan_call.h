@@ -9,26 +9,29 @@ namespace fastres::cpu {
 
 constexpr const char* kPlan = "freeze";
 
-// The tensors of one call.
+// The tensors of one call, and the part of its images that some threads see through: its first image, its own arena.
 struct Call {
   const Tensor& x;
   const std::vector<Tensor>& constants;
-  const Tensor &arena, &y;
+  const Tensor& y;
+  int64_t image;
+  char* arena;
+  int64_t arena_bytes, threads;
   DType dtype;  // of y, and of all values but those of 8-bit integers; x may be float32 where it is bfloat16
   int64_t size;  // bytes of an element of dtype
   std::atomic<bool>& finite;  // made false where images that are quantised are not
 
   // The address of a value's first image, once `bytes` of it are known to exist.
   char* at(const Place& place, int64_t first, int64_t images, int64_t image_bytes) const {
-    const int64_t begin = first * place.step, end = begin + images * image_bytes;
+    const int64_t begin = (first + (place.offset == kOutput ? image : 0)) * place.step, end = begin + images * image_bytes;
     FASTRES_CHECK(place.step == 0 || place.step == image_bytes, kPlan, "a value", "of images without gaps", place.step);
     if (place.offset == kOutput) {
       FASTRES_CHECK(end <= y.numel() * size, kPlan, "the output", "large enough for its step", y.numel());
       return static_cast<char*>(y.data_ptr()) + begin;
     }
-    FASTRES_CHECK(place.offset >= 0 && place.offset + end <= arena.numel(), kPlan, "a step's value", "within the arena",
+    FASTRES_CHECK(place.offset >= 0 && place.offset + end <= arena_bytes, kPlan, "a step's value", "within the arena",
                   place.offset);
-    return static_cast<char*>(arena.data_ptr()) + place.offset + begin;
+    return arena + place.offset + begin;
   }
 
   const Tensor& constant(int64_t index) const {
@@ -51,7 +54,7 @@ struct PadSource {
       const Tensor& input = call.x;
       FASTRES_CHECK(input.size(1) == c && input.size(2) == row.height && input.size(3) == row.width, kPlan, "the input",
                     "as planned", show(input.sizes()));
-      x = static_cast<const char*>(input.data_ptr()) + first * input.stride(0) * element_size(dtype_of(input));
+      x = static_cast<const char*>(input.data_ptr()) + (call.image + first) * input.stride(0) * element_size(dtype_of(input));
       image_step = input.stride(0), channel_step = input.stride(1), row_step = input.stride(2), pixel_step = input.stride(3);
     } else {
       image_step = row.height * row.width * c, channel_step = 1, row_step = row.width * c, pixel_step = c;

@@ -46,7 +46,7 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const float* constants = floats(call, row, 2 * row.out_channels + 1);
   args.conv.weight = weight.data_ptr(), args.conv.bias = constants + row.out_channels;
   args.scale = constants, args.residual_scale = constants[2 * row.out_channels];
-  return conv_int8_work(args);
+  return conv_int8_work(args, call.threads);
 }
 
 // The mean: scale, bias. The maximum: none.

@@ -181,7 +181,10 @@ class Frozen(nn.Module):
                 batch, channels, height, width = key
                 size = (channels, height, width)
                 laid = steps(self.network.layers, self.network.x, size, self.dtype, self._offset)
-                found = self._programs[key] = program(laid, batch, self.dtype, self._constants(laid))
+                threads = torch.get_num_threads()
+                parts = threads if batch % threads == 0 and not os.environ.get("NOPARTS") else 1
+                found = self._programs[key] = program(laid, batch // parts, self.dtype, self._constants(laid))
+                found.parts = parts
                 if len(self._programs) > _PROGRAMS:
                     self._programs.popitem(last=False)
             else:
@@ -260,9 +263,9 @@ class Frozen(nn.Module):
             arena = self._arenas.pop()
         except IndexError:
             arena = None
-        if arena is None or arena.numel() < plan.arena_bytes:
-            arena = large_pages(plan.arena_bytes)
-        native.op("cpu_plan")(x, plan.rows, plan.constants, arena, y)
+        if arena is None or arena.numel() < plan.arena_bytes * plan.parts:
+            arena = large_pages(plan.arena_bytes * plan.parts)
+        native.op("cpu_plan")(x, plan.rows, plan.constants, arena[: plan.arena_bytes * plan.parts], y, plan.parts)
         if len(self._arenas) < _ARENAS:
             self._arenas.append(arena)
 

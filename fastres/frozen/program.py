@@ -56,6 +56,7 @@ class Program:
     output: Size
     steps: list[Step]
     chunks: list[int] = field(default_factory=list)  # images a pass, for each step
+    parts: int = 1  # of the batch, each run by one thread from end to end; what is above is for one part
 
 
 @functools.cache

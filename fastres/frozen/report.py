@@ -100,7 +100,7 @@ def _report(step: Step, images: int, batch: int, ms: float | None) -> StepReport
 def _times(frozen: Frozen, plan: Program, x: Tensor) -> list[float | None]:
     """Median milliseconds of each step over the batch, run one by one in their order."""
     rows, channels = plan.rows, plan.output
-    arena = large_pages(plan.arena_bytes)
+    arena = large_pages(plan.arena_bytes * plan.parts)
     y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.result_dtype)
     singles = []
     for row in rows:
@@ -113,6 +113,6 @@ def _times(frozen: Frozen, plan: Program, x: Tensor) -> list[float | None]:
     for _ in range(_REPEATS):
         for times, single in zip(found, singles, strict=True):
             start = time.perf_counter()
-            run(x, single, plan.constants, arena, y)
+            run(x, single, plan.constants, arena, y, plan.parts)
             times.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(times) for times in found]

@@ -167,6 +167,22 @@ def test_calls_from_many_threads():
     assert not wrong
 
 
+def test_the_same_whether_threads_share_the_layers_or_the_images():
+    model, x = small(), images((12, 3, 32, 32))
+    frozen, threads, results = fastres.freeze(model, x), torch.get_num_threads(), {}
+    try:
+        for count in (1, 2, 3, 5, 12):
+            torch.set_num_threads(count)
+            y, plan = frozen(x), frozen.program(x.shape)
+            results[plan.parts] = y if plan.parts not in results else results[plan.parts]
+            assert torch.equal(y, results[1])
+            assert plan.arena_bytes % plan.parts == 0 and max(plan.chunks) <= 12 // plan.parts
+    finally:
+        torch.set_num_threads(threads)
+    assert set(results) == {1, 2, 3, 12}
+    check(frozen, model, x)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_a_team_smaller_than_wished(limit):
     """OpenMP may give fewer threads than PyTorch asks for: each does several shares."""
@@ -307,17 +323,18 @@ def test_a_program_cannot_leave_its_memory():
     plan = frozen.program(x.shape)
     arena, y = torch.empty(plan.arena_bytes, dtype=torch.uint8), torch.empty(2, 1, 1, 10)
     run = native.op("cpu_plan")
-    run(x, plan.rows, plan.constants, arena, y)
+    run(x, plan.rows, plan.constants, arena, y, plan.parts)
     for place, value in ((3, -7), (3, plan.arena_bytes), (7, plan.arena_bytes), (9, 99), (12, 4096), (13, 500), (15, 1 << 40),
                          (16, 4096), (18, 0), (20, 0), (26, 1 << 30)):  # fmt: skip
         rows = plan.rows.clone()
         rows[3, place] = value
         with pytest.raises(RuntimeError, match=r"fastres\.freeze: .* must be"):
-            run(x, rows, plan.constants, arena, y)
-    for bad in ((x[:1], plan.rows, plan.constants, arena, y), (x, plan.rows[:, :-1].contiguous(), plan.constants, arena, y),
-                (x, plan.rows, plan.constants[1:], arena, y), (x, plan.rows, plan.constants, arena[:-1], y)):  # fmt: skip
+            run(x, rows, plan.constants, arena, y, plan.parts)
+    good = {"x": x, "program": plan.rows, "constants": plan.constants, "arena": arena, "y": y, "parts": plan.parts}
+    for bad in ({"x": x[:1]}, {"program": plan.rows[:, :-1].contiguous()}, {"constants": plan.constants[1:]},
+                {"arena": arena[:-1]}, {"parts": 0}, {"parts": 3}, {"parts": 4}):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"fastres\.freeze: .* must be"):
-            run(*bad)
+            run(**good | bad)
 
 
 def test_explain_shows_every_step_and_times_it_on_an_input():

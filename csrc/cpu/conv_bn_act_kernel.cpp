@@ -71,7 +71,7 @@ FASTRES_DOT FASTRES_INLINE void finish_tile(const ConvArgs& args, const Sum (&su
 
 // One tile of kPixels by kVectors vectors, from `pixel` and `channel` on; `last` lanes of the last vector exist.
 template <typename scalar_t, int kPixels, int kVectors>
-FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const float* weight, int64_t pixel,
+FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const float* weight, Coming coming, int64_t pixel,
                                                      int64_t channel, int64_t last) {
   const Window<kPixels> window(args, pixel);
   const int64_t out = pixel * args.out_channels + channel;
@@ -91,7 +91,7 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
         const int64_t stop = min(args.run, word + kSumWords - since);
         since += stop - word;
         if (outside) weight += (stop - word) * kVectors * kWide;
-        else weight = add_words<scalar_t>(sum, x, word, stop, weight);
+        else weight = add_words<scalar_t>(sum, x, word, stop, weight, coming);
         word = stop;
         if (since == kSumWords) {
           since = 0;

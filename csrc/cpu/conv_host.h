@@ -27,7 +27,8 @@ inline const char* conv_lacks(DType dtype) {
 
 // A convolution shared out to threads: kernel(args, begin, end). By pixels a thread reads what it wrote a layer before, and
 // all weights, once for each block of pixels; by channels all of x, its half maybe from another core, and each weight once.
-// What costs fewer cycles, counting the rounds of tiles and the bytes that come from beyond a core's cache.
+// What costs fewer cycles, counting the rounds of tiles and the bytes that come from beyond a core's cache; weights come
+// while others are multiplied.
 template <typename Args, typename Kernel>
 Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
   ConvArgs& args = conv_of(whole);
@@ -39,8 +40,11 @@ Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel
   const int64_t tile_bytes = conv_tile().pixels * args.stride_h * args.stride_w * args.pixel_step;
   args.block = std::max<int64_t>(4, kBlockBytes / tile_bytes);
   const int64_t own = ceil_div(tiles, threads), reads = x <= 2 * kBlockBytes ? 1 : ceil_div(blocks, threads);
-  const int64_t by_pixels = own * blocks * cycles + (x / threads + weights * ceil_div(own, args.block)) / kBytesPerCycle;
-  const int64_t by_channels = ceil_div(tiles * blocks, threads) * cycles + (x * reads + weights / threads) / kBytesPerCycle;
+  const auto cost = [&](int64_t rounds, int64_t x_bytes, int64_t weight_bytes) {
+    return std::max(rounds * cycles, weight_bytes / kBytesPerCycle) + x_bytes / kBytesPerCycle;
+  };
+  const int64_t by_pixels = cost(own * blocks, x / threads, weights * ceil_div(own, args.block));
+  const int64_t by_channels = cost(ceil_div(tiles * blocks, threads), x * reads, weights / threads);
   args.share_channels = threads > 1 && by_channels < by_pixels;
   const int64_t units = args.share_channels ? tiles * blocks : tiles;
   const int64_t work = cycles * 16 * (args.share_channels ? 1 : blocks);

@@ -61,7 +61,7 @@ FASTRES_INLINE void finish(const ConvInt8Args& args, IntSum sum, const float* sc
 
 // One tile of kPixels by kVectors vectors, from `pixel` and `channel` on; `last` lanes of the last vector exist.
 template <int kPixels, int kVectors>
-FASTRES_DOT __attribute__((noinline)) void tile(const ConvInt8Args& args, const float* weight, int64_t pixel,
+FASTRES_DOT __attribute__((noinline)) void tile(const ConvInt8Args& args, const float* weight, Coming coming, int64_t pixel,
                                                 int64_t channel, int64_t last) {
   const ConvArgs& conv = args.conv;
   const Window<kPixels> window(conv, pixel);
@@ -78,7 +78,7 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvInt8Args& args, const 
     for (int64_t kx = 0; kx < conv.kernel_w; ++kx) {
       const char* x[kPixels];
       for (int p = 0; p < kPixels; ++p) x[p] = window.tap(conv, p, ky * conv.dilation_h, kx * conv.dilation_w);
-      weight = add_words<uint8_t>(sum, x, 0, conv.run, weight);
+      weight = add_words<uint8_t>(sum, x, 0, conv.run, weight, coming);
     }
   }
   const float *scale = args.scale + channel, *bias = conv.bias + channel;

@@ -49,12 +49,28 @@ FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
 }
 #endif
 
+// Weights that are wanted after those being multiplied: on their way into the second-level cache meanwhile, `lines` of them
+// for every 16 words. Without it one image of ResNet-50 took 1.02 to 1.06 times as long (AMD EPYC, 2026-11-25).
+struct Coming {
+  const char* from;
+  int64_t lines;
+};
+
+// What follows `weight` in memory, fetched in `turns` turns of which this is number `turn`, each a run through `words` words.
+// At the end of a network's layer that is the next one's weights.
+FASTRES_INLINE Coming coming_after(const float* weight, int64_t words, int64_t vectors, int64_t turn, int64_t turns) {
+  const char* next = reinterpret_cast<const char*>(weight) + words * vectors * kVectorBytes;
+  return {next + turn * words * vectors / turns * kVectorBytes, ceil_div(vectors * 16 * kVectorBytes / 64, turns)};
+}
+
 // Adds the words [begin, end) of each x from kFirst to kLast, times their vectors of weights, to the sums; returns where the
 // weights go on.
 template <typename scalar_t, int kFirst, int kLast, typename Total, int kPixels, int kVectors>
 FASTRES_DOT FASTRES_INLINE const float* add_words_of(Total (&sum)[kPixels][kVectors], const char* const (&x)[kPixels],
-                                                     int64_t begin, int64_t end, const float* weight) {
+                                                     int64_t begin, int64_t end, const float* weight, Coming& coming) {
   for (int64_t word = begin; word < end; ++word, weight += kVectors * kWide) {
+    if (word % 16 == 0)
+      for (int64_t i = 0; i < coming.lines; ++i, coming.from += 64) __builtin_prefetch(coming.from, 0, 2);
     Sum w[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(weight + v * kWide, Whole{});
@@ -70,12 +86,12 @@ FASTRES_DOT FASTRES_INLINE const float* add_words_of(Total (&sum)[kPixels][kVect
 // convolution's work where images are 7 pixels wide.
 template <typename scalar_t, typename Total, int kPixels, int kVectors>
 FASTRES_DOT FASTRES_INLINE const float* add_words(Total (&sum)[kPixels][kVectors], const char* const (&x)[kPixels],
-                                                  int64_t begin, int64_t end, const float* weight) {
+                                                  int64_t begin, int64_t end, const float* weight, Coming& coming) {
   if constexpr (kPixels == kMostPixels) {
-    if (x[0] == kZeros) return add_words_of<scalar_t, 1, kPixels - 1>(sum, x, begin, end, weight);
-    if (x[kPixels - 1] == kZeros) return add_words_of<scalar_t, 0, kPixels - 2>(sum, x, begin, end, weight);
+    if (x[0] == kZeros) return add_words_of<scalar_t, 1, kPixels - 1>(sum, x, begin, end, weight, coming);
+    if (x[kPixels - 1] == kZeros) return add_words_of<scalar_t, 0, kPixels - 2>(sum, x, begin, end, weight, coming);
   }
-  return add_words_of<scalar_t, 0, kPixels - 1>(sum, x, begin, end, weight);
+  return add_words_of<scalar_t, 0, kPixels - 1>(sum, x, begin, end, weight, coming);
 }
 
 // What a tile will add when its sums are done: on its way meanwhile.
@@ -128,7 +144,7 @@ struct Window {
   }
 };
 
-// Runs the tiles of the units [begin, end) of a convolution: run(place in a table of TileShapes, weight, pixel, channel, last).
+// Runs the tiles of the units [begin, end) of a convolution: run(place in a table of TileShapes, weight, coming, pixel, channel, last).
 template <typename Run>
 FASTRES_INLINE void for_tiles(const ConvArgs& args, int64_t begin, int64_t end, Run run) {
   const int64_t pixels = args.images * args.out_h * args.out_w, tiles = ceil_div(pixels, kMostPixels);
@@ -137,8 +153,11 @@ FASTRES_INLINE void for_tiles(const ConvArgs& args, int64_t begin, int64_t end, 
     const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, args.out_channels - channel);
     const int64_t vectors = ceil_div(channels, kWide);
     const auto* weight = static_cast<const float*>(args.weight) + channel * depth;
-    for (int64_t pixel = first * kMostPixels; pixel < min(stop * kMostPixels, pixels); pixel += kMostPixels)
-      run((min(kMostPixels, pixels - pixel) - 1) * kMostVectors + vectors - 1, weight, pixel, channel, channels - (vectors - 1) * kWide);
+    for (int64_t at = first; at < stop; ++at) {
+      const int64_t pixel = at * kMostPixels, place = (min(kMostPixels, pixels - pixel) - 1) * kMostVectors + vectors - 1;
+      const Coming coming = coming_after(weight, depth, vectors, at - first, stop - first);
+      run(place, weight, coming, pixel, channel, channels - (vectors - 1) * kWide);
+    }
   };
   if (args.share_channels) {
     for (int64_t at = begin, count; at < end; at += count) {

@@ -18,12 +18,12 @@ namespace {
 
 // One point of kTiles tiles: m = v times the weights of that point, for kVectors vectors of channels.
 template <typename scalar_t, int kTiles, int kVectors>
-FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t words, const float* weight, float* m) {
+FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t words, const float* weight, Coming coming, float* m) {
   const char* x[kTiles];
   for (int t = 0; t < kTiles; ++t) x[t] = reinterpret_cast<const char*>(v + t * words);
   for (int64_t word = 0; word < words; word += kSumWords) {
     Sum sum[kTiles][kVectors] = {};
-    weight = add_words_of<scalar_t, 0, kTiles - 1>(sum, x, word, min(word + kSumWords, words), weight);
+    weight = add_words_of<scalar_t, 0, kTiles - 1>(sum, x, word, min(word + kSumWords, words), weight, coming);
 #pragma GCC unroll 8
     for (int t = 0; t < kTiles; ++t)
 #pragma GCC unroll 8
@@ -34,7 +34,7 @@ FASTRES_DOT __attribute__((noinline)) void multiply(const float* v, int64_t word
   }
 }
 
-using Multiply = void (*)(const float*, int64_t, const float*, float*);
+using Multiply = void (*)(const float*, int64_t, const float*, Coming, float*);
 
 template <typename scalar_t, int... i>
 Multiply multiply_for(int64_t tiles, int64_t vectors, std::integer_sequence<int, i...>) {
@@ -108,8 +108,10 @@ void block_of_channels(const WinogradArgs& args, int64_t first, int64_t count, i
   for (int point = 0; point < kPoints; ++point)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
-      multiply_for<scalar_t>(end - begin, vectors, shapes)(v + point * v_step + begin * conv.run, conv.run,
-                                                           weight + point * conv.run * width, m + point * m_step + begin * kBlockChannels);
+      const float* own = weight + point * conv.run * width;
+      const Coming coming = coming_after(own, conv.run, vectors, part, parts);
+      multiply_for<scalar_t>(end - begin, vectors, shapes)(v + point * v_step + begin * conv.run, conv.run, own, coming,
+                                                           m + point * m_step + begin * kBlockChannels);
     }
   for (int64_t t = 0; t < count; ++t) {
     const Tile tile = tile_at(args, first + t);

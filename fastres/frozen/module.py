@@ -14,7 +14,7 @@ from fastres.frozen import file, int8
 from fastres.frozen.calibrate import Calibration, Quality, calibrate, checked, judge
 from fastres.frozen.int8 import Scale
 from fastres.frozen.layers import Layer, Network, network
-from fastres.frozen.program import Program, Step, program, steps
+from fastres.frozen.program import Program, Step, parts_of, program, steps
 from fastres.frozen.record import Value, record
 from fastres.kernels import native
 from fastres.memory import large_pages
@@ -174,17 +174,15 @@ class Frozen(nn.Module):
         Raises:
             ArgumentError: images of that size do not fit the network.
         """
-        key = tuple(shape)
+        parts = parts_of(shape[0], torch.get_num_threads())
+        key = (*shape, parts)
         with self._lock:
             found = self._programs.get(key)
             if found is None:
-                batch, channels, height, width = key
+                batch, channels, height, width = shape
                 size = (channels, height, width)
                 laid = steps(self.network.layers, self.network.x, size, self.dtype, self._offset)
-                threads = torch.get_num_threads()
-                parts = threads if batch % threads == 0 and not os.environ.get("NOPARTS") else 1
-                found = self._programs[key] = program(laid, batch // parts, self.dtype, self._constants(laid))
-                found.parts = parts
+                found = self._programs[key] = program(laid, batch, parts, self.dtype, self._constants(laid))
                 if len(self._programs) > _PROGRAMS:
                     self._programs.popitem(last=False)
             else:
@@ -230,7 +228,8 @@ class Frozen(nn.Module):
 
     def last_shape(self) -> tuple[int, ...] | None:
         """The input shape planned or run last."""
-        return next(reversed(self._programs), None)
+        key = next(reversed(self._programs), None)
+        return None if key is None else key[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # decorated here: doing so above would import the compiler with fastres
@@ -263,9 +262,9 @@ class Frozen(nn.Module):
             arena = self._arenas.pop()
         except IndexError:
             arena = None
-        if arena is None or arena.numel() < plan.arena_bytes * plan.parts:
-            arena = large_pages(plan.arena_bytes * plan.parts)
-        native.op("cpu_plan")(x, plan.rows, plan.constants, arena[: plan.arena_bytes * plan.parts], y, plan.parts)
+        if arena is None or arena.numel() < plan.arena_bytes:
+            arena = large_pages(plan.arena_bytes)
+        native.op("cpu_plan")(x, plan.rows, plan.constants, arena[: plan.arena_bytes], y, plan.parts)
         if len(self._arenas) < _ARENAS:
             self._arenas.append(arena)
 

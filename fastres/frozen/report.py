@@ -40,6 +40,7 @@ class PlanReport:
     shape: tuple[int, ...]
     arena_bytes: int
     constant_bytes: int
+    parts: int
     steps: list[StepReport]
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,7 +49,8 @@ class PlanReport:
     def __str__(self) -> str:
         mib = f"{self.constant_bytes / 2**20:.1f} MiB of constants, {self.arena_bytes / 2**20:.1f} MiB of activations"
         total = sum(step.ms or 0.0 for step in self.steps)
-        lines = [f"{self.model}, frozen in {self.dtype}, channels_last, for {_by(self.shape)}: {len(self.steps)} steps, {mib}"]
+        shared = f", {self.parts} parts with a thread each" if self.parts > 1 else ""
+        lines = [f"{self.model}, frozen in {self.dtype}, channels_last, for {_by(self.shape)}: {len(self.steps)} steps, {mib}{shared}"]
         for step in self.steps:
             timed = "" if step.ms is None else f"  {step.ms:8.3f} ms {100 * step.ms / total:3.0f} %"
             timed += "" if step.gflop_per_s is None else f" {step.gflop_per_s:6.0f} GFLOP/s"
@@ -82,7 +84,7 @@ def explain(frozen: Frozen, x: Tensor | None = None) -> PlanReport:
     rows = zip(plan.steps, plan.chunks, times, strict=True)
     reports = [_report(step, images, shape[0], ms) for step, images, ms in rows]
     constants = sum(tensor.nbytes for tensor in plan.constants)
-    return PlanReport(frozen.name, str(frozen.dtype)[6:], shape, plan.arena_bytes, constants, reports)
+    return PlanReport(frozen.name, str(frozen.dtype)[6:], shape, plan.arena_bytes, constants, plan.parts, reports)
 
 
 def _report(step: Step, images: int, batch: int, ms: float | None) -> StepReport:
@@ -100,7 +102,7 @@ def _report(step: Step, images: int, batch: int, ms: float | None) -> StepReport
 def _times(frozen: Frozen, plan: Program, x: Tensor) -> list[float | None]:
     """Median milliseconds of each step over the batch, run one by one in their order."""
     rows, channels = plan.rows, plan.output
-    arena = large_pages(plan.arena_bytes * plan.parts)
+    arena = large_pages(plan.arena_bytes)
     y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.result_dtype)
     singles = []
     for row in rows:

@@ -79,6 +79,8 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
   auto* y = static_cast<scalar_t*>(args.y);
   if (residual != nullptr)
     for (int p = 0; p < kPixels; ++p) prefetch<kVectors * kWide>(residual + out + p * args.out_channels);
+  if (!args.stream)
+    for (int p = 0; p < kPixels; ++p) own<kVectors * kWide>(y + out + p * args.out_channels);
   Sum sum[kPixels][kVectors] = {}, total[kPixels][kVectors];
   bool has_total = false;
   int64_t since = 0;  // words added up in sum

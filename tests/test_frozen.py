@@ -174,7 +174,7 @@ def test_the_same_whether_threads_share_the_layers_or_the_images():
         for count in (1, 2, 3, 5, 12):
             torch.set_num_threads(count)
             y, plan = frozen(x), frozen.program(x.shape)
-            results[plan.parts] = y if plan.parts not in results else results[plan.parts]
+            results[plan.parts] = results.get(plan.parts, y)
             assert torch.equal(y, results[1])
             assert plan.arena_bytes % plan.parts == 0 and max(plan.chunks) <= 12 // plan.parts
     finally:

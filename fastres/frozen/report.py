@@ -50,7 +50,8 @@ class PlanReport:
         mib = f"{self.constant_bytes / 2**20:.1f} MiB of constants, {self.arena_bytes / 2**20:.1f} MiB of activations"
         total = sum(step.ms or 0.0 for step in self.steps)
         shared = f", {self.parts} parts with a thread each" if self.parts > 1 else ""
-        lines = [f"{self.model}, frozen in {self.dtype}, channels_last, for {_by(self.shape)}: {len(self.steps)} steps, {mib}{shared}"]
+        head = f"{self.model}, frozen in {self.dtype}, channels_last, for {_by(self.shape)}"
+        lines = [f"{head}: {len(self.steps)} steps, {mib}{shared}"]
         for step in self.steps:
             timed = "" if step.ms is None else f"  {step.ms:8.3f} ms {100 * step.ms / total:3.0f} %"
             timed += "" if step.gflop_per_s is None else f" {step.gflop_per_s:6.0f} GFLOP/s"

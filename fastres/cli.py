@@ -154,7 +154,7 @@ def explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(arguments: argparse.Namespace, data: dict, text: str) -> None:
+def _show(arguments: argparse.Namespace, data: dict[str, Any], text: str) -> None:
     print(json.dumps(data, indent=1) if arguments.json else text)
 
 

@@ -26,8 +26,8 @@ class Backend:
 
     name: str
     why_not: Callable[..., str | None]
-    load: Callable[..., Callable]
-    configs: Callable[..., Sequence[tuple]] | None = None
+    load: Callable[..., Callable[..., Any]]
+    configs: Callable[..., Sequence[tuple[Any, ...]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Choice:
     backend: Backend
     source: str
     refusals: dict[str, str] = field(default_factory=dict)
-    config: tuple | None = None
+    config: tuple[Any, ...] | None = None
 
-    def load(self) -> Callable:
+    def load(self) -> Callable[..., Any]:
         """The function that runs the call."""
         return self.backend.load() if self.config is None else self.backend.load(self.config)
 
@@ -54,11 +54,11 @@ class Choice:
 
 
 _forced: dict[str, str] = {}
-_caches: list[dict] = []
+_caches: list[dict[Any, Any]] = []
 _known: dict[str, set[str]] = {}
 
 
-def register(op: str, backends: Sequence[Backend], cache: dict) -> None:
+def register(op: str, backends: Sequence[Backend], cache: dict[Any, Any]) -> None:
     """Tell the dispatcher of an op, its backends and its cache of choices, to be emptied when the rules change."""
     _known[op] = {backend.name for backend in backends}
     _caches.append(cache)
@@ -135,7 +135,7 @@ def _wish(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
     return None
 
 
-def choose(op: str, backends: Sequence[Backend], args: tuple) -> Choice:
+def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choice:
     """Choose the backend for one call.
 
     Raises:

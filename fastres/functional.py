@@ -252,7 +252,11 @@ def conv_bn_add_act(
     )  # fmt: skip
 
 
-def _conv(x, residual, conv_weight, conv_bias, mean, var, weight, bias, training, momentum, eps, geometry, act):
+def _conv(
+    x: Tensor, residual: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None, mean: Tensor | None,
+    var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool,
+    momentum: float | Tensor, eps: float, geometry: tuple[Any, ...], act: str,
+) -> Tensor:  # fmt: skip
     op = CONV_BN_ACT if residual is None else CONV_BN_ADD_ACT
     for name, tensor in (("x", x), ("weight", conv_weight)):
         if not isinstance(tensor, Tensor):

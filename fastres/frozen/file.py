@@ -28,7 +28,9 @@ _KINDS = {"conv": "weight scale bias", "linear": "weight scale bias", "bn": "wei
 _PAIRS = {"kernel": 0, "stride": 1, "padding": 0, "dilation": 1}  # fields, with the least of their two numbers
 
 
-def write(path: str | os.PathLike, network: Network, scales: Mapping[Value, Scale], quality: Quality | None) -> None:
+def write(
+    path: str | os.PathLike[str], network: Network, scales: Mapping[Value, Scale], quality: Quality | None
+) -> None:
     """Replace the file whole, or leave it as it was."""
     numbers = {network.x: 0} | {layer.y: index + 1 for index, layer in enumerate(network.layers)}
     tensors: dict[str, Tensor] = {}
@@ -56,7 +58,7 @@ def write(path: str | os.PathLike, network: Network, scales: Mapping[Value, Scal
             raise
 
 
-def read(path: str | os.PathLike) -> tuple[Network, dict[Value, Scale], Quality | None]:
+def read(path: str | os.PathLike[str]) -> tuple[Network, dict[Value, Scale], Quality | None]:
     """What ``write`` wrote.
 
     Raises:

@@ -93,7 +93,7 @@ def _quantized(found: Network, wanted: Calibration) -> "Frozen":
     return frozen
 
 
-def load_frozen(path: str | os.PathLike) -> "Frozen":
+def load_frozen(path: str | os.PathLike[str]) -> "Frozen":
     """A quantised network as ``Frozen.save`` wrote it.
 
     Nothing in the file is run: it holds safetensors, and the layers as JSON, each checked.
@@ -157,13 +157,13 @@ class Frozen(nn.Module):
         self.name, self.dtype, self.network, self.scales = found.name, dtype, found, scales
         self.result_dtype = torch.float32 if dtype == torch.int8 else dtype
         self.quality: Quality | None = None  # of a quantised network
-        self.signature: list[tuple] | None = None  # of what was recorded
+        self.signature: list[tuple[Any, ...]] | None = None  # of what was recorded
         self._offset = frozenset(value for value, scale in (scales or {}).items() if scale.zero)
         self._packed: dict[tuple[Layer, bool], tuple[Tensor, ...]] = {}  # by whether they are transformed for Winograd
         self._forget()
 
     def _forget(self) -> None:
-        self._programs: OrderedDict[tuple, Program] = OrderedDict()
+        self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self._arenas: list[Tensor] = []
         self._lock = threading.Lock()
         super().train(False)
@@ -268,7 +268,7 @@ class Frozen(nn.Module):
         if len(self._arenas) < _ARENAS:
             self._arenas.append(arena)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a quantised network to one file, safetensors with the layers as JSON; ``fastres.load_frozen`` reads it.
 
         The file is replaced whole, or not at all.

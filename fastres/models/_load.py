@@ -53,7 +53,7 @@ def from_torchvision(name: str, weights: Any) -> Any:
     return members.verify(weights)
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike, name: str = "load_weights") -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike[str], name: str = "load_weights") -> None:
     """Load a checkpoint file into a model, whole or not at all.
 
     Equivalent to ``model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))``.
@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike, name: str = "load_we
     model.load_state_dict(state)
 
 
-def _read(path: str | os.PathLike, name: str) -> dict[str, Tensor]:
+def _read(path: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
     """The tensors of a file, or an ArgumentError that says what is wrong with it."""
     file = Path(path)
     if not file.is_file():
@@ -115,7 +115,7 @@ def _why_not_value(value: Any) -> str | None:
     return "is complex" if value.is_complex() else None
 
 
-def _advice(state: dict) -> str:
+def _advice(state: dict[str, Any]) -> str:
     for key in ("state_dict", "model", "model_state", "module"):
         if isinstance(state.get(key), dict):
             return f"it is a training checkpoint: save its {key!r} alone"
@@ -154,7 +154,7 @@ def build(
 
 
 def build_from_file(
-    make: Callable[..., Model], name: str, path: str | os.PathLike | None, kwargs: dict[str, Any]
+    make: Callable[..., Model], name: str, path: str | os.PathLike[str] | None, kwargs: dict[str, Any]
 ) -> Model:
     """``make(**kwargs)`` with the weights of a file, or as initialised where path is None."""
     model = make(**kwargs)

@@ -119,7 +119,9 @@ class PlainBlock(BasicBlock):
     ``downsample`` None.
     """
 
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args, **kwargs) -> None:
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args: Any, **kwargs: Any
+    ) -> None:
         _no_shortcut("nn.PlainBlock", downsample)
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
@@ -135,7 +137,9 @@ class PlainBottleneck(Bottleneck):
     ``Bottleneck``, with ``downsample`` None.
     """
 
-    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args, **kwargs) -> None:
+    def __init__(
+        self, inplanes: int, planes: int, stride: int = 1, downsample: None = None, *args: Any, **kwargs: Any
+    ) -> None:
         _no_shortcut("nn.PlainBottleneck", downsample)
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 

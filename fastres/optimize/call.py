@@ -4,7 +4,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def optimize(
     skip: str | Sequence[str] = (),
     channels_last: bool | str = "auto",
     dtype: torch.dtype | None = None,
-    verify: Tensor | tuple | None = None,
+    verify: Tensor | tuple[Any, ...] | None = None,
 ) -> Model:
     """Make a model run fused steps wherever its layers allow, in training and in evaluation.
 
@@ -107,7 +107,7 @@ def _apply(
     patterns: tuple[str, ...],
     channels_last: bool | str,
     dtype: torch.dtype | None,
-    verify: Tensor | tuple | None,
+    verify: Tensor | tuple[Any, ...] | None,
 ) -> dict[str, float] | None:
     """Convert, swap, and compare if asked to; the errors found then."""
     reference = None if verify is None else Reference(network, verify, dtype)

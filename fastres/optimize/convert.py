@@ -14,7 +14,7 @@ class Conversion:
     owner: nn.Module
     name: str
     original: Tensor | None  # None: only the memory format changed
-    mark: tuple
+    mark: tuple[Any, ...]
 
     def undo(self) -> None:
         """Put the original back; a value written since is kept, in the original's dtype or contiguous."""
@@ -35,7 +35,7 @@ class Conversion:
             self.owner._buffers[self.name] = new
 
 
-def _mark(tensor: Any) -> tuple:
+def _mark(tensor: Any) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, None if tensor.is_inference() else tensor._version
 
 

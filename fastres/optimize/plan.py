@@ -207,7 +207,7 @@ class _Rewriting:
         x = (conv or bn).args[0]
         activation = None if act is None else act if act.op == "call_module" else "relu"
         function: Any
-        args: tuple
+        args: tuple[Any, ...]
         if pool is not None and conv is not None:
             op, function, args = "conv_bn_act_maxpool", _sequence.conv_bn_act_maxpool, (conv, bn, activation, pool, x)
         elif pool is not None:
@@ -235,7 +235,9 @@ class _Rewriting:
         activation = act if act.op == "call_module" else "relu"
         return self.put("add_act", _fused.add_act, (activation, *add.args), [activation], [add, act])
 
-    def put(self, op: str, function: Callable, args: tuple, covered: list, gone: list[Node]) -> Step:
+    def put(
+        self, op: str, function: Callable[..., Any], args: tuple[Any, ...], covered: list[Any], gone: list[Node]
+    ) -> Step:
         """Replace the nodes ``gone`` by one call; a covered module stands in args by the node that called it."""
         end = gone[-1]
         with self.graph.inserting_before(end):

@@ -97,7 +97,7 @@ class Report:
         return "\n".join([*head, *map(str, self.modules)])
 
 
-def explain(target: nn.Module | str | Callable, *args: Any) -> Report | Choice | frozen_report.PlanReport:
+def explain(target: nn.Module | str | Callable[..., Any], *args: Any) -> Report | Choice | frozen_report.PlanReport:
     """Tell which kernel runs where, and why.
 
     Args:
@@ -142,14 +142,16 @@ class _Choices(TorchDispatchMode):
         super().__init__()
         self.heard = heard
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func.namespace == "fastres":
             whole = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
             self.heard(REGISTRY[func._schema.name.removeprefix("fastres::")].explain(*whole))
         return func(*args, **(kwargs or {}))
 
 
-def _explain_call(function: Callable, args: tuple) -> Choice:
+def _explain_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Choice:
     found: list[Choice] = []
 
     def first(choice: Choice) -> None:
@@ -164,7 +166,7 @@ def _explain_call(function: Callable, args: tuple) -> Choice:
     raise must("explain", "target", "a function that runs a fastres op", getattr(function, "__name__", function))
 
 
-def _explain_model(model: nn.Module, inputs: tuple) -> Report:
+def _explain_model(model: nn.Module, inputs: tuple[Any, ...]) -> Report:
     state = state_of(model)
     found = sites(model)
     seen = _observe(model, inputs) if inputs else {}
@@ -201,7 +203,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     return notes
 
 
-def _observe(model: nn.Module, inputs: tuple) -> dict[tuple[str, Step | None], list[Choice]]:
+def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, Step | None], list[Choice]]:
     """The choices of each module's steps when a copy of the model runs on inputs."""
     seen: dict[tuple[str, Step | None], list[Choice]] = {}
     where: list[tuple[str, Step | None]] = []
@@ -224,7 +226,7 @@ def _observe(model: nn.Module, inputs: tuple) -> dict[tuple[str, Step | None], l
     return seen
 
 
-def _observed(plan: Plan, name: str, where: list) -> Plan:
+def _observed(plan: Plan, name: str, where: list[Any]) -> Plan:
     """A plan that says, while it runs, which step it is at."""
     graph = plan.graph
     if graph is None:
@@ -239,7 +241,7 @@ def _observed(plan: Plan, name: str, where: list) -> Plan:
 
 
 @contextmanager
-def _at(where: list, place: tuple) -> Iterator[None]:
+def _at(where: list[Any], place: tuple[Any, ...]) -> Iterator[None]:
     where.append(place)
     try:
         yield

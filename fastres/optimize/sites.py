@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.nn import _fused
+from fastres.nn._fused import original_class
 from fastres.optimize.plan import Plan, Step, plan
-from fastres.optimize.swap import original_class, state_of
+from fastres.optimize.swap import state_of
 from fastres.optimize.trace import is_trusted
 
 _OTHER_RANKS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d)

@@ -32,10 +32,10 @@ class State:
         self.skip: tuple[str, ...] = ()
         self.verified: dict[str, float] | None = None
 
-    def __deepcopy__(self, memo: dict) -> "State":
+    def __deepcopy__(self, memo: dict[str, Any]) -> "State":
         return self.fresh()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild_state, (self.channels_last, self.whole is not None)
 
     def fresh(self) -> "State":
@@ -102,7 +102,7 @@ def swapped_class(base: Any) -> Any:
             return reduced  # the class has its own way
         return (rebuild, (base,), *reduced[2:])
 
-    def __setstate__(self: nn.Module, state: dict) -> None:
+    def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
         own = self.__dict__[STATE].fresh()
         own.prepare(self)

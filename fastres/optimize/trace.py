@@ -48,7 +48,7 @@ class _Value(fx.Proxy):
     """A proxy that records ``x += y`` as what it is: fx alone would record ``x + y`` and lose the write."""
 
 
-def _in_place(name: str) -> Callable:
+def _in_place(name: str) -> Callable[..., Any]:
     def method(self: fx.Proxy, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
 
@@ -167,7 +167,7 @@ def _class_attribute(stand_in: _Self, name: str) -> Any:
     raise tracer.refuse(f"its forward uses self.{name}")
 
 
-def is_trusted(function: Callable) -> bool:
+def is_trusted(function: Callable[..., Any]) -> bool:
     """Whether a function is from a library whose modules are known to trace."""
     return f"{function.__module__}.".startswith(_TRUSTED)
 
@@ -217,7 +217,7 @@ def _is_pure(name: str, scope: dict[str, Any], base: type) -> bool:
     )
 
 
-def _input_name(forward: Callable) -> str:
+def _input_name(forward: Callable[..., Any]) -> str:
     """The one argument a plan takes; further ones must have defaults, with which the forward is traced."""
     _, *parameters = inspect.signature(forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ class Reference:
     """What plain PyTorch answers on an input: in float64, and in the model's dtype for either memory format, because
     the rounding of one run is a matter of luck."""
 
-    def __init__(self, model: nn.Module, inputs: Tensor | tuple, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, inputs: Tensor | tuple[Any, ...], dtype: torch.dtype | None) -> None:
         self.inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         if not all(isinstance(value, Tensor) for value in self.inputs) or not self.inputs:
             raise must_type("optimize", "verify", "a tensor or a tuple of tensors", inputs)

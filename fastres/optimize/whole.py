@@ -55,7 +55,7 @@ class _Made:
         return ids == self.ids and self.now() == self.marks
 
 
-def _dicts(module: nn.Module) -> Iterator[dict]:
+def _dicts(module: nn.Module) -> Iterator[dict[str, Any]]:
     state = module.__dict__
     yield state
     yield from (state[name] for name in (*_KEPT, *_HOOKS))
@@ -152,7 +152,7 @@ def _kind(x: Tensor) -> tuple[int, ...]:
     return min(x.shape[0], 2), *x.shape[1:]
 
 
-def _recorded(model: nn.Module, x: Tensor) -> list[tuple] | None:
+def _recorded(model: nn.Module, x: Tensor) -> list[tuple[Any, ...]] | None:
     """What the network does to such an input; None where it cannot be told."""
     try:
         return record(model, x.detach()[:2].clone()).signature()

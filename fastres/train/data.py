@@ -29,8 +29,8 @@ class Data:
     """A training and a test set; ``fingerprint`` tells whether a resumed run meets the same images."""
 
     name: str
-    train: Dataset
-    test: Dataset
+    train: Dataset[Any]
+    test: Dataset[Any]
     classes: tuple[str, ...]
     channels: int
     size: int
@@ -41,7 +41,7 @@ class Data:
         return len(self.train), len(self.test)  # type: ignore[arg-type]
 
 
-class Arrays(Dataset):
+class Arrays(Dataset[Any]):
     """Images held in memory, standardised as they are taken.
 
     Args:
@@ -92,7 +92,7 @@ def in_order(count: int, batch: int, *, rank: int = 0, world: int = 1) -> list[l
     return [mine[start : start + batch] for start in range(0, len(mine), batch)]
 
 
-def loader(dataset: Dataset, chosen: list[list[Key]], workers: int, pinned: bool) -> DataLoader:
+def loader(dataset: Dataset[Any], chosen: list[list[Key]], workers: int, pinned: bool) -> DataLoader[Any]:
     return DataLoader(
         dataset, batch_sampler=chosen, num_workers=workers, collate_fn=_as_it_is, pin_memory=pinned,  # type: ignore[arg-type]
         generator=torch.Generator(),  # of its own: the loader draws a seed, which must not move the model's

@@ -31,7 +31,7 @@ def chance(seed: int, key: tuple[int, int]) -> random.Random:
     return random.Random(f"{seed} {key[0]} {key[1]}")
 
 
-class Files(Dataset):
+class Files(Dataset[Any]):
     """Square crops of image files: at a random scale and place and mirrored at random, or of the centre."""
 
     def __init__(self, items: list[Item], size: int, *, augment: bool, seed: int) -> None:

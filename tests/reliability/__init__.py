@@ -4,13 +4,14 @@ A class is a function that tries so many cases on a ``Tally``. The short profile
 a planted fault also shows that the class can fail; the full one fills RELIABILITY.json, from which README's table is made.
 """
 
-from reliability import derivatives, exact, files, frozen, parity, refusals, stateful
+from reliability import binary, derivatives, exact, files, frozen, parity, refusals, sanitizers, stateful
 from reliability.board import CLASSES, Class, Result, run
 
 __all__ = [
     "CLASSES",
     "Class",
     "Result",
+    "binary",
     "derivatives",
     "exact",
     "files",
@@ -18,5 +19,6 @@ __all__ = [
     "parity",
     "refusals",
     "run",
+    "sanitizers",
     "stateful",
 ]

@@ -35,21 +35,20 @@ namespace {
 
 thread_local bool inside = false;
 
-int32_t threads() { return 4; }
+constexpr uint32_t kThreads = 4;
 
 }  // namespace
 
-// In place of torch's: the same shares as at::parallel_for makes, each in a thread of its own.
+// In place of torch's: shares as at::parallel_for makes them, but of loops of any length, each in a thread of its own.
 extern "C" int32_t torch_get_num_threads(uint32_t* found) {
-  *found = threads();
+  *found = kThreads;
   return 0;
 }
 
-extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(int64_t, int64_t, void*),
+extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*run)(int64_t, int64_t, void*),
                                       void* context) {
   if (begin >= end) return 0;
-  int64_t team = inside ? 1 : threads();
-  if (grain > 0) team = std::min<int64_t>(team, (end - begin + grain - 1) / grain);
+  const int64_t team = inside ? 1 : std::min<int64_t>(kThreads, end - begin);
   const int64_t share = (end - begin + team - 1) / team;
   std::vector<std::thread> others;
   std::vector<std::exception_ptr> failures(team);

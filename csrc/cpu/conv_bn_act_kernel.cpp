@@ -27,12 +27,13 @@ FASTRES_INLINE Sum at_least(float floor, Sum v) {
 
 FASTRES_INLINE float floor_of(const ConvArgs& args) { return args.act == Act::kRelu ? 0.0f : -__builtin_inff(); }
 
-// One vector of outputs, of any kind.
+// One vector of outputs, of any kind, at an offset of y and of the residual, if there is one.
 template <typename scalar_t, typename Lanes>
-FASTRES_INLINE void finish(const ConvArgs& args, Sum sum, const float* bias, scalar_t* y, const scalar_t* residual, Lanes lanes) {
+FASTRES_INLINE void finish(const ConvArgs& args, Sum sum, const float* bias, scalar_t* y, const scalar_t* residual,
+                           int64_t at, Lanes lanes) {
   Sum value = sum + load<float, kWide>(bias, lanes);
-  if (args.residual != nullptr) value += load<float, kWide>(residual, lanes);
-  store<kWide>(y, at_least(floor_of(args), value), lanes);
+  if (residual != nullptr) value += load<float, kWide>(residual + at, lanes);
+  store<kWide>(y + at, at_least(floor_of(args), value), lanes);
 }
 
 // Two neighbouring vectors. In bfloat16 one instruction rounds both; like the one that multiplies, it takes subnormals for zero.
@@ -121,9 +122,9 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = out + p * args.out_channels + v * kWide;
-        if (args.stream) finish(args, sum[p][v], bias + v * kWide, y + at, residual + at, Stream{});
-        else if (v + 1 < kVectors) finish(args, sum[p][v], bias + v * kWide, y + at, residual + at, Whole{});
-        else finish(args, sum[p][v], bias + v * kWide, y + at, residual + at, Part{last});
+        if (args.stream) finish(args, sum[p][v], bias + v * kWide, y, residual, at, Stream{});
+        else if (v + 1 < kVectors) finish(args, sum[p][v], bias + v * kWide, y, residual, at, Whole{});
+        else finish(args, sum[p][v], bias + v * kWide, y, residual, at, Part{last});
       }
   } else if (residual != nullptr) {
     finish_tile<true, scalar_t>(args, sum, bias, y + out, residual + out);

@@ -4,7 +4,19 @@ A class is a function that tries so many cases on a ``Tally``. The short profile
 a planted fault also shows that the class can fail; the full one fills RELIABILITY.json, from which README's table is made.
 """
 
-from reliability import binary, derivatives, exact, files, frozen, installation, parity, refusals, sanitizers, stateful
+from reliability import (
+    binary,
+    derivatives,
+    exact,
+    files,
+    frozen,
+    installation,
+    parity,
+    refusals,
+    sanitizers,
+    stateful,
+    static,
+)
 from reliability.board import CLASSES, Class, Result, run
 
 __all__ = [
@@ -22,4 +34,5 @@ __all__ = [
     "run",
     "sanitizers",
     "stateful",
+    "static",
 ]

@@ -44,6 +44,8 @@ def main() -> int:
         rows.append(apart(code, arguments.profile))
         for failure in rows[-1]["failures"]:
             print(f"    {failure}", file=sys.stderr)
+        for note in rows[-1]["notes"]:
+            print(f"    not run: {note}", file=sys.stderr)
     print(table(rows))
     if arguments.profile == "full":
         write(rows)
@@ -78,7 +80,8 @@ def table(rows: list[dict]) -> str:
         "| :-- | :-- | --: | --: | --: |",
     ]
     lines += [
-        f"| {' | '.join(f'{row[name]:,}' if name == 'tried' else str(row[name]) for name in COLUMNS)} |" for row in rows
+        f"| {' | '.join(f'{row[name]:,}' if name == 'tried' else str(row[name]) for name in COLUMNS)} |"
+        for row in (r | {"title": "; not run: ".join([r["title"], *r.get("notes", ())])} for r in rows)
     ]
     return "\n".join(lines)
 

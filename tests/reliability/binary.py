@@ -4,6 +4,8 @@ Libraries cannot be tried on older CPU builds of PyTorch here; in their place st
 asks PyTorch for is one that PyTorch's own headers declare for that version, and no other library is needed.
 """
 
+# ruff: noqa: E501
+
 import importlib.util
 import re
 import subprocess

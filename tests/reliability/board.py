@@ -19,6 +19,7 @@ class Tally:
     tried: int = 0
     failed: int = 0
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def case(self, name: str) -> Iterator[None]:
@@ -33,6 +34,10 @@ class Tally:
         self.failed += 1
         if len(self.failures) < _SHOWN:
             self.failures.append(" ".join(text.split())[:1000])
+
+    def note(self, text: str) -> None:
+        """Something that this machine could not try: shown beside the class."""
+        self.notes.append(text)
 
     def fuzz(self, strategy: Any, judge: Callable[[Any], None], count: int) -> None:
         """``count`` cases of a hypothesis strategy; of those that fail the smallest that hypothesis finds is told."""
@@ -83,6 +88,7 @@ class Result:
     failed: int
     seconds: float
     failures: list[str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -111,4 +117,4 @@ def run(code: str, profile: str) -> Result:
     except Exception as error:  # the class itself broke off
         tally.fail(f"broke off: {type(error).__name__}: {error}")
     seconds = round(time.perf_counter() - start, 1)
-    return Result(code, found.title, wanted, tally.tried, tally.failed, seconds, tally.failures)
+    return Result(code, found.title, wanted, tally.tried, tally.failed, seconds, tally.failures, tally.notes)

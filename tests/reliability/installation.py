@@ -2,6 +2,8 @@
 runs there. Of the native ops only one is left in the sources, which makes building quick.
 """
 
+# ruff: noqa: E501
+
 import importlib.metadata
 import importlib.util
 import json
@@ -55,7 +57,7 @@ class Environment:
         if torch == "real":
             (self.site / "torch.pth").write_text(sysconfig.get_path("purelib"))
         elif torch != "none":
-            version, _, cuda = torch.partition("+cu")
+            cuda = torch.partition("+cu")[2]
             fake_torch(self.site, torch, f"{cuda[:-1]}.{cuda[-1]}" if cuda else None)
 
     def run(self, *words: object, cwd: object = "/", **variables: str) -> tuple[int, str]:

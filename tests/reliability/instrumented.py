@@ -1,5 +1,7 @@
 """The CPU library compiled with a sanitizer in it, apart from the library in use, and Python under it."""
 
+# ruff: noqa: E501
+
 import importlib.util
 import os
 import shlex

@@ -1,4 +1,4 @@
-# demo, test, bench, peers, reliability and lint work from a clean clone with only Python and a compiler: each creates .venv, installs a
+# demo, test, bench, peers, reliability, coverage and lint work from a clean clone with only Python and a compiler: each creates .venv, installs a
 # pinned torch and what else it needs, builds the kernels in place, and runs. A second run repeats only what changed.
 PYTHON ?= python3
 # pip takes the CPU or the CUDA build, as its index offers. Override: make test TORCH="torch --index-url URL"
@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.py csrc/*/* csrc/*/*/*)
 
-.PHONY: demo test bench peers reliability lint clean FORCE
+.PHONY: demo test bench peers reliability coverage lint clean FORCE
 
 demo: .venv/built
 	$(BIN)/python -m fastres demo
@@ -36,6 +36,12 @@ peers: .venv/built .venv/peers
 reliability: .venv/built .venv/dev
 	PYTHONPATH=tests $(BIN)/python -m reliability
 	$(BIN)/python -m benchmarks.report
+
+# How much of the package the tests reach, by branches; about twice as long as they take.
+coverage: .venv/built .venv/dev
+	$(BIN)/coverage run --branch --source=fastres -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/coverage run --append --branch --source=fastres -m pytest tests -m triton_interpreter
+	$(BIN)/coverage report --skip-covered --fail-under=95
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -2,10 +2,13 @@
 
 import contextlib
 import itertools
+import tempfile
+from pathlib import Path
 
 import pytest
 import reliability
 import torch
+from reliability import binary, installation, instrumented, static
 from reliability.board import Tally, run
 
 from fastres import dispatch
@@ -116,10 +119,41 @@ def fault_scale(patch):
     patch.setattr(int8, "_packed_conv", packed)
 
 
+def fault_memory(patch):
+    """Every case writes past the end of its memory."""
+    right = instrumented.run
+    patch.setattr(instrumented, "run", lambda kind, library, *words, hidden="": right(kind, library, "planted", "address"))
+
+
+def fault_setup(patch):
+    """What cannot be built is no sentence but an exception."""
+    right = installation.clone
+
+    def clone(folder):
+        setup = right(folder) / "setup.py"
+        setup.write_text(setup.read_text().replace("except Unmet as reason", "except KeyError as reason"))
+        return folder
+
+    patch.setattr(installation, "clone", clone)
+
+
+def fault_abi(patch):
+    """The library asks for what PyTorch 2.9 does not promise."""
+    patch.setattr(binary, "TARGET", "0x0209000000000000")
+
+
+def fault_eval(patch):
+    """Code is made of what a user says."""
+    folder = tempfile.TemporaryDirectory()
+    Path(folder.name, "eval.py").write_text("print(eval(input()))\n")
+    patch.setattr(static, "SHIPPED", [Path(folder.name)])
+    patch.setattr(static, "planted", folder, raising=False)  # which keeps it until the fault is undone
+
+
 FAULTS = {
     "R1": fault_values, "R2": fault_gradients, "R3": fault_derivative, "R4": fault_integers, "R5": fault_nan,
     "R6": fault_mutation, "R7": fault_check, "R10": fault_stale, "R16": fault_luck, "R22": fault_file,
-    "F1": fault_plan, "F2": fault_scale,
+    "R13": fault_memory, "R20": fault_setup, "R21": fault_abi, "R26": fault_eval, "F1": fault_plan, "F2": fault_scale,
 }  # fmt: skip
 
 

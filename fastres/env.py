@@ -28,7 +28,11 @@ def cache_dir() -> Path:
     if explicit:
         return Path(explicit).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
-    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without one, as in some containers: nothing is found below this, and storing says so
+        home = Path(os.devnull)
+    default = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
     return (Path(base) if base else default) / "fastres"
 
 

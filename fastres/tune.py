@@ -121,7 +121,7 @@ def _check_ownership(path: Path) -> None:
 def _read_or_warn(path: Path) -> dict | None:
     try:
         return read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where the home is a file, such as the null device
         return None
     except (ValueError, OSError) as error:
         if (message := f"fastres: the tuning cache is ignored: {error} (delete it to tune again)") not in _warned:

@@ -241,6 +241,26 @@ def test_a_foreign_cache_is_ignored(cache, tmp_path):
         tune.read(path)
 
 
+@pytest.mark.parametrize("home", ["a file", "unknown"])
+def test_without_a_home_there_is_no_cache_and_no_warning(home, monkeypatch, tmp_path):
+    monkeypatch.delenv("FASTRES_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if home == "a file":
+        (tmp_path / "home").touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    else:  # as of a user without an entry among the system's
+
+        def unknown():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr("fastres.env.Path.home", unknown)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastres.functional.add_act(torch.ones(3), torch.ones(3))
+    with pytest.raises(UnsupportedError, match=r"nothing can be stored in .*FASTRES_CACHE_DIR"):
+        tune.check_writable(CPU)
+
+
 def test_results_of_another_torch_are_not_used(cache):
     path = tune.store(CPU, {}, {"k": {"backend": "cpu"}})
     data = json.loads(path.read_text())

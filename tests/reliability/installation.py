@@ -55,7 +55,8 @@ class Environment:
         if "ninja" in tools and (ninja := Path(sysconfig.get_path("scripts"), "ninja")).exists():
             (folder / "bin/ninja").symlink_to(ninja)
         if torch == "real":
-            (self.site / "torch.pth").write_text(sysconfig.get_path("purelib"))
+            (self.site / "torch").symlink_to(Path(sysconfig.get_path("purelib"), "torch"))
+            (self.site / "torch_needs.pth").write_text(sysconfig.get_path("purelib"))
         elif torch != "none":
             cuda = torch.partition("+cu")[2]
             fake_torch(self.site, torch, f"{cuda[:-1]}.{cuda[-1]}" if cuda else None)

@@ -20,7 +20,6 @@ namespace {
 
 constexpr int64_t kLanes16 = 16, kBytes = 64;
 
-// Of at least one. NOLINTNEXTLINE(clang-analyzer-core.BitwiseShift): which a count of what is left is
 FASTRES_INLINE __mmask16 lanes_of(int64_t left) { return left >= kLanes16 ? 0xffff : (1u << left) - 1; }
 
 FASTRES_INLINE __m512i saturate(__m512 v) {

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.cpu
 def test_nothing_fails(code):
     result = run(code, "short")
     assert not result.failed, "\n".join(result.failures)
-    assert result.tried >= result.wanted
+    assert result.ok, f"{result.tried} cases of {result.wanted}"
+    if not result.tried:
+        pytest.skip("; ".join(result.notes))
 
 
 def wrong_kernel(patch, change, name="bn_act", only=lambda args: True):
@@ -171,4 +173,6 @@ def test_a_planted_fault_is_found(code, monkeypatch):
         tally = Tally()
         found.tries(tally, found.short)
         monkeypatch.undo()
+    if tally.notes and not tally.tried:
+        pytest.skip("; ".join(tally.notes))
     assert tally.failed, f"{code} did not find its fault among {tally.tried} cases"

@@ -49,7 +49,7 @@ def main() -> int:
     print(table(rows))
     if arguments.profile == "full":
         write(rows)
-    return 0 if all(not row["failed"] and row["tried"] >= row["wanted"] for row in rows) else 1
+    return 0 if all(reliability.Result(**row).ok for row in rows) else 1
 
 
 def apart(code: str, profile: str) -> dict:

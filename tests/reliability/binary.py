@@ -8,6 +8,7 @@ asks PyTorch for is one that PyTorch's own headers declare for that version, and
 
 import importlib.util
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from unittest import mock
@@ -74,6 +75,9 @@ def judge(tally: Tally, library: Path) -> None:
 
 @scored("R21", "built libraries: only symbols of the stable ABI of 2.11, only the allowed libraries; older ones refused", full=80, short=80)
 def stable_abi(tally: Tally, count: int) -> None:
+    if missing := [tool for tool in ("g++", "nm", "readelf") if not shutil.which(tool)]:
+        tally.note(f"{', '.join(missing)} must be installed")
+        return
     for library in libraries():
         judge(tally, library)
     for version, fine in VERSIONS.items():

@@ -79,7 +79,7 @@ class Class:
 
 @dataclass
 class Result:
-    """What became of a class: ``wanted`` cases or more had to be tried."""
+    """What became of a class: ``wanted`` cases or more had to be tried, but for what the notes say was not run."""
 
     code: str
     title: str
@@ -92,7 +92,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        return not self.failed and self.tried >= self.wanted
+        return not self.failed and (self.tried >= self.wanted or bool(self.notes))
 
 
 CLASSES: dict[str, Class] = {}

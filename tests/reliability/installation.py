@@ -199,8 +199,9 @@ def check(cell: Cell, folder: Path, sources: Path) -> None:
 
 @scored("R20", "installing: no torch, no compiler, broken nvcc, isolated, editable, sdist, moved, offline", full=20, short=4)
 def installation(tally: Tally, count: int) -> None:
-    missing = [tool for tool in TOOLS if not importlib.util.find_spec(tool)]
-    assert not missing, f"{missing} are needed (pip install)"
+    if missing := [tool for tool in TOOLS if not importlib.util.find_spec(tool)]:
+        tally.note(f"{', '.join(missing)} must be installed")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         sources = clone(Path(temporary) / "clone")
         for index, cell in enumerate(CELLS[:count] if count < 20 else CELLS):

@@ -34,7 +34,7 @@ struct BnCall {
     args.act = act_of(op, act);
     args.numel = x.numel();
     args.channels = x.size(1);
-    count = static_cast<double>(args.numel) / static_cast<double>(args.channels);
+    count = static_cast<double>(args.numel / args.channels);  // NOLINT(bugprone-integer-division): without remainder
     args.x = x.data_ptr();
     const size_t inputs = activations.size(), outputs = inputs > 2 ? 2 : 1;  // a gradient of the residual beside that of x
     args.stream = args.numel * element_size(args.dtype) * static_cast<int64_t>(inputs + outputs) >= kCacheBytes;

@@ -24,7 +24,7 @@ from reliability.board import Tally, scored
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("pip", "setuptools", "ninja", "pybind11")
-LIMIT = 600
+LIMIT = 1800
 FAILING = "#!/bin/sh\n[ $1 = --version ] && echo stub 1.0 && exit\necho error: no; exit 1\n"
 OBLIGING = """#!/bin/sh
 [ $1 = --version ] && echo stub 1.0 && exit

@@ -174,7 +174,9 @@ class _Node(torch.autograd.Function):
 
 def _of_dtype(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """The gradient in its tensor's dtype, from which autocast may have cast it."""
-    return None if tensor is None or grad is None else grad.to(tensor.dtype)
+    if tensor is None or grad is None:
+        return None
+    return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
 def _differentiate_twice(chain: Chain, tensors: tuple, needs: tuple, grad_y: Tensor) -> list[Tensor | None]:

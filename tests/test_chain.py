@@ -103,6 +103,19 @@ def test_hooks_modes_and_other_layers_see_their_modules_called(nodes):
     assert any("bn_add_act_train" in str(module) for module in report.modules) and nodes == [1, 2]
 
 
+def test_large_inputs_go_op_by_op_with_the_same_bits(nodes, monkeypatch):
+    block = fnn.BasicBlock(16, 16).to(memory_format=LAST)
+    other, x = copy.deepcopy(block), images(block)
+    own = step(block, x)
+    assert nodes == [2]
+    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", x.numel() - 1)
+    for what, tensor in step(other, x).items():
+        assert torch.equal(tensor, own[what]), what
+    assert nodes == [2]
+    report = fastres.explain(nn.Sequential(block), x)
+    assert any("one node of autograd" in note for note in report.notes)
+
+
 def test_retained_graphs_hooks_of_tensors_and_checkpoints():
     block = fnn.BasicBlock(16, 16).to(memory_format=LAST)
     other, x = copy.deepcopy(block), images(block)

@@ -24,6 +24,10 @@ Act = nn.Module | str | None
 Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
 _transforms = torch._C._are_functorch_transforms_active
 _WRONG = (ArgumentError, ArgumentTypeError)
+# Values of an input up to which a block's layers are one node of autograd: it spares the host's time, but keeps all that it
+# saved until its end, and memory that is not free must be fresh: ResNet-50 with batch 8 in float32 would take a thirtieth
+# longer (AMD EPYC, 2 threads, 2026-11-25).
+MOST_IN_ONE_NODE = 2**20
 _FUSIBLE = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
 
 
@@ -107,7 +111,7 @@ def is_followed(x: Tensor) -> bool:
 
 
 def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``act(bn(conv(x)) [+ residual])``; one op in evaluation, one node of autograd in training, two otherwise."""
+    """``act(bn(conv(x)) [+ residual])``; one op in evaluation, the convolution and ``bn_act`` otherwise."""
     y = _in_training([(conv, bn, act)], x, residual)
     if y is not None:
         return y
@@ -128,7 +132,8 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
 
 
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``conv_bn_act`` of each layer in turn, the residual added by the last; in training one node of autograd for all."""
+    """``conv_bn_act`` of each layer in turn, the residual added by the last; one node of autograd for all in training,
+    where the input is small."""
     y = _in_training(chain, x, residual)
     if y is not None:
         return y
@@ -168,10 +173,10 @@ def _in_training(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> 
 
 
 def _joins(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> bool:
-    """Whether layers may be one node: plain modules in training, and tensors that nothing but autograd follows."""
+    """Whether layers may be one node: plain modules in training, and a small input that nothing but autograd follows."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_followed(x) or is_interposed():
         return False
-    if x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
+    if x.numel() > MOST_IN_ONE_NODE or x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
         return False
     return all(
         type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.training and _is_relu(act)

@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastres
 import fastres.nn as fnn
+from fastres import functional
 from fastres.experiments.twin import torch_twin
+from fastres.kernels import native
 from fastres.nn import _fused
 from fastres.ops import _chain
 
@@ -101,6 +103,27 @@ def test_hooks_modes_and_other_layers_see_their_modules_called(nodes):
     assert nodes == [1, 2]  # the second after one in evaluation; nothing without gradients; a functional call is plain
     report = fastres.explain(nn.Sequential(block), x)
     assert any("bn_add_act_train" in str(module) for module in report.modules) and nodes == [1, 2]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_running_statistics_are_updated_by_one_native_call(dtype, monkeypatch):
+    if functional._native_update() is None:
+        pytest.skip(native.why_not("cpu_bn_running_"))
+    x, mean, var = torch.randn(4, 8, 2, 2), torch.randn(8), torch.rand(8)
+    results = []
+    for call in (functional._native_update(), None):
+        monkeypatch.setattr(functional, "_native_update", lambda call=call: call)
+        running = [torch.linspace(-1, 2, 16, dtype=dtype)[::2], torch.ones(8, dtype=dtype)]
+        before = [t._version for t in running]
+        functional.update_running(x, *running, mean.to(x.dtype), var, 0.1)
+        assert all(t._version > version for t, version in zip(running, before, strict=True))  # folds follow
+        results.append(torch.cat(running))
+    truth = torch.cat([torch.linspace(-1, 2, 16, dtype=dtype)[::2], torch.ones(8, dtype=dtype)]).double() * 0.9
+    truth += torch.cat([mean, var * 16 / 15]).double() * 0.1
+    assert_close_to_truth(*results, truth, dtype)
+    with pytest.raises(RuntimeError, match="one value a channel"):
+        native.op("cpu_bn_running_")(torch.zeros(3), torch.zeros(8), mean, var, 0.1, 0.1)
 
 
 def test_large_inputs_go_op_by_op_with_the_same_bits(nodes, monkeypatch):

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.errors import ArgumentError, ArgumentTypeError, must, must_type, renamed
+from fastres.kernels import native
 from fastres.ops import _check, _fold
-from fastres.ops._op import Once
+from fastres.ops._op import Once, is_interposed
 from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
@@ -314,8 +315,24 @@ def _update(
         running_var.mul_(1 - momentum).add_(var * (momentum * unbiased))
     else:
         momentum = float(momentum)  # a bool would fail half way
+        native_update = _native_update() if running_mean.device.type == "cpu" else None
+        if native_update is not None and _is_eager(running_mean, running_var, mean):
+            native_update(running_mean, running_var, mean, var, momentum, momentum * unbiased)
+            torch.autograd.graph.increment_version((running_mean, running_var))
+            return
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+
+
+@functools.cache
+def _native_update() -> Any:
+    """The update as one call instead of four, which took a tenth of a small layer's step."""
+    return None if native.why_not("cpu_bn_running_") else native.op("cpu_bn_running_")
+
+
+def _is_eager(*tensors: Tensor) -> bool:
+    """Whether nothing but plain tensors sees the call."""
+    return not torch.compiler.is_compiling() and not is_interposed() and all(type(t) is Tensor for t in tensors)
 
 
 def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
@@ -352,6 +369,9 @@ def _check_update(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> 
     for name, buffer in (("mean", mean), ("var", var)):
         if buffer.stride(0) == 0 and x.shape[1] > 1:
             raise must(op, f"{prefix}{name}", "a tensor of its own memory", "an expanded one", "clone it")
+
+
+check_running = _check_update  # for those who update buffers of their own accord
 
 
 def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: str = "") -> None:

@@ -37,8 +37,8 @@ def draw(seed, dtype):
         return values[torch.randint(len(values), (1,), generator=g)]
 
     padding = (pick(0, 1, 2), pick(0, 1, 2))
-    x = torch.randn(pick(4, 7), pick(32, 48, 64, 80, 272), pick(9, 10, 13), pick(8, 11, 14), generator=g)
-    weight = torch.randn(pick(32, 48, 64, 96, 144), x.shape[1], 3, 3, generator=g) / (9 * x.shape[1]) ** 0.5
+    x = torch.randn(pick(4, 7), pick(16, 32, 48, 64, 80, 272), pick(9, 10, 13), pick(8, 11, 14), generator=g)
+    weight = torch.randn(pick(16, 32, 48, 64, 96, 144), x.shape[1], 3, 3, generator=g) / (9 * x.shape[1]) ** 0.5
     y = F.conv2d(x, weight, None, 1, padding)
     grad_y = torch.randn(y.shape, generator=g)
     weight = weight.contiguous(memory_format=pick(LAST, torch.contiguous_format))
@@ -64,11 +64,22 @@ def chosen(x, weight, padding):
     ]
 
 
+SMALL = [(128, 64, 2, 64), (64, 32, 2, 48), (130, 16, 8, 16), (65, 16, 4, 32)]  # images, channels, side, output channels
+
+
+def small(n, channels, side, out_channels, dtype):
+    """A layer of a network for small images."""
+    g = torch.Generator().manual_seed(n)
+    x, grad_y = (torch.randn(n, c, side, side, generator=g) for c in (channels, out_channels))
+    weight = (torch.randn(out_channels, channels, 3, 3, generator=g) / (9 * channels) ** 0.5).to(dtype)
+    return x.to(dtype, memory_format=LAST), weight, grad_y.to(dtype, memory_format=LAST), (1, 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("seed", range(12))
-def test_any_shape(seed, dtype):
+@pytest.mark.parametrize("case", [*range(12), *SMALL])
+def test_any_shape(case, dtype):
     needs(dtype)
-    x, weight, grad_y, padding = draw(seed, dtype)
+    x, weight, grad_y, padding = small(*case, dtype) if isinstance(case, tuple) else draw(case, dtype)
     assert chosen(x, weight, padding) == ["cpu"] * 3
     bias = torch.linspace(-1, 1, len(weight)).to(dtype)
     own = results(functional.conv2d, x, weight, grad_y, padding, bias)
@@ -79,14 +90,15 @@ def test_any_shape(seed, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_for_any_number_of_threads_and_every_time(dtype):
+@pytest.mark.parametrize("make", [lambda dtype: draw(3, dtype), lambda dtype: small(*SMALL[2], dtype)])
+def test_the_same_bits_for_any_number_of_threads_and_every_time(make, dtype):
     needs(dtype)
-    case, threads = draw(3, dtype), torch.get_num_threads()
+    threads = torch.get_num_threads()
     try:
         runs = []
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            runs.append(results(functional.conv2d, *case))
+            runs.append(results(functional.conv2d, *make(dtype)))
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
@@ -116,7 +128,8 @@ def test_what_is_refused_says_why():
     assert "channels_last" in reason(x.contiguous())
     assert "3x3 kernels with stride 1" in reason(stride=2) and "3x3" in reason(weight=torch.randn(32, 32, 1, 1))
     assert "do not repay" in reason(x[:1])
-    assert "32 channels and more" in reason(weight=torch.randn(40, 32, 3, 3))
+    assert "multiples of 16" in reason(weight=torch.randn(40, 32, 3, 3)) and "2 or from 4" in reason(x[:, :, :3, :3])
+    assert "so many pixels" in reason(torch.empty(1, 16, 400, 400).to(memory_format=LAST), torch.empty(16, 16, 3, 3))
     assert "float64" in reason(x.double(), weight.double())
     with fastres.use(conv="torch"):
         assert chosen(x, weight, (1, 1)) == ["torch"] * 3

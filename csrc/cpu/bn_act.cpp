@@ -45,6 +45,29 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const T
   return {grad_x, grads.weight, grads.bias};
 }
 
+// running = (1 - momentum) * running + momentum * batch; `unbiased` is momentum for the biased var of the batch.
+void bn_running_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
+                 double momentum, double unbiased) {
+  const char* op = "bn_running_";
+  const auto update = [&](const char* param, const Tensor& running, const Tensor& batch, double weight) {
+    for (const Tensor* t : {&running, &batch}) {
+      check_cpu(op, param, *t);
+      check_floating(op, param, *t, true);
+    }
+    FASTRES_CHECK(running.dim() == 1 && batch.dim() == 1 && running.size(0) == batch.size(0), op, param,
+                  "one value a channel, as the batch's", show(running.sizes()));
+    const Channels values = read_channels(batch.data_ptr(), batch.scalar_type(), batch.size(0), batch.stride(0));
+    with_data(running.data_ptr(), running.scalar_type(), [&](auto* p) {
+      for (size_t c = 0; c < values.size(); ++c) {
+        auto& value = p[static_cast<int64_t>(c) * running.stride(0)];
+        value = static_cast<std::remove_reference_t<decltype(value)>>((1 - momentum) * static_cast<double>(value) + weight * values[c]);
+      }
+    });
+  };
+  update("running_mean", running_mean, mean, momentum);
+  update("running_var", running_var, var, unbiased);
+}
+
 }  // namespace
 }  // namespace fastres::cpu
 
@@ -53,10 +76,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_bn_act_train(Tensor x, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_bn_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
         "str act, bool training) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_bn_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
+        "float unbiased) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_bn_act", TORCH_BOX(&fastres::cpu::bn_act));
   m.impl("cpu_bn_act_train", TORCH_BOX(&fastres::cpu::bn_act_train));
   m.impl("cpu_bn_act_backward", TORCH_BOX(&fastres::cpu::bn_act_backward));
+  m.impl("cpu_bn_running_", TORCH_BOX(&fastres::cpu::bn_running_));
 }

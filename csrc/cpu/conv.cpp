@@ -3,6 +3,7 @@
 
 #include <array>
 
+#include "cpu/channels.h"
 #include "cpu/conv_host.h"
 
 namespace fastres::cpu {
@@ -12,6 +13,12 @@ using Pads = std::vector<int64_t>;
 
 constexpr int64_t kGroupBytes = 4 << 20;  // of transformed tiles, written and read again: they stay in L3
 constexpr int64_t kLeastGroup = 64;       // words of tiles
+// With so few channels a tile costs more to move between cores than to multiply: 700 us instead of 150 for 128x16x8x8 where
+// one core's tiles are multiplied by both (AMD EPYC, Zen 4, 2026-11-25). The tiles then fall into parts, each with sums of
+// its own and its groups in the L2 of the one core that works on it.
+constexpr int64_t kFewProducts = 64 * 64;
+constexpr int64_t kPartBytes = 256 << 10;
+constexpr int64_t kMostParts = 16;
 
 void check_activation(const char* op, const char* param, const Tensor& t) {
   check_cpu(op, param, t);
@@ -84,31 +91,52 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& p
   FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type() && grad_y.size(0) == x.size(0) && grad_y.size(2) == conv.out_h && grad_y.size(3) == conv.out_w, op, "grad_y",
                 "of x's dtype and the output's " << conv.out_h << "x" << conv.out_w << " pixels", show(grad_y.sizes()));
   const WinogradArgs forward{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0};
-  const int64_t tiles = conv.images * forward.tiles_h * forward.tiles_w;
-  // A group's tiles are written and read once, the sums once a group: as many tiles as make both alike, or fill a cache.
+  const int64_t tiles = conv.images * forward.tiles_h * forward.tiles_w, sums = kWinogradPoints * channels * out_channels;
   const int64_t together = kWordBytes / element_size(conv.dtype);
-  const int64_t most = together * std::max({kLeastGroup, channels * out_channels / (channels + out_channels),
-                                            kGroupBytes / (kWinogradPoints * (channels + out_channels) * kWordBytes)});
-  const int64_t groups = ceil_div(tiles, most), group = ceil_div(tiles, groups * together) * together;
-  const int64_t sums = kWinogradPoints * channels * out_channels;
+  const bool few = channels * out_channels <= kFewProducts;
+  const int64_t wanted = few ? std::clamp<int64_t>(tiles / (together * kLeastGroup), 1, kMostParts) : 1;
+  const int64_t part = ceil_div(tiles, wanted * together) * together, parts = ceil_div(tiles, part);
+  // A group's tiles are written and read once, the sums once a group: as many tiles as make both alike, or fill a cache.
+  const int64_t fit = (few ? kPartBytes : kGroupBytes) / (kWinogradPoints * (channels + out_channels) * kWordBytes);
+  const int64_t most = together * std::max({kLeastGroup, channels * out_channels / (channels + out_channels), fit});
+  const int64_t groups = ceil_div(part, most), group = ceil_div(part, groups * together) * together;
   const int64_t x_step = point_step(group / together * channels), y_step = point_step(group / together * out_channels);
-  Tensor scratch = empty_vector(sums + kWinogradPoints * (x_step + y_step), ScalarType::Float, x);
+  Tensor points = empty_vector(parts * sums, ScalarType::Float, x);
   Tensor grad = empty_activation(std::array{out_channels, channels, int64_t{3}, int64_t{3}}, Format::channels_last, x);
-  auto* points = static_cast<float*>(scratch.data_ptr());
-  float* x_tiles = points + sums;
   std::atomic<bool> finite{true};
-  ConvGradArgs args{.forward = forward, .grad_y = grad_y.data_ptr(), .points = points,
-                    .x_tiles = x_tiles, .y_tiles = x_tiles + kWinogradPoints * x_step,
-                    .grad_weight = grad.data_ptr(), .x_step = x_step, .y_step = y_step, .first = 0, .count = 0, .finite = &finite};
+  ConvGradArgs args{.forward = forward, .grad_y = grad_y.data_ptr(), .points = static_cast<float*>(points.data_ptr()),
+                    .x_tiles = nullptr, .y_tiles = nullptr, .grad_weight = grad.data_ptr(), .x_step = x_step,
+                    .y_step = y_step, .first = 0, .count = 0, .start = 0, .parts = parts, .finite = &finite};
+  const auto each_group = [&](float* memory, int64_t first_part, int64_t last_part, auto run) {
+    ConvGradArgs now = args;
+    now.x_tiles = memory, now.y_tiles = memory + kWinogradPoints * x_step;
+    for (int64_t p = first_part; p < last_part; ++p) {
+      const int64_t end = std::min(tiles, (p + 1) * part);
+      now.start = p * part, now.points = args.points + p * sums;
+      for (now.first = now.start; now.first < end; now.first += now.count) {
+        now.count = std::min(group, end - now.first);
+        run(now, ceil_div(now.count, together), kWinogradPoints * ceil_div(channels, lanes));
+      }
+    }
+  };
+  Scratch scratch;
   std::vector<Work> works;
-  for (; args.first < tiles; args.first += args.count) {
-    args.count = std::min(group, tiles - args.first);
-    works.push_back({ceil_div(args.count, together), 4,
-                     [args](int64_t begin, int64_t end) { conv_grad_transform(args, begin, end); }});
-    works.push_back({kWinogradPoints * ceil_div(channels, lanes), 1,
-                     [args](int64_t begin, int64_t end) { conv_grad_multiply(args, begin, end); }});
+  const int64_t memory = kWinogradPoints * (x_step + y_step);
+  if (few) {
+    works.push_back({parts, 1, [&](int64_t begin, int64_t end) {
+                       Scratch own;
+                       each_group(own.take<float>(memory), begin, end, [](const auto& now, int64_t words, int64_t blocks) {
+                         conv_grad_transform(now, 0, words);
+                         conv_grad_multiply(now, 0, blocks);
+                       });
+                     }});
+  } else {
+    each_group(scratch.take<float>(memory), 0, 1, [&](const auto& now, int64_t words, int64_t blocks) {
+      works.push_back({words, 4, [now](int64_t begin, int64_t end) { conv_grad_transform(now, begin, end); }});
+      works.push_back({blocks, 1, [now](int64_t begin, int64_t end) { conv_grad_multiply(now, begin, end); }});
+    });
   }
-  works.push_back({out_channels, 4, [args](int64_t begin, int64_t end) { conv_grad_finish(args, begin, end); }});
+  works.push_back({out_channels, 4, [&](int64_t begin, int64_t end) { conv_grad_finish(args, begin, end); }});
   run_team(works);
   return finite ? grad : empty_vector(0, ScalarType::Float, x);
 }

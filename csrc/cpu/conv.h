@@ -23,17 +23,19 @@ inline int64_t conv_weight_vectors(const ConvWeightArgs& args) { return args.cha
 FASTRES_FMA_KERNEL(conv_transform_weight, ConvWeightArgs)  // a range counts blocks of output channels times vectors of channels
 
 // The gradient by the weights: the sum over tiles of A dy A' times B' d B, point by point, transformed back by G. Passes,
-// each a parallel loop: transform a group of tiles, multiply them (for every group), then transform back. A word of tiles is one in
+// transform a group of tiles, multiply them (for every group), then add up the parts and transform back. A word of tiles is one in
 // float32, two in bfloat16, whose transformed values are rounded to it.
 struct ConvGradArgs {
   WinogradArgs forward;  // of the convolution: x, and the tiles of its output
   const void* grad_y;    // channels last, like x
-  float* points;         // of the sum: point, block of x's channels, output channel, channel
+  float* points;         // of the sum: part of the tiles, point, block of x's channels, output channel, channel
   float* x_tiles;        // of a group: point, block of x's channels, word of tiles, channel
   float* y_tiles;        // of a group: point, word of tiles, output channel
   void* grad_weight;     // output channel, row, column, channel
   int64_t x_step, y_step;  // from point to point of a group's tiles, in words
   int64_t first, count;    // tiles of the group
+  int64_t start;           // the first tile of its part
+  int64_t parts;           // of the tiles: each has sums of its own
   std::atomic<bool>* finite;  // becomes false where a gradient is not finite
 };
 

@@ -1,7 +1,7 @@
 // Formula: dg = G' [sum over tiles of (A dy A') * (B' d B)] G, the transpose of Winograd's F(2x2, 3x3) (Lavin 2016).
 // Layout: channels last; for each point a matrix product of x's channels (vectors) by output channels over the tiles.
 // Bytes per tile: 16 pixels of x and 4 of grad_y read, 16 points of each written and read; the sums once a group.
-// Accumulate type: float, kRunWords words of tiles at a time, those sums one after the other; the order of tiles is fixed.
+// Accumulate type: float, kRunWords words of tiles at a time, those sums one after the other, and those of parts; the order of tiles is fixed.
 // Invariants: the same bits for any number of threads; what is not finite is told, for the transform spreads it.
 #include "cpu/conv.h"
 #include "cpu/winograd_tile.h"
@@ -122,7 +122,7 @@ FASTRES_DOT void multiply_block(const ConvGradArgs& args, const float* y, const 
   for (int64_t t = 0; t < words; t += kRunWords) {
     const int64_t count = min(kRunWords, words - t);
     for (int64_t k = 0; k < channels; k += kRows)
-      multiply<scalar_t, kVectors>(y + t * channels + k, channels, x + t * kVectors * kWide, count, args.first + t == 0,
+      multiply<scalar_t, kVectors>(y + t * channels + k, channels, x + t * kVectors * kWide, count, args.first + t == args.start,
                                    sums + k * kVectors * kWide);
   }
 }
@@ -157,7 +157,7 @@ FASTRES_INLINE void gather(const Sum (&u)[4], Sum (&out)[3]) {  // a row of G'
 template <typename scalar_t>
 void finish(const ConvGradArgs& args, int64_t begin, int64_t end) {
   const ConvArgs& conv = args.forward.conv;
-  const int64_t channels = channels_of<scalar_t>(conv);
+  const int64_t channels = channels_of<scalar_t>(conv), step = channels * conv.out_channels;
   Sum nothing{};  // stays zero while all is finite
   for (int64_t k = begin; k < end; ++k)
     for (int64_t c = 0; c < channels; c += kWide) {
@@ -168,7 +168,12 @@ void finish(const ConvGradArgs& args, int64_t begin, int64_t end) {
       for (int y = 0; y < 4; ++y) {
         Sum u[4];
 #pragma GCC unroll 4
-        for (int x = 0; x < 4; ++x) u[x] = load<float, kWide>(from + (y * 4 + x) * channels * conv.out_channels, Whole{});
+        for (int x = 0; x < 4; ++x) {
+          const float* at = from + (y * 4 + x) * step;
+          u[x] = load<float, kWide>(at, Whole{});
+          for (int64_t part = 1; part < args.parts; ++part)
+            u[x] += load<float, kWide>(at + part * kPoints * step, Whole{});
+        }
         gather(u, rows[y]);
       }
 #pragma GCC unroll 3

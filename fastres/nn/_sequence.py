@@ -1,11 +1,13 @@
 """Runs of plain modules as fused steps: the tail of a stem, and what an ``nn.Sequential`` holds."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastres.nn import _fused
+from fastres.nn.shortcut import ZeroPadShortcut
 
 
 def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
@@ -13,6 +15,15 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
     if bn.training or torch.is_grad_enabled():
         return _fused.bn_act_maxpool(bn, act, pool, _fused.convolve(conv, x))
     return pool(_fused.conv_bn_act(conv, bn, act, x))
+
+
+def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
+    """The layers of a block, and its shortcut added before the last act; downsample may be None."""
+    if downsample is None:
+        return _fused.layers(layers, x, x)
+    if type(downsample) is ZeroPadShortcut:
+        return _fused.layers(layers, x, downsample(x))
+    return conv_bn_add_act(*layers[-1], _fused.layers(layers[:-1], x), downsample, x)
 
 
 def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, shortcut: Tensor) -> Tensor:

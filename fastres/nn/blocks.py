@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastres.errors import must
 from fastres.nn import _sequence
-from fastres.nn._fused import conv_bn_act
+from fastres.nn._fused import Layer, layers
 from fastres.nn._module import FusedModule
 from fastres.nn.conv import conv1x1, conv3x3
 
@@ -61,8 +61,10 @@ class BasicBlock(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn_act(self.conv1, self.bn1, self.relu, x)
-        return _sequence.conv_bn_add_act(self.conv2, self.bn2, self.relu, out, self.downsample, x)
+        return _sequence.block(self._layers(), x, self.downsample)
+
+    def _layers(self) -> list[Layer]:
+        return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
 
 
 class Bottleneck(FusedModule):
@@ -107,9 +109,11 @@ class Bottleneck(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn_act(self.conv1, self.bn1, self.relu, x)
-        out = conv_bn_act(self.conv2, self.bn2, self.relu, out)
-        return _sequence.conv_bn_add_act(self.conv3, self.bn3, self.relu, out, self.downsample, x)
+        return _sequence.block(self._layers(), x, self.downsample)
+
+    def _layers(self) -> list[Layer]:
+        first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
+        return [*first, (self.conv3, self.bn3, self.relu)]
 
 
 class PlainBlock(BasicBlock):
@@ -126,8 +130,7 @@ class PlainBlock(BasicBlock):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn_act(self.conv1, self.bn1, self.relu, x)
-        return conv_bn_act(self.conv2, self.bn2, self.relu, out)
+        return layers(self._layers(), x)
 
 
 class PlainBottleneck(Bottleneck):
@@ -144,9 +147,7 @@ class PlainBottleneck(Bottleneck):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = conv_bn_act(self.conv1, self.bn1, self.relu, x)
-        out = conv_bn_act(self.conv2, self.bn2, self.relu, out)
-        return conv_bn_act(self.conv3, self.bn3, self.relu, out)
+        return layers(self._layers(), x)
 
 
 def _no_shortcut(block: str, downsample: object) -> None:

@@ -64,6 +64,7 @@ class Op:
         self.samples, self.cost = samples, cost
         self.backends = (*backends, Backend("torch", lambda *args: None, lambda: reference))
         self.differentiable = backward is not None
+        self.setup_context, self.backward = setup_context, backward
         self._choices: dict[tuple, Callable] = {}
         dispatch.register(name, self.backends, self._choices)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -85,7 +86,7 @@ class Op:
         if torch.compiler.is_compiling():
             return self._packet(*args)
         key, plain, needs_grad = _signature(args)
-        if not plain or _interposed():
+        if not plain or is_interposed():
             if not any(isinstance(arg, torch.fx.Proxy) for arg in args):
                 self.check(*args)
             return self._packet(*args)
@@ -160,7 +161,7 @@ _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._are_functorch_transforms_active
 
 
-def _interposed() -> bool:
+def is_interposed() -> bool:
     """Whether a mode or a functorch transform must see the call."""
     return bool(_dispatch_modes() or _function_modes() or _transforms())
 

@@ -28,6 +28,9 @@ SCHEMA_WEIGHT = f"(Tensor grad_y, Tensor x, int[2] kernel, {GEOMETRY}) -> Tensor
 # 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the gradient by the input gain a
 # thirtieth at 32, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
 LEAST_TILES = 64
+# With fewer than 32 channels a tile is mostly moved, not multiplied: 128x16 channels of 8x8 gain a half and of 16x16 a third,
+# of 32x32 nothing; in bfloat16, where less is moved, 8x8 a third and 16x16 nothing (as above).
+MOST_TILES_OF_FEW = {torch.float32: 2**14, torch.bfloat16: 2**12}
 
 
 def reference(x, weight, bias, stride, padding, dilation, groups):
@@ -131,11 +134,14 @@ def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | No
         return f"it convolves float32 and bfloat16 on cpu, the tensors are {x.dtype} on {x.device.type}"
     n, _, height, width = x.shape
     out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
-    if weight_shape[0] % 16 or not _conv_cpu.suits_winograd(weight_shape, torch.float32, stride, dilation, out):
-        return f"it serves 32 channels and more, multiples of 16, and outputs from 4x4, got {tuple(weight_shape)}, {out}"
+    least = min(weight_shape[:2])
+    if weight_shape[0] % 16 or weight_shape[1] % 16 or least < 16 or any(side < 4 and side != 2 for side in out):
+        return f"it serves channels in multiples of 16 and outputs 2 or from 4 pixels a side, got {tuple(weight_shape)}, {out}"
     tiles = n * -(-out[0] // 2) * -(-out[1] // 2)
     if tiles < LEAST_TILES:
         return f"so few pixels ({tiles} tiles of 2x2, it wants {LEAST_TILES}) do not repay the transform of the weights"
+    if least < 32 and tiles > MOST_TILES_OF_FEW[x.dtype]:
+        return f"so few channels ({least}) do not repay the transform of so many pixels ({tiles} tiles of 2x2)"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return f"the activations must be dense in channels_last, got strides {tuple(x.stride())}"
     return None
@@ -212,6 +218,7 @@ def samples(device, dtype):
     return [
         *found,
         case("winograd", 4, 32, (8, 8), 32, (1, 1)),
+        case("winograd, small images", 32, 16, (4, 4), 32, (1, 1)),
         case("winograd, odd size", 2, 48, (13, 11), 96, (1, 1), bias=True),
         case("winograd, no padding", 2, 80, (15, 14), 32, (0, 0)),
         case("winograd, wide padding", 2, 32, (10, 13), 64, (2, 1)),

@@ -15,6 +15,7 @@ from fastres.dispatch import Choice
 from fastres.errors import must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
+from fastres.nn._fused import MOST_IN_ONE_NODE
 from fastres.ops import REGISTRY
 from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
@@ -191,6 +192,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
         notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu; what follows them is fused")
+        notes.append(f"inputs of up to {MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)

@@ -72,12 +72,15 @@ class _SumOverAll(torch.autograd.Function):
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, on any device: ``nn.SyncBatchNorm`` takes no CPU tensors."""
+    """Batch norm over the batches of all processes, on any device: ``nn.SyncBatchNorm`` takes no CPU tensors.
+
+    In float64, rounded once at the end, so that what is left between one process and several is the rounding of the rest.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        wide = x.float()
+        wide = x.double()
         count, dims, shape = x.numel() // x.shape[1], (0, 2, 3), (1, -1, 1, 1)
         sums = _SumOverAll.apply(torch.cat([wide.sum(dims), wide.new_tensor([count])]))
         total = sums[-1].detach()
@@ -87,7 +90,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self._track(mean.detach(), var.detach(), total)
         y = centred * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
+            y = y * self.weight.double().view(shape) + self.bias.double().view(shape)
         return y.to(x.dtype)
 
     def _track(self, mean: Tensor, var: Tensor, total: Tensor) -> None:

@@ -1,0 +1,195 @@
+"""Convolutions and batch norms in a row as one node of autograd, y = act(bn(conv(...act(bn(conv(x)))))[+ residual]).
+
+The ops and their gradients are those of the pages; what is saved is what they save. One node instead of two a layer spares
+the host about a third of its time, which decides where layers are small. The gradient of a residual that is x itself is
+added in place. With create_graph the chain is run again, op by op, and differentiated.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.ops.bn_act import BN_ACT_TRAIN
+from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
+from fastres.ops.conv import CONV, why_not_fast
+
+
+class Layer(NamedTuple):
+    """What a layer does beside its tensors: stride, padding, dilation and groups of the convolution, eps and act."""
+
+    geometry: tuple
+    eps: float
+    act: str
+
+
+class Chain(NamedTuple):
+    """The layers; whether x is the residual too; the dtype that autocast asks of convolutions, None where it is off."""
+
+    layers: Sequence[Layer]
+    adds_x: bool
+    dtype: torch.dtype | None
+
+
+Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each layer: the batch norm's input, mean and var
+TENSORS = 4  # of a layer: weight and bias of the convolution, of the batch norm
+
+
+class _Step:
+    """An op's context, as its formula knows it from autograd, and where its saved tensors lie among the node's."""
+
+    saved_tensors: tuple
+
+    def __init__(self, formula: Callable, needs: tuple[bool, ...], others: int) -> None:
+        self.formula, self.needs_input_grad, self.others = formula, needs, others
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def backward(self, saved: tuple, grad_y: Tensor) -> tuple:
+        self.saved_tensors = saved[self.first : self.last]
+        grads = self.formula(self, grad_y, *(None,) * self.others)  # outputs that have no gradient
+        self.saved_tensors = ()
+        return grads
+
+    def part_of(self, saved: list) -> None:
+        """Leave to the node what is saved: autograd sees to it that an output does not keep itself alive."""
+        self.first, self.last = len(saved), len(saved) + len(self.saved_tensors)
+        saved += self.saved_tensors
+        self.saved_tensors = ()
+
+
+def _cast(chain: Chain, tensor: Any) -> Any:
+    """As autocast casts what goes into a convolution."""
+    if tensor is None or chain.dtype is None or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(chain.dtype)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> tuple[Tensor, bool]:
+    """The convolution, and whether it was the op: PyTorch's where that is the faster."""
+    if why_not_fast(x, weight.shape, *geometry) is None:
+        return CONV(x, weight, bias, *geometry), True
+    return torch.conv2d(x, weight, bias, *geometry), False
+
+
+def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
+    """Of PyTorch's convolution."""
+    x, weight = step.saved_tensors
+    stride, padding, dilation, groups = step.geometry
+    return torch.ops.aten.convolution_backward(
+        grad_y, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, step.needs_input_grad
+    )
+
+
+def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) -> tuple[Tensor, Statistics]:
+    """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, as ``_record`` does."""
+    x, residual, *parameters = tensors
+    value, statistics = x, []
+    for index, layer in enumerate(chain.layers):
+        weight, bias, scale, shift = parameters[TENSORS * index : TENSORS * index + TENSORS]
+        inputs = _cast(chain, value), _cast(chain, weight), _cast(chain, bias)
+        z, by_op = _convolve(*inputs, layer.geometry)
+        if told is not None:
+            told(CONV if by_op else None, (*inputs, *layer.geometry), z)
+        last = index == len(chain.layers) - 1
+        added = (x if chain.adds_x else residual) if last else None
+        op = BN_ACT_TRAIN if added is None else BN_ADD_ACT_TRAIN
+        args = (z, *(() if added is None else (added,)), scale, shift, layer.eps, layer.act)
+        outputs = op(*args)
+        if told is not None:
+            told(op, args, outputs)
+        value, mean, var = outputs[:3]
+        statistics.append((z, mean, var))
+    return value, statistics
+
+
+class _Recorder:
+    """Makes the steps of the gradient while the layers run; ``needed`` says of each tensor whether its own is asked for."""
+
+    def __init__(self, needed: Sequence[bool]) -> None:
+        self.flows, self.needs_residual, *self.needed = needed  # flows: whether a gradient is asked for before this step
+        self.steps: list[_Step] = []
+
+    def __call__(self, op: Any, args: tuple, outputs: Any) -> None:
+        layer, is_norm = divmod(len(self.steps), 2)
+        one, other = self.needed[TENSORS * layer + 2 * is_norm :][:2]
+        residual = (self.needs_residual,) if op is BN_ADD_ACT_TRAIN else ()
+        needs = self.flows, *residual, one, other
+        self.flows = any(needs)
+        step: Any = _Step(_torch_gradients if op is None else op.backward, needs, len(outputs) - 1 if is_norm else 0)
+        if op is None:
+            step.geometry = args[3:]
+            step.save_for_backward(*args[:2])
+        else:
+            op.setup_context(step, args, outputs)
+        self.steps.append(step)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, statistics: Statistics, *tensors: Any) -> Any:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        x, residual, *parameters = ctx.needs_input_grad[2:]
+        recorder = _Recorder((x, x if chain.adds_x else residual, *parameters))
+        y, found = compose(chain, tensors, recorder)
+        statistics += found
+        saved = [*tensors]
+        for step in recorder.steps:
+            step.part_of(saved)
+        ctx.save_for_backward(*saved)
+        ctx.chain, ctx.steps = chain, recorder.steps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:  # type: ignore[override]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, chain = ctx.saved_tensors, ctx.chain
+        tensors = saved[: 2 + TENSORS * len(chain.layers)]
+        if torch.is_grad_enabled():  # create_graph=True
+            return None, None, *_differentiate_twice(chain, tensors, ctx.needs_input_grad[2:], grad)
+        found: list[Any] = [None] * len(tensors)
+        for index in reversed(range(len(ctx.steps))):
+            step = ctx.steps[index]
+            if not any(step.needs_input_grad):
+                break
+            layer, is_norm = divmod(index, 2)
+            grad, *others = step.backward(saved, grad)
+            if len(step.needs_input_grad) == TENSORS:
+                found[1], *others = others
+            at = 2 + TENSORS * layer + 2 * is_norm
+            found[at : at + 2] = (_of_dtype(tensors[at], others[0]), _of_dtype(tensors[at + 1], others[1]))
+        else:
+            found[0] = _of_dtype(tensors[0], grad)
+            if chain.adds_x and found[0] is not None:
+                found[0] = found[0].add_(found[1])
+                found[1] = None
+        return None, None, *found
+
+
+def _of_dtype(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """The gradient in its tensor's dtype, from which autocast may have cast it."""
+    if tensor is None or grad is None:
+        return None
+    return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
+
+
+def _differentiate_twice(chain: Chain, tensors: tuple, needs: tuple, grad_y: Tensor) -> list[Tensor | None]:
+    # One may be made of another, as a residual of x: each by a name of its own, through which nothing else leads.
+    tensors = tuple(t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True))
+    inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    with torch.enable_grad():
+        y, _ = compose(chain, tensors)
+        found = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Tensor, Statistics]:
+    """``compose`` as one node: y, and each layer's batch norm's input, mean and var."""
+    statistics: Statistics = []
+    return _Node.apply(chain, statistics, *tensors), statistics

@@ -53,8 +53,9 @@ def test_any_size(dtype, channels):
 
 
 def test_every_configuration_is_exact_on_small_integers():
-    x, weight = torch.randint(-3, 4, (3, 72, 11, 10)).half().contiguous(memory_format=CL), torch.randint(-3, 4, (136, 72, 1, 1)).half()
-    residual = torch.randint(-9, 10, (3, 136, 11, 10)).half().contiguous(memory_format=CL)
+    x, residual = torch.randint(-3, 4, (3, 72, 11, 10)).half(), torch.randint(-9, 10, (3, 136, 11, 10)).half()
+    x, residual = (t.contiguous(memory_format=CL) for t in (x, residual))
+    weight = torch.randint(-3, 4, (136, 72, 1, 1)).half()
     expected = (F.conv2d(x.float(), weight.float()) + residual.float()).relu()
     for config in (*configs.CONV_PERSISTENT, *configs.CONV_PERSISTENT_TF32):
         assert torch.equal(run(x, weight, None, residual, config=config).float(), expected)
@@ -62,7 +63,8 @@ def test_every_configuration_is_exact_on_small_integers():
 
 def test_special_values():
     """NaN and infinities where PyTorch has them, out of x and of the residual; no negative zero made into anything else."""
-    x, weight, residual = draw((2, 8, 5, 6), torch.float32, CL), draw((16, 8, 1, 1), torch.float32), draw((2, 16, 5, 6), torch.float32, CL)
+    x, residual = (draw((2, channels, 5, 6), torch.float32, CL) for channels in (8, 16))
+    weight = draw((16, 8, 1, 1), torch.float32)
     x[0, 3, 2, 1], x[1, 1, 4, 4], residual[1, 5, 4, 3], residual[0, 7, 1, 1] = torch.nan, torch.inf, torch.nan, -torch.inf
     for act in ("relu", "none"):
         z = F.conv2d(x, weight) + residual
@@ -76,7 +78,8 @@ def test_special_values():
 
 
 def test_memory_around_is_neither_read_nor_written():
-    x, weight, residual = draw((1, 24, 5, 7), torch.float16, CL), draw((40, 24, 1, 1), torch.float16), draw((1, 40, 5, 7), torch.float16, CL)
+    x, residual = (draw((1, channels, 5, 7), torch.float16, CL) for channels in (24, 40))
+    weight = draw((40, 24, 1, 1), torch.float16)
     expected = run(x, weight, None, residual, config=TILES[0])
     for shift in (64, 65):  # aligned, and not: a copy
         moved = []
@@ -88,7 +91,7 @@ def test_memory_around_is_neither_read_nor_written():
 
 def test_it_is_chosen_where_descriptors_can_describe_the_call(monkeypatch):
     hopper, ampere = configs.Limits(90, 227 << 10), configs.Limits(80, 163 << 10)
-    x, small = draw((2, 64, 8, 8), torch.float16, CL), draw((2, 64, 8, 8), torch.float32, CL)
+    x, small = (torch.empty(32, 64, 56, 56, dtype=dtype, device="meta") for dtype in (torch.float16, torch.float32))
     weight, one, zero = torch.empty(128, 64, 1, 1), (1, 1), (0, 0)
 
     def chosen(x, weight, stride=one, padding=zero, groups=1, tf32=False):

@@ -27,6 +27,14 @@ def tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def bound(n, INTERPRETED: tl.constexpr):
+    """The bound of a loop: with NumPy 2.4 the interpreter's range takes nothing but integers of Python."""
+    if INTERPRETED:
+        return n.handle.data.item()
+    return n
+
+
+@triton.jit
 def activate(v, ACT: tl.constexpr):
     """ReLU by comparison: NaN and -0.0 pass as they do in torch.relu; a maximum would lose NaN."""
     if ACT == "relu":

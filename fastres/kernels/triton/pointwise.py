@@ -3,7 +3,6 @@
 ``conv_bn_act`` calls it for the configurations that say so; what descriptors cannot describe, it computes itself.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from fastres.env import triton_interpret
 from fastres.kernels.layout import ALIGNMENT, aligned
 from fastres.kernels.triton import configs
 from fastres.kernels.triton.bn_act import parameters
-from fastres.kernels.triton.device import activate, launch, load_parameter, tile_order
+from fastres.kernels.triton.device import activate, bound, launch, load_parameter, tile_order
 
 MOST_PIXELS = 2**30  # coordinates are 32 bits with a sign, those of an overhanging tile too
 
@@ -21,24 +20,26 @@ MOST_PIXELS = 2**30  # coordinates are 32 bits with a sign, those of an overhang
 @triton.jit
 def _conv_pointwise_act_kernel(
     x_desc, weight_desc, bias_ptr, residual_desc, y_desc, pixels, channels_out,
-    C_IN: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    C_IN: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # y = act(x @ weight^T + bias [+ residual])
-    # x [pixels, C_IN], weight [channels_out, C_IN], residual and y [pixels, channels_out]; programs walk tiles of BLOCK_M x BLOCK_N
+    # x [pixels, C_IN], weight [channels_out, C_IN], residual, y [pixels, channels_out]; programs walk tiles BLOCK_M x BLOCK_N
     # x and weight once per tile that needs them, one write (and one read of residual) of the element size per output
-    # fp32 accumulator, rounded once; PRECISION is that of fp32 products (UPCAST: the interpreter's bf16)
+    # fp32 accumulator, rounded once; PRECISION is that of fp32 products
     # any size: the copies read zeros beyond the edges and write nothing there
     tiles_m, tiles_n = tl.cdiv(pixels, BLOCK_M), tl.cdiv(channels_out, BLOCK_N)
+    count = tl.cdiv(tiles_m * tiles_n - tl.program_id(0), tl.num_programs(0))
     # One loop of both, so that the copies for the next tile run while this one is finished. Residual and bias come after the
     # products: an accumulator that starts at them would keep those copies from running ahead.
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for i in tl.range(0, bound(count, INTERPRETED), flatten=True):
+        tile = tl.program_id(0) + i * tl.num_programs(0)
         pid_m, pid_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
         first, n = pid_m * BLOCK_M, pid_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in range(0, C_IN, BLOCK_K):
             a, b = x_desc.load([first, k]), weight_desc.load([n, k])
-            if UPCAST:
+            if INTERPRETED:  # NumPy has no bf16
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
         channel = n + tl.arange(0, BLOCK_N)
@@ -75,7 +76,7 @@ def conv_act(
         describe(aligned(x), m, k), describe(weight_packed, n, k), *parameters(bias),
         None if residual is None else describe(aligned(residual), m, n), describe(y, m, n), pixels, channels_out,
         C_IN=channels_in, ACT=act, PRECISION="tf32" if tf32 else "ieee",
-        UPCAST=triton_interpret() and x.dtype == torch.bfloat16,
+        INTERPRETED=triton_interpret(),
         BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=config.group_m,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

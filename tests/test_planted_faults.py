@@ -99,6 +99,16 @@ TRITON = [
           {"act": "relu"}),
     Fault("every group reads the first one's channels", "conv_bn_act.py", "pixel, group * C_IN, n", "pixel, 0, n",
           "test_conv_act", {"dtype": FP32, "convolution": [3, 2, 1, 1, 12, 18, 3]}),
+    Fault("a program does no more than its first tile", "pointwise.py", "tl.program_id(0) + i * tl.num_programs(0)",
+          "tl.program_id(0)", "test_any_size", {"dtype": FP32, "channels": [24, 40]}),
+    Fault("the depth's end is left out", "pointwise.py", "range(0, C_IN, BLOCK_K)", "range(0, C_IN - BLOCK_K + 1, BLOCK_K)",
+          "test_any_size", {"dtype": FP32, "channels": [24, 40]}),
+    Fault("an address that is not aligned", "../layout.py", "if t.data_ptr() % ALIGNMENT else t", "if False else t",
+          "test_memory_around_is_neither_read_nor_written", {}),
+    Fault("descriptors on any device", "configs.py", "capability=90, persistent", "capability=80, persistent",
+          "test_it_is_chosen_where_descriptors_can_describe_the_call", {"monkeypatch": None}),
+    Fault("the last band has as many rows as the others", "device.py", "tl.minimum(tiles_m - first, GROUP_M)", "GROUP_M",
+          "test_any_size", {"dtype": FP32, "channels": [24, 40]}),
 ]  # fmt: skip
 
 

@@ -19,6 +19,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
 pytestmark = [
     pytest.mark.compile,
 ]
@@ -51,7 +53,9 @@ def specialize(kernel, args: tuple, keywords: dict, dtype: str, config: object) 
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(kernel.params):
         value, kind = values[parameter.name], None
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, TensorDescriptor):
+            kind, aligned = f"tensordesc<{DTYPES[value.base.dtype]}{value.block_shape}>", False
+        elif isinstance(value, torch.Tensor):
             kind = f"*{DTYPES[value.dtype]}"
             aligned = value.data_ptr() % 16 == 0
         elif isinstance(value, float) and not parameter.is_constexpr:
@@ -124,16 +128,16 @@ def run_pooling(room, dtype: torch.dtype):
 def run_convolution(room, dtype: torch.dtype):
     conv, configs = room["conv_bn_act"], room["configs"]
     bias = torch.empty(256, device="meta")
-    x = image(dtype, True, 256, 256, 14)
+    x, limits = image(dtype, True, 256, 256, 14), configs.Limits(max(SHARED), 1 << 30)
     for tf32 in (True, False) if dtype == torch.float32 else (False,):
-        for config in configs.conv_candidates(x.element_size(), tf32, configs.Limits(max(SHARED), 1 << 30)):
-            for k in (1, 3):
+        for config in configs.conv_candidates(x.element_size(), tf32, limits, described=True):
+            for k in (1,) if config.persistent else (1, 3):
                 weight = torch.empty(256, k * k * 256, dtype=dtype, device="meta")
                 geometry = ((k, k), (1, 1), (k // 2, k // 2), (1, 1))
                 yield config, lambda w=weight, g=geometry, config=config, tf32=tf32: conv.conv_act(
                     x, w, bias, x, *g, "relu", tf32, config
                 )
-        for config in configs.conv_candidates(x.element_size(), tf32, configs.Limits(max(SHARED), 1 << 30), few=True):
+        for config in configs.conv_candidates(x.element_size(), tf32, limits, few=True):
             yield from few_channels(conv, dtype, config, tf32)
 
 
@@ -149,7 +153,7 @@ def few_channels(conv, dtype: torch.dtype, config, tf32: bool):
 
 def collect() -> list[Launch]:
     """Every distinct launch the ops make over all configurations and dtypes."""
-    names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "conv_bn_act")
+    names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "conv_bn_act", "pointwise")
     room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
     found: dict[Launch, Launch] = {}  # by what the compiler sees of it
     with pytest.MonkeyPatch.context() as patch:
@@ -192,6 +196,9 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "mma": sum(ptx.count(name) for name in {MMA[capability], "mma.sync"}) if dot else None,
         "tensor_cores": MMA[capability] in ptx,
         "wgmma": MMA[90] in ptx,
+        "copies_in": len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.shared\S*\.global", ptx)),
+        "copies_out": len(re.findall(r"cp\.async\.bulk\.tensor\.2d\.global\.shared", ptx)),
+        "num_stages": dict(launch.options).get("num_stages"),
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*(?<!v2)(?<!v4)\.b16", ptx)),
         "widest": max(access_bytes(ptx)),
         "wide": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
@@ -232,8 +239,8 @@ def offered(launch: Launch, capability: int) -> bool:
         return True
     configs = importlib.import_module(f"{ROOM}.configs")
     itemsize, tf32 = 4 if launch.dtype == "fp32" else 2, ("PRECISION", "tf32") in launch.constants
-    few = ("FLAT", True) in launch.constants
-    legal = configs.conv_candidates(itemsize, tf32, configs.Limits(capability, SHARED[capability]), few)
+    few, described = ("FLAT", True) in launch.constants, "pointwise" in launch.kernel
+    legal = configs.conv_candidates(itemsize, tf32, configs.Limits(capability, SHARED[capability]), few, described)
     return launch.config in map(str, legal)
 
 
@@ -246,6 +253,7 @@ def test_every_configuration_is_compiled(capsys) -> None:
     configs = importlib.import_module(f"{ROOM}.configs")
     tables = (configs.FLAT, configs.CHANNELS_LAST, configs.CONTIGUOUS)
     tables += (configs.POOLED_CHANNELS_LAST, configs.POOLED_CONTIGUOUS)
+    tables += (configs.CONV_PERSISTENT, configs.CONV_PERSISTENT_TF32)
     tables += (configs.CONV_TENSOR_CORE, configs.CONV_TF32, configs.CONV_IEEE, configs.CONV_FEW_CHANNELS)
     compiled = {(row["config"], row["capability"]) for row in report()}
     assert {(str(config), 90) for table in tables for config in table} <= compiled
@@ -271,6 +279,16 @@ def test_wide_memory_accesses() -> None:
     Windows over contiguous planes read every other element; few channels are gathered one by one.
     """
     sample = {"bn_statistics_kernel": 1}
-    rows = faults(lambda row: not row["wide"] or row["narrow"] > sample.get(row["kernel"], 0))
+    rows = faults(lambda row: not (row["wide"] or row["copies_in"]) or row["narrow"] > sample.get(row["kernel"], 0))
     rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"]) and not row[4].get("FLAT")]
     assert not [row for row in rows if "merge" not in row[0]]
+
+
+def test_tensor_descriptors_move_tiles() -> None:
+    """Both operands by copies that run ahead, through the whole ring; residual and output by copies too, and no others."""
+    rows = [row for row in report() if row["kernel"] == "_conv_pointwise_act_kernel"]
+    assert {row["capability"] for row in rows} == {90, 100}
+    for row in rows:
+        # A copy of each operand in the loop and for each stage before it but one, and the residual's.
+        assert row["copies_in"] >= 2 * row["num_stages"] + 1 and row["copies_out"] >= 1, row
+    assert not [row for row in report() if row["copies_in"] and row not in rows]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes of a pixel, and of every address: what the TMA unit asks
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """Memory format of an op's activation outputs, decided by its input ``x`` of shape (N, C, H, W).
@@ -41,3 +42,9 @@ def with_strides_of(x: Tensor, tensor: Tensor) -> Tensor:
     if tensor.stride() == x.stride():
         return tensor
     return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A channels_last tensor where it is aligned, else a copy: a choice of backend is kept by shapes, not by addresses."""
+    t = t.resolve_neg()
+    return t.clone(memory_format=torch.channels_last) if t.data_ptr() % ALIGNMENT else t

@@ -179,10 +179,12 @@ def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
     return reason or triton_module("conv_bn_act").why_not(x, weight, *rest)
 
 
-def triton_configs(x, residual, weight, *rest) -> list[tuple]:
+def triton_configs(
+    x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
+) -> list[tuple]:  # fmt: skip
     """The tiles that tuning may choose from."""
     tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return triton_module("conv_bn_act").candidates(x, weight, tf32)
+    return triton_module("conv_bn_act").candidates(x, weight, stride, padding, groups, tf32)
 
 
 def load_triton(config: tuple | None = None) -> Callable:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import native
-from fastres.kernels.layout import memory_format
+from fastres.kernels.layout import aligned, memory_format
 from fastres.ops import _fold
 
 OP = "sm90_conv_act"
 DTYPES = (torch.float16, torch.bfloat16)
 ARCH = "90a"
-ALIGNMENT = 16  # bytes of a pixel, and of every address: what the TMA unit asks
 
 
 def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
@@ -54,12 +53,6 @@ def why_not_arguments(x: Tensor, weight: Tensor, stride, padding, dilation, grou
         shape = tuple(weight.shape[2:])
         return f"its windows are smaller, got {shape}, stride {stride}, padding {padding}, dilation {dilation}"
     return None
-
-
-def aligned(t: Tensor) -> Tensor:
-    """The tensor where it is aligned, else a copy: a choice of backend is kept by shapes, not by addresses."""
-    t = t.resolve_neg()
-    return t.clone(memory_format=torch.channels_last) if t.data_ptr() % ALIGNMENT else t
 
 
 def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:

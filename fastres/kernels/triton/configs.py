@@ -34,10 +34,12 @@ class ConvConfig(NamedTuple):
     group_m: int = 8
     efficiency: float = 1.0  # prior for the share of the tensor-core peak that this tile reaches
     capability: int = 80  # the oldest it compiles for without spilling registers
+    persistent: bool = False  # 1x1 by tensor descriptors, a program for each multiprocessor
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Shared memory of the operand ring."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+        """Shared memory of the operand ring, and of the residual and the output where descriptors move them."""
+        ring = self.num_stages * (self.block_m + self.block_n) * self.block_k
+        return (ring + (2 * self.block_m * self.block_n if self.persistent else 0)) * itemsize
 
 
 FLAT = (FlatConfig(2048, 4), FlatConfig(1024, 4), FlatConfig(4096, 8))
@@ -86,6 +88,25 @@ CONV_TF32_FEW_CHANNELS = CONV_IEEE[1:2]  # of 64 rows at least, as Hopper's prod
 MULTIPROCESSORS = 132
 
 
+def _persistent(*tiles: ConvConfig) -> tuple[ConvConfig, ...]:
+    return tuple(tile._replace(capability=90, persistent=True) for tile in tiles)  # 90: the first with the copies
+
+
+# Tiles that leave shared memory for a residual and an output, registers for both beside the accumulator.
+CONV_PERSISTENT = _persistent(
+    ConvConfig(128, 128, 64, 8, 4),
+    ConvConfig(256, 64, 64, 8, 3, efficiency=0.9),
+    ConvConfig(128, 64, 64, 4, 5, efficiency=0.85),
+    ConvConfig(64, 128, 64, 4, 5, efficiency=0.8),
+    ConvConfig(64, 64, 64, 4, 5, efficiency=0.6),
+)
+CONV_PERSISTENT_TF32 = _persistent(
+    ConvConfig(128, 128, 32, 8, 3),
+    ConvConfig(128, 64, 32, 4, 4, efficiency=0.85),
+    ConvConfig(64, 64, 64, 4, 3, efficiency=0.6),
+)
+
+
 @functools.lru_cache(maxsize=1024)
 def tile(elements: int, channels: int, channels_last: bool, pooled: bool = False) -> TileConfig:
     """Tile of a per-channel kernel: the first of the layout's list, cut down to the tensor."""
@@ -119,37 +140,46 @@ def pivot_sample(elements: int) -> int:
 
 
 class Limits(NamedTuple):
-    """What a device allows: compute capability (90 for 9.0) and shared memory per block."""
+    """What a device allows: compute capability (90 for 9.0) and shared memory per block; how many blocks run at once."""
 
     capability: int
     shared_bytes: int
+    multiprocessors: int = MULTIPROCESSORS
 
 
-def conv_candidates(itemsize: int, tf32: bool, limits: Limits, few: bool = False) -> list[ConvConfig]:
-    """Every configuration that fits the device; ``few``: taps and channels are one dimension."""
-    narrow = CONV_FEW_CHANNELS if few else CONV_TENSOR_CORE
+def conv_candidates(
+    itemsize: int, tf32: bool, limits: Limits, few: bool = False, described: bool = False
+) -> list[ConvConfig]:
+    """Every configuration that fits the device; ``few``: taps and channels are one dimension; ``described``: of matrices
+    that descriptors can describe.
+    """
     if few:
         wide: tuple[ConvConfig, ...] = CONV_TF32_FEW_CHANNELS if tf32 else CONV_IEEE_FEW_CHANNELS
+        narrow: tuple[ConvConfig, ...] = CONV_FEW_CHANNELS
     else:
         wide = CONV_TF32 if tf32 else CONV_IEEE
-    table: tuple[ConvConfig, ...] = narrow if itemsize == 2 else wide
+        narrow = CONV_TENSOR_CORE
+    if described:  # first, for their copies run ahead; products in fp32 registers have no use for it
+        wide, narrow = (*CONV_PERSISTENT_TF32, *wide) if tf32 else wide, (*CONV_PERSISTENT, *narrow)
     return [
         config
-        for config in table
+        for config in (narrow if itemsize == 2 else wide)
         if config.capability <= limits.capability and config.shared_bytes(itemsize) <= limits.shared_bytes
     ]
 
 
 @functools.lru_cache(maxsize=1024)
-def conv_heuristic(m: int, n: int, k: int, itemsize: int, tf32: bool, limits: Limits, few: bool = False) -> ConvConfig:
+def conv_heuristic(
+    m: int, n: int, k: int, itemsize: int, tf32: bool, limits: Limits, few: bool = False, described: bool = False
+) -> ConvConfig:
     """The candidate with the least estimated time: waves of tiles x padded work of a tile / its efficiency."""
 
     def time(config: ConvConfig) -> float:
-        waves = -(-(-(-m // config.block_m) * -(-n // config.block_n)) // MULTIPROCESSORS)
+        waves = -(-(-(-m // config.block_m) * -(-n // config.block_n)) // limits.multiprocessors)
         padded_k = -(-k // config.block_k) * config.block_k
         return waves * config.block_m * config.block_n * padded_k / config.efficiency
 
-    return min(conv_candidates(itemsize, tf32, limits, few), key=time)
+    return min(conv_candidates(itemsize, tf32, limits, few, described), key=time)
 
 
 def _power_of_two(n: int) -> int:

@@ -12,22 +12,12 @@ from torch import Tensor
 
 from fastres.env import triton_interpret
 from fastres.kernels.layout import memory_format
-from fastres.kernels.triton import configs
+from fastres.kernels.triton import configs, pointwise
 from fastres.kernels.triton import why_not as why_not_here
 from fastres.kernels.triton.bn_act import parameters
-from fastres.kernels.triton.device import activate, index_type, launch, load_parameter
+from fastres.kernels.triton.device import activate, index_type, launch, load_parameter, tile_order
 
 FEW_CHANNELS = 32  # of a group, below which blocks of channels would be mostly empty: taps and channels share them
-
-
-@triton.jit
-def _tile_order(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """This program's tile: bands of GROUP_M rows, column by column, so that neighbours in time share operands in L2."""
-    program = tl.program_id(0)
-    band = GROUP_M * tiles_n
-    first = program // band * GROUP_M
-    rows = tl.minimum(tiles_m - first, GROUP_M)
-    return first + program % band % rows, program % band // rows
 
 
 @triton.jit
@@ -94,7 +84,7 @@ def _conv_act_kernel(
     # any size: pixels beyond the image, tiles beyond the tensor and channels beyond C_IN are masked to zero
     of_group = channels_out // GROUPS
     tiles_n = tl.cdiv(of_group, BLOCK_N)
-    pid_m, pid_n = _tile_order(tl.cdiv(pixels, BLOCK_M), GROUPS * tiles_n, GROUP_M)
+    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(pixels, BLOCK_M), GROUPS * tiles_n, GROUP_M)
     pixel = pid_m.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     if GROUPS == 1:  # written apart: registers are scarce
         group = 0
@@ -146,7 +136,12 @@ def conv_act(
     if allow_tf32 is None:
         allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     tf32 = allow_tf32 and x.dtype == torch.float32
-    config = config or heuristic(x, channels_out, pixels, kernel, tf32, groups)
+    size = pixels, channels_in, channels_out, x.element_size()
+    config = config or heuristic(x.device, *size, kernel, stride, padding, groups, tf32)
+    if config.persistent:
+        on = limits(x.device).multiprocessors
+        pointwise.conv_act(x, weight_packed, bias, residual, y, act, tf32, config, on)
+        return y
     tiles_n = groups * triton.cdiv(channels_out // groups, config.block_n)
     launch(
         _conv_act_kernel, (triton.cdiv(pixels, config.block_m) * tiles_n,), x,
@@ -174,12 +169,14 @@ def why_not(
 
 
 def heuristic(
-    x: Tensor, channels_out: int, pixels: int, kernel: list[int], tf32: bool, groups: int
-) -> configs.ConvConfig:
-    """The configuration for one convolution on x's device where none has been tuned; its groups are as many more pixels."""
-    few, depth = has_few_channels(x.shape[1] // groups, kernel), kernel[0] * kernel[1] * x.shape[1] // groups
+    device: torch.device, pixels: int, channels: int, channels_out: int, itemsize: int, kernel: list[int],
+    stride: list[int], padding: list[int], groups: int, tf32: bool,
+) -> configs.ConvConfig:  # fmt: skip
+    """The configuration for one convolution where none has been tuned; its groups are as many more pixels."""
+    few, depth = has_few_channels(channels // groups, kernel), kernel[0] * kernel[1] * channels // groups
+    described = pointwise.suits(pixels, channels, channels_out, itemsize, kernel, stride, padding, groups)
     size = pixels * groups, channels_out // groups, depth
-    return configs.conv_heuristic(*size, x.element_size(), tf32, limits(x.device), few)
+    return configs.conv_heuristic(*size, itemsize, tf32, limits(device), few, described)
 
 
 def has_few_channels(channels: int, kernel: list[int]) -> bool:
@@ -187,17 +184,21 @@ def has_few_channels(channels: int, kernel: list[int]) -> bool:
     return channels < FEW_CHANNELS and kernel[0] * kernel[1] > 1
 
 
-def candidates(x: Tensor, weight: Tensor, tf32: bool = False) -> list[configs.ConvConfig]:
+def candidates(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], groups: int, tf32: bool = False
+) -> list[configs.ConvConfig]:
     """The configurations tuning may choose from for a convolution on x's device."""
-    few = has_few_channels(weight.shape[1], list(weight.shape[2:]))
-    return configs.conv_candidates(x.element_size(), tf32, limits(x.device), few)
+    kernel, itemsize = list(weight.shape[2:]), x.element_size()
+    pixels = x.numel() // x.shape[1]  # and of the output: elsewhere the answer is no
+    described = pointwise.suits(pixels, x.shape[1], weight.shape[0], itemsize, kernel, stride, padding, groups)
+    return configs.conv_candidates(itemsize, tf32, limits(x.device), has_few_channels(weight.shape[1], kernel), described)
 
 
 @functools.cache
 def limits(device: torch.device) -> configs.Limits:
-    """What the device allows; the interpreter, on the CPU, is held to sm_80's limits."""
+    """What the device allows; the interpreter, on the CPU, has sm_90's limits and few programs, which walk many tiles."""
     if device.type != "cuda":
-        return configs.Limits(80, 163 << 10)
+        return configs.Limits(90, 227 << 10, 3)
     found = torch.cuda.get_device_properties(device)
     shared_bytes = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return configs.Limits(10 * found.major + found.minor, shared_bytes)
+    return configs.Limits(10 * found.major + found.minor, shared_bytes, found.multi_processor_count)

@@ -18,6 +18,23 @@ def index_type(numel: int) -> tl.dtype:
 
 
 @triton.jit
+def tile_order(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile: bands of GROUP_M rows, column by column, so that neighbours in time share operands in L2."""
+    band = GROUP_M * tiles_n
+    first = tile // band * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    return first + tile % band % rows, tile % band // rows
+
+
+@triton.jit
+def bound(n, INTERPRETED: tl.constexpr):
+    """The bound of a loop: with NumPy 2.4 the interpreter's range takes nothing but integers of Python."""
+    if INTERPRETED:
+        return n.handle.data.item()
+    return n
+
+
+@triton.jit
 def activate(v, ACT: tl.constexpr):
     """ReLU by comparison: NaN and -0.0 pass as they do in torch.relu; a maximum would lose NaN."""
     if ACT == "relu":

@@ -79,7 +79,7 @@ def images(size: tuple, seed: int) -> torch.Tensor:
 
 def trained(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict:
     """One training step: output, gradients, and what the step leaves in buffers."""
-    x = x.to(dtype).requires_grad_()
+    x = x.to(dtype, copy=True).requires_grad_()
     y = model.train()(x)
     y.backward(torch.ones_like(y).cumsum(1))
     found = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -45,7 +45,7 @@ def apart(tally: Tally, where: str, *arguments: object, watched: bool = False, p
     code = f"{PREFIX}\nfrom reliability import children\nchildren.serve({where!r}, {arguments!r})"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment(watched), timeout=patience
+            [sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, env=environment(watched), timeout=patience
         )
     except subprocess.TimeoutExpired:
         with tally.case(where):
@@ -53,7 +53,7 @@ def apart(tally: Tally, where: str, *arguments: object, watched: bool = False, p
         return
     if done.returncode:
         with tally.case(where):
-            raise RuntimeError(f"ended with code {done.returncode}: {done.stderr[-700:]}")
+            raise RuntimeError(f"ended with code {done.returncode}: {done.stderr[:500]} ... {done.stderr[-200:]}")
         return
     found = json.loads(done.stdout.splitlines()[-1])
     tally.tried += found["tried"]

@@ -4,7 +4,21 @@ A class is a function that tries so many cases on a ``Tally``. The short profile
 a planted fault also shows that the class can fail; the full one fills RELIABILITY.json, from which README's table is made.
 """
 
-from reliability import derivatives, exact, far, files, frozen, networks, parity, refusals, soak, stateful, zones
+from reliability import (
+    derivatives,
+    exact,
+    far,
+    files,
+    frozen,
+    interruptions,
+    networks,
+    parity,
+    planted,
+    refusals,
+    soak,
+    stateful,
+    zones,
+)
 from reliability.board import CLASSES, Class, Result, run
 
 __all__ = [
@@ -16,8 +30,10 @@ __all__ = [
     "far",
     "files",
     "frozen",
+    "interruptions",
     "networks",
     "parity",
+    "planted",
     "refusals",
     "run",
     "soak",

@@ -89,7 +89,14 @@ def reliability(results: Path) -> str:
     commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
     lines = [f"**{data['device']}**, torch {data['torch']}, {commit}, {data['date']}:", ""]
     lines += ["| class | what was tried | tried | failed | seconds |", "| :-- | :-- | --: | --: | --: |"]
-    lines += [f"| {r['code']} | {r['title']} | {r['tried']:,} | {r['failed']} | {r['seconds']} |" for r in data["rows"]]
+    rows = {row["code"]: row for row in data["rows"]}
+    for code in sorted({*rows, *data.get("classes", {})}, key=lambda code: (code[0], int(code[1:]))):
+        if code in rows:
+            row = rows[code]
+            short = "" if row["tried"] >= row["wanted"] else f" of {row['wanted']:,}"
+            lines.append(f"| {code} | {row['title']} | {row['tried']:,}{short} | {row['failed']} | {row['seconds']} |")
+        else:
+            lines.append(f"| {code} | {data['classes'][code]} | not run | | |")
     return "\n".join(lines)
 
 

@@ -26,7 +26,8 @@ def run(room, path, test, arguments):
         sys.path.insert(0, path)
     torch.manual_seed(0)
     if room == "plain":
-        return whole_tests(path, test)
+        whole_tests(path, test)
+        return
     for key, value in arguments.items():
         if str(value).startswith("torch."):
             arguments[key] = getattr(torch, value.removeprefix("torch."))
@@ -43,7 +44,8 @@ def run(room, path, test, arguments):
 def whole_tests(path, names):
     """Tests by their names, as pytest runs them, on the package in that folder."""
     tests = Path(__file__).parent
-    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests}", *(f"{tests}/{n}" for n in names.split())])
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests}"]
+    code = pytest.main([*options, *(f"{tests}/{name}" for name in names.split())])
     import fastres
 
     assert Path(fastres.__file__).is_relative_to(path), "another package was tried"

@@ -1,5 +1,7 @@
 """Mistakes in Python and C++ sources; ``test`` names the tests of this folder that catch each."""
 
+# ruff: noqa: E501
+
 from test_planted_faults import Fault
 
 PYTHON = [

@@ -5,6 +5,7 @@ a planted fault also shows that the class can fail; the full one fills RELIABILI
 """
 
 from reliability import (
+    children,
     derivatives,
     exact,
     far,
@@ -25,6 +26,7 @@ __all__ = [
     "CLASSES",
     "Class",
     "Result",
+    "children",
     "derivatives",
     "exact",
     "far",

@@ -52,13 +52,10 @@ def main() -> int:
 
 def apart(code: str, profile: str) -> dict:
     """The row of a class, tried in another process."""
-    from reliability import CLASSES, Result
+    from reliability import CLASSES, Result, children
 
     command = [sys.executable, "-m", "reliability", code, "--profile", profile, "--in-process"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-    }
+    environment = children.environment(watched=False)
     found = CLASSES[code]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=HOURS)
@@ -88,6 +85,7 @@ def write(rows: list[dict]) -> None:
     import torch
 
     from fastres import info
+    from reliability import CLASSES
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
@@ -104,7 +102,8 @@ def write(rows: list[dict]) -> None:
             rows = [*(row for row in before["rows"] if row["code"] not in codes), *rows]
     rows.sort(key=lambda row: (row["code"][0], int(row["code"][1:])))
     temporary = FILE.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    known = {code: found.title for code, found in CLASSES.items()}  # of which those without a row were not run
+    temporary.write_text(json.dumps({**about, "classes": known, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, FILE)
 
 

@@ -44,9 +44,8 @@ def apart(tally: Tally, where: str, *arguments: object, watched: bool = False, p
     """``reliability.<where>(tally, *arguments)`` in another process, which may crash or hang; ``watched``: see memory.cpp."""
     code = f"{PREFIX}\nfrom reliability import children\nchildren.serve({where!r}, {arguments!r})"
     try:
-        done = subprocess.run(
-            [sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True, env=environment(watched), timeout=patience
-        )
+        command = [sys.executable, "-X", "faulthandler", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(watched), timeout=patience)
     except subprocess.TimeoutExpired:
         with tally.case(where):
             raise TimeoutError(f"hung for {patience} s") from None

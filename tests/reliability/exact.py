@@ -1,5 +1,7 @@
 """R4, R5 and R16: integers without tolerance, special values in every slot, the same bits every time."""
 
+# ruff: noqa: E501
+
 import itertools
 
 import torch

@@ -1,5 +1,7 @@
 """R23: allocations that fail, Ctrl-C, kill -9. What was on disk is whole, and the process goes on as if nothing had been."""
 
+# ruff: noqa: E501
+
 import copy
 import os
 import random

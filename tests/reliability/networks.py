@@ -1,5 +1,7 @@
 """R8 and R9: whole networks, ours and torchvision's optimised, against plain PyTorch; their state dicts both ways."""
 
+# ruff: noqa: E501
+
 import copy
 import functools
 import tempfile

@@ -145,6 +145,6 @@ def processes(tally: Tally) -> None:
                 queue = context.Queue()
                 child = context.Process(target=answer, args=(3, queue))
                 child.start()
-                there = queue.get(timeout=120)
-                child.join(60)
+                there = queue.get(timeout=300)
+                child.join(300)
                 assert child.exitcode == 0 and abs(there - here) <= 1e-6 * abs(here), f"{there}, not {here}"

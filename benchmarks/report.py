@@ -84,7 +84,7 @@ def reliability(results: Path) -> str:
     """The scoreboard, as ``make reliability`` wrote it beside README."""
     path = results.parent.parent / "RELIABILITY.json"
     if not path.is_file():
-        raise LookupError(f"README.md shows results:reliability, but there is no {path}")
+        return "No class has been tried in full at this version (`make reliability`)."
     data = json.loads(path.read_text(encoding="utf-8"))
     commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
     lines = [f"**{data['device']}**, torch {data['torch']}, {commit}, {data['date']}:", ""]

@@ -10,7 +10,7 @@ import test_planted_faults as faults
 from reliability.board import Tally, scored
 
 
-@scored("R24", "faults planted in Python, C++, Triton and CUDA sources, caught", full=42, short=4)
+@scored("R24", "faults planted in Python, C++, Triton and CUDA sources, caught", full=42, short=3)
 def planted(tally: Tally, count: int) -> None:
     python, cpp = _plain_faults.PYTHON, _plain_faults.CPP
     rooms: dict[str, tuple[list, Callable]] = {

@@ -25,6 +25,9 @@ def run(room, path, test, arguments):
     else:
         sys.path.insert(0, path)
     torch.manual_seed(0)
+    if room == "plain":
+        whole_tests(path, test)
+        return
     for key, value in arguments.items():
         if str(value).startswith("torch."):
             arguments[key] = getattr(torch, value.removeprefix("torch."))
@@ -36,6 +39,19 @@ def run(room, path, test, arguments):
         importlib.import_module("fastres.kernels.triton.configs").PROGRAMS = 4
     modules = map(importlib.import_module, MODULES[room])
     next(getattr(module, test) for module in modules if hasattr(module, test))(**arguments)
+
+
+def whole_tests(path, names):
+    """Tests by their names, as pytest runs them, on the package in that folder."""
+    tests = Path(__file__).parent
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={tests}"]
+    code = pytest.main([*options, *(f"{tests}/{name}" for name in names.split())])
+    import fastres
+
+    assert Path(fastres.__file__).is_relative_to(path), "another package was tried"
+    if code not in (0, 1):
+        raise RuntimeError(f"pytest ended with {code}")
+    assert code == 0
 
 
 def outcome(task):

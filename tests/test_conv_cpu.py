@@ -7,7 +7,7 @@ from tolerances import assert_close_to_truth
 
 import fastres
 from fastres.kernels import native
-from fastres.ops import _conv_cpu
+from fastres.ops import REGISTRY, _conv_cpu
 
 pytestmark = pytest.mark.cpu
 LAST = torch.channels_last
@@ -167,3 +167,15 @@ def test_weights_that_are_not_finite_give_what_pytorch_gives():
     with fastres.use(conv_bn_act="torch"):
         expected = fastres.functional.conv_bn_act(x, weight, None, *statistics, padding=1)
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_windows_that_meet_no_pixel_give_the_bias(dtype):
+    """oneDNN with packed weights ended the process here, where taps stand at -3, -1 and 1, 3 about the one pixel of a row."""
+    x, bias = torch.randn(2, 16, 4, 1).to(dtype), torch.arange(8.0)
+    arguments = (x, torch.randn(8, 16, 2, 2), bias, None, None, torch.zeros(8), torch.ones(8), 1e-12)
+    arguments += ((1, 2), (1, 3), (1, 2), 1, "none")
+    for backend in REGISTRY["conv_bn_act"].backends:
+        if backend.why_not(*arguments) is None:
+            y = backend.load()(*arguments)
+            assert y.shape == (2, 8, 5, 3) and torch.equal(y, bias.to(dtype).view(1, 8, 1, 1).expand_as(y)), backend.name

@@ -1,7 +1,8 @@
 """Kernels with one mistake each: a named test must fail on every one of them.
 
 A fault is one replacement in a copy of the sources. CUDA kernels are compiled for the CPU as in test_cuda.py, Triton's run
-in the interpreter, each with the rest of the sources as they are.
+in the interpreter, each with the rest of the sources as they are. Those in Python and C++ (_plain_faults.py) are tried by the
+scoreboard.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import _cuda_on_cpu
 import pytest
+import torch
 
 pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,27 +154,81 @@ def assert_all_caught(faults: list[Fault], said: list[str]) -> None:
     assert not {mistake: word for mistake, word in words.items() if not word.startswith(("AssertionError", "device", "signal"))}
 
 
-def test_faults_in_cuda_kernels_are_caught(tmp_path) -> None:
+def of_cuda(room: Path) -> list[str]:
+    """What the tests say of the faults in CUDA kernels."""
     _cuda_on_cpu.load()
     toolchain, recipes = _cuda_on_cpu.tools()
     rules, edges, tasks = dict(_cuda_on_cpu.rules()), [], []
     rules["cxx"] = rules["cxx"].replace(toolchain.quoted([f"-I{recipes.CSRC}"]), "")  # each copy has headers of its own
     for index, fault in enumerate(CUDA):
-        folder = tmp_path / f"fault{index}"
+        folder = room / f"fault{index}"
         folder.mkdir()
         more, library = faulty_library(fault, folder)
         edges += more
         tasks.append(["cuda", str(library), fault.test, fault.arguments])
-    toolchain.run_ninja(tmp_path, rules, edges)
-    assert_all_caught(CUDA, caught(tasks, tmp_path))
+    toolchain.run_ninja(room, rules, edges)
+    return caught(tasks, room)
 
 
-def test_faults_in_triton_kernels_are_caught(tmp_path) -> None:
+def package(folder: Path) -> Path:
+    """A copy of the package to plant a fault in, with the native library beside it."""
+    shutil.copytree(ROOT / "fastres", folder / "fastres", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder / "fastres"
+
+
+def of_triton(room: Path) -> list[str]:
     pytest.importorskip("triton")
     tasks = []
     for index, fault in enumerate(TRITON):
-        folder = tmp_path / f"fault{index}"
-        shutil.copytree(ROOT / "fastres", folder / "fastres", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        apply(fault, folder / "fastres" / "kernels" / "triton" / fault.file)
+        folder = room / f"fault{index}"
+        apply(fault, package(folder) / "kernels" / "triton" / fault.file)
         tasks.append(["triton", str(folder), fault.test, fault.arguments])
-    assert_all_caught(TRITON, caught(tasks, tmp_path))
+    return caught(tasks, room)
+
+
+def of_python(room: Path, faults: list[Fault]) -> list[str]:
+    """Those of Python, which run with the native library as it is."""
+    tasks = []
+    for index, fault in enumerate(faults):
+        copy = package(room / f"fault{index}")
+        for library in (ROOT / "fastres").glob("*.so"):
+            (copy / library.name).symlink_to(library)
+        apply(fault, copy / fault.file)
+        tasks.append(["plain", str(copy.parent), fault.test, fault.arguments])
+    return caught(tasks, room)
+
+
+def of_cpp(room: Path, faults: list[Fault]) -> list[str]:
+    """One kernel from faulty sources, for this machine's level; the other objects are those of the build in place."""
+    toolchain, recipes = _cuda_on_cpu.tools()
+    sound, cxx = recipes.WORK / "cpu", toolchain.find_cxx()
+    if not (sound / "module.o").is_file():
+        recipes.build_cpu({"built": [], "kernels": {}}, explicit=True)
+    capability = torch.backends.cpu.get_cpu_capability()
+    level = 4 if "AVX512" in capability else 3 if "AVX2" in capability else 1
+    edges, tasks = [], []
+    for index, fault in enumerate(faults):
+        folder = room / f"fault{index}"
+        copy, kernel = package(folder), fault.kernel or Path(fault.file).stem
+        shutil.copytree(recipes.CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cuda", "*.py", "__pycache__"))
+        apply(fault, folder / "csrc" / fault.file)
+        faulty = f"fault{index}.{kernel}.o"
+        flags = [f"-DFASTRES_CPU_LEVEL={level}", *recipes.LEVELS[level], f"-I{folder / 'csrc'}", "-O1"]
+        edges.append((faulty, "cxx", [folder / "csrc" / "cpu" / f"{kernel}.cpp"], flags))
+        objects = sorted(sound.glob("*.o"), key=lambda path: path.stem.rpartition(".")[2] if "." in path.stem else "")
+        objects = [faulty if path.name == f"{kernel}.{level}.o" else path for path in objects]
+        link = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu"]
+        edges.append((copy / recipes.PRODUCTS["cpu"], "link", objects, link))
+        tasks.append(["plain", str(folder), fault.test, fault.arguments])
+    rules = recipes.cxx_rules(cxx)
+    rules["cxx"] = rules["cxx"].replace(toolchain.quoted([f"-I{recipes.CSRC}"]), "")
+    toolchain.run_ninja(room, rules, edges)
+    return caught(tasks, room)
+
+
+def test_faults_in_cuda_kernels_are_caught(tmp_path) -> None:
+    assert_all_caught(CUDA, of_cuda(tmp_path))
+
+
+def test_faults_in_triton_kernels_are_caught(tmp_path) -> None:
+    assert_all_caught(TRITON, of_triton(tmp_path))

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import reliability
+import test_planted_faults
 import torch
-from reliability import binary, installation, instrumented, static
+from reliability import binary, children, far, installation, instrumented, static
 from reliability.board import Tally, run
+from torch import nn
 
 from fastres import dispatch
 from fastres.frozen import file, int8, layers
@@ -152,10 +154,95 @@ def fault_eval(patch):
     patch.setattr(static, "planted", folder, raising=False)  # which keeps it until the fault is undone
 
 
+def fault_networks(patch):
+    wrong_kernel(patch, scale_last, "bn_act_train", unlike_torch)
+    wrong_kernel(patch, scale_last, "bn_add_act_train", unlike_torch)
+
+
+def fault_states(patch):
+    """Weights that are loaded are rounded."""
+    right = nn.Module.load_state_dict
+
+    def load(self, state, *args, **options):
+        return right(self, {k: v.bfloat16().to(v.dtype) for k, v in state.items()}, *args, **options)
+
+    patch.setattr(nn.Module, "load_state_dict", load)
+
+
+def fault_zones(patch):
+    """Every call of an op writes one byte behind its output."""
+    patch.setattr(
+        children,
+        "PREFIX",
+        """
+import ctypes
+from fastres.ops._op import Op
+right = Op.__call__
+def call(self, *args):
+    y = right(self, *args)
+    if hasattr(y, "untyped_storage") and y.numel():
+        ctypes.memset(y.untyped_storage().data_ptr() + y.untyped_storage().nbytes(), 0, 1)
+    return y
+Op.__call__ = call
+""",
+    )
+
+
+def fault_index(patch):
+    """Values further away than 32 bits reach are not found."""
+    right = far.spread
+    patch.setattr(far, "spread", lambda tensor, dim, distance: right(tensor, dim, distance).zero_())
+
+
+def fault_leak(patch):
+    """Every op keeps what it gave."""
+    patch.setattr(
+        children,
+        "PREFIX",
+        """
+from fastres.ops._op import Op
+right, kept = Op.__call__, []
+def call(self, *args):
+    y = right(self, *args)
+    kept.append(bytes(4096))
+    return y
+Op.__call__ = call
+""",
+    )
+
+
+def fault_write(patch):
+    """Files are written where they stand, a half at a time."""
+    patch.setattr(
+        children,
+        "PREFIX",
+        """
+import time
+from fastres import tune
+from fastres.train import checkpoint
+def write(path, content):
+    content = content.encode() if isinstance(content, str) else content
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+        file.flush()
+        time.sleep(0.01)
+        file.write(content[len(content) // 2 :])
+tune._replace = checkpoint.write = write
+""",
+    )
+
+
+def fault_planting(patch):
+    """Nothing is planted, so nothing is caught."""
+    patch.setattr(test_planted_faults, "apply", lambda fault, file: None)
+
+
 FAULTS = {
     "R1": fault_values, "R2": fault_gradients, "R3": fault_derivative, "R4": fault_integers, "R5": fault_nan,
-    "R6": fault_mutation, "R7": fault_check, "R10": fault_stale, "R16": fault_luck, "R22": fault_file,
-    "R13": fault_memory, "R20": fault_setup, "R21": fault_abi, "R26": fault_eval, "F1": fault_plan, "F2": fault_scale,
+    "R6": fault_mutation, "R7": fault_check, "R8": fault_networks, "R9": fault_states, "R10": fault_stale,
+    "R13": fault_memory, "R14": fault_zones, "R15": fault_index, "R16": fault_luck, "R18": fault_leak, "R20": fault_setup,
+    "R21": fault_abi, "R22": fault_file, "R23": fault_write, "R24": fault_planting, "R26": fault_eval,
+    "F1": fault_plan, "F2": fault_scale,
 }  # fmt: skip
 
 

@@ -208,8 +208,12 @@ inline Tensor empty_strided(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef s
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  code, device_type, x.get_device_index(), &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device_type,
+                               x.get_device_index(), &handle) != TORCH_SUCCESS)
+    // The words by which programs know that memory ran out; the shim keeps PyTorch's own to itself.
+    throw std::runtime_error(std::string("fastres: ") +
+                             (x.is_cpu() ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.") +
+                             " for a tensor of shape " + show(sizes));
   return Tensor(handle);
 }
 

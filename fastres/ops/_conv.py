@@ -118,7 +118,7 @@ def _why_not_folded(x, residual) -> str | None:
     return why_not_dense(x)
 
 
-def why_not_onednn(x, residual, *rest) -> str | None:
+def why_not_onednn(x, residual, weight, *rest) -> str | None:
     if x.device.type != "cpu":
         return f"oneDNN runs on the CPU, the tensors are on {x.device.type}"
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
@@ -128,6 +128,9 @@ def why_not_onednn(x, residual, *rest) -> str | None:
             return "this CPU has no bfloat16 instructions that oneDNN uses"
     elif x.dtype != torch.float32:
         return f"oneDNN is used for float32 and bfloat16, got {x.dtype}"
+    padding, dilation = rest[-4:-2]
+    if any(p > d * (k - 1) for p, d, k in zip(padding, dilation, weight.shape[2:], strict=True)):
+        return "a window may lie wholly in the padding, where oneDNN with packed weights can end the process"
     return _why_not_folded(x, residual)
 
 

@@ -75,7 +75,8 @@ class Call:
         generator = torch.Generator().manual_seed(self.seed + 7919 * draw)
         parameters = torch.float64 if self.dtype == torch.float64 else torch.float32
         channels = self.filters[0] if self.filters else self.shape[1]
-        shift = 30.0 if self.far else 0.25
+        # Folding rounds the weights of a convolution once more, which twenty deviations would show: README's limits say so.
+        shift = 0.25 if not self.far else 3.0 if self.filters else 30.0
 
         def draw_(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -130,14 +131,19 @@ def calls(ops: tuple[str, ...] = OPS, train_values: int = 1) -> st.SearchStrateg
         if "conv" in op:
             groups = draw(st.sampled_from([g for g in (1, 1, 2, 4, 8, 16) if shape[1] % g == 0]))
             filters = (groups * draw(st.sampled_from((1, 2, 3, 7, 8, 16, 17))), groups, draw(st.booleans()))
+        dtype, far = draw(st.sampled_from(DTYPES)), draw(st.booleans())
+        if dtype == torch.float64:  # whose truth has no more digits than PyTorch's own result: nothing may amplify rounding
+            far, train_least = False, 16
+        else:
+            train_least = max(train_values, 2)
         if "train" in op:
-            assume(shape[0] * shape[2] * shape[3] >= max(train_values, 2))
+            assume(shape[0] * shape[2] * shape[3] >= train_least)
         layout = st.sampled_from(LAYOUTS)
         same = draw(layout)
         return Call(
-            op, shape, draw(st.sampled_from(DTYPES)), (same, draw(st.one_of(st.just(same), layout))),
+            op, shape, dtype, (same, draw(st.one_of(st.just(same), layout))),
             draw(st.sampled_from(("relu", "none"))), draw(st.sampled_from((1e-5, 1e-3, 1e-12))),
-            (draw(st.booleans()), draw(st.booleans())), window, filters, draw(st.booleans()), draw(st.integers(0, 2**31)),
+            (draw(st.booleans()), draw(st.booleans())), window, filters, far, draw(st.integers(0, 2**31)),
         )  # fmt: skip
 
     return build()

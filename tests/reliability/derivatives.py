@@ -20,12 +20,16 @@ def small(op, dtype: torch.dtype) -> list:
 
 
 def separated(args: list, generator: torch.Generator) -> list:
-    """Activations whose values lie so far apart that a finite difference meets no kink of ReLU or max."""
+    """Activations whose values lie so far apart that a finite difference meets no kink of ReLU or max, and weights that are
+    not 0, which without a bias would put a whole channel on it.
+    """
     found = []
     for arg in args:
         if isinstance(arg, torch.Tensor) and arg.dim() == 4:
             order = torch.randperm(arg.numel(), generator=generator).view(arg.shape)
             arg = (order.double() - arg.numel() / 2 + 0.3) * (4.0 / arg.numel())
+        elif isinstance(arg, torch.Tensor) and arg.dim() == 1:
+            arg = torch.where(arg == 0, 0.5, arg)
         found.append(arg)
     return found
 

@@ -160,7 +160,7 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
 }  # fmt: skip
 
 
-@scored("R22", "hostile caches, checkpoints and quantised files", full=2500, short=100)
+@scored("R22", "hostile caches, checkpoints and quantised files", full=1700, short=100)
 def hostile(tally: Tally, count: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

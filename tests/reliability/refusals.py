@@ -66,7 +66,7 @@ def of_optimize() -> Iterator[Case]:
         ("optimize(verify=3)", lambda: fastres.optimize(model(), verify=3), "verify"), ("optimize(verify='x')", lambda: fastres.optimize(model(), verify="x"), "verify"),
         ("optimize(dtype=int8)", lambda: fastres.optimize(model(), dtype=torch.int8), "dtype"), ("optimize(dtype='fp16')", lambda: fastres.optimize(model(), dtype="fp16"), "dtype"),
         ("optimize(skip=3)", lambda: fastres.optimize(model(), skip=3), "skip"), ("restore(None)", lambda: fastres.restore(None), "model"),
-        ("refresh(None)", lambda: fastres.refresh(None), "model"), ("explain(None)", lambda: fastres.explain(None), "target"),
+        ("refresh(3)", lambda: fastres.refresh(3), "model"), ("explain(None)", lambda: fastres.explain(None), "target"),
         ("explain('none')", lambda: fastres.explain("none"), "target"), ("explain of too few", lambda: fastres.explain("add_act", x), "args"),
         ("explain of a function without ops", lambda: fastres.explain(torch.relu, x), "target"),
         ("use of no op", lambda: fastres.use(none="cpu").__enter__(), "op"), ("use of no backend", lambda: fastres.use(add_act="none").__enter__(), "backend"),
@@ -76,7 +76,7 @@ def of_optimize() -> Iterator[Case]:
 
 
 def of_freeze() -> Iterator[Case]:
-    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(2, 3, 8, 8)
+    model, x = nn.Sequential(nn.Conv2d(16, 8, 3), nn.ReLU()).eval(), torch.randn(2, 16, 8, 8)
     frozen = fastres.freeze(model, x)
     calibration = fastres.Calibration
     for name, wrong in {
@@ -90,7 +90,7 @@ def of_freeze() -> Iterator[Case]:
         if name != "no images":
             yield f"frozen({name})", lambda wrong=wrong: frozen(wrong), (ValueError, TypeError), "x"
     quantize = {
-        "number": 7, "tensor": x, "nothing": [], "text": ["x"], "channels": [x[:, :2]], "NaN": [x * float("nan")], "infinity": [x / 0], "constant": [torch.ones(1, 3, 8, 8)],
+        "number": 7, "tensor": x, "nothing": [], "text": ["x"], "channels": [x[:, :2]], "NaN": [x * float("nan")], "infinity": [x / 0], "constant": [torch.ones(1, 16, 8, 8)],
         "integers": [x.long()], "float labels": [(x, torch.ones(2))], "three labels": [(x, torch.ones(3).long())], "sparse": [x.to_sparse()], "complex": [x.to(torch.complex64)],
         "accuracy 2": calibration([x], accuracy=2.0), "accuracy text": calibration([x], accuracy="x"), "agreement -1": calibration([x], agreement=-1.0),
         "error NaN": calibration([x], error=float("nan")), "error text": calibration([x], error="x"), "accuracy without labels": calibration([x], accuracy=0.5),

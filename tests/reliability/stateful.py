@@ -167,7 +167,7 @@ class Pair:
         name = self.draw.choice([name for name, _ in self.twin.named_parameters()])
         for _, model in self.both():
             model.get_parameter(name).data.add_(0.125)
-        fastres.refresh(self.ours)
+            fastres.refresh(model)  # the twin's blocks fold too
 
     def do_buffer(self) -> None:
         with torch.no_grad():

@@ -103,7 +103,7 @@ def bn_add_act(
         _needs_statistics("bn_add_act", running_mean, running_var)
         return BN_ADD_ACT(x, residual, weight, bias, running_mean, running_var, eps, act)
     _check_update("bn_add_act", x, running_mean, running_var)
-    y, mean, var = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
+    y, mean, var, _ = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
 
@@ -141,7 +141,7 @@ def bn_add_bn_act(
         return BN_ADD_BN_ACT(x, residual, *norm, running_mean, running_var, eps, *shortcut, act)
     _check_update(op, x, running_mean, running_var)
     _check_update(op, residual, r_mean, r_var, "residual_")
-    y, mean, var, mean_of_residual, var_of_residual = BN_ADD_BN_ACT_TRAIN(
+    y, mean, var, mean_of_residual, var_of_residual, _ = BN_ADD_BN_ACT_TRAIN(
         x, residual, *norm, eps, *r_norm, residual_eps, act
     )
     update_running(x, running_mean, running_var, mean, var, momentum)

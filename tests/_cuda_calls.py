@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastres.ops import REGISTRY
+from fastres.kernels.layout import memory_format
+from fastres.ops import REGISTRY, _mask
 
 SOURCES = sorted((Path(__file__).resolve().parents[1] / "csrc" / "cuda").glob("*.cpp"))
 OPS = [name for path in SOURCES for name in re.findall(r'm\.def\(\s*"cuda_(\w+)\(', path.read_text())]
@@ -42,7 +43,7 @@ def is_activation(a):
 
 
 def in_double(args):
-    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 def laid_out(args, layout):
@@ -66,18 +67,19 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     if name == "bn_act_backward":
         return [draw(), x, weight, bias, mean, var, 1e-5, act, training]
     if name == "bn_add_act_backward":
-        return [draw(), draw().relu(), x, weight, mean, var, 1e-5, act, training]
+        grad_y = draw()
+        return [grad_y, drawn_mask(x, act, generator), x, weight, mean, var, 1e-5, act]
     if name == "bn_act_maxpool_backward":
         grad_y = draw(F.max_pool2d(x.float(), *window).shape)
         return [grad_y, x, weight, bias, mean, var, 1e-5, act, training, *window]
     if base == "bn_add_bn_act":
-        return two_norms(name, x, draw(), draw(), (weight, bias, mean, var), act, training)
+        return two_norms(name, x, draw(), draw(), (weight, bias, mean, var), act, generator)
     residual = [draw()] if base == "bn_add_act" else []
     statistics = [] if name.endswith("_train") else [mean, var]
     return [x, *residual, weight, bias, *statistics, 1e-5, act, *(window if base == "bn_act_maxpool" else ())]
 
 
-def two_norms(name, x, residual, grad_y, norm, act, training):
+def two_norms(name, x, residual, grad_y, norm, act, generator):
     """Arguments of a form of bn_add_bn_act; the residual has its own statistics, and x's parameters in another order."""
     weight, bias, mean, var = norm
     other = weight.flip(0), bias.flip(0)
@@ -86,8 +88,14 @@ def two_norms(name, x, residual, grad_y, norm, act, training):
         return [x, residual, weight, bias, 1e-5, *other, 1e-3, act]
     if not name.endswith("_backward"):
         return [x, residual, weight, bias, mean, var, 1e-5, *other, *statistics, 1e-3, act]
-    y = (grad_y.flip(0) + residual).relu()
-    return [grad_y, y, x, residual, weight, mean, var, 1e-5, other[0], *statistics, 1e-3, act, training]
+    mask = drawn_mask(x, act, generator)
+    return [grad_y, mask, x, residual, weight, mean, var, 1e-5, other[0], *statistics, 1e-3, act]
+
+
+def drawn_mask(x, act, generator):
+    """Any bits of a ReLU's mask, those beyond the last element 0 as an op writes them."""
+    passes = torch.rand(x.shape, generator=generator) < 0.5
+    return _mask.pack(passes.to(x).contiguous(memory_format=memory_format(x)), act)
 
 
 def draw(shape, dtype, device, layout="contiguous_format", seed=0):

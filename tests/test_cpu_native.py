@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastres import functional
 from fastres.kernels import native
+from fastres.ops import _mask
 
 pytestmark = pytest.mark.cpu
 
@@ -40,16 +41,17 @@ def every_op(x, residual, grad_y):
     c = x.shape[1]
     weight, bias = torch.linspace(-1, 2, c), torch.linspace(1, -1, c)
     y, mean, var = op("bn_act_train")(x, weight, bias, 1e-5, "relu")
-    z, *_ = op("bn_add_act_train")(x, residual, weight, bias, 1e-5, "relu")
+    z, *_, mask = op("bn_add_act_train")(x, residual, weight, bias, 1e-5, "relu")
     pooled, *_ = op("bn_act_maxpool_train")(x, weight, bias, 1e-5, "relu", *WINDOW)
     return [
         y,
         mean,
         var,
         z,
+        mask,
         pooled,
         *op("bn_act_backward")(grad_y, x, weight, bias, mean, var, 1e-5, "relu", True),
-        *op("bn_add_act_backward")(grad_y, z, x, weight, mean, var, 1e-5, "relu", True),
+        *op("bn_add_act_backward")(grad_y, mask, x, weight, mean, var, 1e-5, "relu"),
         *op("bn_act_maxpool_backward")(pooled, x, weight, bias, mean, var, 1e-5, "relu", True, *WINDOW),
         op("add_act")(x, residual, "relu"),
         op("add_act_backward")(grad_y, y, "relu"),
@@ -106,7 +108,7 @@ def test_outputs_beyond_the_caches_equal_those_within(shape, dtype, memory_forma
             op("bn_act")(x, *channels, 1e-5, "relu"),
             op("bn_act_maxpool")(x, *channels, 1e-5, "relu", [1, 1], [1, 1], [0, 0]),
             op("bn_act_backward")(grad_y, x, *channels, 1e-5, "relu", False)[0],
-            *op("bn_add_act_backward")(grad_y, y, x, channels[0], *channels[2:], 1e-5, "relu", False)[:2],
+            op("bn_add_act_backward")(grad_y, _mask.pack(y, "relu"), x, channels[0], *channels[2:], 1e-5, "relu")[1],
             op("bn_act_maxpool_backward")(grad_y, x, *channels, 1e-5, "relu", False, [1, 1], [1, 1], [0, 0])[
                 0
             ],
@@ -149,11 +151,11 @@ def test_integers_are_exact(shape, dtype, memory_format):
     assert torch.equal(op("bn_act")(x, weight, bias, mean, var, 0.0, "relu").double(), z.relu())
     y = op("bn_add_act")(x, residual, weight, bias, mean, var, 0.0, "relu")
     assert torch.equal(y.double(), (z + residual.double()).relu())
-    grads = op("bn_add_act_backward")(grad_y, y, x, weight, mean, var, 0.0, "relu", False)
-    dz = torch.where(y > 0, grad_y, 0).double()
+    dz = torch.where(y > 0, grad_y, 0)
+    grads = op("bn_act_backward")(dz, x, weight, bias, mean, var, 0.0, "none", False)
+    dz = dz.double()
     expected = [
         dz * 2 * weight.view(-1, 1, 1),
-        dz,
         (dz * (x.double() - mean.view(-1, 1, 1)) * 2).sum((0, 2, 3)),
         dz.sum((0, 2, 3)),
     ]
@@ -202,7 +204,26 @@ def test_one_outlier_among_the_first_values_costs_no_digits(memory_format):
     torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 16, 4, 4), (2, 17, 5, 3), (5, 3, 7, 7), (1, 1, 1, 2), (70, 40, 9, 11)])
+def test_the_mask_is_that_of_the_output(shape, dtype, memory_format):
+    """Also of NaN, zeros of both signs and what rounds to zero; every bit is written, those beyond the end as 0."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0, tiny, -tiny, 3 * tiny], dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    residual = values[torch.randint(len(values), shape, generator=generator)].contiguous(memory_format=memory_format)
+    x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    r_weight = torch.full((shape[1],), 0.5)  # of statistics 0 and 1: what is tiny may round to zero
+    outputs = op("bn_add_act_train")(x, residual, None, None, 1e-5, "relu")
+    assert torch.equal(outputs[-1], _mask.pack(outputs[0], "relu"))
+    assert torch.equal(_mask.unpack(outputs[-1], x), ~(outputs[0] <= 0))
+    outputs = op("bn_add_bn_act_train")(residual.nan_to_num(0, 1, -1), x, r_weight, None, 1e-5, None, None, 1e-5, "relu")
+    assert torch.equal(outputs[-1], _mask.pack(outputs[0], "relu"))
+
+
 X, V = torch.ones(2, 3, 4, 4), torch.ones(3)
+BITS = torch.zeros(12, dtype=torch.uint8)
 ERRORS = [
     (
         "add_act",
@@ -248,6 +269,9 @@ ERRORS = [
         (X, X, V, V, V, V, 1e-5, "relu", True, *WINDOW),
         "grad_y must be of the sizes of y",
     ),
+    ("bn_add_act_backward", (X, BITS[:11], X, V, V, V, 1e-5, "relu"), r"mask must be contiguous and of size \(12,\)"),
+    ("bn_add_act_backward", (X, BITS.int(), X, V, V, V, 1e-5, "relu"), "mask must be uint8"),
+    ("bn_add_bn_act_backward", (X, BITS, X, X, V, V, V, 1e-5, V, V, V, 1e-5, "none"), r"of size \(0,\)"),
 ]
 
 

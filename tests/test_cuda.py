@@ -28,7 +28,7 @@ from tolerances import assert_close_to_truth
 
 from fastres.kernels import native
 from fastres.kernels.layout import memory_format
-from fastres.ops import REGISTRY
+from fastres.ops import REGISTRY, _mask
 
 
 @pytest.fixture(
@@ -50,6 +50,9 @@ def assert_parity(name, args, dtype, label):
     found, same, truth = run(name, *args), reference(name, args), reference(name, in_double(args))
     assert len(found) == len(truth)
     for index, (actual, torch_same, exact) in enumerate(zip(found, same, truth, strict=True)):
+        if actual.dtype == torch.uint8:  # bits: of its own y, which rounds as it may
+            assert torch.equal(actual, _mask.pack(found[0], args[-1])), f"{name} {label} mask"
+            continue
         # Digits that cancel are lost in any order: a mean near zero is judged by the spread of what it averages, a sum
         # of n terms of size one and any sign by its expected size, n ** 0.5, four times, for the steps on the way.
         spread = truth[index + 1].sqrt() if name.endswith("_train") and index % 2 else 0.0
@@ -221,12 +224,16 @@ def test_statistics_are_accurate(device, layout):
         assert torch.equal(mean, x[0, :, 0, 0]) and not var.any()
 
 
+def is_vector(a):
+    return isinstance(a, torch.Tensor) and a.dim() == 1 and a.is_floating_point()
+
+
 @pytest.mark.parametrize("name", [name for name in OPS if "bn" in name])
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float16, torch.float64])
 def test_parameters_of_other_dtypes(device, name, parameters):
     x = draw((3, 24, 5, 8), torch.bfloat16, device)
     args = arguments(name, x, dtype=parameters)
-    strided = [a.repeat_interleave(2)[::2] if isinstance(a, torch.Tensor) and a.dim() == 1 else a for a in args]
+    strided = [a.repeat_interleave(2)[::2] if is_vector(a) else a for a in args]
     assert_parity(name, strided, torch.bfloat16, f"{parameters} parameters")
     absent = [None if isinstance(a, torch.Tensor) and a.dim() == 1 and a.dtype == parameters else a for a in args]
     assert_parity(name, absent, torch.bfloat16, "no parameters")
@@ -255,7 +262,7 @@ def test_what_is_unsafe_raises(device, name):
     args = arguments(name, draw((2, 8, 4, 4), torch.float32, device))
     schema = getattr(torch.ops.fastres_C, f"cuda_{name}").default._schema
     act = [argument.name for argument in schema.arguments].index("act")
-    vector = next((i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() == 1), None)
+    vector = next((i for i, a in enumerate(args) if is_vector(a)), None)
     bad = [
         (mapped(args, lambda t: t.double()), "float32, float16 or bfloat16"),
         (mapped(args, lambda t: t[:0]), "not empty"),
@@ -270,6 +277,8 @@ def test_what_is_unsafe_raises(device, name):
         ]
     if vector is not None:
         bad.append(([*args[:vector], args[vector][:-1], *args[vector + 1 :]], "channels"))
+    if isinstance(args[1], torch.Tensor) and args[1].dtype == torch.uint8:
+        bad += [([args[0], mask, *args[2:]], "uint8|bit an element") for mask in (args[1][1:], args[1].float())]
     for arguments_, text in bad:
         with pytest.raises(RuntimeError, match=rf"fastres\.{name}: \w+ must be .*({text}).*, got "):
             run(name, *arguments_)

@@ -8,7 +8,7 @@ from tolerances import assert_close_to_truth
 
 import fastres
 from fastres import dispatch
-from fastres.ops import REGISTRY
+from fastres.ops import REGISTRY, _mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
@@ -59,7 +59,7 @@ def values_and_grads(op, args, seeds):
 
 
 def in_double(args):
-    return [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 def cases(device):
@@ -92,8 +92,12 @@ def check_parity(name, backend, dtype, device, layout):
             for index, (actual, torch_same, exact) in enumerate(zip(a, r, t, strict=True)):
                 what = f"{family} {sample.label} {('output', 'gradient')[kind]} {index}"
                 assert (actual is None) == (exact is None), what
-                if actual is not None:
-                    assert_close_to_truth(actual, torch_same, exact, dtype, what)
+                if actual is None:
+                    continue
+                if actual.dtype == torch.uint8:  # bits: of this backend's own y, which rounds as it may
+                    assert torch.equal(actual, _mask.pack(a[0], args[-1])), what
+                    continue
+                assert_close_to_truth(actual, torch_same, exact, dtype, what)
         ran += 1
     return ran, refusals
 

@@ -90,25 +90,29 @@ def run_batch_norm(room, dtype: torch.dtype):
     bn = room["bn_act"]
     for channels_last, table in ((True, room["configs"].CHANNELS_LAST), (False, room["configs"].CONTIGUOUS)):
         x = image(dtype, channels_last)
+        bits = room["relu_mask"].empty(x, "relu")
         for config in table:
             yield config, lambda x=x, config=config: bn.statistics(x, config)
             for residual, training in ((None, True), (x, False)):  # the fewest branches of a kernel, and all of them
-                yield config, lambda x=x, r=residual, config=config: bn.apply(
-                    x, r, *[parameter] * 4, 1e-5, "relu", config
+                mask = None if residual is None else bits
+                yield config, lambda x=x, r=residual, m=mask, config=config: bn.apply(
+                    x, r, *[parameter] * 4, 1e-5, "relu", config, m
                 )
-                yield config, lambda x=x, r=residual, t=training, config=config: bn.backward(
-                    x, r, x, *[parameter] * 4, 1e-5, "relu", t, config
+                yield config, lambda x=x, m=mask, t=training, config=config: bn.backward(
+                    x, m, x, *[parameter] * 4, 1e-5, "relu", t, config
                 )
             if config != table[0]:  # the kernels of two norms hold more: they are offered in the first tile only
                 continue
             norm = [parameter] * 4
-            yield config, lambda x=x, config=config, norm=norm: room["bn_add_bn_act"].bn_add_bn_act(
-                x, x, *norm, 1e-5, *norm, 1e-5, "relu", config
+            yield config, lambda x=x, bits=bits, config=config, norm=norm: room["bn_add_bn_act"].bn_add_bn_act(
+                x, x, *norm, 1e-5, *norm, 1e-5, "relu", config, bits
             )
-            for training in (True, False):
-                yield config, lambda x=x, t=training, config=config, norm=norm[:3]: room[
-                    "bn_add_bn_act"
-                ].bn_add_bn_act_backward(x, x, x, x, *norm, 1e-5, *norm, 1e-5, "relu", t, config)
+            yield config, lambda x=x, bits=bits, config=config, norm=norm[:3]: room[
+                "bn_add_bn_act"
+            ].bn_add_bn_act_backward(
+                x, bits, x, x, *norm, 1e-5, *norm, 1e-5, "relu", config
+            )
+        yield None, lambda x=x, bits=bits: room["relu_mask"].make(x, bits)
 
 
 def run_pooling(room, dtype: torch.dtype):
@@ -153,7 +157,7 @@ def few_channels(conv, dtype: torch.dtype, config, tf32: bool):
 
 def collect() -> list[Launch]:
     """Every distinct launch the ops make over all configurations and dtypes."""
-    names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "conv_bn_act", "pointwise")
+    names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "relu_mask", "conv_bn_act", "pointwise")
     room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
     found: dict[Launch, Launch] = {}  # by what the compiler sees of it
     with pytest.MonkeyPatch.context() as patch:

@@ -24,9 +24,10 @@ from fastres.kernels.triton import (  # noqa: E402
     configs,
     conv_bn_act,
     device,
+    relu_mask,
     why_not,
 )  # fmt: skip
-from fastres.ops import REGISTRY  # noqa: E402
+from fastres.ops import REGISTRY, _mask  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -53,9 +54,13 @@ def draw(shape, dtype, layout=torch.contiguous_format, mean=0.0):
     return (torch.randn(shape) + mean).to(dtype).contiguous(memory_format=layout)
 
 
+def in_double(args):
+    return (a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
 def judge(actual, reference, args, dtype):
     """Each output against float64 truth, with torch's error at dtype as the yardstick; strides as torch gives them."""
-    theirs, truth = reference(*args), reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    theirs, truth = reference(*args), reference(*in_double(args))
     for name, value in actual.items():
         assert_close_to_truth(value, theirs[name], truth[name], dtype, name)
 
@@ -80,10 +85,10 @@ def run_batch_norm(x, residual, weight, bias, mean, var, grad_y, training, confi
     """All outputs of the Triton kernels, and y for the reference's mask."""
     if training:
         mean, var = bn_act.statistics(x, config)
-    y = bn_act.apply(x, residual, weight, bias, mean, var, EPS, "relu", config)
-    saved = None if residual is None else y
+    mask = None if residual is None else relu_mask.empty(x, "relu")
+    y = bn_act.apply(x, residual, weight, bias, mean, var, EPS, "relu", config, mask)
     grad_x, dz, grad_weight, grad_bias = bn_act.backward(
-        grad_y, saved, x, weight, bias, mean, var, EPS, "relu", training, config
+        grad_y, mask, x, weight, bias, mean, var, EPS, "relu", training, config
     )
     found = {"y": y, "grad_x": grad_x}
     found |= {} if residual is None else {"grad_residual": dz}
@@ -150,7 +155,8 @@ def test_gradients_take_the_parameters_dtypes():
     assert (grad_weight.dtype, grad_bias.dtype) == (torch.bfloat16, torch.float16)
     _, grad_weight, grad_bias = bn_act.bn_act_backward(grad_y, x, None, None, *args)
     assert (grad_weight.dtype, grad_bias.dtype) == (torch.float32, torch.float32)
-    _, _, grad_weight, grad_bias = bn_add_act.bn_add_act_backward(grad_y, x, x, weight, *args)
+    mask = relu_mask.empty(x, "relu").zero_()
+    _, _, grad_weight, grad_bias = bn_add_act.bn_add_act_backward(grad_y, mask, x, weight, *args[:-1])
     assert (grad_weight.dtype, grad_bias.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
@@ -194,22 +200,36 @@ def test_pooling(dtype, window, layout, training, few_programs):
         assert found[0].stride() == x.stride()
 
 
-@pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
+@pytest.mark.parametrize("shape", ((2, 3, 7, 3), (3, 24, 4, 6)))
+def test_the_mask_is_that_of_the_output(shape, layout, few_programs):
+    """Of both forms of training, in tiles of whole bytes and others; NaN and zeros among the values."""
+    x, residual = torch.zeros(shape).contiguous(memory_format=layout), draw(shape, torch.float32, layout)
+    residual[0, :, :2, :2], residual[-1, :, 0] = torch.nan, 0.0
+    zero, one = torch.zeros(shape[1]), torch.ones(shape[1])
+    for config in (None, configs.TileConfig(8, 2, 1), configs.TileConfig(16, 8, 1), configs.TileConfig(4, 16, 1)):
+        masks = [relu_mask.empty(x, "relu").fill_(85) for _ in range(2)]
+        y = bn_act.apply(x, residual, None, None, zero, one, EPS, "relu", config, masks[0])
+        assert torch.equal(masks[0], _mask.pack(y, "relu"))
+        norm = None, None, zero, one, EPS
+        y = bn_add_bn_act.bn_add_bn_act(x, residual, *norm, *norm, "relu", config, masks[1])
+        assert torch.equal(masks[1], _mask.pack(y, "relu"))
+        assert torch.equal(masks[1], masks[0])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_batch_norms(dtype, layout, training, few_programs):
+def test_two_batch_norms(dtype, layout, few_programs):
     x, residual = draw((2, 3, 7, 3), dtype, layout, mean=1.0), draw((2, 3, 7, 3), dtype, layout)
     weight, bias, eps = torch.tensor([1.5, 0.0, -0.7]), torch.randn(3), (EPS, 1e-3)
     forward, backward = REGISTRY["bn_add_bn_act"].reference, REGISTRY["bn_add_bn_act_backward"].reference
     for config in (None, configs.TileConfig(8, 2, 1)):
-        stats = [(torch.randn(3), torch.rand(3) + 0.5) for _ in range(2)]
-        if training:
-            stats = [bn_act.statistics(t, config) for t in (x, residual)]
+        stats = [bn_act.statistics(t, config) for t in (x, residual)]
         own, other = ((weight, bias, *stats[0], eps[0]), (bias, weight, *stats[1], eps[1]))
         y = bn_add_bn_act.bn_add_bn_act(x, residual, *own, *other, "relu", config)
         judge({"y": y}, lambda *args: {"y": forward(*args)}, (x, residual, *own, *other, "relu"), dtype)
         norms = (weight, *stats[0], eps[0], bias, *stats[1], eps[1])
-        args = (draw(x.shape, dtype, layout), y, x, residual, *norms, "relu", training)
+        args = (draw(x.shape, dtype, layout), _mask.pack(y, "relu"), x, residual, *norms, "relu")
         found = bn_add_bn_act.bn_add_bn_act_backward(*args, config=config)
         judge(dict(enumerate(found)), lambda *args: dict(enumerate(backward(*args))), args, dtype)
         assert y.stride() == found[0].stride() == found[1].stride() == x.stride()

@@ -181,6 +181,13 @@ inline void check_pair(const char* op, Named first, Named second, bool with_doub
                 "strides " << show(a.strides()) << " for sizes " << show(a.sizes()));
 }
 
+// One bit for each of `numel` elements.
+inline void check_mask(const char* op, const Tensor& mask, int64_t numel) {
+  FASTRES_CHECK(mask.scalar_type() == ScalarType::Byte, op, "mask", "uint8", show(mask.scalar_type()));
+  FASTRES_CHECK(mask.dim() == 1 && mask.size(0) == (numel + 7) / 8 && mask.is_contiguous(), op, "mask",
+                "contiguous and of size (" << (numel + 7) / 8 << ",), a bit an element", show(mask.sizes()));
+}
+
 // --- parameters and statistics -------------------------------------------------------------------
 
 // A vector with one value per channel of x, contiguous and of the wanted dtype (a copy only where it is neither).

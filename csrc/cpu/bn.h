@@ -25,8 +25,10 @@ struct BnCall {
   Channels origin;  // what kernels subtract from x
   Scratch scratch;
 
-  // pooled: y has other sizes than x, so that the two layouts of 1x1 planes do not coincide.
-  BnCall(const char* op, std::initializer_list<Named> activations, const std::string& act, bool pooled = false)
+  // outputs: activations that it writes. pooled: y has other sizes than x, so that the two layouts of 1x1 planes do not
+  // coincide.
+  BnCall(const char* op, std::initializer_list<Named> activations, const std::string& act, int64_t outputs = 1,
+         bool pooled = false)
       : op(op), x(activations.begin()->tensor) {
     for (const auto& [param, tensor] : activations) check_cpu(op, param, tensor);
     format = check_activations(op, activations, true);
@@ -36,8 +38,8 @@ struct BnCall {
     args.channels = x.size(1);
     count = static_cast<double>(args.numel / args.channels);  // NOLINT(bugprone-integer-division): without remainder
     args.x = x.data_ptr();
-    const size_t inputs = activations.size(), outputs = inputs > 2 ? 2 : 1;  // a gradient of the residual beside that of x
-    args.stream = args.numel * element_size(args.dtype) * static_cast<int64_t>(inputs + outputs) >= kCacheBytes;
+    const int64_t tensors = static_cast<int64_t>(activations.size()) + outputs;
+    args.stream = args.numel * element_size(args.dtype) * tensors >= kCacheBytes;
     const int64_t plane = x.size(2) * x.size(3);
     args.channels_last = format == Format::channels_last || (plane == 1 && !pooled);
     if (args.channels_last) {  // whole vectors, and enough of them to hide the cost of a row
@@ -92,10 +94,27 @@ struct BnCall {
     parallel_for(0, args.channels, grain, [&](int64_t begin, int64_t end) { bn_merge(args, begin, end); });
   }
 
+  // A thread has whole bytes of the mask: rows of channels_last are whole vectors, of contiguous planes it takes eight.
   template <typename Kernel>
   void run_rows(Kernel kernel) {
-    const int64_t grain = std::max<int64_t>(1, kGrain / args.cols);
-    parallel_for(0, args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    const int64_t group = args.channels_last ? 1 : 8, groups = (args.rows + group - 1) / group;
+    const int64_t grain = std::max<int64_t>(1, kGrain / (args.cols * group));
+    parallel_for(0, groups, grain, [&](int64_t begin, int64_t end) {
+      kernel(args, begin * group, std::min(end * group, args.rows));
+    });
+  }
+
+  // The mask of x's ReLU, to be written; without one nothing.
+  Tensor empty_mask() {
+    Tensor mask = empty_vector(args.act == Act::kRelu ? (args.numel + 7) / 8 : 0, ScalarType::Byte, x);
+    args.mask = static_cast<uint8_t*>(mask.data_ptr());
+    return mask;
+  }
+
+  void read_mask(const Tensor& mask) {
+    check_cpu(op, "mask", mask);
+    check_mask(op, mask, args.act == Act::kRelu ? args.numel : 0);
+    args.mask = static_cast<uint8_t*>(mask.data_ptr());
   }
 
  private:

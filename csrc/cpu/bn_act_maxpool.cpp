@@ -56,7 +56,7 @@ Tensor apply(BnCall& call, const BnActMaxpoolArgs& args) {
 Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                       const Tensor& var, double eps, const std::string& act, const Ints& kernel_size, const Ints& stride,
                       const Ints& padding) {
-  BnCall call("bn_act_maxpool", {{"x", x}}, act, true);
+  BnCall call("bn_act_maxpool", {{"x", x}}, act, 1, true);
   const BnActMaxpoolArgs args = pool_args(call, check_window(call, kernel_size, stride, padding));
   call.read_affine(weight, bias);
   call.read_statistics(mean, var, eps);
@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const O
                                                         const OptionalTensor& bias, double eps, const std::string& act,
                                                         const Ints& kernel_size, const Ints& stride,
                                                         const Ints& padding) {
-  BnCall call("bn_act_maxpool_train", {{"x", x}}, act, true);
+  BnCall call("bn_act_maxpool_train", {{"x", x}}, act, 1, true);
   const BnActMaxpoolArgs args = pool_args(call, check_window(call, kernel_size, stride, padding));
   call.read_affine(weight, bias);
   const Statistics statistics = batch_statistics(call, eps);
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y,
                                                            const std::string& act, bool training,
                                                            const Ints& kernel_size, const Ints& stride,
                                                            const Ints& padding) {
-  BnCall call("bn_act_maxpool_backward", {{"x", x}}, act, true);
+  BnCall call("bn_act_maxpool_backward", {{"x", x}}, act, 1, true);
   const PoolWindow window = check_window(call, kernel_size, stride, padding);
   BnActMaxpoolArgs args = pool_args(call, window);
   check_pooled(call.op, "grad_y", grad_y, x, window, call.format);

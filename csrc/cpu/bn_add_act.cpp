@@ -21,33 +21,35 @@ Tensor bn_add_act(const Tensor& x, const Tensor& residual, const OptionalTensor&
   return apply(call, residual);
 }
 
-std::tuple<Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, const Tensor& residual,
-                                                    const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                                                    const std::string& act) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, const Tensor& residual,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            double eps, const std::string& act) {
   BnCall call("bn_add_act_train", {{"x", x}, {"residual", residual}}, act);
   call.read_affine(weight, bias);
   const Statistics statistics = batch_statistics(call, eps);
-  return {apply(call, residual), statistics.mean, statistics.var};
+  const Tensor mask = call.empty_mask();
+  return {apply(call, residual), statistics.mean, statistics.var, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const Tensor& y, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const Tensor& mask, const Tensor& x,
                                                                const OptionalTensor& weight, const Tensor& mean,
-                                                               const Tensor& var, double eps, const std::string& act,
-                                                               bool training) {
-  BnCall call("bn_add_act_backward", {{"x", x}, {"grad_y", grad_y}, {"y", y}}, act);
+                                                               const Tensor& var, double eps, const std::string& act) {
+  BnCall call("bn_add_act_backward", {{"x", x}, {"grad_y", grad_y}}, act, 2);
+  call.read_mask(mask);
   call.read_affine(weight, std::nullopt);
   call.read_statistics(mean, var, eps);
   call.fill_tables();
-  call.args.training = training;
+  call.args.training = true;
   call.args.grad_y = grad_y.data_ptr();
-  call.args.y = y.data_ptr();
   Tensor grad_residual = empty_output(x.sizes(), call.format, x);
   call.args.grad_residual = grad_residual.data_ptr();
   call.reduce(bn_add_act_sums);
   const ParameterGradients grads = parameter_gradients(call, mean, weight, std::nullopt);
   Tensor grad_x = empty_output(x.sizes(), call.format, x);
   call.args.out = grad_x.data_ptr();
-  call.run_rows(bn_add_act_gradient);
+  call.args.grad_y = grad_residual.data_ptr();  // which is dz
+  call.args.act = Act::kNone;
+  call.run_rows(bn_act_gradient);
   return {grad_x, grad_residual, grads.weight, grads.bias};
 }
 
@@ -58,9 +60,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_bn_add_act(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
         "str act) -> Tensor");
   m.def("cpu_bn_add_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act) "
-        "-> (Tensor, Tensor, Tensor)");
-  m.def("cpu_bn_add_act_backward(Tensor grad_y, Tensor y, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps, "
-        "str act, bool training) -> (Tensor, Tensor, Tensor, Tensor)");
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_bn_add_act_backward(Tensor grad_y, Tensor mask, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps, "
+        "str act) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {

@@ -12,8 +12,7 @@ Tensor apply(BnCall& call, BnCall& shortcut) {
   shortcut.fill_tables();
   call.args.out = y.data_ptr();
   const BnAddBnActArgs args{call.args, shortcut.args};
-  const int64_t grain = std::max<int64_t>(1, kGrain / call.args.cols);
-  parallel_for(0, call.args.rows, grain, [&](int64_t begin, int64_t end) { bn_add_bn_act_forward(args, begin, end); });
+  call.run_rows([&](const BnArgs&, int64_t begin, int64_t end) { bn_add_bn_act_forward(args, begin, end); });
   return y;
 }
 
@@ -30,7 +29,7 @@ Tensor bn_add_bn_act(const Tensor& x, const Tensor& residual, const OptionalTens
   return apply(call, shortcut);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
     const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
     const OptionalTensor& residual_weight, const OptionalTensor& residual_bias, double residual_eps,
     const std::string& act) {
@@ -39,18 +38,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
   call.read_affine(weight, bias);
   shortcut.read_affine(residual_weight, residual_bias);
   const Statistics own = batch_statistics(call, eps), other = batch_statistics(shortcut, residual_eps);
-  return {apply(call, shortcut), own.mean, own.var, other.mean, other.var};
+  const Tensor mask = call.empty_mask();
+  return {apply(call, shortcut), own.mean, own.var, other.mean, other.var, mask};
 }
 
 // dz, the gradient behind the activation, is left where the residual's gradient will be: the same element is read before it
 // is written.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backward(
-    const Tensor& grad_y, const Tensor& y, const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
+    const Tensor& grad_y, const Tensor& mask, const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
     const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight, const Tensor& residual_mean,
-    const Tensor& residual_var, double residual_eps, const std::string& act, bool training) {
+    const Tensor& residual_var, double residual_eps, const std::string& act) {
   const char* op = "bn_add_bn_act_backward";
-  BnCall call(op, {{"x", x}, {"grad_y", grad_y}, {"y", y}, {"residual", residual}}, act);
+  BnCall call(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}}, act, 2);
   BnCall shortcut(op, {{"residual", residual}, {"x", x}}, "none");
+  call.read_mask(mask);
   call.read_affine(weight, std::nullopt);
   shortcut.read_affine(residual_weight, std::nullopt);
   call.read_statistics(mean, var, eps);
@@ -59,10 +60,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backwar
   Tensor grad_residual = empty_output(x.sizes(), call.format, x);
   for (BnCall* each : {&call, &shortcut}) {
     each->fill_tables();
-    each->args.training = training;
+    each->args.training = true;
   }
   call.args.grad_y = grad_y.data_ptr();
-  call.args.y = y.data_ptr();
   call.args.grad_residual = grad_residual.data_ptr();
   shortcut.args.grad_y = grad_residual.data_ptr();
   call.reduce(bn_add_act_sums);
@@ -71,7 +71,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backwar
   const ParameterGradients other = parameter_gradients(shortcut, residual_mean, residual_weight, std::nullopt);
   call.args.out = grad_x.data_ptr();
   shortcut.args.out = grad_residual.data_ptr();
-  call.run_rows(bn_add_act_gradient);
+  call.args.grad_y = grad_residual.data_ptr();
+  call.args.act = Act::kNone;
+  call.run_rows(bn_act_gradient);
   shortcut.run_rows(bn_act_gradient);
   return {grad_x, grad_residual, own.weight, own.bias, other.weight, other.bias};
 }
@@ -85,10 +87,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
         "str act) -> Tensor");
   m.def("cpu_bn_add_bn_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
         "Tensor? residual_weight, Tensor? residual_bias, float residual_eps, str act) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpu_bn_add_bn_act_backward(Tensor grad_y, Tensor y, Tensor x, Tensor residual, Tensor? weight, Tensor mean, "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_bn_add_bn_act_backward(Tensor grad_y, Tensor mask, Tensor x, Tensor residual, Tensor? weight, Tensor mean, "
         "Tensor var, float eps, Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps, "
-        "str act, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {

@@ -33,7 +33,7 @@ struct BnArgs {
   const void* x;
   const void* residual;
   const void* grad_y;
-  const void* y;  // backward of bn_add_act: holds the mask
+  uint8_t* mask;  // of a ReLU at the end of a block, see mask.h: training writes it, backward reads it
   void* out;      // y or grad_x
   void* grad_residual;
 
@@ -52,7 +52,6 @@ FASTRES_CPU_KERNEL(bn_act_forward, BnArgs)     // rows
 FASTRES_CPU_KERNEL(bn_act_sums, BnArgs)        // chunks: sums of dz and of dz * (x - mean)
 FASTRES_CPU_KERNEL(bn_act_gradient, BnArgs)    // rows
 FASTRES_CPU_KERNEL(bn_add_act_forward, BnArgs)
-FASTRES_CPU_KERNEL(bn_add_act_sums, BnArgs)
-FASTRES_CPU_KERNEL(bn_add_act_gradient, BnArgs)
+FASTRES_CPU_KERNEL(bn_add_act_sums, BnArgs)    // chunks: the same sums; writes dz, from which bn_act_gradient goes on
 
 }  // namespace fastres::cpu

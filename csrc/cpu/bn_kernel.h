@@ -1,10 +1,11 @@
-// Bodies of the batch normalisation kernels; kAdd: with a residual, whose backward takes the ReLU's mask from the saved y.
+// Bodies of the batch normalisation kernels; kAdd: with a residual, whose training saves the ReLU's mask for backward.
 // Included by *_kernel.cpp only; everything lives in the namespace of the level it is compiled for.
 #pragma once
 
 #include "common/epilogue.h"
 #include "cpu/bn_args.h"
 #include "cpu/loops.h"
+#include "cpu/mask.h"
 
 namespace fastres::cpu::FASTRES_LEVEL {
 
@@ -75,17 +76,20 @@ FASTRES_INLINE void reduce_chunks(const BnArgs& args, int64_t begin, int64_t end
   }
 }
 
-// Calls body(entry)(offset, lanes) for the elements of rows [begin, end), in memory order.
+// Calls body(entry)(offset, lanes) for the elements of rows [begin, end), in memory order; channels last, whole vectors
+// start at multiples of L.
 template <bool kChannelsLast, int64_t L, typename scalar_t, typename Body>
 FASTRES_INLINE void for_each_row(const BnArgs& args, int64_t begin, int64_t end, const scalar_t* out, Body body) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % (L * sizeof(scalar_t)) == 0;
+  const bool stream = args.stream && (aligned || !kChannelsLast);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t offset = row * args.cols;
     const int64_t channel = row % args.channels;
-    for_each<L>(min(args.cols, args.numel - offset), out + offset, args.stream, [&](int64_t i, auto lanes) {
+    for_each<L>(min(args.cols, args.numel - offset), out + offset, stream, [&](int64_t i, auto lanes) {
       body(kChannelsLast ? i : channel)(offset + i, lanes);
     });
   }
-  if (args.stream) stream_fence();
+  if (stream) stream_fence();
 }
 
 // What the tables hold for L neighbouring elements.
@@ -102,37 +106,57 @@ FASTRES_INLINE auto load_affine(const BnArgs& args, int64_t entry) {
   return Affine<Vec<acc_t, L>>{value(args.mean), value(args.scale), value(args.bias)};
 }
 
+// Stores act(z) and, where there is a mask, its bits: a z that rounds to zero passes no gradient.
+template <int64_t L, bool kLast, bool kRelu, bool kMask, typename scalar_t, typename V, typename Lanes>
+FASTRES_INLINE void store_activated(const BnArgs& args, scalar_t* y, int64_t offset, V z, Lanes lanes) {
+  using acc_t = acc_of<scalar_t>;
+  if constexpr (kMask) {
+    const uint32_t bits = bits_above<L, acc_t>(z, static_cast<acc_t>(kZeroUpTo<scalar_t>));
+    store_bits<L, kLast && kIsWhole<Lanes>>(args.mask, offset, count_of<L>(lanes), bits);
+  }
+  store<L>(y + offset, kRelu ? relu(z) : z, lanes);
+}
+
+// Calls f(whether a mask is to be written), as a compile-time value.
+template <bool kPossible, typename F>
+FASTRES_INLINE void with_mask(const BnArgs& args, F f) {
+  if constexpr (kPossible) with_bool(args.mask != nullptr, f);
+  else f(Bool<false>{});
+}
+
 template <bool kAdd>
 FASTRES_INLINE void forward(const BnArgs& shared, int64_t begin, int64_t end) {
   with_traits(shared, [&](BnArgs args, auto type, auto last, auto is_relu) {
-    using scalar_t = decltype(type);
-    using acc_t = acc_of<scalar_t>;
-    constexpr int64_t L = kLanes<acc_t>;
-    constexpr bool kLast = last.value;
-    const auto* x = static_cast<const scalar_t*>(args.x);
-    const auto* residual = static_cast<const scalar_t*>(args.residual);
-    auto* y = static_cast<scalar_t*>(args.out);
-    for_each_row<kLast, L>(args, begin, end, y, [&](int64_t entry) {
-      return [&, affine = load_affine<acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
-        auto z = affine(read<acc_t, L>(x + offset, lanes));
-        if constexpr (kAdd) z += read<acc_t, L>(residual + offset, lanes);
-        store<L>(y + offset, is_relu.value ? relu(z) : z, lanes);
-      };
+    with_mask<kAdd && is_relu.value>(args, [&](auto has_mask) {
+      using scalar_t = decltype(type);
+      using acc_t = acc_of<scalar_t>;
+      constexpr int64_t L = kLanes<acc_t>;
+      constexpr bool kLast = last.value, kRelu = is_relu.value, kMask = has_mask.value;
+      const auto* x = static_cast<const scalar_t*>(args.x);
+      const auto* residual = static_cast<const scalar_t*>(args.residual);
+      auto* y = static_cast<scalar_t*>(args.out);
+      for_each_row<kLast, L>(args, begin, end, y, [&](int64_t entry) {
+        return [&, affine = load_affine<acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
+          auto z = affine(read<acc_t, L>(x + offset, lanes));
+          if constexpr (kAdd) z += read<acc_t, L>(residual + offset, lanes);
+          store_activated<L, kLast, kRelu, kMask>(args, y, offset, z, lanes);
+        };
+      });
     });
   });
 }
 
 // dz, the gradient behind the activation, of L elements of x, which lie at `offset`.
-template <bool kAdd, bool kRelu, int64_t L, typename scalar_t, typename V, typename Lanes>
+template <bool kAdd, bool kRelu, bool kLast, int64_t L, typename scalar_t, typename V, typename Lanes>
 FASTRES_INLINE V load_dz(const BnArgs& args, const Affine<V>& affine, V x, int64_t offset, Lanes lanes) {
   using acc_t = acc_of<scalar_t>;
   const auto grad_y = read<acc_t, L>(static_cast<const scalar_t*>(args.grad_y) + offset, lanes);
   if constexpr (!kRelu) return grad_y;
   else if constexpr (!kAdd) return relu_gradient(grad_y, affine(x), static_cast<acc_t>(kZeroUpTo<scalar_t>));
-  else return relu_gradient(grad_y, read<acc_t, L>(static_cast<const scalar_t*>(args.y) + offset, lanes), acc_t{});
+  else return where_bits<L, acc_t>(load_bits<L, kLast && kIsWhole<Lanes>>(args.mask, offset, count_of<L>(lanes)), grad_y);
 }
 
-// With a residual, dz is its gradient: it is written here, and the second pass reads it instead of grad_y and y.
+// With a residual, dz is its gradient: it is written here, and the second pass reads it instead of grad_y and the mask.
 template <bool kAdd>
 FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
   with_traits(shared, [&](BnArgs args, auto type, auto last, auto is_relu) {
@@ -147,9 +171,9 @@ FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
     reduce_chunks<kLast, kAdd ? 1 : 4, acc_t>(args, begin, end, [&](int64_t entry) {
       return [&, affine = load_affine<acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
         const auto x = read<acc_t, L>(from_x + offset, lanes);
-        const auto dz = load_dz<kAdd, is_relu.value, L, scalar_t>(args, affine, x, offset, lanes);
+        const auto dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, affine, x, offset, lanes);
         if constexpr (kAdd) {
-          if (is_whole(lanes) && stream) store<L>(grad_residual + offset, dz, Stream{});
+          if (kIsWhole<decltype(lanes)> && stream) store<L>(grad_residual + offset, dz, Stream{});
           else store<L>(grad_residual + offset, dz, lanes);
         }
         return Pair<Vec<acc_t, L>>{dz, dz * (x - affine.mean)};
@@ -174,24 +198,21 @@ FASTRES_INLINE auto load_slope(const BnArgs& args, int64_t entry) {
   }
 }
 
-template <bool kAdd>
 FASTRES_INLINE void gradient(const BnArgs& shared, int64_t begin, int64_t end) {
   with_traits(shared, [&](BnArgs args, auto type, auto last, auto is_relu) {
     with_bool(args.training, [&](auto training) {
       using scalar_t = decltype(type);
       using acc_t = acc_of<scalar_t>;
       constexpr int64_t L = kLanes<acc_t>;
-      constexpr bool kLast = last.value;
+      constexpr bool kLast = last.value, kRelu = is_relu.value;
       auto* grad_x = static_cast<scalar_t*>(args.out);
       const auto* from_x = static_cast<const scalar_t*>(args.x);
-      const auto* grad_residual = static_cast<const scalar_t*>(args.grad_residual);
       for_each_row<kLast, L>(args, begin, end, grad_x, [&](int64_t entry) {
         return [&, affine = load_affine<acc_t, L, kLast>(args, entry),
                 slope = load_slope<training.value, acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
-          Vec<acc_t, L> x{}, dz;
-          if constexpr (training.value || (!kAdd && is_relu.value)) x = read<acc_t, L>(from_x + offset, lanes);
-          if constexpr (kAdd) dz = read<acc_t, L>(grad_residual + offset, lanes);
-          else dz = load_dz<kAdd, is_relu.value, L, scalar_t>(args, affine, x, offset, lanes);
+          Vec<acc_t, L> x{};
+          if constexpr (training.value || kRelu) x = read<acc_t, L>(from_x + offset, lanes);
+          const auto dz = load_dz<false, kRelu, kLast, L, scalar_t>(args, affine, x, offset, lanes);
           store<L>(grad_x + offset, slope(dz, x), lanes);
         };
       });

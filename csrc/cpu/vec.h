@@ -15,8 +15,15 @@ struct Stream {};
 struct Part {
   int64_t n;
 };
-FASTRES_INLINE constexpr bool is_whole(Whole) { return true; }
-FASTRES_INLINE constexpr bool is_whole(Part) { return false; }
+template <typename Lanes>
+constexpr bool kIsWhole = !std::is_same_v<Lanes, Part>;
+
+// How many elements a vector of L moves.
+template <int64_t L, typename Lanes>
+FASTRES_INLINE int64_t count_of(Lanes lanes) {
+  if constexpr (kIsWhole<Lanes>) return L;
+  else return lanes.n;
+}
 
 template <typename V, typename T>
 FASTRES_INLINE V move_in(const T* p, Whole) {

@@ -16,6 +16,7 @@ struct BnActParams {
   const void* residual;  // bn_add_act
   void* y;
   ChannelVector weight, bias, mean, var;
+  uint8_t* mask = nullptr;  // bn_add_act, bn_add_bn_act: of the ReLU in training, see relu_mask.h
 };
 
 cudaError_t launch_bn_act(const BnActParams& params, cudaStream_t stream);

@@ -14,7 +14,7 @@ struct BnActBackwardParams {
   bool training;  // mean and var are those of x; else constants
   float eps;
   const void* grad_y;
-  const void* y;        // bn_add_act: holds the mask
+  const uint8_t* mask;  // bn_add_act: of the ReLU, see relu_mask.h
   const void* x;
   void* grad_x;
   void* grad_residual;  // bn_add_act

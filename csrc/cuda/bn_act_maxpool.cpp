@@ -26,7 +26,7 @@ Pool pool_of(const Tensor& x, const PoolWindow& window) {
 BnGeometry divide(const Tensor& x, int64_t plane, std::initializer_list<const void*> pointers) {
   const bool channels_last = memory_format(x) == Format::channels_last;
   const bool vectors = channels_last && std::all_of(pointers.begin(), pointers.end(), is_aligned);
-  return bn_geometry(dtype_of(x), channels_last, vectors, x.size(0), x.size(1), plane);
+  return bn_geometry(vector_of(x), channels_last, vectors, x.size(0), x.size(1), plane);
 }
 
 Tensor apply(const Launch& launch, const Tensor& x, const PoolWindow& window, const BnArguments& args, double eps,

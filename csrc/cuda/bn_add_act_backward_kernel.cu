@@ -1,8 +1,8 @@
-// Formula: dz = grad_y where y > 0 or y is NaN, else 0; sums of dz and dz * (x - mean); then as bn_act_backward from dz.
+// Formula: dz = grad_y where the mask lets it pass, else 0; sums of dz and dz * (x - mean); then as bn_act_backward from dz.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
-// Bytes per element: reduction three reads and one write (grad_residual = dz), grad_x two reads, one write.
+// Bytes per element: reduction two reads, the mask and one write (grad_residual = dz), grad_x two reads, one write.
 // Accumulate type: float; dz is exact, grad_x is rounded once.
-// Invariants: fixed order whatever the device; evaluation finishes grad_x in the reduction.
+// Invariants: fixed order whatever the device.
 #include "cuda/bn_add_act_backward.h"
 #include "cuda/device/bn_backward.cuh"
 
@@ -19,7 +19,7 @@ cudaError_t launch_bn_add_act_backward(const BnAddActBackwardParams& params, cud
     return launch_bn(bn_add_act_backward_reduce_kernel<decltype(traits)>, params.geometry, params, stream);
   });
   if (status == cudaSuccess) status = launch_bn_backward_merge(params, stream);
-  if (status != cudaSuccess || !params.training) return status;
+  if (status != cudaSuccess) return status;
   BnActBackwardParams input = params;
   input.relu = false;  // dz is masked already
   input.grad_y = params.grad_residual;

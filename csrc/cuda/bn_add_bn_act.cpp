@@ -14,11 +14,12 @@ BnArguments residual_arguments(const char* op, const Tensor& x, const OptionalTe
 }
 
 Tensor normalise(const Launch& launch, const BnGeometry& geometry, const Tensor& x, const Tensor& residual,
-                 const BnArguments& args, double eps, const BnArguments& residual_args, double residual_eps, bool relu) {
+                 const BnArguments& args, double eps, const BnArguments& residual_args, double residual_eps, bool relu,
+                 uint8_t* mask) {
   Tensor y = empty_like_activation(x);
   const auto params = [&](const Tensor& input, const BnArguments& of, double eps_of) {
     return BnActParams{geometry,     dtype_of(x), relu,    static_cast<float>(eps_of), input.data_ptr(), nullptr,
-                       y.data_ptr(), of.weight,   of.bias, of.mean,                    of.var};
+                       y.data_ptr(), of.weight,   of.bias, of.mean,                    of.var,         mask};
   };
   launch(launch_bn_add_bn_act, BnAddBnActParams{params(x, args, eps), params(residual, residual_args, residual_eps)});
   return y;
@@ -34,10 +35,10 @@ Tensor bn_add_bn_act(const Tensor& x, const Tensor& residual, const OptionalTens
   const Launch launch(op, x);
   const BnArguments args(op, x, weight, bias, mean, var);
   const BnArguments other = residual_arguments(op, x, residual_weight, residual_bias, residual_mean, residual_var);
-  return normalise(launch, geometry, x, residual, args, eps, other, residual_eps, relu);
+  return normalise(launch, geometry, x, residual, args, eps, other, residual_eps, relu, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
     const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
     const OptionalTensor& residual_weight, const OptionalTensor& residual_bias, double residual_eps,
     const std::string& act) {
@@ -48,26 +49,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
   const Statistics own = batch_statistics(launch, geometry, x), other = batch_statistics(launch, geometry, residual);
   const BnArguments args(op, x, weight, bias, own.mean, own.var);
   const BnArguments residual_args = residual_arguments(op, x, residual_weight, residual_bias, other.mean, other.var);
-  return {normalise(launch, geometry, x, residual, args, eps, residual_args, residual_eps, relu), own.mean, own.var,
-          other.mean, other.var};
+  const Tensor mask = empty_mask(x, relu);
+  const BnGeometry masked = relu ? divide_masked(op, {{"x", x}, {"residual", residual}}) : geometry;
+  const Tensor y = normalise(launch, masked, x, residual, args, eps, residual_args, residual_eps, relu, mask_data(mask, relu));
+  return {y, own.mean, own.var, other.mean, other.var, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backward(
-    const Tensor& grad_y, const Tensor& y, const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
+    const Tensor& grad_y, const Tensor& mask, const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
     const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight, const Tensor& residual_mean,
-    const Tensor& residual_var, double residual_eps, const std::string& act, bool training) {
+    const Tensor& residual_var, double residual_eps, const std::string& act) {
   const char* op = "bn_add_bn_act_backward";
-  const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}, {"y", y}, {"residual", residual}});
+  const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}});
   const bool relu = is_relu(op, act);
+  check_mask(op, mask, x, relu);
   const Launch launch(op, x);
   const BnArguments args(op, x, weight, std::nullopt, mean, var);
   const BnArguments other = residual_arguments(op, x, residual_weight, std::nullopt, residual_mean, residual_var);
   BnAddBnActBackwardParams params{};
   params.bn.geometry = geometry;
   params.bn.relu = relu;
-  params.bn.training = training;
+  params.bn.training = true;
   params.bn.grad_y = grad_y.data_ptr();
-  params.bn.y = y.data_ptr();
+  params.bn.mask = mask_data(mask, relu);
   params.residual = params.bn;
   params.bn.eps = static_cast<float>(eps);
   params.residual.eps = static_cast<float>(residual_eps);
@@ -86,10 +90,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
         " str act) -> Tensor");
   m.def("cuda_bn_add_bn_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps,"
         " Tensor? residual_weight, Tensor? residual_bias, float residual_eps, str act)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cuda_bn_add_bn_act_backward(Tensor grad_y, Tensor y, Tensor x, Tensor residual, Tensor? weight, Tensor mean,"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_add_bn_act_backward(Tensor grad_y, Tensor mask, Tensor x, Tensor residual, Tensor? weight, Tensor mean,"
         " Tensor var, float eps, Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps,"
-        " str act, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        " str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) {

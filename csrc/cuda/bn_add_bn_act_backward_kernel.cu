@@ -1,6 +1,6 @@
-// Formula: dz = grad_y where y > 0 or y is NaN, else 0; the gradients of both norms for dz, as bn_act_backward from dz.
+// Formula: dz = grad_y where the mask lets it pass, else 0; the gradients of both norms for dz, as bn_act_backward from dz.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
-// Bytes per element: reduction four reads (and, in evaluation, the two writes), then four reads and two writes.
+// Bytes per element: reduction three reads, then three reads and two writes, and twice the mask.
 // Accumulate type: float; dz is exact, grad_x and grad_residual are rounded once.
 // Invariants: fixed order whatever the device; no division by a weight, which may be 0.
 #include "cuda/bn_add_bn_act.h"
@@ -8,38 +8,35 @@
 
 namespace fastres::cuda {
 
-constexpr int kSlots = kUnroll / 2;  // four operands, and tables of two norms
+constexpr int kSlots = kUnroll / 2;  // three operands, and tables of two norms
 
 // The operands of one thread, and dz from them.
 template <typename Traits>
 struct Operands {
   using scalar_t = typename Traits::scalar_t;
-  const scalar_t *grad_y, *y, *x, *residual;
-  typename Traits::Vector grad_y_in[kSlots], y_in[kSlots], x_in[kSlots], residual_in[kSlots];
+  const scalar_t *grad_y, *x, *residual;
+  const uint8_t* mask;
+  bool relu;
+  typename Traits::Vector grad_y_in[kSlots], x_in[kSlots], residual_in[kSlots];
+  unsigned mask_in[kSlots];
 
   __device__ explicit Operands(const BnAddBnActBackwardParams& p)
-      : grad_y(static_cast<const scalar_t*>(p.bn.grad_y)), y(static_cast<const scalar_t*>(p.bn.y)),
-        x(static_cast<const scalar_t*>(p.bn.x)), residual(static_cast<const scalar_t*>(p.residual.x)) {}
+      : grad_y(static_cast<const scalar_t*>(p.bn.grad_y)), x(static_cast<const scalar_t*>(p.bn.x)),
+        residual(static_cast<const scalar_t*>(p.residual.x)), mask(p.bn.mask), relu(p.bn.relu) {}
 
   __device__ void fetch(int slot, int64_t offset) {
     grad_y_in[slot] = load<Traits::kVec>(grad_y + offset);
-    y_in[slot] = load<Traits::kVec>(y + offset);
     x_in[slot] = load<Traits::kVec>(x + offset);
     residual_in[slot] = load<Traits::kVec>(residual + offset);
+    mask_in[slot] = load_mask(mask, offset, relu);
   }
 
-  __device__ float dz(int slot, int j, bool relu) const {
-    const float grad = to_float(grad_y_in[slot].v[j]);
-    return relu ? relu_gradient(grad, to_float(y_in[slot].v[j]), 0.0f) : grad;
-  }
+  __device__ float dz(int slot, int j) const { return mask_in[slot] >> j & 1 ? to_float(grad_y_in[slot].v[j]) : 0.0f; }
 };
 
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 2)
     bn_add_bn_act_backward_reduce_kernel(const __grid_constant__ BnAddBnActBackwardParams p) {
-  using scalar_t = typename Traits::scalar_t;
-  auto* grad_x = static_cast<scalar_t*>(p.bn.grad_x);
-  auto* grad_residual = static_cast<scalar_t*>(p.residual.grad_x);
   const Tile tile(p.bn.geometry, false);
   float affine[2 * kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) {
@@ -51,23 +48,17 @@ __global__ void __launch_bounds__(kThreads, 2)
   Operands<Traits> in(p);
   for_each_vector<kSlots>(
       Walk<Traits>(p.bn.geometry, tile), [&](int slot, int64_t offset) { in.fetch(slot, offset); },
-      [&](int slot, int64_t offset) {
-        float dx[Traits::kVec], dr[Traits::kVec];
+      [&](int slot, int64_t) {
 #pragma unroll
         for (int j = 0; j < Traits::kVec; ++j) {
           const int lane = Traits::lane(j);
-          const float dz = in.dz(slot, j, p.bn.relu);
-          dx[j] = dz * affine[kScale][lane];
-          dr[j] = dz * affine[kAffineRows + kScale][lane];
+          const float dz = in.dz(slot, j);
           const float x_centred = to_float(in.x_in[slot].v[j]) - affine[kMean][lane];
           const float residual_centred = to_float(in.residual_in[slot].v[j]) - affine[kAffineRows + kMean][lane];
           sums.dz[j] += dz;
           sums.dzx[j] = fmaf(dz, x_centred, sums.dzx[j]);
           residual_sums.dzx[j] = fmaf(dz, residual_centred, residual_sums.dzx[j]);
         }
-        if (p.bn.training) return;
-        store(grad_x + offset, dx);
-        store(grad_residual + offset, dr);
       });
 #pragma unroll
   for (int j = 0; j < Traits::kVec; ++j) residual_sums.dz[j] = sums.dz[j];
@@ -107,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < Traits::kVec; ++j) {
           const int lane = Traits::lane(j);
-          const float dz = in.dz(slot, j, p.bn.relu);
+          const float dz = in.dz(slot, j);
           const auto gradient = [&](float value, int row) {
             return normalise_grad(dz, value, table[row + kGradMean][lane], table[row + kGradScale][lane],
                                   table[row + kMeanDz][lane], table[row + kSlope][lane]);
@@ -127,7 +118,7 @@ cudaError_t launch_bn_add_bn_act_backward(const BnAddBnActBackwardParams& params
   });
   if (status == cudaSuccess) status = launch_bn_backward_merge(params.bn, stream);
   if (status == cudaSuccess) status = launch_bn_backward_merge(params.residual, stream);
-  if (status != cudaSuccess || !params.bn.training) return status;
+  if (status != cudaSuccess) return status;
   return with_bn_traits(params.bn.dtype, g, [&](auto traits) {
     return launch_bn(bn_add_bn_act_backward_input_kernel<decltype(traits)>, g, params, stream);
   });

@@ -1,17 +1,18 @@
 // Formula: y = act((x - mean) * scale + bias + (r - mean_r) * scale_r + bias_r), scale = weight / sqrt(var + eps).
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
-// Bytes per element: two reads, one write; the normalised residual is never written.
+// Bytes per element: two reads, one write, in training an eighth of a byte of mask more.
 // Accumulate type: float; one rounding, to the output type, none before the addition.
-// Invariants: every element is written once; walks backwards, for L2 after bn_statistics.
+// Invariants: every element is written once, the normalised residual never; walks backwards, for L2 after bn_statistics.
 #include "cuda/bn_add_bn_act.h"
 #include "cuda/device/batch_norm.cuh"
 
 namespace fastres::cuda {
 
-template <typename Traits>
+template <typename Traits, bool kMask>
 __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_constant__ BnAddBnActParams p) {
   using scalar_t = typename Traits::scalar_t;
-  constexpr int kSlots = kUnroll / 2;  // the tables of two norms take registers too
+  // The tables of two norms take registers too.
+  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : kUnroll / 2;
   const auto* x = static_cast<const scalar_t*>(p.bn.x);
   const auto* residual = static_cast<const scalar_t*>(p.residual.x);
   auto* y = static_cast<scalar_t*>(p.bn.y);
@@ -42,12 +43,13 @@ __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_co
           out[j] = p.bn.relu ? relu(z) : z;
         }
         store(y + offset, out);
+        if constexpr (kMask) store_mask<scalar_t>(p.bn.mask, offset, out);
       });
 }
 
 cudaError_t launch_bn_add_bn_act(const BnAddBnActParams& params, cudaStream_t stream) {
-  return with_bn_traits(params.bn.dtype, params.bn.geometry, [&](auto traits) {
-    return launch_bn(bn_add_bn_act_kernel<decltype(traits)>, params.bn.geometry, params, stream);
+  return with_mask_beside(params.bn, stream, [&](auto traits, auto mask) {
+    return launch_bn(bn_add_bn_act_kernel<decltype(traits), mask.value>, params.bn.geometry, params, stream);
   });
 }
 

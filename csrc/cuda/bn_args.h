@@ -9,6 +9,7 @@
 namespace fastres::cuda {
 
 constexpr int kTileChannels = 256;    // most channels of one block, channels_last
+constexpr int kMaskVec = 8;           // elements of a byte of a ReLU's mask
 constexpr int64_t kBlocks = 8 * 132;  // wanted: 8 for each multiprocessor of an H100, and on every device, for the same bits
 
 // One value per channel, in the caller's dtype; data is null where the parameter is absent.
@@ -21,7 +22,7 @@ struct ChannelVector {
 // y: positions). A position is a pixel (channels_last), or one vector of a plane (contiguous, where a tile is one channel).
 struct BnGeometry {
   bool channels_last;
-  int vec;             // elements per access: 16 bytes, or 1 where alignment or size forbid vectors
+  int vec;             // elements of a vector: 16 bytes, kMaskVec, or 1 where alignment or size forbid vectors
   int64_t channels;
   int64_t plane;       // H * W
   int64_t elements;    // per channel, N * H * W
@@ -35,10 +36,9 @@ struct BnGeometry {
   int64_t partials() const { return splits * 2 * channels; }  // floats of workspace of a reduction: [splits, 2, channels]
 };
 
-// Depends on sizes, dtype and alignment only, and so do the results of reductions.
-inline BnGeometry bn_geometry(DType dtype, bool channels_last, bool aligned, int64_t n, int64_t c, int64_t plane) {
+// Depends on sizes, vector and alignment only, and so do the results of reductions.
+inline BnGeometry bn_geometry(int vec, bool channels_last, bool aligned, int64_t n, int64_t c, int64_t plane) {
   BnGeometry g{};
-  const int vec = 16 / static_cast<int>(element_size(dtype));
   g.channels_last = channels_last;
   g.channels = c;
   g.plane = plane;

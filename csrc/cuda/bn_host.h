@@ -32,14 +32,37 @@ struct BnArguments {
       : weight(op, "weight", weight, x), bias(op, "bias", bias, x), mean(op, "mean", mean, x), var(op, "var", var, x) {}
 };
 
-// Checks the activations, x first, and divides x among blocks; vectors need all of them aligned.
-inline BnGeometry divide(const char* op, std::initializer_list<Named> activations) {
+inline int vector_of(const Tensor& x) { return 16 / static_cast<int>(element_size(dtype_of(x))); }
+
+// Checks the activations, x first, and divides x among blocks, `vec` elements at a time; vectors need all of them aligned.
+inline BnGeometry divide(const char* op, std::initializer_list<Named> activations, int vec = 0) {
   const Tensor& x = activations.begin()->tensor;
   check_cuda(op, activations.begin()->param, x);
   const bool channels_last = check_activations(op, activations, false) == Format::channels_last;
   const bool aligned =
       std::all_of(activations.begin(), activations.end(), [](const Named& a) { return is_aligned(a.tensor.data_ptr()); });
-  return bn_geometry(dtype_of(x), channels_last, aligned, x.size(0), x.size(1), x.size(2) * x.size(3));
+  if (vec == 0) vec = vector_of(x);
+  return bn_geometry(vec, channels_last, aligned, x.size(0), x.size(1), x.size(2) * x.size(3));
+}
+
+// How a pass that writes a ReLU's mask beside y divides x: by bytes of the mask where it can.
+inline BnGeometry divide_masked(const char* op, std::initializer_list<Named> activations) {
+  const BnGeometry geometry = divide(op, activations, kMaskVec);
+  return geometry.vec == kMaskVec ? geometry : divide(op, activations);
+}
+
+inline Tensor empty_mask(const Tensor& x, bool relu) {
+  return empty_vector(relu ? (x.numel() + 7) / 8 : 0, ScalarType::Byte, x);
+}
+
+// A mask as kernels read it and write it; null without a ReLU.
+inline uint8_t* mask_data(const Tensor& mask, bool relu) { return relu ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr; }
+
+inline void check_mask(const char* op, const Tensor& mask, const Tensor& x, bool relu) {
+  check_cuda(op, "mask", mask);
+  FASTRES_CHECK(mask.get_device_index() == x.get_device_index(), op, "mask", "on the device of x, " << show_device(x),
+                show_device(mask));
+  fastres::check_mask(op, mask, relu ? x.numel() : 0);
 }
 
 inline Tensor empty_like_activation(const Tensor& x) { return empty_activation(x.sizes(), memory_format(x), x); }

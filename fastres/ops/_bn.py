@@ -204,6 +204,10 @@ def samples(device: torch.device, dtype: torch.dtype, build: Callable) -> list[S
     ]
 
 
-def cost(tensors: int) -> Callable[..., tuple[int, int]]:
-    """Cost of an op that moves ``tensors`` activations of its first argument's size."""
-    return lambda x, *rest: (tensors * x.numel() * x.element_size(), 8 * x.numel())
+def cost(tensors: int, bits: int = 0) -> Callable[..., tuple[int, int]]:
+    """Cost of an op that moves ``tensors`` activations of x's size, and ``bits`` bits an element, of a mask."""
+
+    def bytes_and_flops(x: Tensor, *rest: object) -> tuple[int, int]:
+        return tensors * x.numel() * x.element_size() + bits * x.numel() // 8, 8 * x.numel()
+
+    return bytes_and_flops

@@ -1,23 +1,26 @@
 """bn_add_act: y = act(batch_norm(x) + residual), the end of a residual block (He et al. 2016, equation 1).
 
 x, residual: (N, C, H, W) of one shape; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
-activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and y, whose sign is the mask.
-Bytes moved: 3 tensors in evaluation, 4 in training, 7 in backward.
+activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and the ReLU's mask of one bit an
+element (``_mask``), which training writes beside y; evaluation saves y and goes backward through ``add_act`` and ``bn_act``.
+Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward.
 """
 
 import torch
 
-from fastres.ops import _backends, _bn, _check
+from fastres.ops import _backends, _bn, _check, _mask
 from fastres.ops._op import Op, Sample
+from fastres.ops.add_act import ADD_ACT_BACKWARD
+from fastres.ops.bn_act import BN_ACT_BACKWARD
 
 SCHEMA = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act) -> Tensor"
 )
 SCHEMA_TRAIN = (
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor)"
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 SCHEMA_BACKWARD = (
-    "(Tensor grad_y, Tensor y, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps, str act, bool training)"
+    "(Tensor grad_y, Tensor mask, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps, str act)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -28,12 +31,13 @@ def reference(x, residual, weight, bias, mean, var, eps, act):
 
 def reference_train(x, residual, weight, bias, eps, act):
     y, mean, var = _bn.normalize_train(x, weight, bias, eps)
-    return _bn.activate(y.add_(residual), act), mean, var
+    y = _bn.activate(y.add_(residual), act)
+    return y, mean, var, _mask.pack(y, act)
 
 
-def reference_backward(grad_y, y, x, weight, mean, var, eps, act, training):
-    dz = torch.ops.aten.threshold_backward(grad_y, y, 0) if act == "relu" else grad_y
-    grad_x, grad_weight, grad_bias = _bn.differentiate(dz, x, weight, mean, var, eps, training)
+def reference_backward(grad_y, mask, x, weight, mean, var, eps, act):
+    dz = _mask.gradient(grad_y, mask, x, act)
+    grad_x, grad_weight, grad_bias = _bn.differentiate(dz, x, weight, mean, var, eps, True)
     grad_residual = torch.empty_like(grad_x).copy_(dz)
     return grad_x, grad_residual, *_bn.parameter_grads(grad_weight, grad_bias, weight, None)
 
@@ -47,8 +51,9 @@ def check_train(x, residual, weight, bias, eps, act):
     _check.batch_statistics("bn_add_act_train", x)
 
 
-def check_backward(grad_y, y, x, weight, mean, var, eps, act, training):
-    _bn.check_forward("bn_add_act_backward", x, weight, None, {"mean": mean, "var": var}, eps, act, grad_y=grad_y, y=y)
+def check_backward(grad_y, mask, x, weight, mean, var, eps, act):
+    _bn.check_forward("bn_add_act_backward", x, weight, None, {"mean": mean, "var": var}, eps, act, grad_y=grad_y)
+    _mask.check("bn_add_act_backward", mask, x, act)
 
 
 def fake(x, residual, weight, bias, mean, var, eps, act):
@@ -56,11 +61,15 @@ def fake(x, residual, weight, bias, mean, var, eps, act):
 
 
 def fake_train(x, residual, weight, bias, eps, act):
-    return _bn.fake_like(x), *_bn.fake_stats(x)
+    return _bn.fake_like(x), *_bn.fake_stats(x), _mask.fake(x, act)
 
 
-def fake_backward(grad_y, y, x, weight, mean, var, eps, act, training):
+def fake_backward(grad_y, mask, x, weight, mean, var, eps, act):
     return _bn.fake_like(x), _bn.fake_like(x), *_bn.fake_parameter_grads(x, weight, None)
+
+
+def why_not_backward(grad_y, mask, *rest):
+    return _bn.why_not(grad_y, *rest) or _mask.why_not(mask)
 
 
 def setup_context(ctx, inputs, output):
@@ -72,29 +81,35 @@ def setup_context(ctx, inputs, output):
 
 def setup_context_train(ctx, inputs, output):
     x, residual, weight, bias, ctx.eps, ctx.act = inputs
-    y, mean, var = output
+    _, mean, var, mask = output
     ctx.training = True
-    ctx.mark_non_differentiable(mean, var)
-    _save(ctx, x, residual, weight, bias, mean, var, y)
+    ctx.mark_non_differentiable(mean, var, mask)
+    _save(ctx, x, residual, weight, bias, mean, var, mask)
 
 
-def _save(ctx, x, residual, weight, bias, mean, var, y):
+def _save(ctx, x, residual, weight, bias, mean, var, mask_or_y):
     ctx.residual_dtype, ctx.bias_dtype = residual.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, bias, mean, var, y)
+    ctx.save_for_backward(x, weight, bias, mean, var, mask_or_y)
 
 
 def gradients(ctx, grad_y):
     """Gradients of x, residual, weight and bias; None where none is asked for."""
-    x, weight, bias, mean, var, y = ctx.saved_tensors
+    x, weight, bias, mean, var, mask_or_y = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        dz = torch.where(y <= 0, 0, grad_y) if ctx.act == "relu" else grad_y
+        if ctx.training:
+            dz = _mask.gradient(grad_y, mask_or_y, x, ctx.act)
+        else:
+            dz = _mask.gradient_at(grad_y, mask_or_y, ctx.act)
         grad_x, *others = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
         return grad_x, dz.to(ctx.residual_dtype), *others
     grad_y = _bn.laid_as(x, grad_y)
-    grad_x, grad_residual, grad_weight, grad_bias = BN_ADD_ACT_BACKWARD(
-        grad_y, y, x, weight, mean, var, ctx.eps, ctx.act, ctx.training
-    )
-    found = (grad_x, grad_residual.to(ctx.residual_dtype), grad_weight, grad_bias.to(ctx.bias_dtype or grad_bias.dtype))
+    if ctx.training:
+        args = weight, mean, var, ctx.eps, ctx.act
+        grad_x, dz, grad_weight, grad_bias = BN_ADD_ACT_BACKWARD(grad_y, mask_or_y, x, *args)
+    else:
+        dz = ADD_ACT_BACKWARD(grad_y, mask_or_y, ctx.act)
+        grad_x, grad_weight, grad_bias = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, ctx.eps, "none", False)
+    found = grad_x, dz.to(ctx.residual_dtype), grad_weight, grad_bias.to(ctx.bias_dtype or grad_bias.dtype)
     return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
 
 
@@ -102,7 +117,7 @@ def backward(ctx, grad_y):
     return *gradients(ctx, grad_y), None, None, None, None
 
 
-def backward_train(ctx, grad_y, grad_mean, grad_var):
+def backward_train(ctx, grad_y, *others):
     return *gradients(ctx, grad_y), None, None
 
 
@@ -116,13 +131,11 @@ def samples_train(device, dtype):
 
 def samples_backward(device, dtype):
     found = []
-    for sample in samples(device, dtype):
-        x, residual, w, b, mean, var, eps, act = sample.args
+    for sample in samples_train(device, dtype):
+        x, residual, weight, _, eps, act = sample.args
         grad_y = residual.flip(0).contiguous()
-        y = reference(x, residual, w, b, mean, var, eps, act)
-        found.append(Sample(f"{sample.label}, evaluation", (grad_y, y, x, w, mean, var, eps, act, False)))
-        y, mean, var = reference_train(x, residual, w, b, eps, act)
-        found.append(Sample(f"{sample.label}, training", (grad_y, y, x, w, mean, var, eps, act, True)))
+        _, mean, var, mask = reference_train(*sample.args)
+        found.append(Sample(sample.label, (grad_y, mask, x, weight, mean, var, eps, act)))
     return found
 
 
@@ -133,8 +146,8 @@ BN_ADD_ACT_BACKWARD = Op(
     check=check_backward,
     fake=fake_backward,
     samples=samples_backward,
-    cost=_bn.cost(7),
-    backends=_backends.all_kernels("bn_add_act_backward", _bn.why_not, module="bn_add_act"),
+    cost=_bn.cost(6, 1),
+    backends=_backends.all_kernels("bn_add_act_backward", why_not_backward, module="bn_add_act"),
 )
 
 BN_ADD_ACT = Op(
@@ -157,7 +170,7 @@ BN_ADD_ACT_TRAIN = Op(
     check=check_train,
     fake=fake_train,
     samples=samples_train,
-    cost=_bn.cost(4),
+    cost=_bn.cost(4, 1),
     backends=_backends.all_kernels("bn_add_act_train", _bn.why_not, module="bn_add_act"),
     setup_context=setup_context_train,
     backward=backward_train,

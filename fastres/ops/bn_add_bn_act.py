@@ -3,14 +3,17 @@
 x, residual: outputs of the block's last convolution and of the shortcut's (He et al. 2016, equation 2), of one shape, each
 with its own parameters and statistics; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
 activated in fp32 (fp64 for fp64) with one rounding; the normalised shortcut is never written. Saved for backward: x,
-residual, the statistics and y, whose sign is the mask. Bytes moved: 3 tensors in evaluation, 5 in training, 10 in backward,
-12 on the CPU, which writes the gradient behind the activation and reads it three times.
+residual, the statistics and the ReLU's mask of one bit an element, as in ``bn_add_act``. Bytes moved: 3 tensors in
+evaluation, 5 and the mask in training, 8 and twice the mask in backward, 11 and the mask on the CPU, which writes the
+gradient behind the activation and reads it three times.
 """
 
 import torch
 
-from fastres.ops import _backends, _bn, _check
+from fastres.ops import _backends, _bn, _check, _mask
 from fastres.ops._op import Op, Sample
+from fastres.ops.add_act import ADD_ACT_BACKWARD
+from fastres.ops.bn_act import BN_ACT_BACKWARD
 
 _SHORTCUT = "Tensor? residual_weight, Tensor? residual_bias"
 SCHEMA = (
@@ -19,11 +22,11 @@ SCHEMA = (
 )
 SCHEMA_TRAIN = (
     f"(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, {_SHORTCUT}, float residual_eps, str act)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 SCHEMA_BACKWARD = (
-    "(Tensor grad_y, Tensor y, Tensor x, Tensor residual, Tensor? weight, Tensor mean, Tensor var, float eps,"
-    " Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps, str act, bool training)"
+    "(Tensor grad_y, Tensor mask, Tensor x, Tensor residual, Tensor? weight, Tensor mean, Tensor var, float eps,"
+    " Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps, str act)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -36,17 +39,16 @@ def reference(x, residual, weight, bias, mean, var, eps, r_weight, r_bias, r_mea
 def reference_train(x, residual, weight, bias, eps, r_weight, r_bias, r_eps, act):
     y, mean, var = _bn.normalize_train(x, weight, bias, eps)
     shortcut, r_mean, r_var = _bn.normalize_train(residual, r_weight, r_bias, r_eps)
-    return _bn.activate(y.add_(shortcut), act), mean, var, r_mean, r_var
+    y = _bn.activate(y.add_(shortcut), act)
+    return y, mean, var, r_mean, r_var, _mask.pack(y, act)
 
 
-def reference_backward(
-    grad_y, y, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act, training
-):  # fmt: skip
+def reference_backward(grad_y, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act):
     """Gradients of x and residual, of weight and bias, of residual_weight and residual_bias."""
-    dz = torch.ops.aten.threshold_backward(grad_y, y, 0) if act == "relu" else grad_y
-    grad_x, *grads = _bn.differentiate(dz, x, weight, mean, var, eps, training)
+    dz = _mask.gradient(grad_y, mask, x, act)
+    grad_x, *grads = _bn.differentiate(dz, x, weight, mean, var, eps, True)
     r_dz = dz.to(residual.dtype)
-    grad_residual, *r_grads = _bn.differentiate(r_dz, residual, r_weight, r_mean, r_var, r_eps, training)
+    grad_residual, *r_grads = _bn.differentiate(r_dz, residual, r_weight, r_mean, r_var, r_eps, True)
     return (
         grad_x, torch.empty_like(grad_x).copy_(grad_residual), *_bn.parameter_grads(*grads, weight, None),
         *_bn.parameter_grads(*r_grads, r_weight, None),
@@ -70,21 +72,22 @@ def check_train(x, residual, weight, bias, eps, r_weight, r_bias, r_eps, act):
     _check.batch_statistics("bn_add_bn_act_train", x)
 
 
-def check_backward(grad_y, y, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act, training):
+def check_backward(grad_y, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act):
     stats, r_stats = {"mean": mean, "var": var}, {"residual_mean": r_mean, "residual_var": r_var}
     rest = weight, None, stats, eps, r_weight, None, r_stats, r_eps, act
-    _check_both("bn_add_bn_act_backward", x, residual, *rest, grad_y=grad_y, y=y)
+    _check_both("bn_add_bn_act_backward", x, residual, *rest, grad_y=grad_y)
+    _mask.check("bn_add_bn_act_backward", mask, x, act)
 
 
 def fake(x, *rest):
     return _bn.fake_like(x)
 
 
-def fake_train(x, *rest):
-    return _bn.fake_like(x), *_bn.fake_stats(x), *_bn.fake_stats(x)
+def fake_train(x, residual, *rest):
+    return _bn.fake_like(x), *_bn.fake_stats(x), *_bn.fake_stats(x), _mask.fake(x, rest[-1])
 
 
-def fake_backward(grad_y, y, x, residual, weight, mean, var, eps, r_weight, *rest):
+def fake_backward(grad_y, mask, x, residual, weight, mean, var, eps, r_weight, *rest):
     grads, r_grads = _bn.fake_parameter_grads(x, weight, None), _bn.fake_parameter_grads(x, r_weight, None)
     return _bn.fake_like(x), _bn.fake_like(x), *grads, *r_grads
 
@@ -99,28 +102,35 @@ def setup_context(ctx, inputs, output):
 
 def setup_context_train(ctx, inputs, output):
     x, residual, weight, bias, eps, r_weight, r_bias, r_eps, act = inputs
-    y, *stats = output
-    ctx.mark_non_differentiable(*stats)
+    _, *constants = output
+    ctx.mark_non_differentiable(*constants)
     ctx.flags = eps, r_eps, act, True
-    mean, var, r_mean, r_var = stats
-    ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, y)
+    mean, var, r_mean, r_var, mask = constants
+    ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask)
 
 
 def gradients(ctx, grad_y):
     """Gradients of x, residual, weight, bias, residual_weight and residual_bias, whether asked for or not."""
-    x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, y = ctx.saved_tensors
+    x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask_or_y = ctx.saved_tensors
     eps, r_eps, act, training = ctx.flags
     if torch.is_grad_enabled():  # create_graph=True
-        dz = torch.where(y <= 0, 0, grad_y) if act == "relu" else grad_y
+        dz = _mask.gradient(grad_y, mask_or_y, x, act) if training else _mask.gradient_at(grad_y, mask_or_y, act)
         found = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), eps, training)
         others = _bn.differentiate_twice(
             dz.to(residual.dtype), residual, r_weight, r_bias, (r_mean, r_var), r_eps, training
         )
         return found[0], others[0], *found[1:], *others[1:]
     grad_y = _bn.laid_as(x, grad_y)
-    grad_x, grad_residual, grad_weight, grad_bias, r_grad_weight, r_grad_bias = BN_ADD_BN_ACT_BACKWARD(
-        grad_y, y, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act, training
-    )
+    if training:
+        args = weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
+        grad_x, grad_residual, *grads = BN_ADD_BN_ACT_BACKWARD(grad_y, mask_or_y, x, residual, *args)
+    else:
+        dz = ADD_ACT_BACKWARD(grad_y, mask_or_y, act)
+        grad_x, *own = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, eps, "none", False)
+        r_dz = _bn.laid_as(residual, dz.to(residual.dtype))
+        grad_residual, *other = BN_ACT_BACKWARD(r_dz, residual, r_weight, None, r_mean, r_var, r_eps, "none", False)
+        grads = [*own, *other]
+    grad_weight, grad_bias, r_grad_weight, r_grad_bias = grads
     biases = (g if b is None else g.to(b.dtype) for g, b in ((grad_bias, bias), (r_grad_bias, r_bias)))
     grad_bias, r_grad_bias = biases
     return grad_x, grad_residual.to(residual.dtype), grad_weight, grad_bias, r_grad_weight, r_grad_bias
@@ -136,7 +146,7 @@ def backward(ctx, grad_y):
     return _asked_for(ctx, (*found, *[None] * 4))
 
 
-def backward_train(ctx, grad_y, *grad_stats):
+def backward_train(ctx, grad_y, *others):
     grad_x, grad_residual, grad_weight, grad_bias, r_grad_weight, r_grad_bias = gradients(ctx, grad_y)
     return _asked_for(
         ctx, (grad_x, grad_residual, grad_weight, grad_bias, None, r_grad_weight, r_grad_bias, None, None)
@@ -163,15 +173,21 @@ def samples_train(device, dtype):
 
 def samples_backward(device, dtype):
     found = []
-    for sample in samples(device, dtype):
-        x, residual, weight, bias, mean, var, eps, r_weight, r_bias, r_mean, r_var, r_eps, act = sample.args
+    for sample in samples_train(device, dtype):
+        x, residual, weight, _, eps, r_weight, _, r_eps, act = sample.args
         grad_y = residual.flip(0).contiguous()
-        args = grad_y, reference(*sample.args), x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
-        found.append(Sample(f"{sample.label}, evaluation", (*args, False)))
-        y, mean, var, r_mean, r_var = reference_train(x, residual, weight, bias, eps, r_weight, r_bias, r_eps, act)
-        args = grad_y, y, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
-        found.append(Sample(f"{sample.label}, training", (*args, True)))
+        _, mean, var, r_mean, r_var, mask = reference_train(*sample.args)
+        args = grad_y, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
+        found.append(Sample(sample.label, args))
     return found
+
+
+def why_not_backward(grad_y, mask, *rest):
+    return _bn.why_not(grad_y, *rest) or _mask.why_not(mask)
+
+
+def cost_backward(grad_y, *rest):
+    return (_bn.cost(11, 1) if grad_y.device.type == "cpu" else _bn.cost(8, 2))(grad_y, *rest)
 
 
 BN_ADD_BN_ACT_BACKWARD = Op(
@@ -181,8 +197,8 @@ BN_ADD_BN_ACT_BACKWARD = Op(
     check=check_backward,
     fake=fake_backward,
     samples=samples_backward,
-    cost=lambda grad_y, *rest: _bn.cost(12 if grad_y.device.type == "cpu" else 10)(grad_y, *rest),
-    backends=_backends.all_kernels("bn_add_bn_act_backward", _bn.why_not, module="bn_add_bn_act"),
+    cost=cost_backward,
+    backends=_backends.all_kernels("bn_add_bn_act_backward", why_not_backward, module="bn_add_bn_act"),
 )
 
 BN_ADD_BN_ACT = Op(
@@ -205,7 +221,7 @@ BN_ADD_BN_ACT_TRAIN = Op(
     check=check_train,
     fake=fake_train,
     samples=samples_train,
-    cost=_bn.cost(5),
+    cost=_bn.cost(5, 1),
     backends=_backends.all_kernels("bn_add_bn_act_train", _bn.why_not, module="bn_add_bn_act"),
     setup_context=setup_context_train,
     backward=backward_train,

@@ -4,6 +4,7 @@
 #include "cuda/bn_args.h"
 #include "cuda/device/math.cuh"
 #include "cuda/device/vec.cuh"
+#include "cuda/relu_mask.h"
 
 namespace fastres::cuda {
 
@@ -28,6 +29,27 @@ cudaError_t with_bn_traits(DType dtype, const BnGeometry& g, F f) {
     if (g.channels_last) return g.vec > 1 ? f(BnTraits<scalar_t, kVec, true>{}) : f(BnTraits<scalar_t, 1, true>{});
     return g.vec > 1 ? f(BnTraits<scalar_t, kVec, false>{}) : f(BnTraits<scalar_t, 1, false>{});
   });
+}
+
+// The same for the vectors whose bits are a byte of a mask.
+template <typename F>
+cudaError_t with_mask_traits(DType dtype, const BnGeometry& g, F f) {
+  return with_dtype(dtype, [&](auto type) {
+    using scalar_t = decltype(type);
+    return g.channels_last ? f(BnTraits<scalar_t, kMaskVec, true>{}) : f(BnTraits<scalar_t, kMaskVec, false>{});
+  });
+}
+
+// Runs a forward pass by f(traits, whether it writes the mask); makes the mask from y where that cannot. p: its params, of
+// bn_add_act or of the first norm of two.
+template <typename Params, typename F>
+cudaError_t with_mask_beside(const Params& p, cudaStream_t stream, F f) {
+  if (p.mask != nullptr && p.geometry.vec == kMaskVec)
+    return with_mask_traits(p.dtype, p.geometry, [&](auto traits) { return f(traits, std::true_type{}); });
+  const cudaError_t status =
+      with_bn_traits(p.dtype, p.geometry, [&](auto traits) { return f(traits, std::false_type{}); });
+  if (status != cudaSuccess || p.mask == nullptr) return status;
+  return launch_relu_mask({p.dtype, p.geometry.elements * p.geometry.channels, p.y, p.mask}, stream);
 }
 
 template <typename Params>
@@ -167,6 +189,20 @@ __device__ __forceinline__ void fill_affine(const Params& p, int64_t channel, fl
   entry[kMean] = channel_value(p.mean, channel, 0.0f);
   entry[kScale] = channel_value(p.weight, channel, 1.0f) * invstd;
   entry[kBias] = channel_value(p.bias, channel, 0.0f);
+}
+
+// The bits of a vector, which lies at `offset`, and following ones; none are read without a ReLU.
+__device__ __forceinline__ unsigned load_mask(const uint8_t* mask, int64_t offset, bool relu) {
+  return relu ? static_cast<unsigned>(load_bytes<1>(mask + offset / 8).v[0]) >> (offset % 8) : ~0u;
+}
+
+// The byte of a vector of values that are yet to be rounded to the output type.
+template <typename scalar_t>
+__device__ __forceinline__ void store_mask(uint8_t* mask, int64_t offset, const float (&z)[kMaskVec]) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < kMaskVec; ++j) bits |= (z[j] <= kRoundsToZero<scalar_t> ? 0u : 1u) << j;
+  mask[offset / 8] = static_cast<uint8_t>(bits);
 }
 
 // The gradient behind the ReLU, with the mask of the forward pass: z is the value it rounded to the output type.

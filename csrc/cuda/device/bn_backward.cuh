@@ -31,7 +31,6 @@ template <typename Traits, bool kAdd>
 __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p) {
   using scalar_t = typename Traits::scalar_t;
   const auto* grad_y = static_cast<const scalar_t*>(p.grad_y);
-  const auto* y = static_cast<const scalar_t*>(p.y);
   const auto* x = static_cast<const scalar_t*>(p.x);
   auto* grad_x = static_cast<scalar_t*>(p.grad_x);
   auto* grad_residual = static_cast<scalar_t*>(p.grad_residual);
@@ -42,14 +41,14 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
 
   // A thread's own positions.
   GradientSums<Traits::kVec> sums{};
-  constexpr int kSlots = kAdd ? kUnroll / 2 : kUnroll;  // four of three operands need more registers than there are
-  typename Traits::Vector grad_y_in[kSlots], y_in[kSlots], x_in[kSlots];
-  for_each_vector<kSlots>(
+  typename Traits::Vector grad_y_in[kUnroll], x_in[kUnroll];
+  unsigned mask_in[kUnroll];
+  for_each_vector<kUnroll>(
       Walk<Traits>(p.geometry, tile),
       [&](int slot, int64_t offset) {
         grad_y_in[slot] = load<Traits::kVec>(grad_y + offset);
-        if constexpr (kAdd) y_in[slot] = load<Traits::kVec>(y + offset);
         x_in[slot] = load<Traits::kVec>(x + offset);
+        if constexpr (kAdd) mask_in[slot] = load_mask(p.mask, offset, p.relu);
       },
       [&](int slot, int64_t offset) {
         float dz[Traits::kVec], dx[Traits::kVec];
@@ -57,16 +56,19 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
         for (int j = 0; j < Traits::kVec; ++j) {
           const int lane = Traits::lane(j);
           const float x_j = to_float(x_in[slot].v[j]);
-          float z;
-          if constexpr (kAdd) z = to_float(y_in[slot].v[j]);
-          else z = normalise(x_j, affine[kMean][lane], affine[kScale][lane], affine[kBias][lane]);
-          dz[j] = masked<scalar_t>(to_float(grad_y_in[slot].v[j]), z, p.relu);
+          const float grad_y_j = to_float(grad_y_in[slot].v[j]);
+          if constexpr (kAdd) {
+            dz[j] = mask_in[slot] >> j & 1 ? grad_y_j : 0.0f;
+          } else {
+            const float z = normalise(x_j, affine[kMean][lane], affine[kScale][lane], affine[kBias][lane]);
+            dz[j] = masked<scalar_t>(grad_y_j, z, p.relu);
+          }
           dx[j] = dz[j] * affine[kScale][lane];
           sums.dz[j] += dz[j];
           sums.dzx[j] = fmaf(dz[j], x_j - affine[kMean][lane], sums.dzx[j]);
         }
         if constexpr (kAdd) store(grad_residual + offset, dz);
-        if (!p.training) store(grad_x + offset, dx);
+        else if (!p.training) store(grad_x + offset, dx);
       });
 
   write_partial<Traits>(p, tile, sums);

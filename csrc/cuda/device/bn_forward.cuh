@@ -6,7 +6,8 @@
 
 namespace fastres::cuda {
 
-template <typename Traits, bool kAdd>
+// kMask: writes the mask of the ReLU beside y.
+template <typename Traits, bool kAdd, bool kMask = false>
 __device__ __forceinline__ void bn_forward(const BnActParams& p) {
   using scalar_t = typename Traits::scalar_t;
   const auto* x = static_cast<const scalar_t*>(p.x);
@@ -17,8 +18,9 @@ __device__ __forceinline__ void bn_forward(const BnActParams& p) {
   float affine[kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) { fill_affine(p, c, entry); });
 
-  typename Traits::Vector x_in[kUnroll], residual_in[kUnroll];
-  for_each_vector<kUnroll>(
+  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 2 : kUnroll;
+  typename Traits::Vector x_in[kSlots], residual_in[kSlots];
+  for_each_vector<kSlots>(
       Walk<Traits>(p.geometry, tile),
       [&](int slot, int64_t offset) {
         x_in[slot] = load<Traits::kVec>(x + offset);
@@ -34,6 +36,7 @@ __device__ __forceinline__ void bn_forward(const BnActParams& p) {
           out[j] = p.relu ? relu(z) : z;
         }
         store(y + offset, out);
+        if constexpr (kMask) store_mask<scalar_t>(p.mask, offset, out);
       });
 }
 

@@ -29,16 +29,19 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* p) {
 #endif
 }
 
-// kVec is 16 bytes' worth of elements, or 1; p is aligned to it.
+// kVec is 16 or 32 bytes' worth of elements, or 1; p is aligned to 16 bytes, or to an element.
 template <int kVec, typename T>
 __device__ __forceinline__ Vec<T, kVec> load(const T* p) {
   Vec<T, kVec> out;
   if constexpr (kVec == 1) {
     out.v[0] = *p;
   } else {
-    static_assert(sizeof(out) == 16);
-    const uint4 bits = load_16_bytes(p);
-    memcpy(&out, &bits, 16);
+    static_assert(sizeof(out) % 16 == 0);
+#pragma unroll
+    for (int i = 0; i < kVec; i += 16 / sizeof(T)) {
+      const uint4 bits = load_16_bytes(p + i);
+      memcpy(static_cast<void*>(out.v + i), &bits, 16);
+    }
   }
   return out;
 }
@@ -63,7 +66,8 @@ __device__ __forceinline__ void store(T* p, const float (&values)[kVec]) {
     *p = from_float<T>(values[0]);
   } else {
     Vec<T, kVec> out;
-    static_assert(sizeof(out) == 16);
+    static_assert(sizeof(out) % 16 == 0);
+#pragma unroll
     for (int j = 0; j < kVec; j += 2) {
       if constexpr (sizeof(T) == 4) {
         out.v[j] = values[j];
@@ -78,9 +82,12 @@ __device__ __forceinline__ void store(T* p, const float (&values)[kVec]) {
         out.v[j + 1] = __high2bfloat16(pair);
       }
     }
-    uint4 bits;
-    memcpy(&bits, &out, 16);
-    *reinterpret_cast<uint4*>(p) = bits;
+#pragma unroll
+    for (int i = 0; i < kVec; i += 16 / sizeof(T)) {
+      uint4 bits;
+      memcpy(&bits, static_cast<const void*>(out.v + i), 16);
+      *reinterpret_cast<uint4*>(p + i) = bits;
+    }
   }
 }
 

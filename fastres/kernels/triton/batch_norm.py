@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastres.kernels.triton.device import activate, load_affine, load_parameter, mask_gradient, normalize
+from fastres.kernels.triton.relu_mask import masked, store_packed
 
 
 @triton.jit
@@ -133,12 +134,12 @@ def bn_statistics_merge_kernel(
 
 @triton.jit
 def bn_act_kernel(
-    x_ptr, residual_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, elements, channels, plane, tiles, eps,
+    x_ptr, residual_ptr, y_ptr, mask_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, elements, channels, plane, tiles, eps,
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # y = act((x - mean) * invstd * weight + bias [+ residual])
     # grid (channel tiles, programs along elements)
-    # 2 accesses of the element size per output, 3 with a residual
+    # 2 accesses of the element size per output, 3 with a residual; a bit where a mask is given
     # fp32, rounded once
     # tiles go backwards: a statistics pass over the same partition has left the last ones in L2
     channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
@@ -153,18 +154,21 @@ def bn_act_kernel(
         v = normalize(x, mean, scale, bias)
         if residual_ptr is not None:
             v += tl.load(residual_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offset, activate(v, ACT).to(y_ptr.dtype.element_ty), mask=valid)
+        y = activate(v, ACT).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offset, y, mask=valid)
+        if mask_ptr is not None:
+            store_packed(mask_ptr, y, tile, elements, channels, plane, CHANNELS_LAST, INDEX, BLOCK_E, BLOCK_C)
 
 
 @triton.jit
 def bn_act_backward_reduce_kernel(
-    grad_y_ptr, y_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, dz_ptr, grad_x_ptr, partial_dz_ptr,
+    grad_y_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, dz_ptr, grad_x_ptr, partial_dz_ptr,
     partial_dzx_ptr, elements, channels, plane, tiles, eps,
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # dz = mask * grad_y; partial sums of dz and dz * (x - mean), per channel
     # grid and partials as in the statistics
-    # reads grad_y and x (and y, where its sign is the mask; else y is computed again from x); writes dz where asked
+    # reads grad_y and x, and the mask where it is given; else y is computed again from x. Writes dz where asked
     # fp32 sums per lane, lanes merged in fp64; dz is exact
     # evaluation (grad_x_ptr given) has constant statistics, so grad_x = scale * dz is finished in this pass
     channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
@@ -178,11 +182,10 @@ def bn_act_backward_reduce_kernel(
         offset = _offsets(element, channel, channels, plane, CHANNELS_LAST)
         x = tl.load(x_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0)
-        if y_ptr is None:
-            y = normalize(x, mean, scale, bias).to(x_ptr.dtype.element_ty)
+        if mask_ptr is None:
+            dz = mask_gradient(grad_y, normalize(x, mean, scale, bias).to(x_ptr.dtype.element_ty), ACT)
         else:
-            y = tl.load(y_ptr + offset, mask=valid, other=0.0)
-        dz = mask_gradient(grad_y, y, ACT)
+            dz = masked(grad_y, mask_ptr, offset, valid, ACT)
         if dz_ptr is not None:
             tl.store(dz_ptr + offset, dz, mask=valid)
         dz = dz.to(tl.float32)

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from fastres.kernels.layout import memory_format
-from fastres.kernels.triton import batch_norm, configs
+from fastres.kernels.triton import batch_norm, configs, relu_mask
 from fastres.kernels.triton.device import index_type, launch
 
 
@@ -78,33 +78,36 @@ def statistics(x: Tensor, config: configs.TileConfig | None = None) -> tuple[Ten
 
 def apply(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
-    eps: float, act: str, config: configs.TileConfig | None = None,
+    eps: float, act: str, config: configs.TileConfig | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """act(batch_norm(x) [+ residual]) with the given statistics."""
+    """act(batch_norm(x) [+ residual]) with the given statistics; fills the mask of a ReLU where one is given."""
     x, cut = x.resolve_neg(), plan(x, config)
     residual = None if residual is None else residual.resolve_neg()
     y = torch.empty_like(x, memory_format=memory_format(x))
+    beside = mask if mask is not None and relu_mask.packs(*cut.sizes[1:3], cut.options) else None
     launch(
         batch_norm.bn_act_kernel, cut.grid, x,
-        x, residual, y, *parameters(weight, bias, mean, var), *cut.sizes, eps, act, **cut.options,
+        x, residual, y, beside, *parameters(weight, bias, mean, var), *cut.sizes, eps, act, **cut.options,
     )  # fmt: skip
+    if mask is not None and beside is None:
+        relu_mask.make(y, mask)
     return y
 
 
 def backward(
-    grad_y: Tensor, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
+    grad_y: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
     eps: float, act: str, training: bool, config: configs.TileConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """grad_x, dz (where y, the saved output, is given), grad_weight and grad_bias in fp32."""
+    """grad_x, dz (where a mask is given), grad_weight and grad_bias in fp32."""
     grad_y, x, cut = grad_y.resolve_neg(), x.resolve_neg(), plan(x, config)
     weight, bias = parameters(weight, bias)
     mean, var = mean.resolve_neg().contiguous(), var.resolve_neg().contiguous()
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
-    dz = None if y is None else torch.empty_like(grad_x)
+    dz = None if mask is None else torch.empty_like(grad_x)
     partial_dz, partial_dzx = partials(x, cut), partials(x, cut)
     launch(
         batch_norm.bn_act_backward_reduce_kernel, cut.grid, x,
-        grad_y, y, x, weight, bias, mean, var, dz, None if training else grad_x, partial_dz, partial_dzx,
+        grad_y, mask, x, weight, bias, mean, var, dz, None if training else grad_x, partial_dz, partial_dzx,
         *cut.sizes, eps, act, **cut.options,
     )  # fmt: skip
     grad_weight, grad_bias, programs = per_channel(x), per_channel(x), cut.grid[1]

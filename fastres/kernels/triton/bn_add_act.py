@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastres.kernels.triton import bn_act
+from fastres.kernels.triton import bn_act, relu_mask
 
 
 def bn_add_act(
@@ -14,17 +14,17 @@ def bn_add_act(
 
 def bn_add_act_train(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, act: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean, var = bn_act.statistics(x)
-    return bn_act.apply(x, residual, weight, bias, mean, var, eps, act), mean, var
+    mask = relu_mask.empty(x, act)
+    wanted = mask if act == "relu" else None
+    return bn_act.apply(x, residual, weight, bias, mean, var, eps, act, mask=wanted), mean, var, mask
 
 
 def bn_add_act_backward(
-    grad_y: Tensor, y: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, act: str,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    y = y.resolve_neg()
-    grad_x, dz, grad_weight, grad_bias = bn_act.backward(grad_y, y, x, weight, None, mean, var, eps, act, training)
-    assert dz is not None  # as y was given
+    grad_y: Tensor, mask: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x, dz, grad_weight, grad_bias = bn_act.backward(grad_y, mask, x, weight, None, mean, var, eps, act, True)
+    assert dz is not None  # as a mask was given
     dtype = mean.dtype if weight is None else weight.dtype
     return grad_x, dz, grad_weight.to(dtype), grad_bias.to(dtype)

@@ -96,10 +96,7 @@ def gradients(ctx, grad_y):
     """Gradients of x, residual, weight and bias; None where none is asked for."""
     x, weight, bias, mean, var, mask_or_y = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
-        if ctx.training:
-            dz = _mask.gradient(grad_y, mask_or_y, x, ctx.act)
-        else:
-            dz = _mask.gradient_at(grad_y, mask_or_y, ctx.act)
+        dz = _mask.gradient(grad_y, mask_or_y, x, ctx.act) if ctx.training else _mask.gradient_at(grad_y, mask_or_y, ctx.act)
         grad_x, *others = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
         return grad_x, dz.to(ctx.residual_dtype), *others
     grad_y = _bn.laid_as(x, grad_y)

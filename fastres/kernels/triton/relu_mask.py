@@ -18,10 +18,7 @@ BLOCK = 512  # bytes a program makes from y
 def _bytes(passes, AXIS: tl.constexpr):
     """Eight booleans along an axis as a byte."""
     position = tl.arange(0, 8)
-    if AXIS == 2:
-        position = position[None, None, :]
-    else:
-        position = position[None, :, None]
+    position = position[None, None, :] if AXIS == 2 else position[None, :, None]
     return tl.sum(passes.to(tl.int32) << position, axis=AXIS).to(tl.uint8)
 
 

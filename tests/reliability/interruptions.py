@@ -27,9 +27,9 @@ LEAST = 512  # bytes of an allocation that may fail: tensors, workspaces, tables
 CPU = torch.device("cpu")
 
 
-@scored("R23", "allocations that fail, Ctrl-C in tune, freeze and training, kill -9 while files are written", full=900, short=100)
+@scored("R23", "allocations that fail, Ctrl-C in tune, freeze and training, kill -9 while files are written", full=700, short=75)
 def interruptions(tally: Tally, count: int) -> None:
-    children.apart(tally, "interruptions.allocations", count // 2, watched=True)
+    children.apart(tally, "interruptions.allocations", 2 * count // 3, watched=True)
     children.apart(tally, "interruptions.control_c", count // 6)
     children.apart(tally, "interruptions.kills", count // 3)
 

@@ -93,7 +93,7 @@ def evaluated(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> dict:
         return {"output": model.eval()(x.to(dtype))}
 
 
-@scored("R8", "networks: a training step, then logits, ours and others' optimised", full=72, short=18)
+@scored("R8", "networks: a training step, then logits, ours and others' optimised", full=69, short=18)
 def networks(tally: Tally, count: int) -> None:
     for name, (make, other, seed) in chosen(count // 3).items():
         ours = built(make)
@@ -126,7 +126,7 @@ def same_bytes(a: dict, b: dict) -> None:
         assert value.dtype == b[name].dtype and torch.equal(value, b[name]), name
 
 
-@scored("R9", "state dicts of networks both ways, strictly, byte for byte, through files", full=96, short=24)
+@scored("R9", "state dicts of networks both ways, strictly, byte for byte, through files", full=92, short=24)
 def states(tally: Tally, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (make, other, _) in chosen(count // 4).items():

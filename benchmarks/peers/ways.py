@@ -152,10 +152,10 @@ def openvino(task: Task) -> Made:
     runs = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if runs != precision:
         raise UnsupportedError(f"OpenVINO would run {runs} on this processor where {precision} was asked for")
-    request = compiled.create_infer_request()
-    request.set_input_tensor(ov.Tensor(task.x.numpy(), shared_memory=True))
+    request, images = compiled.create_infer_request(), task.x.numpy()
+    request.set_input_tensor(ov.Tensor(images, shared_memory=True))
 
-    def call() -> Any:
+    def call(images: Any = images) -> Any:  # which the request reads, but does not keep alive
         request.infer()
         return request.get_output_tensor().data
 

@@ -79,7 +79,7 @@ def bn_act(
     if not _is_training("bn_act", training, momentum):
         _needs_statistics("bn_act", running_mean, running_var)
         return BN_ACT(x, weight, bias, running_mean, running_var, eps, act)
-    _check_update("bn_act", x, running_mean, running_var)
+    check_running("bn_act", x, running_mean, running_var)
     y, mean, var = BN_ACT_TRAIN(x, weight, bias, eps, act)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
@@ -102,7 +102,7 @@ def bn_add_act(
     if not _is_training("bn_add_act", training, momentum):
         _needs_statistics("bn_add_act", running_mean, running_var)
         return BN_ADD_ACT(x, residual, weight, bias, running_mean, running_var, eps, act)
-    _check_update("bn_add_act", x, running_mean, running_var)
+    check_running("bn_add_act", x, running_mean, running_var)
     y, mean, var, _ = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
@@ -139,8 +139,8 @@ def bn_add_bn_act(
         _needs_statistics(op, r_mean, r_var, "residual_")
         shortcut = *r_norm, r_mean, r_var, residual_eps
         return BN_ADD_BN_ACT(x, residual, *norm, running_mean, running_var, eps, *shortcut, act)
-    _check_update(op, x, running_mean, running_var)
-    _check_update(op, residual, r_mean, r_var, "residual_")
+    check_running(op, x, running_mean, running_var)
+    check_running(op, residual, r_mean, r_var, "residual_")
     y, mean, var, mean_of_residual, var_of_residual, _ = BN_ADD_BN_ACT_TRAIN(
         x, residual, *norm, eps, *r_norm, residual_eps, act
     )
@@ -169,7 +169,7 @@ def bn_act_maxpool(
     if not _is_training("bn_act_maxpool", training, momentum):
         _needs_statistics("bn_act_maxpool", running_mean, running_var)
         return BN_ACT_MAXPOOL(x, weight, bias, running_mean, running_var, eps, act, *window)
-    _check_update("bn_act_maxpool", x, running_mean, running_var)
+    check_running("bn_act_maxpool", x, running_mean, running_var)
     y, mean, var = BN_ACT_MAXPOOL_TRAIN(x, weight, bias, eps, act, *window)
     update_running(x, running_mean, running_var, mean, var, momentum)
     return y
@@ -357,7 +357,7 @@ def _check_momentum(op: str, momentum: Any, prefix: str = "") -> None:
 
 
 @Once
-def _check_update(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> None:
+def check_running(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> None:
     """Refuse running buffers that could not be updated, or only half."""
     _check.images(op, **{prefix.removesuffix("_") or "x": x})
     if (mean is None) != (var is None):
@@ -369,9 +369,6 @@ def _check_update(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> 
     for name, buffer in (("mean", mean), ("var", var)):
         if buffer.stride(0) == 0 and x.shape[1] > 1:
             raise must(op, f"{prefix}{name}", "a tensor of its own memory", "an expanded one", "clone it")
-
-
-check_running = _check_update  # for those who update buffers of their own accord
 
 
 def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: str = "") -> None:

@@ -86,17 +86,18 @@ def reliability(results: Path) -> str:
     if not path.is_file():
         return "No class has been tried in full at this version (`make reliability`)."
     data = json.loads(path.read_text(encoding="utf-8"))
-    commit = f"commit {data['commit'][:10]}{' with local changes' if data['dirty'] else ''}"
-    lines = [f"**{data['device']}**, torch {data['torch']}, {commit}, {data['date']}:", ""]
-    lines += ["| class | what was tried | tried | failed | seconds |", "| :-- | :-- | --: | --: | --: |"]
+    lines = [f"**{data['device']}**, torch {data['torch']}:", ""]
+    lines += ["| class | what was tried | tried | failed | seconds | commit |", "| :-- | :-- | --: | --: | --: | :-- |"]
     rows = {row["code"]: row for row in data["rows"]}
     for code in sorted({*rows, *data.get("classes", {})}, key=lambda code: (code[0], int(code[1:]))):
         if code in rows:
             row = rows[code]
+            title = "; not run: ".join([row["title"], *row.get("notes", ())])
             short = "" if row["tried"] >= row["wanted"] else f" of {row['wanted']:,}"
-            lines.append(f"| {code} | {row['title']} | {row['tried']:,}{short} | {row['failed']} | {row['seconds']} |")
+            commit = f"{row['commit'][:10]}{' with local changes' if row['dirty'] else ''}, {row['date']}"
+            lines.append(f"| {code} | {title} | {row['tried']:,}{short} | {row['failed']} | {row['seconds']} | {commit} |")
         else:
-            lines.append(f"| {code} | {data['classes'][code]} | not run | | |")
+            lines.append(f"| {code} | {data['classes'][code]} | not run | | | |")
     return "\n".join(lines)
 
 

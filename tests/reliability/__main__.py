@@ -2,8 +2,8 @@
 writes RELIABILITY.json. Each class runs in a process of its own, two at a time, which may crash or hang without
 ending the others.
 
-``--profile short`` is what ``make test`` runs; ``CODE ...`` runs some classes and keeps the rows of the others, if they are
-of the same commit.
+``--profile short`` is what ``make test`` runs; ``CODE ...`` runs some classes and keeps the rows of the others, each of which
+says the commit that it was tried on.
 """
 
 # ruff: noqa: E501
@@ -88,7 +88,7 @@ def table(rows: list[dict]) -> str:
 
 
 def write(rows: list[dict]) -> None:
-    """RELIABILITY.json with these rows, and those of other classes that the same commit was tried on."""
+    """RELIABILITY.json with these rows, of this commit, and those that other classes have from before."""
     import torch
 
     from fastres import info
@@ -97,20 +97,20 @@ def write(rows: list[dict]) -> None:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
 
-    about = {
+    about = {"device": info.cpu_model(), "torch": torch.__version__, "python": platform.python_version()}
+    now = {
         "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*.json", ":!README.md")),
-        "device": info.cpu_model(), "torch": torch.__version__, "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }  # fmt: skip
+    found = {row["code"]: row | now for row in rows}
     if FILE.exists():
         before = json.loads(FILE.read_text(encoding="utf-8"))
-        if before.get("commit") == about["commit"]:
-            codes = {row["code"] for row in rows}
-            rows = [*(row for row in before["rows"] if row["code"] not in codes), *rows]
-    rows.sort(key=lambda row: (row["code"][0], int(row["code"][1:])))
+        if all(before[key] == value for key, value in about.items()):
+            found = {row["code"]: row for row in before["rows"] if row["code"] in CLASSES} | found
+    ordered = sorted(found.values(), key=lambda row: (row["code"][0], int(row["code"][1:])))
     temporary = FILE.with_suffix(".tmp")
     known = {code: found.title for code, found in CLASSES.items()}  # of which those without a row were not run
-    temporary.write_text(json.dumps({**about, "classes": known, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps({**about, "classes": known, "rows": ordered}, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, FILE)
 
 

@@ -16,7 +16,7 @@ constexpr int64_t kLeastGroup = 64;       // words of tiles
 // With so few channels a tile costs more to move between cores than to multiply: 700 us instead of 150 for 128x16x8x8 where
 // one core's tiles are multiplied by both (AMD EPYC, Zen 4, 2026-11-25). The tiles then fall into parts, each with sums of
 // its own and its groups in the L2 of the one core that works on it.
-constexpr int64_t kFewProducts = 64 * 64;
+constexpr int64_t kFewProducts = 4096;
 constexpr int64_t kPartBytes = 256 << 10;
 constexpr int64_t kMostParts = 16;
 

@@ -50,7 +50,7 @@ void convolve_directly(const ConvArgs& conv, const Tile& tile, const float* weig
   for (int64_t c = 0; c < conv.run; ++c) {
     Sum rows[4][3], g[3][3];
     for (int y = 0; y < 4; ++y) {
-      const float* u = weight + y * 4 * point_step + c * width + lane;
+      const float* u = weight + 4 * point_step * y + c * width + lane;
       rows[y][0] = load<float, kWide>(u, Whole{});
       rows[y][1] = load<float, kWide>(u + point_step, Whole{}) - load<float, kWide>(u + 2 * point_step, Whole{});
       rows[y][2] = load<float, kWide>(u + 3 * point_step, Whole{});

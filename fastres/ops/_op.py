@@ -112,6 +112,16 @@ class Op:
         self._choices[key] = run
         return run
 
+    def falls_back(self, *args: Any) -> bool:
+        """Whether these arguments get the plain composition, for callers that have something faster in its place.
+
+        Raises what the op's check does.
+        """
+        key, plain, _ = _signature(args)
+        if not plain:
+            self.check(*args)
+        return not plain or (self._choices.get(key) or self._choose(key, args)) is self.reference
+
     def explain(self, *args: Any) -> Choice:
         """The backend these arguments get, what decided, and why the others were passed over."""
         self.check(*args)

@@ -200,7 +200,7 @@ class _Builder:
         self.add(conv)
 
     def on_conv_bn_add_conv_bn_act(self, x, shortcut, *parameters, y):
-        *main, own, act = *parameters[:11], parameters[11:-1], parameters[-1]
+        main, own, act = parameters[:11], parameters[11:-1], parameters[-1]
         residual = Value(y.shape, uses=1)
         self.on_conv_bn_act(shortcut, *own, (0, 0), (1, 1), 1, "none", y=residual)
         self.on_conv_bn_add_act(x, residual, *main, act, y=y)

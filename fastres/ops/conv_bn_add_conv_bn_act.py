@@ -6,7 +6,7 @@ x, weight and its batch norm as in ``conv_bn_act``; shortcut (N, C2, H2, W2) is 
 product over the channels of both and never writes the projected shortcut. Accumulates in fp32, rounds once. For backward the
 inputs are saved and the plain composition runs again. Bytes moved: x, the shortcut's pixels under the stride, both weights, y.
 
-Two folded convolutions are faster than the plain composition: callers run those where ``falls_back`` says so.
+Where no kernel is chosen, callers run ``conv_bn_act`` and ``conv_bn_add_act``, which are faster than the plain composition.
 """
 
 import functools
@@ -22,15 +22,17 @@ from fastres.ops import _check, _conv, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import refuse_statistics_gradient
 from fastres.ops._op import Backend, Op, Sample
+from fastres.ops.conv_bn_act import CONV_BN_ACT
+from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 
-OF_SHORTCUT = ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "stride")
 SCHEMA = (
     f"(Tensor x, Tensor shortcut, {_conv.PARAMETERS.removesuffix(', str act')}, Tensor shortcut_weight,"
     " Tensor? shortcut_bias, Tensor? shortcut_bn_weight, Tensor? shortcut_bn_bias, Tensor shortcut_mean,"
     " Tensor shortcut_var, float shortcut_eps, int[2] shortcut_stride, str act) -> Tensor"
 )
 NAME = "conv_bn_add_conv_bn_act"
-_NAMES = {name: f"shortcut_{name}" for name in OF_SHORTCUT} | {"x": "shortcut", "x and weight": "shortcut, shortcut_weight"}
+_NAMES = {"x": "shortcut", "x and weight": "shortcut and shortcut_weight"}
+_NAMES |= {name: f"shortcut_{name}" for name in ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "stride")}
 _MAIN = 13  # arguments up to those of the shortcut: x, shortcut, weight, bias, four and eps of the norm, the geometry
 _AT_ONE = (0, 0), (1, 1), 1  # padding, dilation and groups of the shortcut
 
@@ -56,18 +58,18 @@ def check(*args):
     (x, *main), (shortcut, *own), act = _apart(args)
     _conv.check(NAME, x, None, *main, act)
     _check.tensors(NAME, x=x, mean=main[4], var=main[5])
+    _check.images(NAME, x=x, shortcut=shortcut)
     try:
         _conv.check(NAME, shortcut, None, *own, act)
         _check.tensors(NAME, x=shortcut, mean=own[4], var=own[5])
     except (ArgumentError, ArgumentTypeError) as error:
         raise renamed(error, NAME, _NAMES) from None
-    _check.images(NAME, x=x, shortcut=shortcut)
     weight, stride = own[0], own[7]
     if tuple(weight.shape[2:]) != (1, 1):
         raise must(NAME, "shortcut_weight", "of a kernel of 1x1", tuple(weight.shape))
     shapes = [_conv.output_shape(x, main[0], *main[7:10]), _conv.output_shape(shortcut, weight, stride, *_AT_ONE[:2])]
     if shapes[0] != shapes[1]:
-        raise must(NAME, "shortcut", f"projected to the output's shape {shapes[0]}", shapes[1])
+        raise must(NAME, "shortcut", f"projected to the output's shape {shapes[0]}", shapes[1], f"shortcut_stride is {stride}")
 
 
 def fake(x, shortcut, weight, *rest):
@@ -135,15 +137,30 @@ def may_join(device: torch.device) -> bool:
     return why_not_device(device) is None
 
 
-def joined(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The arguments by which this op does what ``conv_bn_act`` and ``conv_bn_add_act`` do with these, the first one's result
-    being the second one's residual; None where they are no end of a block.
-    """
-    shortcut, *own, padding, _, groups, act = first
-    x, _, *main = second
-    if tuple(own[0].shape[2:]) != (1, 1) or (padding, groups, act) != ((0, 0), 1, "none"):
-        return None
-    return x, shortcut, *main[:-1], *own, main[-1]
+def fallback(*args):
+    return _composed(lambda x, r, *rest: CONV_BN_ACT(x, *rest) if r is None else CONV_BN_ADD_ACT(x, r, *rest), args)
+
+
+class Ends:
+    """Finds this op in calls of others: a ``conv_bn_add_act`` whose residual a ``conv_bn_act`` made."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
+
+    def made(self, op: str, args: tuple[Any, ...], y: Any) -> None:
+        """Tell of a call that ran."""
+        if op == CONV_BN_ACT.name:
+            self._made[id(y)] = y, args
+
+    def joined(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """This op's arguments where it could do what a call and one before it do; else None."""
+        if op != CONV_BN_ADD_ACT.name or id(args[1]) not in self._made:
+            return None
+        shortcut, *own, padding, _, groups, act = self._made[id(args[1])][1]
+        if tuple(own[0].shape[2:]) != (1, 1) or (padding, groups, act) != ((0, 0), 1, "none"):
+            return None
+        x, _, *main, act = args
+        return x, shortcut, *main, *own, act
 
 
 def why_not_kernel(x, shortcut, *rest) -> str | None:
@@ -187,4 +204,5 @@ CONV_BN_ADD_CONV_BN_ACT = Op(
     ],
     setup_context=setup_context,
     backward=backward,
+    fallback=fallback,
 )

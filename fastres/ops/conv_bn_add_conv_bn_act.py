@@ -148,17 +148,17 @@ class Ends:
         self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
 
     def made(self, op: str, args: tuple[Any, ...], y: Any) -> None:
-        """Tell of a call that ran."""
-        if op == CONV_BN_ACT.name:
-            self._made[id(y)] = y, args
+        """Tell of a call that ran; projections are remembered."""
+        if op == CONV_BN_ACT.name and tuple(args[1].shape[2:]) == (1, 1):
+            *_, padding, _, groups, act = args
+            if (padding, groups, act) == ((0, 0), 1, "none"):
+                self._made[id(y)] = y, args
 
     def joined(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """This op's arguments where it could do what a call and one before it do; else None."""
         if op != CONV_BN_ADD_ACT.name or id(args[1]) not in self._made:
             return None
-        shortcut, *own, padding, _, groups, act = self._made[id(args[1])][1]
-        if tuple(own[0].shape[2:]) != (1, 1) or (padding, groups, act) != ((0, 0), 1, "none"):
-            return None
+        shortcut, *own = self._made[id(args[1])][1][:-4]
         x, _, *main, act = args
         return x, shortcut, *main, *own, act
 

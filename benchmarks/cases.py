@@ -15,6 +15,7 @@ from fastres import functional
 from fastres.ops import REGISTRY
 
 TRAIN = {"training": True}
+JOINED = "conv_bn_add_conv_bn_act"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Case:
             drawn = torch.randn(size, generator=generator).to(device, dtype)
             return drawn.contiguous(memory_format=torch.channels_last)
 
+        if self.op == JOINED:
+            return self.two_convolutions(shape, image, generator, device)
         channels, found = shape[1], [image(*shape)]
         if self.residual:
             found.append(image(*shape))
@@ -52,6 +55,18 @@ class Case:
         if self.op not in ("add_act", "conv"):
             vectors = torch.randn(4, channels, generator=generator).to(device)
             found += [vectors[0] * 0.1, vectors[1].abs() + 0.5, vectors[2].abs() + 0.3, vectors[3] * 0.1]
+        return tuple(found)
+
+    def two_convolutions(
+        self, shape: tuple[int, ...], image: Callable[..., Tensor], generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """x, the shortcut of twice its size and half its channels, then weight, mean, var, weight and bias of both."""
+        n, channels, height, width = shape
+        found = [image(*shape), image(n, channels // 2, 2 * height, 2 * width)]
+        for depth, kernel in ((channels, self.convolution), (channels // 2, 1)):
+            found.append(image(channels, depth, kernel, kernel) / (depth * kernel * kernel) ** 0.5)
+            mean, var, weight, bias = torch.randn(4, channels, generator=generator).to(device)
+            found += [mean * 0.1, var.abs() + 0.5, weight.abs() + 0.3, bias * 0.1]
         return tuple(found)
 
     def cost(self, tensors: tuple[Tensor, ...]) -> tuple[int, int]:
@@ -71,6 +86,11 @@ class Case:
             return (*tensors, "relu")
         if self.op == "conv":
             return (*tensors, None, (1, 1), (1, 1), (1, 1), 1)
+        if self.op == JOINED:
+            x, shortcut, (w, *norm), (own, *own_norm) = *tensors[:2], tensors[2:7], tensors[7:]
+            pad = self.convolution // 2
+            main, other = ((t, None, *v[2:], *v[:2], 1e-5) for t, v in ((w, norm), (own, own_norm)))
+            return (x, shortcut, *main, (1, 1), (pad, pad), (1, 1), 1, *other, (2, 2), "relu")
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
         if self.convolution:
             pad = self.convolution // 2
@@ -93,6 +113,23 @@ def _convolution(kernel: int, residual: bool) -> tuple[Callable, Callable]:
         *shortcut, w, mean, var, weight, bias = rest
         y = F.batch_norm(F.conv2d(x, w, padding=pad), mean, var, weight, bias)
         return F.relu(y + shortcut[0] if residual else y)
+
+    return fused, eager
+
+
+def _joined(kernel: int) -> tuple[Callable, Callable]:
+    pad = kernel // 2
+
+    def fused(x: Tensor, shortcut: Tensor, w: Tensor, mean: Tensor, var: Tensor, *rest: Tensor) -> Tensor:
+        weight, bias, own, own_mean, own_var, *own_norm = rest
+        convolutions = w, None, mean, var, own, None, own_mean, own_var
+        options = {"padding": pad, "shortcut_stride": 2}
+        return functional.conv_bn_add_conv_bn_act(x, shortcut, *convolutions, weight, bias, *own_norm, **options)
+
+    def eager(x: Tensor, shortcut: Tensor, w: Tensor, mean: Tensor, var: Tensor, *rest: Tensor) -> Tensor:
+        weight, bias, own, *own_norm = rest
+        projected = F.batch_norm(F.conv2d(shortcut, own, stride=2), *own_norm)
+        return F.relu(F.batch_norm(F.conv2d(x, w, padding=pad), mean, var, weight, bias) + projected)
 
     return fused, eager
 
@@ -136,6 +173,7 @@ def _all() -> list[Case]:
     for residual, kernel in itertools.product((False, True), (1, 3)):
         name = "conv_bn_add_act" if residual else "conv_bn_act"
         found.append(Case(name, False, *_convolution(kernel, residual), (name,), residual, kernel))
+    found += [Case(JOINED, False, *_joined(kernel), (JOINED,), convolution=kernel) for kernel in (1, 3)]
     return found
 
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.errors import ArgumentError, ArgumentTypeError, must, must_type, renamed
-from fastres.kernels import native
-from fastres.ops import _check, _fold
-from fastres.ops._op import Once, is_interposed
+from fastres.ops import _fold
+from fastres.ops._running import check_running, update_running
 from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
@@ -25,12 +24,14 @@ from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv import CONV, why_not_fast
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
+from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, may_join
 
 Size = int | tuple[int, int]
 P = ParamSpec("P")
 
 _STATISTICS = {"mean": "running_mean", "var": "running_var"}
 _CONVOLUTION = {"weight": "conv_weight", "bias": "conv_bias", "bn_weight": "weight", "bn_bias": "bias", **_STATISTICS}
+_SHORTCUT = {f"shortcut_{name}": f"shortcut_{known}" for name, known in _CONVOLUTION.items()}
 
 
 def _names(**of_op: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
@@ -253,21 +254,79 @@ def conv_bn_add_act(
     )  # fmt: skip
 
 
+@_names(**_CONVOLUTION, **_SHORTCUT)
+def conv_bn_add_conv_bn_act(
+    x: Tensor,
+    shortcut: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    shortcut_conv_weight: Tensor,
+    shortcut_conv_bias: Tensor | None,
+    shortcut_running_mean: Tensor,
+    shortcut_running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    shortcut_eps: float = 1e-5,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    shortcut_stride: Size = 1,
+    act: str = "relu",
+) -> Tensor:
+    """The end of a block with a projection, in evaluation: ``relu(F.batch_norm(F.conv2d(x, conv_weight, ...), ...) + s)``,
+    ``s = F.batch_norm(F.conv2d(shortcut, shortcut_conv_weight, shortcut_conv_bias, shortcut_stride), shortcut_...)``.
+
+    One product over the channels of both where a kernel is chosen, which never writes s; elsewhere, and where gradients are
+    asked for, ``conv_bn_act`` and ``conv_bn_add_act``. ``shortcut_conv_weight`` is (K, C2, 1, 1). In training
+    ``bn_add_bn_act`` follows two convolutions.
+    """
+    op = CONV_BN_ADD_CONV_BN_ACT
+    x = _matched(op.name, x, conv_weight)
+    shortcut = _matched(op.name, shortcut, shortcut_conv_weight, "shortcut", "shortcut_weight")
+    statistics, own_statistics = (running_mean, running_var), (shortcut_running_mean, shortcut_running_var)
+    geometry, own_stride = (_pair(stride), _pair(padding), _pair(dilation), groups), _pair(shortcut_stride)
+    main = conv_weight, conv_bias, weight, bias, *statistics, eps, *geometry
+    own = shortcut_conv_weight, shortcut_conv_bias, shortcut_weight, shortcut_bias, *own_statistics, shortcut_eps
+    args = x, shortcut, *main, *own, own_stride, act
+    apart = torch.compiler.is_compiling() or op.falls_back(*args)
+    if not (apart or (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args))):
+        return op(*args)
+    norm, own_norm = (*statistics, weight, bias), (*own_statistics, shortcut_weight, shortcut_bias)
+    residual = conv_bn_act(shortcut, *own[:2], *own_norm, eps=shortcut_eps, stride=own_stride, act="none")
+    return conv_bn_add_act(x, residual, *main[:2], *norm, False, 0.0, eps, *geometry, act)
+
+
+may_join_convolutions = may_join  # whether a device has kernels to ask for, for those who can do without the call
+
+
+def _matched(op: str, x: Tensor, weight: Tensor, name: str = "x", of: str = "weight") -> Tensor:
+    """x in the dtype its convolution computes in: that of autocast, or of its weight."""
+    for parameter, tensor in ((name, x), (of, weight)):
+        if not isinstance(tensor, Tensor):
+            raise must_type(op, parameter, "a torch.Tensor", tensor)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if x.is_floating_point() and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(kind))
+    elif x.dtype != weight.dtype:
+        known = of.replace("weight", "conv_weight")
+        raise must(op, name, f"of {known}'s dtype {weight.dtype}", x.dtype, "convert it, or use autocast")
+    return x
+
+
 def _conv(
     x: Tensor, residual: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None, mean: Tensor | None,
     var: Tensor | None, weight: Tensor | None, bias: Tensor | None, training: bool,
     momentum: float | Tensor, eps: float, geometry: tuple[Any, ...], act: str,
 ) -> Tensor:  # fmt: skip
     op = CONV_BN_ACT if residual is None else CONV_BN_ADD_ACT
-    for name, tensor in (("x", x), ("weight", conv_weight)):
-        if not isinstance(tensor, Tensor):
-            raise must_type(op.name, name, "a torch.Tensor", tensor)
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(kind))
-    elif x.dtype != conv_weight.dtype:
-        raise must(op.name, "x", f"of conv_weight's dtype {conv_weight.dtype}", x.dtype, "convert it, or use autocast")
+    x = _matched(op.name, x, conv_weight)
     activations = (x,) if residual is None else (x, residual)
     args = (*activations, conv_weight, conv_bias, weight, bias, mean, var, eps, *geometry, act)
     if not _is_training(op.name, training, momentum):
@@ -285,54 +344,6 @@ def _conv(
     if residual is None:
         return bn_act(z, mean, var, weight, bias, training, momentum, eps, act)
     return bn_add_act(z, residual, mean, var, weight, bias, training, momentum, eps, act)
-
-
-def update_running(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | Tensor,
-) -> None:
-    """``running = (1 - momentum) * running + momentum * batch``, the variance unbiased; an empty batch changes nothing."""
-    values = x.shape[0] * x.shape[2] * x.shape[3]
-    if running_mean is None or running_var is None or values == 0:
-        return
-    if torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):
-        with torch.no_grad():
-            _update(running_mean, running_var, mean, var, momentum, values / (values - 1))
-    else:  # the context would cost a sixth of the update
-        _update(running_mean, running_var, mean, var, momentum, values / (values - 1))
-
-
-def _update(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float | Tensor, unbiased: float
-) -> None:
-    if isinstance(momentum, Tensor):
-        momentum = momentum.detach()
-        running_mean.mul_(1 - momentum).add_(mean * momentum)
-        running_var.mul_(1 - momentum).add_(var * (momentum * unbiased))
-    else:
-        momentum = float(momentum)  # a bool would fail half way
-        native_update = _native_update() if running_mean.device.type == "cpu" else None
-        if native_update is not None and _is_eager(running_mean, running_var, mean):
-            native_update(running_mean, running_var, mean, var, momentum, momentum * unbiased)
-            torch.autograd.graph.increment_version((running_mean, running_var))
-            return
-        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
-
-
-@functools.cache
-def _native_update() -> Any:
-    """The update as one call instead of four, which took a tenth of a small layer's step."""
-    return None if native.why_not("cpu_bn_running_") else native.op("cpu_bn_running_")
-
-
-def _is_eager(*tensors: Tensor) -> bool:
-    """Whether nothing but plain tensors sees the call."""
-    return not torch.compiler.is_compiling() and not is_interposed() and all(type(t) is Tensor for t in tensors)
 
 
 def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
@@ -354,21 +365,6 @@ def _check_momentum(op: str, momentum: Any, prefix: str = "") -> None:
         raise must_type(op, name, what, momentum)
     if isinstance(momentum, Tensor) and momentum.numel() != 1:
         raise must(op, name, what, f"a tensor of shape {tuple(momentum.shape)}")
-
-
-@Once
-def check_running(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> None:
-    """Refuse running buffers that could not be updated, or only half."""
-    _check.images(op, **{prefix.removesuffix("_") or "x": x})
-    if (mean is None) != (var is None):
-        got = f"{type(mean).__name__} and {type(var).__name__}"
-        raise must(op, f"{prefix}running_mean and {prefix}running_var", "both tensors or both None", got)
-    if mean is None:
-        return
-    _check.per_channel(op, x.shape[1], x, **{f"{prefix}mean": mean, f"{prefix}var": var})
-    for name, buffer in (("mean", mean), ("var", var)):
-        if buffer.stride(0) == 0 and x.shape[1] > 1:
-            raise must(op, f"{prefix}{name}", "a tensor of its own memory", "an expanded one", "clone it")
 
 
 def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: str = "") -> None:

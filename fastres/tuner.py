@@ -22,6 +22,7 @@ from fastres.dispatch import Backend
 from fastres.errors import UnsupportedError, must
 from fastres.ops import REGISTRY, _mask
 from fastres.ops._op import Op
+from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends, may_join
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -208,6 +209,8 @@ def tune_model(
     for key, (op, args) in calls.items():
         if step is not None:
             step(key, len(calls))
+        if op.fallback is not None and store:
+            session.store()  # the ops that it is held against run as they were tuned
         session.tune(op, args)
     if store:
         session.store()
@@ -239,15 +242,23 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Op, tuple]] = {}
+        self.ends = Ends()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        y = func(*args, **(kwargs or {}))
         if func.namespace == "fastres":
-            op = REGISTRY[func._opname]
             args = tuple(tuple(a) if isinstance(a, list) else a for a in args)
-            key = tune.key(op.name, args)
-            if key not in self.calls:
-                self.calls[key] = (op, tuple(_copy(a) for a in args))
-        return func(*args, **(kwargs or {}))
+            self.keep(REGISTRY[func._opname], args)
+            self.ends.made(func._opname, args, y)
+            end = self.ends.joined(func._opname, args) if may_join(_device(args)) else None
+            if end is not None:  # not chosen so far: tuning finds out whether it is to be
+                self.keep(CONV_BN_ADD_CONV_BN_ACT, end)
+        return y
+
+    def keep(self, op: Op, args: tuple) -> None:
+        key = tune.key(op.name, args)
+        if key not in self.calls:
+            self.calls[key] = (op, tuple(_copy(a) for a in args))
 
 
 def _copy(value: Any) -> Any:
@@ -264,7 +275,8 @@ def _candidates(op: Op, args: tuple, configurations: bool) -> Iterator[tuple[Bac
         if backend.why_not(*args) is not None:
             yield backend, None, _refused
             continue
-        yield backend, None, backend.load()
+        instead = op.fallback if backend.name == "torch" else None
+        yield backend, None, instead or backend.load()
         for config in backend.configs(*args) if configurations and backend.configs is not None else ():
             yield backend, tuple(config), backend.load(config)
 

@@ -14,7 +14,10 @@ import pytest
 import torch
 import triton  # noqa: F401  imported once, for all
 
-MODULES = {"cuda": ("test_cuda", "test_sm90_conv"), "triton": ("test_triton_interpreter", "test_triton_pointwise")}
+MODULES = {
+    "cuda": ("test_cuda", "test_sm90_conv"),
+    "triton": ("test_triton_interpreter", "test_triton_pointwise", "test_triton_joined"),
+}
 DEVICE = ("every thread of the block waits for another", "more arrivals at a barrier")  # what the emulated device found
 
 

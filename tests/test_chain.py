@@ -10,11 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastres
 import fastres.nn as fnn
-from fastres import functional
 from fastres.experiments.twin import torch_twin
 from fastres.kernels import native
 from fastres.nn import _fused
-from fastres.ops import _chain
+from fastres.ops import _chain, _running
 
 LAST = torch.channels_last
 BLOCKS = {
@@ -108,15 +107,15 @@ def test_hooks_modes_and_other_layers_see_their_modules_called(nodes):
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_running_statistics_are_updated_by_one_native_call(dtype, monkeypatch):
-    if functional._native_update() is None:
+    if _running._native_update() is None:
         pytest.skip(native.why_not("cpu_bn_running_"))
     x, mean, var = torch.randn(4, 8, 2, 2), torch.randn(8), torch.rand(8)
     results = []
-    for call in (functional._native_update(), None):
-        monkeypatch.setattr(functional, "_native_update", lambda call=call: call)
+    for call in (_running._native_update(), None):
+        monkeypatch.setattr(_running, "_native_update", lambda call=call: call)
         running = [torch.linspace(-1, 2, 16, dtype=dtype)[::2], torch.ones(8, dtype=dtype)]
         before = [t._version for t in running]
-        functional.update_running(x, *running, mean.to(x.dtype), var, 0.1)
+        _running.update_running(x, *running, mean.to(x.dtype), var, 0.1)
         assert all(t._version > version for t, version in zip(running, before, strict=True))  # folds follow
         results.append(torch.cat(running))
     truth = torch.cat([torch.linspace(-1, 2, 16, dtype=dtype)[::2], torch.ones(8, dtype=dtype)]).double() * 0.9

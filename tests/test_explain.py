@@ -65,6 +65,21 @@ def test_an_example_tells_the_backends():
     assert torch.equal(seed, torch.get_rng_state())
 
 
+def test_two_convolutions_say_why_they_are_not_one():
+    """At the ends of blocks with a projection, of an optimised model and of one of fastres; nowhere else."""
+    model = fastres.optimize(small())
+    with torch.no_grad():
+        found = steps(fastres.explain(model, X))
+        apart = {name: step for name, step in found.items() if step.apart is not None}
+        own = fastres.explain(fnn.BasicBlock(4, 8, 2, fnn.shortcut("B", 4, 8, 2)).eval(), torch.randn(1, 4, 8, 8))
+    assert set(apart) == {f"layer{stage}.0.conv2" for stage in (2, 3, 4)}
+    for step in (*apart.values(), own.modules[0].steps[-1]):
+        assert [choice.op for choice in step.choices] == ["conv_bn_add_act"]
+        assert step.to_dict()["apart"] == step.apart and "the tensors are on cpu" in step.apart
+        assert f"(not conv_bn_add_conv_bn_act: {step.apart})" in str(step)
+    assert "apart" not in found["layer1.0.conv2"].to_dict()
+
+
 def test_notes_on_autograd_and_layout():
     model = fastres.optimize(small(), channels_last=True)
     assert any("autograd is on" in note for note in fastres.explain(model).notes)

@@ -26,14 +26,18 @@ def arguments(name, training=False, dtype=torch.float32):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     given = {"x": draw(N, C, SIZE, SIZE)}
-    if "add" in name:
+    if name == JOINED:
+        given |= {"shortcut": draw(N, 3, 2 * SIZE, 2 * SIZE), "shortcut_stride": 2, "shortcut_eps": 1e-3}
+        given |= {"shortcut_conv_weight": draw(C, 3, 1, 1), "shortcut_conv_bias": draw(C), "shortcut_weight": draw(C)}
+        given |= {"shortcut_running_mean": draw(C), "shortcut_running_var": draw(C).square() + 0.5, "shortcut_bias": draw(C)}
+    elif "add" in name:
         given["residual"] = draw(N, C, SIZE, SIZE)
     if "conv" in name:
         given |= {"conv_weight": draw(C, C, 3, 3) / 8, "conv_bias": draw(C), "stride": 1, "padding": 1, "dilation": 1}
         given["groups"] = 1
     if "bn" in name:
         given |= {"running_mean": draw(C), "running_var": draw(C).square() + 0.5, "weight": draw(C), "bias": draw(C)}
-        given |= {"training": training, "momentum": 0.3, "eps": 1e-4}
+        given |= {"eps": 1e-4} | ({} if name == JOINED else {"training": training, "momentum": 0.3})
     if "pool" in name:
         given |= {"kernel_size": 3, "stride": 2, "padding": 1}
     return given | {"act": "relu"}
@@ -41,20 +45,26 @@ def arguments(name, training=False, dtype=torch.float32):
 
 def plainly(x, residual=None, act="relu", **given):
     """The composition that the docstrings name."""
+    if "shortcut" in given:
+        own = {key.removeprefix("shortcut_"): value for key, value in given.items() if key.startswith("shortcut")}
+        residual = plainly(own.pop("shortcut"), act="none", padding=0, dilation=1, groups=1, **own)
     if "conv_weight" in given:
         names = ("conv_weight", "conv_bias", "stride", "padding", "dilation", "groups")
         x = F.conv2d(x, *(given[name] for name in names))
     if "eps" in given:
-        names = (*STATISTICS, "weight", "bias", "training", "momentum", "eps")
-        x = F.batch_norm(x, *(given[name] for name in names))
+        names = (*STATISTICS, "weight", "bias")
+        flags = given.get("training", False), given.get("momentum", 0.1), given["eps"]
+        x = F.batch_norm(x, *(given[name] for name in names), *flags)
     x = x if residual is None else x + residual
     x = F.relu(x) if act == "relu" else x
     window = [given[name] for name in ("kernel_size", "stride", "padding") if "kernel_size" in given]
     return F.max_pool2d(x, *window) if window else x
 
 
-FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_act_maxpool", "conv_bn_act", "conv_bn_add_act")
-CASES = [(name, training) for name in FUNCTIONS for training in (False, True) if "bn" in name or not training]
+JOINED = "conv_bn_add_conv_bn_act"  # of evaluation alone
+FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_act_maxpool", "conv_bn_act", "conv_bn_add_act", JOINED)
+TRAINED = [name for name in FUNCTIONS if "bn" in name and name != JOINED]
+CASES = [(name, training) for name in FUNCTIONS for training in (False, True) if name in TRAINED or not training]
 
 
 @pytest.mark.parametrize(("name", "training"), CASES)
@@ -70,7 +80,7 @@ def test_a_function_equals_what_its_docstring_says(name, training):
         assert_close_to_truth(own[key], theirs[key], exact[key], dtype, key)
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "bn" in name])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_tensor_momentum_is_the_number_it_holds(name):
     updated = []
     for momentum in (0.25, torch.tensor(0.25)):
@@ -84,7 +94,7 @@ def test_a_tensor_momentum_is_the_number_it_holds(name):
 @pytest.mark.parametrize(("name", "training"), CASES)
 def test_an_empty_batch_is_empty_and_updates_nothing(name, training):
     given = arguments(name, training)
-    given |= {key: given[key][:0] for key in ("x", "residual") if key in given}
+    given |= {key: given[key][:0] for key in ("x", "residual", "shortcut") if key in given}
     before = {key: given[key].clone() for key in STATISTICS if key in given}
     y = getattr(FF, name)(**given)
     assert y.shape == (0, C, *([3, 3] if "pool" in name else [SIZE, SIZE]))
@@ -115,7 +125,8 @@ WRONG = {
     "dilation": WINDOW,
     "groups": [0, -1, 3, None, "1", 1.0, True, 10**20],
 }
-OPTIONAL = ("weight", "bias", "conv_bias")
+WRONG |= {"shortcut_eps": WRONG["eps"], "shortcut_stride": [*WINDOW, 3]}
+OPTIONAL = [f"{prefix}{name}" for prefix in ("", "shortcut_") for name in ("weight", "bias", "conv_bias")]
 
 
 def wrong_values(name, value):
@@ -168,6 +179,23 @@ def test_shapes_that_do_not_fit_are_named(training, change, text):
     with pytest.raises(fastres.ArgumentError) as error:
         FF.conv_bn_add_act(**given)
     assert f"fastres.conv_bn_add_act: {text}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"shortcut": torch.zeros(N, 4, 2 * SIZE, 2 * SIZE)}, "shortcut must be of 3 channels"),
+        ({"shortcut": torch.zeros(N, 3, SIZE, SIZE)}, "shortcut must be projected to the output's shape (2, 8, 6, 6)"),
+        ({"shortcut_conv_weight": torch.zeros(C, 3, 3, 3)}, "shortcut_conv_weight must be of a kernel of 1x1"),
+        ({"shortcut": torch.zeros(N, 3, 2 * SIZE, 2 * SIZE).double()}, "shortcut must be of shortcut_conv_weight's dtype"),
+        ({"shortcut_running_var": torch.zeros(C + 1)}, "shortcut_running_var must be of shape (8,)"),
+        ({"shortcut_running_mean": None}, "shortcut_running_mean must be a torch.Tensor"),
+    ],
+)
+def test_a_shortcut_that_does_not_fit_is_named(change, text):
+    with pytest.raises((fastres.ArgumentError, fastres.ArgumentTypeError)) as error:
+        FF.conv_bn_add_conv_bn_act(**arguments(JOINED) | change)
+    assert f"fastres.{JOINED}: {text}" in str(error.value)
 
 
 def test_running_buffers_come_together_and_own_their_memory():

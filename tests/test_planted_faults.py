@@ -21,6 +21,7 @@ pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[1]
 FP32 = "torch.float32"
 SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
+JOINED = "conv_bn_add_conv_bn_act.py"
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
 
 
@@ -108,6 +109,15 @@ TRITON = [
           {"shape": [3, 24, 4, 6], "layout": "torch.channels_last", "few_programs": None}),
     Fault("every group reads the first one's channels", "conv_bn_act.py", "pixel, group * C_IN, n", "pixel, 0, n",
           "test_conv_act", {"dtype": FP32, "convolution": [3, 2, 1, 1, 12, 18, 3]}),
+    Fault("the shortcut's stride is forgotten", JOINED, "out_height, out_width, shortcut_stride_h, shortcut_stride_w,",
+          "out_height, out_width, 1, 1,", "test_any_end_of_a_block", {"dtype": FP32, "ends": [1, 1, 32, 1, 48, 33, 2]}),
+    Fault("the shortcut's bias is left out", JOINED, " + load_parameter(shortcut_bias_ptr, n, n_valid, 0.0)", "",
+          "test_any_end_of_a_block", {"dtype": FP32, "ends": [1, 1, 24, 1, 17, 40, 1]}),
+    Fault("no mask on the tail of the channels", "conv_bn_act.py", "if FLAT or C_IN % BLOCK_K != 0:", "if FLAT:",
+          "test_no_channel_beyond_the_shortcuts_is_read", {}),
+    Fault("the shortcut starts at its channel of the group's number", JOINED, "shortcut_ptr, shortcut_weight_ptr, pixel, 0, n",
+          "shortcut_ptr, shortcut_weight_ptr, pixel, group, n",
+          "test_any_end_of_a_block", {"dtype": FP32, "ends": [3, 1, 36, 3, 18, 8, 2]}),
     Fault("a program does no more than its first tile", "pointwise.py", "tl.program_id(0) + i * tl.num_programs(0)",
           "tl.program_id(0)", "test_any_size", {"dtype": FP32, "channels": [24, 40]}),
     Fault("the depth's end is left out", "pointwise.py", "range(0, C_IN, BLOCK_K)", "range(0, C_IN - BLOCK_K + 1, BLOCK_K)",

@@ -7,6 +7,7 @@ compiled is what a device would be asked to run.
 import concurrent.futures
 import functools
 import importlib
+import itertools
 import multiprocessing
 import re
 import subprocess
@@ -154,15 +155,35 @@ def few_channels(conv, dtype: torch.dtype, config, tf32: bool):
     yield config, lambda: conv.conv_act(x, grouped, None, None, *window[1], "relu", tf32, config, 32)
 
 
+# The main convolution's channels, kernel and side, the shortcut's channels and stride: ends of ResNet-50's first blocks, of
+# ResNet-18's, and of a network of few channels.
+ENDS = ((64, 1, 56, 64, 1), (128, 1, 28, 256, 2), (128, 3, 28, 64, 2))
+NARROW_END = (16, 3, 56, 16, 2)
+
+
+def run_joined(room, dtype: torch.dtype):
+    joined, configs = room["conv_bn_add_conv_bn_act"], room["configs"]
+    bias, limits = torch.empty(128, device="meta"), configs.Limits(max(SHARED), 1 << 30)
+    for tf32, few in itertools.product((True, False) if dtype == torch.float32 else (False,), (False, True)):
+        offered = configs.conv_candidates(dtype.itemsize, tf32, limits, few)
+        for config, (c, k, side, c2, stride) in itertools.product(offered, (NARROW_END,) if few else ENDS):
+            x, shortcut = image(dtype, True, 256, c, side), image(dtype, True, 256, c2, side * stride)
+            weights = (torch.empty(128, depth, dtype=dtype, device="meta") for depth in (k * k * c, c2))
+            geometry = ((k, k), (1, 1), (k // 2, k // 2), (1, 1), 1)
+            main, other = ((w, bias) for w in weights)
+            args = (x, *main, *geometry, shortcut, *other, (stride, stride), "relu", config, tf32)
+            yield config, lambda args=args: joined.conv_add_conv_act(*args)
+
 
 def collect() -> list[Launch]:
     """Every distinct launch the ops make over all configurations and dtypes."""
     names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "relu_mask", "conv_bn_act", "pointwise")
+    names += ("conv_bn_add_conv_bn_act",)
     room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
     found: dict[Launch, Launch] = {}  # by what the compiler sees of it
     with pytest.MonkeyPatch.context() as patch:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for runs in (run_elementwise, run_batch_norm, run_pooling, run_convolution):
+            for runs in (run_elementwise, run_batch_norm, run_pooling, run_convolution, run_joined):
                 for config, call in runs(room, dtype):
 
                     def record(kernel, grid, like, *args, _dtype=dtype, _config=config, **options) -> None:
@@ -193,7 +214,7 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "config": launch.config,
         "capability": capability,
         "arch": re.search(r"^\.target sm_(\w+)", ptx, re.M)[1],
-        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE", "FLAT")},
+        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE", "FLAT", "DENSE_SHORTCUT")},
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,

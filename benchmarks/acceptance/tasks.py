@@ -15,7 +15,7 @@ from torch import Tensor
 import fastres
 from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, JOINED
 from fastres import info, tuner
 from fastres.dispatch import GPU_KERNELS
 from fastres.experiments import rivals
@@ -37,6 +37,11 @@ STEM_SHAPE = (BATCH, 64, 112, 112)
 # Its convolutions: channels in and out, kernel, stride, side of the input; those that end a block with an addition, those
 # inside, and the rest. In each, what weighs most comes first.
 BLOCK_ENDS = [(64, 256, 1, 1, 56), (128, 512, 1, 1, 28), (256, 1024, 1, 1, 14), (512, 2048, 1, 1, 7)]
+# And those whose shortcut is a projection: channels and stride of the shortcut behind the five; the last one is ResNet-18's.
+PROJECTED = [
+    (64, 256, 1, 1, 56, 64, 1), (128, 512, 1, 1, 28, 256, 2), (256, 1024, 1, 1, 14, 512, 2), (512, 2048, 1, 1, 7, 1024, 2),
+    (128, 128, 3, 1, 28, 64, 2),
+]  # fmt: skip
 INNER = [
     (256, 64, 1, 1, 56), (64, 64, 3, 1, 56), (512, 128, 1, 1, 28), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14),
     (512, 512, 3, 1, 7), (1024, 256, 1, 1, 14), (2048, 512, 1, 1, 7), (3, 64, 7, 2, 224), (128, 128, 3, 2, 56),
@@ -61,7 +66,7 @@ def kernels() -> Iterator[Task]:
     for dtype, most in (("bf16", None), ("fp16", 1)):
         common = {"do": "kernel", "dtype": dtype}
         yield {"do": "peaks", "name": "peaks", "dtype": dtype}
-        for name, sizes in {"conv_bn_add_act": BLOCK_ENDS, "conv_bn_act": INNER}.items():
+        for name, sizes in {"conv_bn_add_act": BLOCK_ENDS, JOINED: PROJECTED, "conv_bn_act": INNER}.items():
             yield from ({**common, "name": name, "batch": BATCH, "convolution": size} for size in sizes[:most])
         for shape in SHAPES[:most]:
             plain = {name for name, case in chosen.items() if not case.convolution and "maxpool" not in name}
@@ -153,6 +158,9 @@ class Worker:
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)
+        if op.fallback is not None:
+            for name, run in two_ops(op, args).items():
+                extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
         moved, flops = op.cost(*args)
         common = {**named(op, args), "dtype": dtype, "bytes": moved, "flops": flops}
         found = harness.rows_of(common, calls, extra, self.place, base=TORCH, seconds=SECONDS)
@@ -177,9 +185,29 @@ class Worker:
         )  # fmt: skip
 
 
+def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
+    """What a joined convolution is held against: its two ops as they are chosen, and cuDNN's fused call behind PyTorch's
+    convolution and batch norm of the shortcut, which has no ReLU and so no fused call."""
+    assert op.fallback is not None
+    found: dict[str, Callable] = {"two ops": op.fallback}
+    x, shortcut, *main = args[:13]
+    cudnn = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
+    projected = REGISTRY["conv_bn_act"].reference
+    residual = projected(shortcut, *args[13:21], (0, 0), (1, 1), 1, "none")
+    if cudnn.why_not(x, residual, *main, args[-1]) is None:
+        last = cudnn.load()
+
+        def by_cudnn(x: Tensor, shortcut: Tensor, *rest: Any) -> Tensor:
+            *_, act = rest
+            return last(x, projected(shortcut, *rest[11:19], (0, 0), (1, 1), 1, "none"), *rest[:11], act)
+
+        found["cudnn"] = by_cudnn
+    return found
+
+
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:
     """Arguments of a convolution of a residual network; at the end of a block with the shortcut's values."""
-    channels, out, kernel, stride, side = task["convolution"]
+    channels, out, kernel, stride, side, *of_shortcut = task["convolution"]
     padding, generator = kernel // 2, torch.Generator().manual_seed(0)
     out_side = (side + 2 * padding - kernel) // stride + 1
 
@@ -190,6 +218,11 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
     residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
     norm = torch.rand(4, out, generator=generator).to(place) + 0.5
     geometry = (stride, stride), (padding, padding), (1, 1), 1
+    if task["name"] == JOINED:
+        depth, step = of_shortcut
+        shortcut, own = image(task["batch"], depth, out_side * step, out_side * step), image(out, depth, 1, 1) / depth**0.5
+        x, main, other = image(task["batch"], channels, side, side), (weight, None, *norm), (own, None, *norm.flip(0))
+        return (x, shortcut, *main, 1e-5, *geometry, *other, 1e-5, (step, step), "relu")
     return (image(task["batch"], channels, side, side), *residual, weight, None, *norm, 1e-5, *geometry, "relu")
 
 
@@ -198,6 +231,9 @@ def named(op: Op, args: tuple) -> Row:
     x = next(a for a in args if isinstance(a, Tensor))
     if not op.name.startswith("conv"):
         return {"name": op.name, "shape": list(x.shape)}
-    weight = args[2 if op.name == "conv_bn_add_act" else 1]
-    out, channels, *kernel = weight.shape
-    return {"name": f"{op.name} {kernel[0]}x{kernel[1]}/{args[-5][0]} {channels}→{out}", "shape": list(x.shape)}
+    found = dict(zip(op.parameters, args, strict=True))
+    out, channels, *kernel = found["weight"].shape
+    name = f"{op.name} {kernel[0]}x{kernel[1]}/{found['stride'][0]} {channels}→{out}"
+    if op.name == JOINED:
+        name += f", 1x1/{found['shortcut_stride'][0]} {found['shortcut_weight'].shape[1]}→{out}"
+    return {"name": name, "shape": list(x.shape)}

@@ -199,6 +199,12 @@ class _Builder:
         conv.relu = act == "relu"
         self.add(conv)
 
+    def on_conv_bn_add_conv_bn_act(self, x, shortcut, *parameters, y):
+        main, own, act = parameters[:11], parameters[11:-1], parameters[-1]
+        residual = Value(y.shape, uses=1)
+        self.on_conv_bn_act(shortcut, *own, (0, 0), (1, 1), 1, "none", y=residual)
+        self.on_conv_bn_add_act(x, residual, *main, act, y=y)
+
     def on_add(self, x, residual, alpha=1, *, y):
         if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
             raise _Refused

@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
-from fastres.ops import _chain
+from fastres.ops import _chain, _running
 from fastres.ops._op import is_interposed
 
 Act = nn.Module | str | None
@@ -131,6 +131,41 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
     return bn_act(bn, act, convolve(conv, x), residual)
 
 
+def may_join(x: Tensor) -> bool:
+    """Whether it is worth asking ``dispatch`` for a kernel that makes one product of two convolutions."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and functional.may_join_convolutions(x.device)
+
+
+def conv_bn_add_conv_bn_act(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    act: Act,
+    x: Tensor,
+    shortcut_conv: nn.Conv2d,
+    shortcut_bn: nn.BatchNorm2d,
+    shortcut: Tensor,
+) -> Tensor | None:
+    """``act(bn(conv(x)) + shortcut_bn(shortcut_conv(shortcut)))`` in evaluation, or None where a module must be called."""
+    if not (_fuses(x, conv, bn, act, None) and _fuses(shortcut, shortcut_conv, shortcut_bn, None, None)):
+        return None
+    if (shortcut_conv.kernel_size, shortcut_conv.padding, shortcut_conv.groups) != ((1, 1), (0, 0), 1):
+        return None
+    main, own = conv._parameters, shortcut_conv._parameters
+    mean, var, weight, bias, training = _statistics(bn)
+    own_mean, own_var, own_weight, own_bias, own_training = _statistics(shortcut_bn)
+    if training or own_training:
+        return None
+    arguments: Any = (
+        x, shortcut, main["weight"], main["bias"], mean, var, own["weight"], own["bias"], own_mean, own_var,
+        weight, bias, own_weight, own_bias, bn.eps, shortcut_bn.eps,
+        conv.stride, conv.padding, conv.dilation, conv.groups, shortcut_conv.stride, _name(act),
+    )  # fmt: skip
+    try:
+        return functional.conv_bn_add_conv_bn_act(*arguments)
+    except _WRONG:
+        return None  # as above
+
+
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``conv_bn_act`` of each layer in turn, the residual added by the last; one node of autograd for all in training,
     where the input is small."""
@@ -163,11 +198,11 @@ def _in_training(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> 
         y, found = _chain.run(_chain.Chain(steps, residual is x, dtype), tensors)
         buffers = [_statistics(bn)[:2] for _, bn, _ in chain]
         for (z, _, _), given in zip(found, buffers, strict=True):
-            functional.check_running("bn_act", z, *given)
+            _running.check_running("bn_act", z, *given)
     except _WRONG:
         return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
     for (_, bn, _), (z, mean, var), given in zip(chain, found, buffers, strict=True):
-        functional.update_running(z, *given, mean, var, _momentum(bn))
+        _running.update_running(z, *given, mean, var, _momentum(bn))
         _count(bn)
     return y
 

@@ -29,18 +29,24 @@ def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
 def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, shortcut: Tensor) -> Tensor:
     """The end of a block, ``act(bn(conv(x)) + downsample(shortcut))``; downsample may be None.
 
-    Where gradients flow and downsample ends with a convolution and its batch norm, both norms and the addition are one
-    op; without gradients each norm joins its own convolution.
+    Where downsample ends with a convolution and its batch norm: with gradients both norms and the addition are one op; without,
+    both convolutions are one product if ``dispatch`` chooses a kernel for it, else each norm joins its own convolution.
     """
-    steps = projection(downsample) if bn.training or torch.is_grad_enabled() else None
+    with_gradients = bn.training or torch.is_grad_enabled()
+    steps = projection(downsample) if with_gradients or _fused.may_join(x) else None
     if steps is None or _must_be_called(downsample):
         return _fused.conv_bn_act(conv, bn, act, x, shortcut if downsample is None else run(downsample, shortcut))
     *first, shortcut_conv, shortcut_bn = steps
-    for step in first:
-        shortcut = step(shortcut)
-    return _fused.bn_add_bn_act(
-        bn, shortcut_bn, act, _fused.convolve(conv, x), _fused.convolve(shortcut_conv, shortcut)
-    )
+    if with_gradients:
+        for step in first:
+            shortcut = step(shortcut)
+        x, shortcut = _fused.convolve(conv, x), _fused.convolve(shortcut_conv, shortcut)
+        return _fused.bn_add_bn_act(bn, shortcut_bn, act, x, shortcut)
+    if not first:
+        y = _fused.conv_bn_add_conv_bn_act(conv, bn, act, x, shortcut_conv, shortcut_bn, shortcut)
+        if y is not None:
+            return y
+    return _fused.conv_bn_act(conv, bn, act, x, run(downsample, shortcut))
 
 
 def projection(module: Any) -> list[Any] | None:

@@ -1,6 +1,16 @@
 """The ops: one page each. Importing this package registers all of them in ``REGISTRY`` and ``torch.ops.fastres``."""
 
-from fastres.ops import add_act, bn_act, bn_act_maxpool, bn_add_act, bn_add_bn_act, conv, conv_bn_act, conv_bn_add_act
+from fastres.ops import (
+    add_act,
+    bn_act,
+    bn_act_maxpool,
+    bn_add_act,
+    bn_add_bn_act,
+    conv,
+    conv_bn_act,
+    conv_bn_add_act,
+    conv_bn_add_conv_bn_act,
+)
 from fastres.ops._op import REGISTRY
 
 __all__ = [
@@ -13,4 +23,5 @@ __all__ = [
     "conv",
     "conv_bn_act",
     "conv_bn_add_act",
+    "conv_bn_add_conv_bn_act",
 ]

@@ -44,6 +44,7 @@ class Op:
         cost: ``cost(*args) -> (bytes, flops)``.
         backends: in order of preference, without the reference.
         setup_context, backward: as for ``torch.library.register_autograd``; None for an op without gradient.
+        fallback: other ops that callers run where ``falls_back`` says so; what tuning holds the kernels against.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Op:
         backends: Sequence[Backend] = (),
         setup_context: Callable | None = None,
         backward: Callable | None = None,
+        fallback: Callable | None = None,
     ) -> None:
         self.name, self.schema, self.reference, self.check = name, schema, reference, check
-        self.samples, self.cost = samples, cost
+        self.samples, self.cost, self.fallback = samples, cost, fallback
         self.backends = (*backends, Backend("torch", lambda *args: None, lambda: reference))
         self.differentiable = backward is not None
         self.setup_context, self.backward = setup_context, backward
@@ -111,6 +113,13 @@ class Op:
             self._choices.clear()
         self._choices[key] = run
         return run
+
+    def falls_back(self, *args: Any) -> bool:
+        """Whether no kernel is chosen for these arguments; raises what the op's check does."""
+        key, plain, _ = _signature(args)
+        if not plain:
+            self.check(*args)
+        return not plain or (self._choices.get(key) or self._choose(key, args)) is self.reference
 
     def explain(self, *args: Any) -> Choice:
         """The backend these arguments get, what decided, and why the others were passed over."""

@@ -1,7 +1,8 @@
 """The graph of a forward rewritten into fused steps over the same children, and compiled to Python by torch.fx.
 
 Found, wherever the values in between have no other use: conv-bn, conv-bn-relu, conv-bn-add, conv-bn-add-relu, bn-relu,
-bn-add-relu, add-relu, conv-bn-relu-maxpool; in training also conv-bn-add-relu with a shortcut that ends with conv-bn.
+bn-add-relu, add-relu, conv-bn-relu-maxpool; conv-bn-add-relu with a shortcut that ends with conv-bn, which in training is one
+step with its batch norm, in evaluation one that asks for a kernel of both convolutions.
 A step reads its modules at every call and falls back to calling them one
 by one (``fastres.nn._fused``), so a plan only has to be right about how values flow. ``nn.Identity`` is passed by.
 """
@@ -194,9 +195,9 @@ class _Rewriting:
         return all(self.only_reads(node) for node in between)
 
     def projection(self, residual: Any, chain: list[Node]) -> Node | None:
-        """The call of a shortcut whose batch norm may join the addition, in training: nothing else reads its value."""
+        """The call of a shortcut whose end may join the addition: nothing else reads its value."""
         call = self.source(residual)
-        if not self.training or self.kind(call) is None or len(call.users) != 1:
+        if self.kind(call) is None or len(call.users) != 1:
             return None
         if _sequence.projection(self.module._modules[call.target]) is None or not self.only_reads(call):
             return None
@@ -213,7 +214,8 @@ class _Rewriting:
         elif pool is not None:
             op, function, args = "bn_act_maxpool", _fused.bn_act_maxpool, (bn, activation, pool, x)
         elif conv is not None and (call := self.projection(residual, chain)) is not None:
-            op, function = "conv_bn_add_bn_act", _sequence.conv_bn_add_act
+            op = "conv_bn_add_bn_act" if self.training else "conv_bn_add_act"
+            function = _sequence.conv_bn_add_act
             args = (conv, bn, activation, x, call, call.args[0])
             covered, gone = [conv, bn, activation, call], [conv, call, *chain]
             return self.put(op, function, args, [node for node in covered if node is not None], gone)

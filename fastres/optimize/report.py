@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.dispatch import Choice
-from fastres.errors import must, must_type
+from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
 from fastres.nn._fused import MOST_IN_ONE_NODE
 from fastres.ops import REGISTRY
+from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends
 from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
 from fastres.optimize.swap import state_of
@@ -32,13 +33,16 @@ class StepReport:
     op: str
     modules: tuple[str, ...]
     choices: list[Choice] = dataclasses.field(default_factory=list)
+    apart: str | None = None  # why a convolution and its shortcut's are not one product
 
     def to_dict(self) -> dict[str, Any]:
-        return {"op": self.op, "modules": list(self.modules), "runs": [choice.to_dict() for choice in self.choices]}
+        about = {"op": self.op, "modules": list(self.modules), "runs": [choice.to_dict() for choice in self.choices]}
+        return about if self.apart is None else {**about, "apart": self.apart}
 
     def __str__(self) -> str:
         runs = ", ".join(f"{choice.op}: {choice.backend.name}" for choice in self.choices)
-        return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "")
+        apart = f" (not {CONV_BN_ADD_CONV_BN_ACT.name}: {self.apart})" if self.apart is not None else ""
+        return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "") + apart
 
 
 @dataclasses.dataclass
@@ -136,26 +140,46 @@ class _Found(Exception):
     """Ends a call once its op is known, before it runs."""
 
 
-class _Choices(TorchDispatchMode):
-    """Sees every fastres op that runs, and tells ``heard`` the choice for its arguments."""
+_Seen = dict[tuple[str, Step | None], list[tuple[Choice, str | None]]]  # choices by module and step, with what _Choices adds
 
-    def __init__(self, heard: Callable[[Choice], None]) -> None:
+
+class _Choices(TorchDispatchMode):
+    """Sees every fastres op that runs, and tells ``heard`` the choice for its arguments, and why it does not do its shortcut's
+    convolution too."""
+
+    def __init__(self, heard: Callable[[Choice, str | None], None]) -> None:
         super().__init__()
-        self.heard = heard
+        self.heard, self.ends = heard, Ends()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "fastres":
-            whole = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
-            self.heard(REGISTRY[func._schema.name.removeprefix("fastres::")].explain(*whole))
-        return func(*args, **(kwargs or {}))
+        if func.namespace != "fastres":
+            return func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("fastres::")
+        whole = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
+        end = self.ends.joined(name, whole)
+        self.heard(REGISTRY[name].explain(*whole), None if end is None else _why_apart(end))
+        y = func(*args, **(kwargs or {}))
+        self.ends.made(name, whole, y)
+        return y
+
+
+def _why_apart(args: tuple[Any, ...]) -> str:
+    """Why the end of a block ran as two convolutions."""
+    try:
+        choice = CONV_BN_ADD_CONV_BN_ACT.explain(*args)
+    except (ArgumentError, UnsupportedError) as error:
+        return str(error)
+    if choice.backend.name != "torch":
+        return "what runs it calls its modules one by one"
+    return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items())
 
 
 def _explain_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Choice:
     found: list[Choice] = []
 
-    def first(choice: Choice) -> None:
+    def first(choice: Choice, _: str | None) -> None:
         found.append(choice)
         raise _Found
 
@@ -181,10 +205,14 @@ def _explain_model(model: nn.Module, inputs: tuple[Any, ...]) -> Report:
     return Report(type(model).__name__, model.training, reports, notes, verified)
 
 
-def _module_report(site: Site, seen: dict[tuple[str, Step | None], list[Choice]]) -> ModuleReport:
-    steps = [StepReport(step.op, step.modules, seen.get((site.name, step), [])) for step in site.steps]
+def _module_report(site: Site, seen: _Seen) -> ModuleReport:
+    steps = []
+    for step in site.steps:
+        heard = seen.get((site.name, step), [])
+        apart = next((reason for _, reason in heard if reason is not None), None)
+        steps.append(StepReport(step.op, step.modules, [choice for choice, _ in heard], apart))
     own = seen.get((site.name, None), [])  # a block of fastres.nn: one entry an op
-    steps += [StepReport(choice.op, (), [choice]) for choice in own]
+    steps += [StepReport(choice.op, (), [choice], apart) for choice, apart in own]
     return ModuleReport(site.name, type(site.module).__name__, site.status, steps, dict(site.left))
 
 
@@ -205,9 +233,9 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     return notes
 
 
-def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, Step | None], list[Choice]]:
+def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
     """The choices of each module's steps when a copy of the model runs on inputs."""
-    seen: dict[tuple[str, Step | None], list[Choice]] = {}
+    seen: _Seen = {}
     where: list[tuple[str, Step | None]] = []
     subject = copy.deepcopy(model)
     for name, module in subject.named_modules():
@@ -219,9 +247,9 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, Step 
             module.register_forward_pre_hook(lambda *_, name=name: where.append((name, None)))
             module.register_forward_hook(lambda *_: where.pop() and None, always_call=True)
 
-    def heard(choice: Choice) -> None:
+    def heard(choice: Choice, apart: str | None) -> None:
         if where:
-            seen.setdefault(where[-1], []).append(choice)
+            seen.setdefault(where[-1], []).append((choice, apart))
 
     with unseen_randomness(), _Choices(heard):
         subject(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))

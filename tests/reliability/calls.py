@@ -3,6 +3,7 @@
 # ruff: noqa: E501
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,8 @@ class Call:
             "act": self.act, "eps": self.eps, "residual_eps": self.eps, "kernel": kernel, "kernel_size": kernel, "stride": stride,
             "padding": padding, "dilation": dilation, "groups": groups,
         }  # fmt: skip
+        if self.op == "conv_bn_add_conv_bn_act":
+            found |= self.projection(draw_, y_shape, shift)
         for prefix, scale in (("bn_", self.affine[0]), ("residual_", self.affine[1]), ("", self.affine[0])):
             own = {"weight": draw_(channels), "bias": draw_(channels)}
             found |= {f"{prefix}{k}": v.to(parameters) if scale else None for k, v in own.items()}
@@ -107,6 +110,20 @@ class Call:
         if self.op == "conv":  # whose parameters have the dtype of its images
             found |= {name: None if found[name] is None else found[name].to(self.dtype) for name in ("weight", "bias")}
         return [found[name] for name in REGISTRY[self.op].parameters]
+
+    def projection(self, draw_: Callable, y_shape: tuple, shift: float) -> dict:
+        """A shortcut's input and the parameters of its convolution, of a stride of its own."""
+        stride, channels, depth = (1 + self.seed % 2, 1 + self.seed // 2 % 2), y_shape[1], self.shape[1] // 2 + 1
+        size = [(side - 1) * step + 1 + self.seed // 4 % step for side, step in zip(y_shape[2:], stride, strict=True)]
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        values = {name: draw_(channels).to(wide) for name in ("bn_weight", "bn_bias", "bias", "mean")}
+        if not self.affine[1]:
+            values |= {"bn_weight": None, "bn_bias": None}
+        values |= {"weight": (draw_(channels, depth, 1, 1) / math.sqrt(depth)).to(wide)}
+        values |= {"var": (draw_(channels).square() + 0.3).to(wide), "eps": self.eps, "stride": stride}
+        values["bias"] = values["bias"] if self.filters[2] else None
+        image = place((draw_(y_shape[0], depth, *size) * 1.5 + shift).to(self.dtype), self.layouts[1])
+        return {"shortcut": image} | {f"shortcut_{name}": value for name, value in values.items()}
 
 
 def calls(ops: tuple[str, ...] = OPS, train_values: int = 1) -> st.SearchStrategy[Call]:

@@ -17,9 +17,9 @@ SPECIAL = {
     "nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "-0": -0.0, "0": 0.0, "subnormal": 1e-40,
     "-subnormal": -1e-40, "max": torch.finfo(torch.float32).max, "-max": -torch.finfo(torch.float32).max,
 }  # fmt: skip
-# Their gradients are those of PyTorch's convolution, whose sums over images depend on the number of threads.
-BY_PYTORCH = ("conv_bn_act", "conv_bn_add_act")
-FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_add_bn_act", "bn_act_maxpool", "conv_bn_act", "conv_bn_add_act")
+# Their gradients are those of PyTorch's convolution, whose sums depend on the number of threads.
+BY_PYTORCH = ("conv_bn_act", "conv_bn_add_act", "conv_bn_add_conv_bn_act")
+FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_add_bn_act", "bn_act_maxpool", *BY_PYTORCH)
 
 
 def integers(generator: torch.Generator, shape: tuple, most: int = 3) -> torch.Tensor:
@@ -37,9 +37,13 @@ def whole(call_op: str, shape: tuple, act: str, generator: torch.Generator) -> d
             "conv_bias": integers(generator, (filters,)),
         }
         found |= {"padding": 1}
-    if "add" in call_op:
+    if call_op == "conv_bn_add_conv_bn_act":
+        found |= {"shortcut": integers(generator, (shape[0], 4, 2 * shape[2], 2 * shape[3])), "shortcut_stride": 2}
+        found |= {"shortcut_conv_weight": integers(generator, (filters, 4, 1, 1), 1), "shortcut_conv_bias": None}
+    elif "add" in call_op:
         found["residual"] = integers(generator, (shape[0], filters, *shape[2:]))
-    for prefix in ("", "residual_")[: 2 if call_op == "bn_add_bn_act" else 1 if "bn" in call_op else 0]:
+    of_shortcut = {"bn_add_bn_act": ("residual_",), "conv_bn_add_conv_bn_act": ("shortcut_",)}.get(call_op, ())
+    for prefix in ("", *of_shortcut) if "bn" in call_op else ():
         found |= {
             f"{prefix}running_mean": integers(generator, (filters,)),
             f"{prefix}running_var": torch.full((filters,), 0.5).double(),
@@ -58,7 +62,7 @@ def cast(found: dict, dtype: torch.dtype, layout: str) -> dict:
     def one(name, value):
         if not isinstance(value, torch.Tensor):
             return value
-        if name == "conv_weight":
+        if name.endswith("conv_weight"):
             return value.to(dtype)
         return place(value.to(dtype), layout) if value.dim() == 4 else value.to(parameters)
 
@@ -71,7 +75,7 @@ def exactly(tally: Tally, count: int) -> None:
     shapes = ((2, 8, 5, 3), (1, 16, 4, 4), (2, 3, 7, 1), (1, 17, 3, 3), (3, 32, 2, 2), (1, 1, 1, 1), (2, 64, 6, 5))
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     rows = itertools.product(shapes, ("relu", "none"), dtypes, LAYOUTS, FUNCTIONS)
-    rows = [row for index, row in enumerate(rows)][:: max(1, len(shapes) * 2 * 4 * 8 * 7 // count)]
+    rows = [row for index, row in enumerate(rows)][:: max(1, len(shapes) * 2 * 4 * 8 * len(FUNCTIONS) // count)]
     for shape, act, dtype, layout, name in rows:
         found = cast(whole(name, shape, act, generator), dtype, layout)
         with tally.case(f"{name} {shape} {act} {dtype} {layout}"), torch.no_grad():
@@ -174,7 +178,8 @@ def determinism(tally: Tally, count: int) -> None:
                     for repeat in range(50):
                         torch.set_num_threads((1, 2, 4)[repeat % 3])
                         found = run(REGISTRY[name], args, 0)
-                        team = torch.get_num_threads() if run is backward and name in BY_PYTORCH else 1
+                        plain = run is backward or REGISTRY[name].fallback is not None  # has no kernel for the CPU
+                        team = torch.get_num_threads() if plain and name in BY_PYTORCH else 1
                         for index, (a, b) in enumerate(zip(first.setdefault(team, found), found, strict=True)):
                             assert torch.equal(a, b), f"{run.__name__} {index} with {torch.get_num_threads()} threads"
             finally:

@@ -24,7 +24,8 @@ Case = tuple[str, Callable[[], object]]
 def of_ops(seed: int, count: int, names: tuple[str, ...] = calls.OPS) -> Iterator[Case]:
     """Calls of all ops in memory that ends where the tensor does, forward and backward, on the native backend."""
     calls._ZONE = 0
-    names = tuple(name for name in names if hasattr(torch.ops.fastres_C, f"cpu_{name}") or "conv_bn" in name)
+    native_ops = {name for name, op in REGISTRY.items() if any(backend.name == "cpu" for backend in op.backends)}
+    names = tuple(name for name in names if name in native_ops)
     found: list[calls.Call] = []
 
     @hypothesis.seed(seed)

@@ -1,0 +1,208 @@
+"""conv_bn_add_conv_bn_act: y = act(batch_norm(conv2d(x)) + batch_norm(conv2d(shortcut))) in evaluation, the end of a block
+whose shortcut is a projection (He et al. 2016, equation 2).
+
+x, weight and its batch norm as in ``conv_bn_act``; shortcut (N, C2, H2, W2) is the block's input and shortcut_weight
+(K, C2, 1, 1), without padding, of a stride that gives y's size (N, K, OH, OW). Both batch norms are folded; a kernel runs one
+product over the channels of both and never writes the projected shortcut. Accumulates in fp32, rounds once. For backward the
+inputs are saved and the plain composition runs again. Bytes moved: x, the shortcut's pixels under the stride, both weights, y.
+
+Where no kernel is chosen, callers run ``conv_bn_act`` and ``conv_bn_add_act``, which are faster than the plain composition.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.errors import ArgumentError, ArgumentTypeError, must, renamed
+from fastres.kernels.triton import why_not_device
+from fastres.ops import _check, _conv, _fold
+from fastres.ops._backends import triton_module, why_not_triton
+from fastres.ops._bn import refuse_statistics_gradient
+from fastres.ops._op import Backend, Op, Sample
+from fastres.ops.conv_bn_act import CONV_BN_ACT
+from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
+
+SCHEMA = (
+    f"(Tensor x, Tensor shortcut, {_conv.PARAMETERS.removesuffix(', str act')}, Tensor shortcut_weight,"
+    " Tensor? shortcut_bias, Tensor? shortcut_bn_weight, Tensor? shortcut_bn_bias, Tensor shortcut_mean,"
+    " Tensor shortcut_var, float shortcut_eps, int[2] shortcut_stride, str act) -> Tensor"
+)
+NAME = "conv_bn_add_conv_bn_act"
+_NAMES = {"x": "shortcut", "x and weight": "shortcut and shortcut_weight"}
+_NAMES |= {name: f"shortcut_{name}" for name in ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "stride")}
+_MAIN = 13  # arguments up to those of the shortcut: x, shortcut, weight, bias, four and eps of the norm, the geometry
+_AT_ONE = (0, 0), (1, 1), 1  # padding, dilation and groups of the shortcut
+
+
+def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
+    """What each convolution takes after its residual, or None in its place; and the activation."""
+    x, shortcut, *main = args[:_MAIN]
+    *own, act = args[_MAIN:]
+    return (x, *main), (shortcut, *own, *_AT_ONE), act
+
+
+def _composed(run: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
+    """The two convolutions one after the other."""
+    (x, *main), (shortcut, *own), act = _apart(args)
+    return run(x, run(shortcut, None, *own, "none"), *main, act)
+
+
+def reference(*args):
+    return _composed(_conv.reference, args)
+
+
+def check(*args):
+    (x, *main), (shortcut, *own), act = _apart(args)
+    _conv.check(NAME, x, None, *main, act)
+    _check.tensors(NAME, x=x, mean=main[4], var=main[5])
+    _check.images(NAME, x=x, shortcut=shortcut)
+    try:
+        _conv.check(NAME, shortcut, None, *own, act)
+        _check.tensors(NAME, x=shortcut, mean=own[4], var=own[5])
+    except (ArgumentError, ArgumentTypeError) as error:
+        raise renamed(error, NAME, _NAMES) from None
+    weight, stride = own[0], own[7]
+    if tuple(weight.shape[2:]) != (1, 1):
+        raise must(NAME, "shortcut_weight", "of a kernel of 1x1", tuple(weight.shape))
+    shapes = [_conv.output_shape(x, main[0], *main[7:10]), _conv.output_shape(shortcut, weight, stride, *_AT_ONE[:2])]
+    if shapes[0] != shapes[1]:
+        raise must(NAME, "shortcut", f"projected to the output's shape {shapes[0]}", shapes[1], f"shortcut_stride is {stride}")
+
+
+def fake(x, shortcut, weight, *rest):
+    return _conv.fake(x, weight, *rest[6:9])
+
+
+def setup_context(ctx, inputs, output):
+    tensors, own = inputs[:8], inputs[_MAIN : _MAIN + 6]
+    refuse_statistics_gradient(*tensors[-2:])
+    ctx.flags = inputs[8:_MAIN], tuple(inputs[_MAIN + 6 :])
+    _conv.save(ctx, (*tensors, *own))
+
+
+def backward(ctx, grad_y):
+    flags, own_flags = ctx.flags
+
+    def again(*tensors):
+        return _composed(_conv.differentiable, (*tensors[:8], *flags, *tensors[8:], *own_flags))
+
+    grads = _conv.recompute_gradients(ctx, grad_y, again)
+    return *grads[:8], *[None] * len(flags), *grads[8:], *[None] * len(own_flags)
+
+
+def samples(device, dtype):
+    """Ends of blocks as residual networks have them, and the corners: odd channels, few, groups, another window."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def norm(k: int) -> list[Tensor]:
+        return [draw(k), draw(k), draw(k) * 0.2, draw(k).square() + 0.5]
+
+    def case(label, c, size, k, kernel, c2, size2, stride2, act="relu", bias=False, groups=1, stride=1, eps=1e-5, n=2):
+        x, weight = draw(n, c, *size), draw(k, c // groups, kernel, kernel) / (c // groups * kernel * kernel) ** 0.5
+        shortcut, own = draw(n, c2, *size2), draw(k, c2, 1, 1) / c2**0.5
+        biases = [draw(k) if bias else None for _ in range(2)]
+        main, other = ([w, b, *norm(k)] for w, b in zip((weight, own), biases, strict=True))
+        main, other = ([None if t is None else t.to(device, parameters) for t in group] for group in (main, other))
+        geometry = (stride, stride), (kernel // 2, kernel // 2), (1, 1), groups
+        images = x.to(device, dtype), shortcut.to(device, dtype)
+        return Sample(label, (*images, *main, eps, *geometry, *other, 2 * eps, (stride2, stride2), act))
+
+    return [
+        case("3x3, shortcut of stride 2", 32, (5, 4), 32, 3, 16, (9, 8), 2),
+        case("1x1, shortcut of stride 1", 16, (6, 7), 64, 1, 16, (6, 7), 1),
+        case("1x1, shortcut of stride 2", 32, (4, 5), 48, 1, 64, (8, 9), 2, act="none"),
+        case("odd channels with biases", 5, (6, 5), 7, 3, 3, (12, 9), 2, bias=True),
+        case("3x3 in groups of stride 2", 48, (9, 7), 24, 3, 12, (5, 4), 1, groups=3, stride=2, n=1, eps=1e-3),
+        case("1x1 of odd channels", 33, (3, 3), 17, 1, 9, (3, 3), 1, act="none", n=1, eps=1e-12),
+    ]
+
+
+def cost(*args):
+    (x, weight, *main), (shortcut, own, *_), _ = _apart(args)
+    moved, flops = _conv.cost(x, weight, None, *main[6:9])
+    n, k, height, width = _conv.output_shape(x, weight, *main[6:9])
+    pixels, channels = n * height * width, shortcut.shape[1]
+    return moved + (pixels * channels + own.numel()) * x.element_size(), flops + 2 * pixels * k * channels
+
+
+def may_join(device: torch.device) -> bool:
+    """Whether a kernel of this op can run on a device: on the others the question is not worth its time."""
+    return why_not_device(device) is None
+
+
+def fallback(*args):
+    return _composed(lambda x, r, *rest: CONV_BN_ACT(x, *rest) if r is None else CONV_BN_ADD_ACT(x, r, *rest), args)
+
+
+class Ends:
+    """Finds this op in calls of others: a ``conv_bn_add_act`` whose residual a ``conv_bn_act`` made."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
+
+    def made(self, op: str, args: tuple[Any, ...], y: Any) -> None:
+        """Tell of a call that ran; projections are remembered."""
+        if op == CONV_BN_ACT.name and tuple(args[1].shape[2:]) == (1, 1):
+            *_, padding, _, groups, act = args
+            if (padding, groups, act) == ((0, 0), 1, "none"):
+                self._made[id(y)] = y, args
+
+    def joined(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """This op's arguments where it could do what a call and one before it do; else None."""
+        if op != CONV_BN_ADD_ACT.name or id(args[1]) not in self._made:
+            return None
+        shortcut, *own = self._made[id(args[1])][1][:-4]
+        x, _, *main, act = args
+        return x, shortcut, *main, *own, act
+
+
+def why_not_kernel(x, shortcut, *rest) -> str | None:
+    if shortcut.dtype != x.dtype:
+        return f"shortcut must have x's dtype, got {shortcut.dtype} beside {x.dtype}"
+    return why_not_triton(x) or triton_module(NAME).why_not(x, shortcut)
+
+
+def triton_configs(x, shortcut, weight, *rest) -> list[tuple]:
+    """The tiles that tuning may choose from."""
+    return triton_module(NAME).candidates(x, weight)
+
+
+def run_triton(*args, config=None):
+    kernels = triton_module(NAME)
+    (x, *main), (shortcut, *own), act = _apart(args)
+
+    def folded(parameters: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:  # the form that conv_bn_act keeps
+        return _fold.folded(parameters, eps, ("triton", x.dtype), lambda w, b: (kernels.pack(w.to(x.dtype)), b))
+
+    first, second = folded(tuple(main[:6]), main[6]), folded(tuple(own[:6]), own[6])
+    kernel, config = tuple(main[0].shape[2:]), None if config is None else kernels.configs.ConvConfig(*config)
+    return kernels.conv_add_conv_act(x, *first, kernel, *main[7:], shortcut, *second, own[7], act, config)
+
+
+CONV_BN_ADD_CONV_BN_ACT = Op(
+    NAME,
+    SCHEMA,
+    reference=reference,
+    check=check,
+    fake=fake,
+    samples=samples,
+    cost=cost,
+    backends=[
+        Backend(
+            "triton",
+            why_not_kernel,
+            lambda config=None: run_triton if config is None else functools.partial(run_triton, config=config),
+            triton_configs,
+        )
+    ],
+    setup_context=setup_context,
+    backward=backward,
+    fallback=fallback,
+)

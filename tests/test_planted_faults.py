@@ -72,7 +72,7 @@ CUDA = [
     Fault("the second part of the gradient is dropped", "cuda/device/bn_backward.cuh",
           "if constexpr (kTwo) grad_y_j += to_float(grad_y2_in[slot].v[j]);", "",
           "test_samples", {"name": "bn_add_act_backward", **NHWC}, "bn_add_act_backward_kernel"),
-    Fault("the mask is read again where dz was left", "cuda/bn_add_bn_act_backward_kernel.cu",
+    Fault("the second part is in the sums alone", "cuda/bn_add_bn_act_backward_kernel.cu",
           "input.bn.grad_y = params.residual.grad_x;", "", "test_samples", {"name": "bn_add_bn_act_backward", **NHWC}),
     Fault("the shortcut is normalised as the block is", "cuda/bn_add_bn_act_kernel.cu", "fill_affine(p.residual, c",
           "fill_affine(p.bn, c", "test_samples", {"name": "bn_add_bn_act", **NHWC}),

@@ -12,6 +12,7 @@ from fastres.ops import REGISTRY, _mask
 SOURCES = sorted((Path(__file__).resolve().parents[1] / "csrc" / "cuda").glob("*.cpp"))
 OPS = [name for path in SOURCES for name in re.findall(r'm\.def\(\s*"cuda_(\w+)\(', path.read_text())]
 REDUCTIONS = [name for name in OPS if name.endswith("_train") or ("bn" in name and name.endswith("_backward"))]
+TWO_PARTS = [name for name in OPS if "grad_y2" in REGISTRY[name].parameters]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Partial tiles of channels, idle threads, sizes that forbid vectors, planes smaller than a block, several splits.
 SHAPES = [
@@ -50,8 +51,10 @@ def laid_out(args, layout):
     return mapped(args, lambda t: t.contiguous(memory_format=getattr(torch, layout)))
 
 
-def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.float32, window=STEM):
-    """Arguments of any op for the input x: the other activations, parameters and statistics are drawn here."""
+def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.float32, window=STEM, two_parts=False):
+    """Arguments of any op for the input x: the other activations, parameters and statistics are drawn here; the gradient at
+    the end of a block in one part or two.
+    """
     draw = lambda shape=x.shape: torch.randn(shape, generator=generator).to(x)  # noqa: E731
     channels = x.shape[1]
     weight, bias = (torch.randn(channels, generator=generator).to(x.device, dtype) for _ in range(2))
@@ -67,19 +70,19 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     if name == "bn_act_backward":
         return [draw(), x, weight, bias, mean, var, 1e-5, act, training]
     if name == "bn_add_act_backward":
-        grad_y = draw()
-        return [grad_y, drawn_mask(x, act, generator), x, weight, mean, var, 1e-5, act]
+        grad_y, second = draw(), draw() if two_parts else None
+        return [grad_y, second, drawn_mask(x, act, generator), x, weight, mean, var, 1e-5, act]
     if name == "bn_act_maxpool_backward":
         grad_y = draw(F.max_pool2d(x.float(), *window).shape)
         return [grad_y, x, weight, bias, mean, var, 1e-5, act, training, *window]
     if base == "bn_add_bn_act":
-        return two_norms(name, x, draw(), draw(), (weight, bias, mean, var), act, generator)
+        return two_norms(name, x, draw(), (draw(), draw() if two_parts else None), (weight, bias, mean, var), act, generator)
     residual = [draw()] if base == "bn_add_act" else []
     statistics = [] if name.endswith("_train") else [mean, var]
     return [x, *residual, weight, bias, *statistics, 1e-5, act, *(window if base == "bn_act_maxpool" else ())]
 
 
-def two_norms(name, x, residual, grad_y, norm, act, generator):
+def two_norms(name, x, residual, grads, norm, act, generator):
     """Arguments of a form of bn_add_bn_act; the residual has its own statistics, and x's parameters in another order."""
     weight, bias, mean, var = norm
     other = weight.flip(0), bias.flip(0)
@@ -89,7 +92,7 @@ def two_norms(name, x, residual, grad_y, norm, act, generator):
     if not name.endswith("_backward"):
         return [x, residual, weight, bias, mean, var, 1e-5, *other, *statistics, 1e-3, act]
     mask = drawn_mask(x, act, generator)
-    return [grad_y, mask, x, residual, weight, mean, var, 1e-5, other[0], *statistics, 1e-3, act]
+    return [*grads, mask, x, residual, weight, mean, var, 1e-5, other[0], *statistics, 1e-3, act]
 
 
 def drawn_mask(x, act, generator):

@@ -51,7 +51,8 @@ def every_op(x, residual, grad_y):
         mask,
         pooled,
         *op("bn_act_backward")(grad_y, x, weight, bias, mean, var, 1e-5, "relu", True),
-        *op("bn_add_act_backward")(grad_y, mask, x, weight, mean, var, 1e-5, "relu"),
+        *op("bn_add_act_backward")(grad_y, None, mask, x, weight, mean, var, 1e-5, "relu"),
+        *op("bn_add_act_backward")(grad_y, residual, mask, x, weight, mean, var, 1e-5, "relu"),
         *op("bn_act_maxpool_backward")(pooled, x, weight, bias, mean, var, 1e-5, "relu", True, *WINDOW),
         op("add_act")(x, residual, "relu"),
         op("add_act_backward")(grad_y, y, "relu"),
@@ -103,12 +104,13 @@ def test_outputs_beyond_the_caches_equal_those_within(shape, dtype, memory_forma
 
     def activations(x, residual, grad_y):
         y = op("bn_add_act")(x, residual, *channels, 1e-5, "relu")
+        bits, parts = _mask.pack(y, "relu"), (None, residual)
         return [
             y,
             op("bn_act")(x, *channels, 1e-5, "relu"),
             op("bn_act_maxpool")(x, *channels, 1e-5, "relu", [1, 1], [1, 1], [0, 0]),
             op("bn_act_backward")(grad_y, x, *channels, 1e-5, "relu", False)[0],
-            op("bn_add_act_backward")(grad_y, _mask.pack(y, "relu"), x, channels[0], *channels[2:], 1e-5, "relu")[1],
+            *(op("bn_add_act_backward")(grad_y, part, bits, x, channels[0], *channels[2:], 1e-5, "relu")[1] for part in parts),
             op("bn_act_maxpool_backward")(grad_y, x, *channels, 1e-5, "relu", False, [1, 1], [1, 1], [0, 0])[
                 0
             ],
@@ -269,9 +271,11 @@ ERRORS = [
         (X, X, V, V, V, V, 1e-5, "relu", True, *WINDOW),
         "grad_y must be of the sizes of y",
     ),
-    ("bn_add_act_backward", (X, BITS[:11], X, V, V, V, 1e-5, "relu"), r"mask must be contiguous and of size \(12,\)"),
-    ("bn_add_act_backward", (X, BITS.int(), X, V, V, V, 1e-5, "relu"), "mask must be uint8"),
-    ("bn_add_bn_act_backward", (X, BITS, X, X, V, V, V, 1e-5, V, V, V, 1e-5, "none"), r"of size \(0,\)"),
+    ("bn_add_act_backward", (X, None, BITS[:11], X, V, V, V, 1e-5, "relu"), r"mask must be contiguous and of size \(12,\)"),
+    ("bn_add_act_backward", (X, None, BITS.int(), X, V, V, V, 1e-5, "relu"), "mask must be uint8"),
+    ("bn_add_act_backward", (X, X[:1], BITS, X, V, V, V, 1e-5, "relu"), "grad_y2 must be of the sizes of x"),
+    ("bn_add_bn_act_backward", (X, X.half(), BITS, X, X, V, V, V, 1e-5, V, V, V, 1e-5, "relu"), "grad_y2 must be of the dtype"),
+    ("bn_add_bn_act_backward", (X, None, BITS, X, X, V, V, V, 1e-5, V, V, V, 1e-5, "none"), r"of size \(0,\)"),
 ]
 
 

@@ -15,6 +15,7 @@ from _cuda_calls import (
     REDUCTIONS,
     SHAPES,
     STEM,
+    TWO_PARTS,
     WINDOWS,
     arguments,
     draw,
@@ -83,7 +84,7 @@ def test_partitions(device, name, dtype, layout):
     for seed, (shape, act) in enumerate(itertools.product(SHAPES, ("relu", "none"))):
         x = draw(shape, dtype, device, layout, seed)
         generator, window = torch.Generator().manual_seed(seed), WINDOWS[seed % len(WINDOWS)]
-        args = arguments(name, x, generator, act, training=seed % 3 > 0, window=window)
+        args = arguments(name, x, generator, act, training=seed % 3 > 0, window=window, two_parts=seed % 4 > 1)
         assert_parity(name, laid_out(args, layout), dtype, f"{shape} {act}")
 
 
@@ -105,15 +106,16 @@ def test_misaligned_in_poison(device, name, dtype, layout):
 
         return change
 
-    args = laid_out(arguments(name, draw((3, 24, 5, 8), dtype, device)), layout)
-    expected = run(name, *args)
-    for offset in range(9):
-        found = run(name, *mapped(args, shifted(offset)))
-        for a, b in zip(found, expected, strict=True):
-            if name in REDUCTIONS:
-                torch.testing.assert_close(a, b)  # sums in another order
-            else:
-                assert torch.equal(a, b)
+    for two_parts in (False, True) if name in TWO_PARTS else (False,):
+        args = laid_out(arguments(name, draw((3, 24, 5, 8), dtype, device), two_parts=two_parts), layout)
+        expected = run(name, *args)
+        for offset in range(9):
+            found = run(name, *mapped(args, shifted(offset)))
+            for a, b in zip(found, expected, strict=True):
+                if name in REDUCTIONS:
+                    torch.testing.assert_close(a, b)  # sums in another order
+                else:
+                    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -250,7 +252,8 @@ def test_large_half_gradients_are_summed_in_float(device):
 
 @pytest.mark.parametrize("name", OPS)
 def test_the_same_bits_every_time(device, name):
-    args = laid_out(arguments(name, draw((16, 40, 14, 14), torch.bfloat16, device)), "channels_last")
+    x = draw((16, 40, 14, 14), torch.bfloat16, device)
+    args = laid_out(arguments(name, x, two_parts=True), "channels_last")
     expected = run(name, *args)
     for _ in range(50 if device.type == "cuda" else 2):
         assert all(torch.equal(a, b) for a, b in zip(run(name, *args), expected, strict=True))
@@ -259,7 +262,7 @@ def test_the_same_bits_every_time(device, name):
 @pytest.mark.parametrize("name", OPS)
 def test_what_is_unsafe_raises(device, name):
     """Memory safety is checked in C++, with the parameter, what it must be and what it is."""
-    args = arguments(name, draw((2, 8, 4, 4), torch.float32, device))
+    args = arguments(name, draw((2, 8, 4, 4), torch.float32, device), two_parts=True)
     schema = getattr(torch.ops.fastres_C, f"cuda_{name}").default._schema
     act = [argument.name for argument in schema.arguments].index("act")
     vector = next((i for i, a in enumerate(args) if is_vector(a)), None)
@@ -277,8 +280,10 @@ def test_what_is_unsafe_raises(device, name):
         ]
     if vector is not None:
         bad.append(([*args[:vector], args[vector][:-1], *args[vector + 1 :]], "channels"))
-    if isinstance(args[1], torch.Tensor) and args[1].dtype == torch.uint8:
-        bad += [([args[0], mask, *args[2:]], "uint8|bit an element") for mask in (args[1][1:], args[1].float())]
+    if name in TWO_PARTS:
+        assert args[2].dtype == torch.uint8
+        bad += [([*args[:2], mask, *args[3:]], "uint8|bit an element") for mask in (args[2][1:], args[2].float())]
+        bad += [([args[0], second, *args[2:]], "sizes|dtype") for second in (args[1][:1], args[1].half())]
     for arguments_, text in bad:
         with pytest.raises(RuntimeError, match=rf"fastres\.{name}: \w+ must be .*({text}).*, got "):
             run(name, *arguments_)

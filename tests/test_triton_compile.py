@@ -95,12 +95,12 @@ def run_batch_norm(room, dtype: torch.dtype):
         for config in table:
             yield config, lambda x=x, config=config: bn.statistics(x, config)
             for residual, training in ((None, True), (x, False)):  # the fewest branches of a kernel, and all of them
-                mask = None if residual is None else bits
+                mask = None if residual is None else bits  # with a residual the gradient comes in two parts
                 yield config, lambda x=x, r=residual, m=mask, config=config: bn.apply(
                     x, r, *[parameter] * 4, 1e-5, "relu", config, m
                 )
-                yield config, lambda x=x, m=mask, t=training, config=config: bn.backward(
-                    x, m, x, *[parameter] * 4, 1e-5, "relu", t, config
+                yield config, lambda x=x, r=residual, m=mask, t=training, config=config: bn.backward(
+                    x, r, m, x, *[parameter] * 4, 1e-5, "relu", t, config
                 )
             if config != table[0]:  # the kernels of two norms hold more: they are offered in the first tile only
                 continue
@@ -108,11 +108,12 @@ def run_batch_norm(room, dtype: torch.dtype):
             yield config, lambda x=x, bits=bits, config=config, norm=norm: room["bn_add_bn_act"].bn_add_bn_act(
                 x, x, *norm, 1e-5, *norm, 1e-5, "relu", config, bits
             )
-            yield config, lambda x=x, bits=bits, config=config, norm=norm[:3]: room[
-                "bn_add_bn_act"
-            ].bn_add_bn_act_backward(
-                x, bits, x, x, *norm, 1e-5, *norm, 1e-5, "relu", config
-            )
+            for second in (None, x):
+                yield config, lambda x=x, s=second, bits=bits, config=config, norm=norm[:3]: room[
+                    "bn_add_bn_act"
+                ].bn_add_bn_act_backward(
+                    x, s, bits, x, x, *norm, 1e-5, *norm, 1e-5, "relu", config
+                )
         yield None, lambda x=x, bits=bits: room["relu_mask"].make(x, bits)
 
 

@@ -65,13 +65,13 @@ def judge(actual, reference, args, dtype):
         assert_close_to_truth(value, theirs[name], truth[name], dtype, name)
 
 
-def batch_norm_reference(x, residual, weight, bias, mean, var, grad_y, y, training):
+def batch_norm_reference(x, residual, weight, bias, mean, var, grad_y, grad_y2, y, training):
     """All outputs in plain torch; the ReLU mask is that of y, so that rounding cannot flip it."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, weight, bias = (None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias))
     statistics = (None, None) if training else (mean.to(wide), var.to(wide))
     z = F.batch_norm(x, *statistics, weight, bias, training, 0.0, EPS)
-    dz = torch.where(y <= 0, 0, grad_y)
+    dz = torch.where(y <= 0, 0, grad_y if grad_y2 is None else grad_y + grad_y2)
     names = [name for name, t in (("grad_x", x), ("grad_weight", weight), ("grad_bias", bias)) if t is not None]
     inputs = [t for t in (x, weight, bias) if t is not None]
     found = dict(zip(names, torch.autograd.grad(z, inputs, dz), strict=True))
@@ -81,14 +81,14 @@ def batch_norm_reference(x, residual, weight, bias, mean, var, grad_y, y, traini
     return found
 
 
-def run_batch_norm(x, residual, weight, bias, mean, var, grad_y, training, config):
+def run_batch_norm(x, residual, weight, bias, mean, var, grad_y, grad_y2, training, config):
     """All outputs of the Triton kernels, and y for the reference's mask."""
     if training:
         mean, var = bn_act.statistics(x, config)
     mask = None if residual is None else relu_mask.empty(x, "relu")
     y = bn_act.apply(x, residual, weight, bias, mean, var, EPS, "relu", config, mask)
     grad_x, dz, grad_weight, grad_bias = bn_act.backward(
-        grad_y, mask, x, weight, bias, mean, var, EPS, "relu", training, config
+        grad_y, grad_y2, mask, x, weight, bias, mean, var, EPS, "relu", training, config
     )
     found = {"y": y, "grad_x": grad_x}
     found |= {} if residual is None else {"grad_residual": dz}
@@ -107,18 +107,19 @@ def test_batch_norm(dtype, layout, with_residual, training, few_programs):
     weight, bias = torch.tensor([1.5, 0.0, -0.7, 1.0, 0.3]), torch.randn(5)
     mean, var, grad_y = torch.randn(5), torch.rand(5) + 0.5, draw(x.shape, dtype, layout)
     for config in TILES:
-        found = run_batch_norm(x, residual, weight, bias, mean, var, grad_y, training, config)
-        assert found["y"].stride() == found["grad_x"].stride() == x.stride()
-        judge(found, batch_norm_reference, (x, residual, weight, bias, mean, var, grad_y, found["y"], training), dtype)
+        for second in (None, draw(x.shape, dtype, layout)) if with_residual else (None,):
+            args = (x, residual, weight, bias, mean, var, grad_y, second)
+            found = run_batch_norm(*args, training, config)
+            assert found["y"].stride() == found["grad_x"].stride() == x.stride()
+            judge(found, batch_norm_reference, (*args, found["y"], training), dtype)
 
 
 @pytest.mark.parametrize("parameters", ("none", "weight", "bias"))
 def test_batch_norm_without_parameters(parameters):
     x, grad_y = draw((2, 3, 4, 4), torch.float32), draw((2, 3, 4, 4), torch.float32)
-    weight = torch.randn(3) if parameters == "weight" else None
-    bias = torch.randn(3) if parameters == "bias" else None
-    found = run_batch_norm(x, None, weight, bias, None, None, grad_y, True, None)
-    judge(found, batch_norm_reference, (x, None, weight, bias, None, None, grad_y, found["y"], True), torch.float32)
+    args = (x, None, *(torch.randn(3) if parameters == p else None for p in ("weight", "bias")), None, None, grad_y, None)
+    found = run_batch_norm(*args, True, None)
+    judge(found, batch_norm_reference, (*args, found["y"], True), torch.float32)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("contiguous", "channels_last"))
@@ -156,7 +157,7 @@ def test_gradients_take_the_parameters_dtypes():
     _, grad_weight, grad_bias = bn_act.bn_act_backward(grad_y, x, None, None, *args)
     assert (grad_weight.dtype, grad_bias.dtype) == (torch.float32, torch.float32)
     mask = relu_mask.empty(x, "relu").zero_()
-    _, _, grad_weight, grad_bias = bn_add_act.bn_add_act_backward(grad_y, mask, x, weight, *args[:-1])
+    _, _, grad_weight, grad_bias = bn_add_act.bn_add_act_backward(grad_y, None, mask, x, weight, *args[:-1])
     assert (grad_weight.dtype, grad_bias.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
@@ -229,10 +230,11 @@ def test_two_batch_norms(dtype, layout, few_programs):
         y = bn_add_bn_act.bn_add_bn_act(x, residual, *own, *other, "relu", config)
         judge({"y": y}, lambda *args: {"y": forward(*args)}, (x, residual, *own, *other, "relu"), dtype)
         norms = (weight, *stats[0], eps[0], bias, *stats[1], eps[1])
-        args = (draw(x.shape, dtype, layout), _mask.pack(y, "relu"), x, residual, *norms, "relu")
-        found = bn_add_bn_act.bn_add_bn_act_backward(*args, config=config)
-        judge(dict(enumerate(found)), lambda *args: dict(enumerate(backward(*args))), args, dtype)
-        assert y.stride() == found[0].stride() == found[1].stride() == x.stride()
+        for second in (None, draw(x.shape, dtype, layout)):
+            args = (draw(x.shape, dtype, layout), second, _mask.pack(y, "relu"), x, residual, *norms, "relu")
+            found = bn_add_bn_act.bn_add_bn_act_backward(*args, config=config)
+            judge(dict(enumerate(found)), lambda *args: dict(enumerate(backward(*args))), args, dtype)
+            assert y.stride() == found[0].stride() == found[1].stride() == x.stride()
 
 
 @pytest.mark.parametrize("act", ("relu", "none"))

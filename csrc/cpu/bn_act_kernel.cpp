@@ -41,7 +41,7 @@ void bn_merge(const BnArgs& args, int64_t begin, int64_t end) {
 }
 
 void bn_act_forward(const BnArgs& args, int64_t begin, int64_t end) { forward<false>(args, begin, end); }
-void bn_act_sums(const BnArgs& args, int64_t begin, int64_t end) { sums<false>(args, begin, end); }
+void bn_act_sums(const BnArgs& args, int64_t begin, int64_t end) { sums<false, false>(args, begin, end); }
 void bn_act_gradient(const BnArgs& args, int64_t begin, int64_t end) { gradient(args, begin, end); }
 
 }  // namespace fastres::cpu::FASTRES_LEVEL

@@ -31,16 +31,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, con
   return {apply(call, residual), statistics.mean, statistics.var, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const Tensor& mask, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const OptionalTensor& grad_y2,
+                                                               const Tensor& mask, const Tensor& x,
                                                                const OptionalTensor& weight, const Tensor& mean,
                                                                const Tensor& var, double eps, const std::string& act) {
-  BnCall call("bn_add_act_backward", {{"x", x}, {"grad_y", grad_y}}, act, 2);
+  const Tensor& second = grad_y2 ? *grad_y2 : grad_y;  // where there is none, grad_y is checked twice, and counted once less
+  BnCall call("bn_add_act_backward", {{"x", x}, {"grad_y", grad_y}, {"grad_y2", second}}, act, grad_y2 ? 2 : 1);
   call.read_mask(mask);
   call.read_affine(weight, std::nullopt);
   call.read_statistics(mean, var, eps);
   call.fill_tables();
   call.args.training = true;
   call.args.grad_y = grad_y.data_ptr();
+  call.args.grad_y2 = grad_y2 ? grad_y2->data_ptr() : nullptr;
   Tensor grad_residual = empty_output(x.sizes(), call.format, x);
   call.args.grad_residual = grad_residual.data_ptr();
   call.reduce(bn_add_act_sums);
@@ -61,8 +64,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
         "str act) -> Tensor");
   m.def("cpu_bn_add_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpu_bn_add_act_backward(Tensor grad_y, Tensor mask, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps, "
-        "str act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_bn_add_act_backward(Tensor grad_y, Tensor? grad_y2, Tensor mask, Tensor x, Tensor? weight, Tensor mean, "
+        "Tensor var, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {

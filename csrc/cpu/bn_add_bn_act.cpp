@@ -45,11 +45,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
 // dz, the gradient behind the activation, is left where the residual's gradient will be: the same element is read before it
 // is written.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backward(
-    const Tensor& grad_y, const Tensor& mask, const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
-    const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight, const Tensor& residual_mean,
-    const Tensor& residual_var, double residual_eps, const std::string& act) {
+    const Tensor& grad_y, const OptionalTensor& grad_y2, const Tensor& mask, const Tensor& x, const Tensor& residual,
+    const OptionalTensor& weight, const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight,
+    const Tensor& residual_mean, const Tensor& residual_var, double residual_eps, const std::string& act) {
   const char* op = "bn_add_bn_act_backward";
-  BnCall call(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}}, act, 2);
+  const Tensor& second = grad_y2 ? *grad_y2 : grad_y;  // where there is none, grad_y is checked twice, and counted once less
+  BnCall call(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}, {"grad_y2", second}}, act, grad_y2 ? 2 : 1);
   BnCall shortcut(op, {{"residual", residual}, {"x", x}}, "none");
   call.read_mask(mask);
   call.read_affine(weight, std::nullopt);
@@ -63,6 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backwar
     each->args.training = true;
   }
   call.args.grad_y = grad_y.data_ptr();
+  call.args.grad_y2 = grad_y2 ? grad_y2->data_ptr() : nullptr;
   call.args.grad_residual = grad_residual.data_ptr();
   shortcut.args.grad_y = grad_residual.data_ptr();
   call.reduce(bn_add_act_sums);
@@ -88,9 +90,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_bn_add_bn_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
         "Tensor? residual_weight, Tensor? residual_bias, float residual_eps, str act) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cpu_bn_add_bn_act_backward(Tensor grad_y, Tensor mask, Tensor x, Tensor residual, Tensor? weight, Tensor mean, "
-        "Tensor var, float eps, Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps, "
-        "str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_bn_add_bn_act_backward(Tensor grad_y, Tensor? grad_y2, Tensor mask, Tensor x, Tensor residual, "
+        "Tensor? weight, Tensor mean, Tensor var, float eps, Tensor? residual_weight, Tensor residual_mean, "
+        "Tensor residual_var, float residual_eps, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {

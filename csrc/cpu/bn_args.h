@@ -33,6 +33,7 @@ struct BnArgs {
   const void* x;
   const void* residual;
   const void* grad_y;
+  const void* grad_y2;  // null, or a second part of the gradient of y, at the end of a block
   uint8_t* mask;  // of a ReLU at the end of a block, see mask.h: training writes it, backward reads it
   void* out;      // y or grad_x
   void* grad_residual;

@@ -146,18 +146,19 @@ FASTRES_INLINE void forward(const BnArgs& shared, int64_t begin, int64_t end) {
   });
 }
 
-// dz, the gradient behind the activation, of L elements of x, which lie at `offset`.
-template <bool kAdd, bool kRelu, bool kLast, int64_t L, typename scalar_t, typename V, typename Lanes>
+// dz, the gradient behind the activation, of L elements of x, which lie at `offset`. kTwo: the gradient comes in two parts.
+template <bool kAdd, bool kTwo, bool kRelu, bool kLast, int64_t L, typename scalar_t, typename V, typename Lanes>
 FASTRES_INLINE V load_dz(const BnArgs& args, const Affine<V>& affine, V x, int64_t offset, Lanes lanes) {
   using acc_t = acc_of<scalar_t>;
-  const auto grad_y = read<acc_t, L>(static_cast<const scalar_t*>(args.grad_y) + offset, lanes);
+  auto grad_y = read<acc_t, L>(static_cast<const scalar_t*>(args.grad_y) + offset, lanes);
+  if constexpr (kTwo) grad_y += read<acc_t, L>(static_cast<const scalar_t*>(args.grad_y2) + offset, lanes);
   if constexpr (!kRelu) return grad_y;
   else if constexpr (!kAdd) return relu_gradient(grad_y, affine(x), static_cast<acc_t>(kZeroUpTo<scalar_t>));
   else return where_bits<L, acc_t>(load_bits<L, kLast && kIsWhole<Lanes>>(args.mask, offset, count_of<L>(lanes)), grad_y);
 }
 
 // With a residual, dz is its gradient: it is written here, and the second pass reads it instead of grad_y and the mask.
-template <bool kAdd>
+template <bool kAdd, bool kTwo>
 FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
   with_traits(shared, [&](BnArgs args, auto type, auto last, auto is_relu) {
     using scalar_t = decltype(type);
@@ -171,7 +172,7 @@ FASTRES_INLINE void sums(const BnArgs& shared, int64_t begin, int64_t end) {
     reduce_chunks<kLast, kAdd ? 1 : 4, acc_t>(args, begin, end, [&](int64_t entry) {
       return [&, affine = load_affine<acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
         const auto x = read<acc_t, L>(from_x + offset, lanes);
-        const auto dz = load_dz<kAdd, is_relu.value, kLast, L, scalar_t>(args, affine, x, offset, lanes);
+        const auto dz = load_dz<kAdd, kTwo, is_relu.value, kLast, L, scalar_t>(args, affine, x, offset, lanes);
         if constexpr (kAdd) {
           if (kIsWhole<decltype(lanes)> && stream) store<L>(grad_residual + offset, dz, Stream{});
           else store<L>(grad_residual + offset, dz, lanes);
@@ -212,7 +213,7 @@ FASTRES_INLINE void gradient(const BnArgs& shared, int64_t begin, int64_t end) {
                 slope = load_slope<training.value, acc_t, L, kLast>(args, entry)](int64_t offset, auto lanes) {
           Vec<acc_t, L> x{};
           if constexpr (training.value || kRelu) x = read<acc_t, L>(from_x + offset, lanes);
-          const auto dz = load_dz<false, kRelu, kLast, L, scalar_t>(args, affine, x, offset, lanes);
+          const auto dz = load_dz<false, false, kRelu, kLast, L, scalar_t>(args, affine, x, offset, lanes);
           store<L>(grad_x + offset, slope(dz, x), lanes);
         };
       });

@@ -14,6 +14,7 @@ struct BnActBackwardParams {
   bool training;  // mean and var are those of x; else constants
   float eps;
   const void* grad_y;
+  const void* grad_y2;  // at the end of a block: null, or a second part of the gradient of y
   const uint8_t* mask;  // bn_add_act: of the ReLU, see relu_mask.h
   const void* x;
   void* grad_x;

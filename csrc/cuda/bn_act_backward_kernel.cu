@@ -11,7 +11,7 @@ namespace fastres::cuda {
 
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 2) bn_act_backward_reduce_kernel(const __grid_constant__ BnActBackwardParams p) {
-  bn_backward_reduce<Traits, false>(p);
+  bn_backward_reduce<Traits, false, false>(p);
 }
 
 __global__ void __launch_bounds__(kMergeThreads) bn_backward_merge_kernel(const __grid_constant__ BnActBackwardParams p) {

@@ -40,11 +40,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, con
   return {normalise(launch, masked, x, residual, args, eps, relu, mask_data(mask, relu)), found.mean, found.var, mask};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const Tensor& mask, const Tensor& x,
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const OptionalTensor& grad_y2,
+                                                               const Tensor& mask, const Tensor& x,
                                                                const OptionalTensor& weight, const Tensor& mean,
                                                                const Tensor& var, double eps, const std::string& act) {
   const char* op = "bn_add_act_backward";
-  const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}});
+  const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}, {"grad_y2", grad_y2 ? *grad_y2 : grad_y}});
   const bool relu = is_relu(op, act);
   check_mask(op, mask, x, relu);
   const Launch launch(op, x);
@@ -55,6 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& gra
   params.training = true;
   params.eps = static_cast<float>(eps);
   params.grad_y = grad_y.data_ptr();
+  params.grad_y2 = grad_y2 ? grad_y2->data_ptr() : nullptr;
   params.mask = mask_data(mask, relu);
   params.grad_residual = grad_residual.data_ptr();
   const BnArguments args(op, x, weight, std::nullopt, mean, var);
@@ -71,8 +73,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
         " str act) -> Tensor");
   m.def("cuda_bn_add_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("cuda_bn_add_act_backward(Tensor grad_y, Tensor mask, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps,"
-        " str act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_add_act_backward(Tensor grad_y, Tensor? grad_y2, Tensor mask, Tensor x, Tensor? weight, Tensor mean,"
+        " Tensor var, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) {

@@ -1,4 +1,5 @@
-// bn_add_act_backward: dz = grad_y where the mask lets it pass is grad_residual; the gradients of x, weight and bias for dz.
+// bn_add_act_backward: dz = grad_y [+ grad_y2] where the mask lets it pass is grad_residual; the gradients of x, weight and
+// bias for dz.
 #pragma once
 
 #include "cuda/bn_act_backward.h"

@@ -56,11 +56,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backward(
-    const Tensor& grad_y, const Tensor& mask, const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
-    const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight, const Tensor& residual_mean,
-    const Tensor& residual_var, double residual_eps, const std::string& act) {
+    const Tensor& grad_y, const OptionalTensor& grad_y2, const Tensor& mask, const Tensor& x, const Tensor& residual,
+    const OptionalTensor& weight, const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight,
+    const Tensor& residual_mean, const Tensor& residual_var, double residual_eps, const std::string& act) {
   const char* op = "bn_add_bn_act_backward";
-  const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}});
+  const Tensor& second = grad_y2 ? *grad_y2 : grad_y;
+  const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}, {"grad_y2", second}});
   const bool relu = is_relu(op, act);
   check_mask(op, mask, x, relu);
   const Launch launch(op, x);
@@ -71,6 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backwar
   params.bn.relu = relu;
   params.bn.training = true;
   params.bn.grad_y = grad_y.data_ptr();
+  params.bn.grad_y2 = grad_y2 ? grad_y2->data_ptr() : nullptr;
   params.bn.mask = mask_data(mask, relu);
   params.residual = params.bn;
   params.bn.eps = static_cast<float>(eps);
@@ -91,9 +93,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cuda_bn_add_bn_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps,"
         " Tensor? residual_weight, Tensor? residual_bias, float residual_eps, str act)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("cuda_bn_add_bn_act_backward(Tensor grad_y, Tensor mask, Tensor x, Tensor residual, Tensor? weight, Tensor mean,"
-        " Tensor var, float eps, Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps,"
-        " str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cuda_bn_add_bn_act_backward(Tensor grad_y, Tensor? grad_y2, Tensor mask, Tensor x, Tensor residual, Tensor? weight,"
+        " Tensor mean, Tensor var, float eps, Tensor? residual_weight, Tensor residual_mean, Tensor residual_var,"
+        " float residual_eps, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) {

@@ -1,14 +1,16 @@
-// Formula: dz = grad_y where the mask lets it pass, else 0; the gradients of both norms for dz, as bn_act_backward from dz.
+// Formula: dz = grad_y [+ grad_y2] where the mask lets it pass, else 0; the gradients of both norms for dz, as
+// bn_act_backward from dz.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
-// Bytes per element: reduction three reads, then three reads and two writes, and twice the mask.
-// Accumulate type: float; dz is exact, grad_x and grad_residual are rounded once.
+// Bytes per element: reduction three reads, then three reads and two writes, and twice the mask; with grad_y2 the reduction
+// reads four and writes dz, where grad_residual will be, and the mask is read once.
+// Accumulate type: float; dz is exact without grad_y2, grad_x and grad_residual are rounded once.
 // Invariants: fixed order whatever the device; no division by a weight, which may be 0.
 #include "cuda/bn_add_bn_act.h"
 #include "cuda/device/bn_backward.cuh"
 
 namespace fastres::cuda {
 
-constexpr int kSlots = kUnroll / 2;  // three operands, and tables of two norms
+constexpr int kSlots = kUnroll / 2;  // up to four operands, and tables of two norms
 
 // The operands of one thread, and dz from them.
 template <typename Traits>
@@ -31,12 +33,17 @@ struct Operands {
     mask_in[slot] = load_mask(mask, offset, relu);
   }
 
-  __device__ float dz(int slot, int j) const { return mask_in[slot] >> j & 1 ? to_float(grad_y_in[slot].v[j]) : 0.0f; }
+  __device__ float grad(int slot, int j) const { return to_float(grad_y_in[slot].v[j]); }
+  __device__ float masked(int slot, int j, float grad) const { return mask_in[slot] >> j & 1 ? grad : 0.0f; }
 };
 
 template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 2)
     bn_add_bn_act_backward_reduce_kernel(const __grid_constant__ BnAddBnActBackwardParams p) {
+  using scalar_t = typename Traits::scalar_t;
+  const auto* grad_y2 = static_cast<const scalar_t*>(p.bn.grad_y2);
+  auto* dz_out = static_cast<scalar_t*>(p.residual.grad_x);
+  const bool two = grad_y2 != nullptr;
   const Tile tile(p.bn.geometry, false);
   float affine[2 * kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) {
@@ -46,19 +53,27 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   GradientSums<Traits::kVec> sums{}, residual_sums{};
   Operands<Traits> in(p);
+  typename Traits::Vector grad_y2_in[kSlots];
   for_each_vector<kSlots>(
-      Walk<Traits>(p.bn.geometry, tile), [&](int slot, int64_t offset) { in.fetch(slot, offset); },
-      [&](int slot, int64_t) {
+      Walk<Traits>(p.bn.geometry, tile),
+      [&](int slot, int64_t offset) {
+        in.fetch(slot, offset);
+        if (two) grad_y2_in[slot] = load<Traits::kVec>(grad_y2 + offset);
+      },
+      [&](int slot, int64_t offset) {
+        float dzs[Traits::kVec];
 #pragma unroll
         for (int j = 0; j < Traits::kVec; ++j) {
           const int lane = Traits::lane(j);
-          const float dz = in.dz(slot, j);
+          const float grad = two ? in.grad(slot, j) + to_float(grad_y2_in[slot].v[j]) : in.grad(slot, j);
+          const float dz = dzs[j] = in.masked(slot, j, grad);
           const float x_centred = to_float(in.x_in[slot].v[j]) - affine[kMean][lane];
           const float residual_centred = to_float(in.residual_in[slot].v[j]) - affine[kAffineRows + kMean][lane];
           sums.dz[j] += dz;
           sums.dzx[j] = fmaf(dz, x_centred, sums.dzx[j]);
           residual_sums.dzx[j] = fmaf(dz, residual_centred, residual_sums.dzx[j]);
         }
+        if (two) store(dz_out + offset, dzs);
       });
 #pragma unroll
   for (int j = 0; j < Traits::kVec; ++j) residual_sums.dz[j] = sums.dz[j];
@@ -98,7 +113,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int j = 0; j < Traits::kVec; ++j) {
           const int lane = Traits::lane(j);
-          const float dz = in.dz(slot, j);
+          const float dz = in.masked(slot, j, in.grad(slot, j));
           const auto gradient = [&](float value, int row) {
             return normalise_grad(dz, value, table[row + kGradMean][lane], table[row + kGradScale][lane],
                                   table[row + kMeanDz][lane], table[row + kSlope][lane]);
@@ -119,8 +134,13 @@ cudaError_t launch_bn_add_bn_act_backward(const BnAddBnActBackwardParams& params
   if (status == cudaSuccess) status = launch_bn_backward_merge(params.bn, stream);
   if (status == cudaSuccess) status = launch_bn_backward_merge(params.residual, stream);
   if (status != cudaSuccess) return status;
+  BnAddBnActBackwardParams input = params;
+  if (params.bn.grad_y2 != nullptr) {  // dz was left there, masked
+    input.bn.grad_y = params.residual.grad_x;
+    input.bn.relu = false;
+  }
   return with_bn_traits(params.bn.dtype, g, [&](auto traits) {
-    return launch_bn(bn_add_bn_act_backward_input_kernel<decltype(traits)>, g, params, stream);
+    return launch_bn(bn_add_bn_act_backward_input_kernel<decltype(traits)>, g, input, stream);
   });
 }
 

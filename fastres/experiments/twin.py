@@ -15,6 +15,7 @@ from fastres import nn as fnn
 from fastres.errors import UnsupportedError
 from fastres.models.cifar import CifarPreActResNet, CifarResNet
 from fastres.nn._module import FusedModule
+from fastres.nn._stage import Stage
 
 
 class Plain(nn.Module):
@@ -116,6 +117,7 @@ class TorchVGG(Plain):
 
 
 TWINS: dict[type, type] = {
+    Stage: nn.Sequential,
     fnn.BasicBlock: TorchBasicBlock,
     fnn.Bottleneck: TorchBottleneck,
     fnn.PlainBlock: TorchPlainBlock,

@@ -17,6 +17,7 @@ from fastres.models.resnet import initialize
 from fastres.nn import BasicBlock, PlainBlock, PreActBasicBlock, PreActBottleneck, conv3x3, shortcut
 from fastres.nn._fused import bn_act, conv_bn_act
 from fastres.nn._module import FusedModule
+from fastres.nn._stage import Stage
 
 CHANNELS = (16, 32, 64)
 
@@ -85,7 +86,7 @@ class CifarPreActResNet(FusedModule):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _stages(block: Any, blocks: int, option: str | None, norm_layer: Any) -> list[nn.Sequential]:
+def _stages(block: Any, blocks: int, option: str | None, norm_layer: Any) -> list[Stage]:
     """Three stages; the second and the third start with stride 2."""
     stages, inplanes = [], CHANNELS[0]
     for planes, stride in zip(CHANNELS, (1, 2, 2), strict=True):
@@ -95,7 +96,7 @@ def _stages(block: Any, blocks: int, option: str | None, norm_layer: Any) -> lis
             downsample = None if option is None else shortcut(option, inplanes, outplanes, step, norm_layer)
             found.append(block(inplanes, planes, step, downsample))
             inplanes = outplanes
-        stages.append(nn.Sequential(*found))
+        stages.append(Stage(*found))
     return stages
 
 

@@ -11,6 +11,7 @@ from fastres.errors import must
 from fastres.models._load import build, build_from_file, expect
 from fastres.nn import BasicBlock, Bottleneck, PlainBlock, PlainBottleneck, _sequence, shortcut
 from fastres.nn._module import FusedModule
+from fastres.nn._stage import Stage
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -69,7 +70,7 @@ class ResNet(FusedModule):
 
     def _make_layer(
         self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False
-    ) -> nn.Sequential:
+    ) -> Stage:
         previous_dilation = self.dilation
         if dilate:
             self.dilation *= stride
@@ -91,7 +92,7 @@ class ResNet(FusedModule):
                 )
             )
             self.inplanes = planes * block.expansion
-        return nn.Sequential(*found)
+        return Stage(*found)
 
     def _make_shortcut(self, inplanes: int, planes: int, stride: int) -> nn.Module | None:
         return shortcut(self.shortcut, inplanes, planes, stride, self._norm_layer)

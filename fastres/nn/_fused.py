@@ -19,6 +19,8 @@ from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.ops import _chain, _running
 from fastres.ops._op import is_interposed
+from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
+from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 
 Act = nn.Module | str | None
 Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
@@ -112,7 +114,7 @@ def is_followed(x: Tensor) -> bool:
 
 def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(bn(conv(x)) [+ residual])``; one op in evaluation, the convolution and ``bn_act`` otherwise."""
-    y = _in_training([(conv, bn, act)], x, residual)
+    y = in_one_node([(conv, bn, act)], x, residual)
     if y is not None:
         return y
     buffers = bn._buffers
@@ -169,7 +171,7 @@ def conv_bn_add_conv_bn_act(
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``conv_bn_act`` of each layer in turn, the residual added by the last; one node of autograd for all in training,
     where the input is small."""
-    y = _in_training(chain, x, residual)
+    y = in_one_node(chain, x, residual)
     if y is not None:
         return y
     for layer in chain[:-1]:
@@ -177,7 +179,7 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
     return conv_bn_act(*chain[-1], x, residual)
 
 
-def _in_training(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
+def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
     """``layers`` as one node, or None where they must run one by one."""
     if not torch.is_grad_enabled() or not _joins(chain, x, residual):
         return None
@@ -274,6 +276,32 @@ def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: 
                 _count(residual_bn)
                 return y
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual))
+
+
+def in_two(
+    bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor, residual_bn: nn.BatchNorm2d | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """``bn_act`` with a residual, or ``bn_add_bn_act``, in training as two tensors of one memory, see ``Op.in_two``; None
+    where they must run as ever.
+    """
+    norms = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
+    if bn is residual_bn or not all(norm.training and _fuses(value, None, norm, act, None) for norm, value in norms):
+        return None
+    affine = [(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm, _ in norms]
+    arguments = x, residual, *(value for each in affine for value in each), _name(act)
+    try:
+        for norm, value in norms:
+            functional.check_running("bn_act", value, *_statistics(norm)[:2])
+        found = (BN_ADD_ACT_TRAIN if residual_bn is None else BN_ADD_BN_ACT_TRAIN).in_two(*arguments)
+    except _WRONG:
+        return None  # as above; nothing has been updated yet
+    if found is None:
+        return None
+    y, again, *statistics = found
+    for (norm, value), mean, var in zip(norms, statistics[0:4:2], statistics[1:4:2], strict=False):
+        functional.update_running(value, *_statistics(norm)[:2], mean, var, _momentum(norm))
+        _count(norm)
+    return y, again
 
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:

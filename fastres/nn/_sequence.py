@@ -26,6 +26,41 @@ def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
     return conv_bn_add_act(*layers[-1], _fused.layers(layers[:-1], x), downsample, x)
 
 
+def block_in_two(
+    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any
+) -> tuple[Tensor, Tensor]:
+    """``block`` in training, between blocks that keep a value in two tensors of one memory, one for their convolutions and
+    one for their shortcut: each gets its part of the gradient, and no pass is spent on adding them.
+
+    What comes in and what goes out is one tensor twice where that cannot be.
+    """
+    *first, (conv, bn, act) = layers
+    steps, shortcut_bn = projection(downsample), None
+    if downsample is None or type(downsample) is ZeroPadShortcut:
+        shortcut = shortcut if downsample is None else downsample(shortcut)
+        y = _fused.in_one_node(layers, x, shortcut)
+        if y is not None:
+            return _twice(y)
+        z = _fused.convolve(conv, _fused.layers(first, x))
+    else:
+        z = _fused.convolve(conv, _fused.layers(first, x))
+        if steps is None or must_be_called(downsample):
+            shortcut = run(downsample, shortcut)
+        else:
+            *before, shortcut_conv, shortcut_bn = steps
+            for step in before:
+                shortcut = step(shortcut)
+            shortcut = _fused.convolve(shortcut_conv, shortcut)
+    if shortcut_bn is None:
+        return _fused.in_two(bn, act, z, shortcut) or _twice(_fused.bn_act(bn, act, z, shortcut))
+    both = _fused.in_two(bn, act, z, shortcut, shortcut_bn)
+    return both or _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut))
+
+
+def _twice(y: Tensor) -> tuple[Tensor, Tensor]:
+    return y, y
+
+
 def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, shortcut: Tensor) -> Tensor:
     """The end of a block, ``act(bn(conv(x)) + downsample(shortcut))``; downsample may be None.
 
@@ -34,7 +69,7 @@ def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, sh
     """
     with_gradients = bn.training or torch.is_grad_enabled()
     steps = projection(downsample) if with_gradients or _fused.may_join(x) else None
-    if steps is None or _must_be_called(downsample):
+    if steps is None or must_be_called(downsample):
         return _fused.conv_bn_act(conv, bn, act, x, shortcut if downsample is None else run(downsample, shortcut))
     *first, shortcut_conv, shortcut_bn = steps
     if with_gradients:
@@ -59,7 +94,7 @@ def projection(module: Any) -> list[Any] | None:
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)``; in a plain ``nn.Sequential`` conv-bn, conv-bn-relu and conv-bn-relu-maxpool fused."""
-    if type(module) is not nn.Sequential or _must_be_called(module):
+    if type(module) is not nn.Sequential or must_be_called(module):
         return module(x)
     steps: list[Any] = list(module)
     while steps:
@@ -79,6 +114,6 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _must_be_called(module: nn.Module) -> bool:
+def must_be_called(module: nn.Module) -> bool:
     """Whether a hook, of the module or of all modules, or a patched forward waits for the call."""
     return _fused.why_not() is not None or _fused.has_hooks(module) or "forward" in module.__dict__

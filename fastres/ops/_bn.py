@@ -107,6 +107,21 @@ def laid_as(x: Tensor, grad_y: Tensor) -> Tensor:
     return grad_y if grad_y.stride() == x.stride() else grad_y.contiguous(memory_format=memory_format(x))
 
 
+def laid_as_both(x: Tensor, grad_y: Tensor, grad_y2: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The same of a gradient that may come in two parts."""
+    return laid_as(x, grad_y), None if grad_y2 is None else laid_as(x, grad_y2)
+
+
+def whole(grad_y: Tensor, grad_y2: Tensor | None) -> Tensor:
+    """The sum of a gradient's parts, differentiable by both."""
+    return grad_y if grad_y2 is None else grad_y + grad_y2
+
+
+def two_parts(grad_y2: Tensor | None) -> dict[str, Tensor]:
+    """The second part among the activations to be checked."""
+    return {} if grad_y2 is None else {"grad_y2": grad_y2}
+
+
 def refuse_statistics_gradient(mean: Tensor, var: Tensor) -> None:
     """Given statistics are constants, as in PyTorch."""
     if mean.requires_grad or var.requires_grad:
@@ -202,6 +217,15 @@ def samples(device: torch.device, dtype: torch.dtype, build: Callable) -> list[S
         case("tiny eps", (2, 8, 4, 4), eps=1e-12),
         case("mean far from zero", (2, 8, 6, 6), shift=100.0),
     ]
+
+
+def samples_of_two_parts(found: list[Sample]) -> list[Sample]:
+    """The samples of a backward without and, behind the first of them, with a second part of the gradient."""
+    two = [
+        Sample(f"{sample.label}, two parts", (sample.args[0], sample.args[0].flip(3).contiguous(), *sample.args[2:]))
+        for sample in found
+    ]
+    return [found[0], *two, *found[1:]]
 
 
 def cost(tensors: int, bits: int = 0) -> Callable[..., tuple[int, int]]:

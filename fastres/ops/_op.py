@@ -1,5 +1,6 @@
 """class Op: the one place that knows torch.library, autograd and the cost of a Python call."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,25 @@ class Op:
         if needs_grad and torch.is_grad_enabled():
             return self._packet(*args) if self._function is None else self._function.apply(*args, run)
         return run(*args)
+
+    def in_two(self, *args: Any) -> Any:
+        """The outputs with the first one twice, two tensors of one memory: their gradients reach ``backward`` apart, as its
+        ``grad_y`` and ``grad_y2``, and a kernel adds them on its way instead of autograd in a pass of its own.
+
+        Each of the two knows only its part of the gradient, so the caller must keep both to itself. None where there is no
+        gradient, or something but autograd follows the call.
+        """
+        if torch.compiler.is_compiling() or is_interposed() or not torch.is_grad_enabled():
+            return None
+        key, plain, needs_grad = _signature(args)
+        if not plain or not needs_grad:
+            return None
+        return self._function_in_two.apply(*args, self._choices.get(key) or self._choose(key, args))
+
+    @functools.cached_property
+    def _function_in_two(self) -> Any:
+        assert self.setup_context is not None and self.backward is not None
+        return _function_in_two(self.name, self.setup_context, self.backward)
 
     def _from_dispatcher(self, *args: Any) -> Any:
         args = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
@@ -198,3 +218,25 @@ def _eager_function(name: str, setup_context: Callable, backward: Callable) -> t
 
     EagerFunction.__name__ = EagerFunction.__qualname__ = f"fastres_{name}"
     return EagerFunction
+
+
+def _function_in_two(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    """The same with the first output twice, whose gradients ``backward`` gets apart."""
+    whole: Any = _eager_function(name, setup_context, backward)
+
+    class FunctionInTwo(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            y, *others = whole.forward(ctx, *args)
+            return y, y.detach(), *others
+
+        @staticmethod
+        def backward(ctx: Any, grad_y: Any, grad_y2: Any, *others: Any) -> Any:
+            if grad_y is None:
+                grad_y, grad_y2 = grad_y2, None
+            if grad_y is None:
+                return (None,) * len(ctx.needs_input_grad)
+            return *backward(ctx, grad_y, *others, grad_y2=grad_y2), None
+
+    FunctionInTwo.__name__ = FunctionInTwo.__qualname__ = f"fastres_{name}_in_two"
+    return FunctionInTwo

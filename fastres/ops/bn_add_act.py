@@ -3,7 +3,8 @@
 x, residual: (N, C, H, W) of one shape; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
 activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and the ReLU's mask of one bit an
 element (``_mask``), which training writes beside y; evaluation saves y and goes backward through ``add_act`` and ``bn_act``.
-Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward.
+Backward takes the gradient of y in two parts where two paths of the next block lead to it, and adds them in fp32 on the way.
+Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts.
 """
 
 import torch
@@ -20,7 +21,7 @@ SCHEMA_TRAIN = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 SCHEMA_BACKWARD = (
-    "(Tensor grad_y, Tensor mask, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps, str act)"
+    "(Tensor grad_y, Tensor? grad_y2, Tensor mask, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps, str act)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -35,8 +36,8 @@ def reference_train(x, residual, weight, bias, eps, act):
     return y, mean, var, _mask.pack(y, act)
 
 
-def reference_backward(grad_y, mask, x, weight, mean, var, eps, act):
-    dz = _mask.gradient(grad_y, mask, x, act)
+def reference_backward(grad_y, grad_y2, mask, x, weight, mean, var, eps, act):
+    dz = _mask.gradient(_bn.whole(grad_y, grad_y2), mask, x, act)
     grad_x, grad_weight, grad_bias = _bn.differentiate(dz, x, weight, mean, var, eps, True)
     grad_residual = torch.empty_like(grad_x).copy_(dz)
     return grad_x, grad_residual, *_bn.parameter_grads(grad_weight, grad_bias, weight, None)
@@ -51,8 +52,9 @@ def check_train(x, residual, weight, bias, eps, act):
     _check.batch_statistics("bn_add_act_train", x)
 
 
-def check_backward(grad_y, mask, x, weight, mean, var, eps, act):
-    _bn.check_forward("bn_add_act_backward", x, weight, None, {"mean": mean, "var": var}, eps, act, grad_y=grad_y)
+def check_backward(grad_y, grad_y2, mask, x, weight, mean, var, eps, act):
+    grads = {"grad_y": grad_y, **_bn.two_parts(grad_y2)}
+    _bn.check_forward("bn_add_act_backward", x, weight, None, {"mean": mean, "var": var}, eps, act, **grads)
     _mask.check("bn_add_act_backward", mask, x, act)
 
 
@@ -64,12 +66,16 @@ def fake_train(x, residual, weight, bias, eps, act):
     return _bn.fake_like(x), *_bn.fake_stats(x), _mask.fake(x, act)
 
 
-def fake_backward(grad_y, mask, x, weight, mean, var, eps, act):
+def fake_backward(grad_y, grad_y2, mask, x, weight, mean, var, eps, act):
     return _bn.fake_like(x), _bn.fake_like(x), *_bn.fake_parameter_grads(x, weight, None)
 
 
-def why_not_backward(grad_y, mask, *rest):
-    return _bn.why_not(grad_y, *rest) or _mask.why_not(mask)
+def why_not_backward(grad_y, grad_y2, mask, *rest):
+    return _bn.why_not(grad_y, grad_y2, *rest) or _mask.why_not(mask)
+
+
+def cost_backward(grad_y, grad_y2=None, *rest):
+    return _bn.cost(6 if grad_y2 is None else 7, 1)(grad_y)
 
 
 def setup_context(ctx, inputs, output):
@@ -92,17 +98,18 @@ def _save(ctx, x, residual, weight, bias, mean, var, mask_or_y):
     ctx.save_for_backward(x, weight, bias, mean, var, mask_or_y)
 
 
-def gradients(ctx, grad_y):
+def gradients(ctx, grad_y, grad_y2):
     """Gradients of x, residual, weight and bias; None where none is asked for."""
     x, weight, bias, mean, var, mask_or_y = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
+        grad_y = _bn.whole(grad_y, grad_y2)
         dz = _mask.gradient(grad_y, mask_or_y, x, ctx.act) if ctx.training else _mask.gradient_at(grad_y, mask_or_y, ctx.act)
         grad_x, *others = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
         return grad_x, dz.to(ctx.residual_dtype), *others
-    grad_y = _bn.laid_as(x, grad_y)
+    grad_y, grad_y2 = _bn.laid_as_both(x, grad_y, grad_y2)
     if ctx.training:
         args = weight, mean, var, ctx.eps, ctx.act
-        grad_x, dz, grad_weight, grad_bias = BN_ADD_ACT_BACKWARD(grad_y, mask_or_y, x, *args)
+        grad_x, dz, grad_weight, grad_bias = BN_ADD_ACT_BACKWARD(grad_y, grad_y2, mask_or_y, x, *args)
     else:
         dz = ADD_ACT_BACKWARD(grad_y, mask_or_y, ctx.act)
         grad_x, grad_weight, grad_bias = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, ctx.eps, "none", False)
@@ -111,11 +118,11 @@ def gradients(ctx, grad_y):
 
 
 def backward(ctx, grad_y):
-    return *gradients(ctx, grad_y), None, None, None, None
+    return *gradients(ctx, grad_y, None), None, None, None, None
 
 
-def backward_train(ctx, grad_y, *others):
-    return *gradients(ctx, grad_y), None, None
+def backward_train(ctx, grad_y, *others, grad_y2=None):
+    return *gradients(ctx, grad_y, grad_y2), None, None
 
 
 def samples(device, dtype):
@@ -132,8 +139,9 @@ def samples_backward(device, dtype):
         x, residual, weight, _, eps, act = sample.args
         grad_y = residual.flip(0).contiguous()
         _, mean, var, mask = reference_train(*sample.args)
-        found.append(Sample(sample.label, (grad_y, mask, x, weight, mean, var, eps, act)))
-    return found
+        args = mask, x, weight, mean, var, eps, act
+        found.append(Sample(sample.label, (grad_y, None, *args)))
+    return _bn.samples_of_two_parts(found)
 
 
 BN_ADD_ACT_BACKWARD = Op(
@@ -143,7 +151,7 @@ BN_ADD_ACT_BACKWARD = Op(
     check=check_backward,
     fake=fake_backward,
     samples=samples_backward,
-    cost=_bn.cost(6, 1),
+    cost=cost_backward,
     backends=_backends.all_kernels("bn_add_act_backward", why_not_backward, module="bn_add_act"),
 )
 

@@ -3,9 +3,10 @@
 x, residual: outputs of the block's last convolution and of the shortcut's (He et al. 2016, equation 2), of one shape, each
 with its own parameters and statistics; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
 activated in fp32 (fp64 for fp64) with one rounding; the normalised shortcut is never written. Saved for backward: x,
-residual, the statistics and the ReLU's mask of one bit an element, as in ``bn_add_act``. Bytes moved: 3 tensors in
-evaluation, 5 and the mask in training, 8 and twice the mask in backward, 11 and the mask on the CPU, which writes the
-gradient behind the activation and reads it three times.
+residual, the statistics and the ReLU's mask of one bit an element, as in ``bn_add_act``; its backward too may get the gradient
+of y in two parts. Bytes moved: 3 tensors in evaluation, 5 and the mask in training, 8 and twice the mask in backward, 10 and
+the mask with two parts, for their sum is written, masked; 11 and the mask on the CPU, 12 with two parts, for it writes the
+gradient behind the activation always, and reads it three times.
 """
 
 import torch
@@ -25,8 +26,8 @@ SCHEMA_TRAIN = (
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 SCHEMA_BACKWARD = (
-    "(Tensor grad_y, Tensor mask, Tensor x, Tensor residual, Tensor? weight, Tensor mean, Tensor var, float eps,"
-    " Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps, str act)"
+    "(Tensor grad_y, Tensor? grad_y2, Tensor mask, Tensor x, Tensor residual, Tensor? weight, Tensor mean, Tensor var,"
+    " float eps, Tensor? residual_weight, Tensor residual_mean, Tensor residual_var, float residual_eps, str act)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -43,9 +44,9 @@ def reference_train(x, residual, weight, bias, eps, r_weight, r_bias, r_eps, act
     return y, mean, var, r_mean, r_var, _mask.pack(y, act)
 
 
-def reference_backward(grad_y, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act):
+def reference_backward(grad_y, grad_y2, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act):
     """Gradients of x and residual, of weight and bias, of residual_weight and residual_bias."""
-    dz = _mask.gradient(grad_y, mask, x, act)
+    dz = _mask.gradient(_bn.whole(grad_y, grad_y2), mask, x, act)
     grad_x, *grads = _bn.differentiate(dz, x, weight, mean, var, eps, True)
     r_dz = dz.to(residual.dtype)
     grad_residual, *r_grads = _bn.differentiate(r_dz, residual, r_weight, r_mean, r_var, r_eps, True)
@@ -72,10 +73,10 @@ def check_train(x, residual, weight, bias, eps, r_weight, r_bias, r_eps, act):
     _check.batch_statistics("bn_add_bn_act_train", x)
 
 
-def check_backward(grad_y, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act):
+def check_backward(grad_y, grad_y2, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act):
     stats, r_stats = {"mean": mean, "var": var}, {"residual_mean": r_mean, "residual_var": r_var}
     rest = weight, None, stats, eps, r_weight, None, r_stats, r_eps, act
-    _check_both("bn_add_bn_act_backward", x, residual, *rest, grad_y=grad_y)
+    _check_both("bn_add_bn_act_backward", x, residual, *rest, grad_y=grad_y, **_bn.two_parts(grad_y2))
     _mask.check("bn_add_bn_act_backward", mask, x, act)
 
 
@@ -87,7 +88,7 @@ def fake_train(x, residual, *rest):
     return _bn.fake_like(x), *_bn.fake_stats(x), *_bn.fake_stats(x), _mask.fake(x, rest[-1])
 
 
-def fake_backward(grad_y, mask, x, residual, weight, mean, var, eps, r_weight, *rest):
+def fake_backward(grad_y, grad_y2, mask, x, residual, weight, mean, var, eps, r_weight, *rest):
     grads, r_grads = _bn.fake_parameter_grads(x, weight, None), _bn.fake_parameter_grads(x, r_weight, None)
     return _bn.fake_like(x), _bn.fake_like(x), *grads, *r_grads
 
@@ -109,21 +110,22 @@ def setup_context_train(ctx, inputs, output):
     ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask)
 
 
-def gradients(ctx, grad_y):
+def gradients(ctx, grad_y, grad_y2):
     """Gradients of x, residual, weight, bias, residual_weight and residual_bias, whether asked for or not."""
     x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask_or_y = ctx.saved_tensors
     eps, r_eps, act, training = ctx.flags
     if torch.is_grad_enabled():  # create_graph=True
+        grad_y = _bn.whole(grad_y, grad_y2)
         dz = _mask.gradient(grad_y, mask_or_y, x, act) if training else _mask.gradient_at(grad_y, mask_or_y, act)
         found = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), eps, training)
         others = _bn.differentiate_twice(
             dz.to(residual.dtype), residual, r_weight, r_bias, (r_mean, r_var), r_eps, training
         )
         return found[0], others[0], *found[1:], *others[1:]
-    grad_y = _bn.laid_as(x, grad_y)
+    grad_y, grad_y2 = _bn.laid_as_both(x, grad_y, grad_y2)
     if training:
         args = weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
-        grad_x, grad_residual, *grads = BN_ADD_BN_ACT_BACKWARD(grad_y, mask_or_y, x, residual, *args)
+        grad_x, grad_residual, *grads = BN_ADD_BN_ACT_BACKWARD(grad_y, grad_y2, mask_or_y, x, residual, *args)
     else:
         dz = ADD_ACT_BACKWARD(grad_y, mask_or_y, act)
         grad_x, *own = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, eps, "none", False)
@@ -141,13 +143,13 @@ def _asked_for(ctx, found):
 
 
 def backward(ctx, grad_y):
-    grad_x, grad_residual, grad_weight, grad_bias, r_grad_weight, r_grad_bias = gradients(ctx, grad_y)
+    grad_x, grad_residual, grad_weight, grad_bias, r_grad_weight, r_grad_bias = gradients(ctx, grad_y, None)
     found = grad_x, grad_residual, grad_weight, grad_bias, None, None, None, r_grad_weight, r_grad_bias
     return _asked_for(ctx, (*found, *[None] * 4))
 
 
-def backward_train(ctx, grad_y, *others):
-    grad_x, grad_residual, grad_weight, grad_bias, r_grad_weight, r_grad_bias = gradients(ctx, grad_y)
+def backward_train(ctx, grad_y, *others, grad_y2=None):
+    grad_x, grad_residual, grad_weight, grad_bias, r_grad_weight, r_grad_bias = gradients(ctx, grad_y, grad_y2)
     return _asked_for(
         ctx, (grad_x, grad_residual, grad_weight, grad_bias, None, r_grad_weight, r_grad_bias, None, None)
     )
@@ -177,17 +179,19 @@ def samples_backward(device, dtype):
         x, residual, weight, _, eps, r_weight, _, r_eps, act = sample.args
         grad_y = residual.flip(0).contiguous()
         _, mean, var, r_mean, r_var, mask = reference_train(*sample.args)
-        args = grad_y, mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
-        found.append(Sample(sample.label, args))
-    return found
+        args = mask, x, residual, weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
+        found.append(Sample(sample.label, (grad_y, None, *args)))
+    return _bn.samples_of_two_parts(found)
 
 
-def why_not_backward(grad_y, mask, *rest):
-    return _bn.why_not(grad_y, *rest) or _mask.why_not(mask)
+def why_not_backward(grad_y, grad_y2, mask, *rest):
+    return _bn.why_not(grad_y, grad_y2, *rest) or _mask.why_not(mask)
 
 
-def cost_backward(grad_y, *rest):
-    return (_bn.cost(11, 1) if grad_y.device.type == "cpu" else _bn.cost(8, 2))(grad_y, *rest)
+def cost_backward(grad_y, grad_y2=None, *rest):
+    if grad_y.device.type == "cpu":
+        return _bn.cost(11 if grad_y2 is None else 12, 1)(grad_y)
+    return (_bn.cost(8, 2) if grad_y2 is None else _bn.cost(10, 1))(grad_y)
 
 
 BN_ADD_BN_ACT_BACKWARD = Op(

@@ -13,7 +13,7 @@ from fastres import functional
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.optimize.convert import Conversion, cast, to_channels_last
 from fastres.optimize.sites import Site, check_skip, follows_layout, sites, unwrap
-from fastres.optimize.swap import STATE, State, forget, state_of, swap, unswap
+from fastres.optimize.swap import STATE, State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
 from fastres.optimize.whole import Whole, forget_all
 
@@ -177,6 +177,9 @@ def _swap(
             unswap(site.module)
         elif site.status in ("fusable", "fused"):
             _install(site.module, State(channels_last))
+    for module in network.modules():
+        if module is not network and is_stage(module):
+            _install(module, State(channels_last))
     own = State(channels_last, Whole())
     own.conversions, own.skip = conversions, patterns
     _install(network, own)

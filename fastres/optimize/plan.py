@@ -35,6 +35,23 @@ class Step:
     modules: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Block:
+    """A residual block, by the names of its children: convolution, batch norm and activation ("" for a function) of each
+    layer, and the shortcut, None for the identity."""
+
+    layers: tuple[tuple[str, str, str], ...]
+    downsample: str | None
+
+    def parts(self, module: nn.Module) -> Any:
+        """The children, as ``fastres.nn`` runs a block."""
+        found = module._modules
+        layers: list[Any] = [
+            (found[conv], found[bn], found[act] if act else "relu") for conv, bn, act in self.layers
+        ]
+        return layers, None if self.downsample is None else found[self.downsample]
+
+
 @dataclass
 class Plan:
     """What a module's forward became: ``run(None, module, x)``, or why there is nothing to run."""
@@ -46,6 +63,7 @@ class Plan:
     identities: tuple[nn.Module, ...] = ()
     readable: bool = True  # whether the forward could be traced at all
     rejoined: bool = False  # whether a view became a reshape, so that channels_last values pass
+    block: Block | None = None
 
 
 def plan(module: nn.Module, base: Any, training: bool) -> Plan:
@@ -60,9 +78,35 @@ def plan(module: nn.Module, base: Any, training: bool) -> Plan:
     if not steps and not rejoined:
         return Plan(reason="it holds no run of layers that fuse")
     identities = rewriting.pass_identities()
+    block = _block(graph) if training else None
     _read_children_from_owner(graph)
     compiled = fx.GraphModule(nn.Module(), graph, "Plan")
-    return Plan(type(compiled).forward, steps, None, compiled, identities, rejoined=rejoined)
+    return Plan(type(compiled).forward, steps, None, compiled, identities, rejoined=rejoined, block=block)
+
+
+def _block(graph: fx.Graph) -> Block | None:
+    """The residual block that these steps are: layers in a row, to whose last one x or its projection is added."""
+    _, x, *steps = [node for node in graph.nodes if node.op not in ("get_attr", "output")]
+    (result,) = next(node for node in graph.nodes if node.op == "output").args
+    layers: list[tuple[str, str, str]] = []
+    value, added, downsample = x, x, None
+    for step in steps:
+        if step.op == "call_module" and step.args == (x,) and added is x:
+            added, downsample = step, step.target
+            continue
+        if step.target not in (_fused.conv_bn_act, _sequence.conv_bn_add_act):
+            return None
+        conv, bn, act, source, *rest = step.args
+        if source is not value or act is None or (step is not result and rest != [None]):
+            return None
+        layers.append((conv.target, bn.target, act.target if _is_node(act) else ""))
+        value = step
+    if value is not result or value is x:
+        return None
+    if value.target is _sequence.conv_bn_add_act:
+        projection, source = rest
+        return Block(tuple(layers), projection.target) if source is x and added is x else None
+    return Block(tuple(layers), downsample) if rest == [added] else None
 
 
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

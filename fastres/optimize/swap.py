@@ -5,13 +5,14 @@ swap adds is one entry of the instance's ``__dict__``, which ``unswap`` removes.
 """
 
 import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastres import functional
-from fastres.nn import _fused
+from fastres.nn import _fused, _stage
 from fastres.nn._fused import original_class
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
@@ -80,7 +81,14 @@ def swapped_class(base: Any) -> Any:
         if state.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         run = state.current(self).run
-        return base.forward(self, x) if run is None else run(None, self, x)
+        if run is not None:
+            return run(None, self, x)
+        return _stage.run(self, x) if isinstance(self, nn.Sequential) and is_stage(self) else base.forward(self, x)
+
+    def parts(self: nn.Module) -> Any:
+        state = self.__dict__.get(STATE)
+        block = None if state is None else state.current(self).block
+        return None if block is None else block.parts(self)
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         if mode != self.training:
@@ -111,7 +119,16 @@ def swapped_class(base: Any) -> Any:
     functools.update_wrapper(forward, base.forward)
     members = {f.__name__: f for f in (train, __setattr__, __delattr__, __reduce_ex__, __setstate__)}
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base)(base.__name__, (base,), {**names, **members, "forward": forward, _fused.ORIGINAL: base})
+    own = {"forward": forward, _stage.PARTS: parts, _fused.ORIGINAL: base}
+    return type(base)(base.__name__, (base,), {**names, **members, **own})
+
+
+def is_stage(module: nn.Module) -> bool:
+    """Whether a plain ``nn.Sequential`` holds swapped blocks, one behind another."""
+    if original_class(module) is not nn.Sequential:
+        return False
+    states = [child is not None and state_of(child) is not None for child in module._modules.values()]
+    return any(map(operator.and_, states, states[1:]))
 
 
 def _rebuild_state(channels_last: bool, is_whole: bool) -> State:

@@ -27,10 +27,12 @@ __device__ __forceinline__ void write_partial(const BnActBackwardParams& p, cons
 }
 
 // Partial sums of dz and dz * (x - mean). Writes what is final already: dz where it is an output, grad_x in evaluation.
-template <typename Traits, bool kAdd>
+// kTwo: the gradient of y comes in two parts.
+template <typename Traits, bool kAdd, bool kTwo>
 __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p) {
   using scalar_t = typename Traits::scalar_t;
   const auto* grad_y = static_cast<const scalar_t*>(p.grad_y);
+  const auto* grad_y2 = static_cast<const scalar_t*>(p.grad_y2);
   const auto* x = static_cast<const scalar_t*>(p.x);
   auto* grad_x = static_cast<scalar_t*>(p.grad_x);
   auto* grad_residual = static_cast<scalar_t*>(p.grad_residual);
@@ -41,12 +43,13 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
 
   // A thread's own positions.
   GradientSums<Traits::kVec> sums{};
-  typename Traits::Vector grad_y_in[kUnroll], x_in[kUnroll];
+  typename Traits::Vector grad_y_in[kUnroll], grad_y2_in[kUnroll], x_in[kUnroll];
   unsigned mask_in[kUnroll];
   for_each_vector<kUnroll>(
       Walk<Traits>(p.geometry, tile),
       [&](int slot, int64_t offset) {
         grad_y_in[slot] = load<Traits::kVec>(grad_y + offset);
+        if constexpr (kTwo) grad_y2_in[slot] = load<Traits::kVec>(grad_y2 + offset);
         x_in[slot] = load<Traits::kVec>(x + offset);
         if constexpr (kAdd) mask_in[slot] = load_mask(p.mask, offset, p.relu);
       },
@@ -56,7 +59,8 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
         for (int j = 0; j < Traits::kVec; ++j) {
           const int lane = Traits::lane(j);
           const float x_j = to_float(x_in[slot].v[j]);
-          const float grad_y_j = to_float(grad_y_in[slot].v[j]);
+          float grad_y_j = to_float(grad_y_in[slot].v[j]);
+          if constexpr (kTwo) grad_y_j += to_float(grad_y2_in[slot].v[j]);
           if constexpr (kAdd) {
             dz[j] = mask_in[slot] >> j & 1 ? grad_y_j : 0.0f;
           } else {

@@ -162,14 +162,14 @@ def bn_act_kernel(
 
 @triton.jit
 def bn_act_backward_reduce_kernel(
-    grad_y_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, dz_ptr, grad_x_ptr, partial_dz_ptr,
-    partial_dzx_ptr, elements, channels, plane, tiles, eps,
+    grad_y_ptr, grad_y2_ptr, mask_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, dz_ptr, grad_x_ptr,
+    partial_dz_ptr, partial_dzx_ptr, elements, channels, plane, tiles, eps,
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # dz = mask * grad_y; partial sums of dz and dz * (x - mean), per channel
+    # dz = mask * (grad_y [+ grad_y2]); partial sums of dz and dz * (x - mean), per channel
     # grid and partials as in the statistics
-    # reads grad_y and x, and the mask where it is given; else y is computed again from x. Writes dz where asked
-    # fp32 sums per lane, lanes merged in fp64; dz is exact
+    # reads grad_y, grad_y2 and x, and the mask where it is given; else y is computed again from x. Writes dz where asked
+    # fp32 sums per lane, lanes merged in fp64; dz is exact, but for a sum's one rounding where it is written
     # evaluation (grad_x_ptr given) has constant statistics, so grad_x = scale * dz is finished in this pass
     channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     mean, _, scale, bias = load_affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, channel_ok, eps)
@@ -181,14 +181,15 @@ def bn_act_backward_reduce_kernel(
         valid = (element < elements) & channel_ok
         offset = _offsets(element, channel, channels, plane, CHANNELS_LAST)
         x = tl.load(x_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0)
+        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        if grad_y2_ptr is not None:
+            grad_y += tl.load(grad_y2_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         if mask_ptr is None:
             dz = mask_gradient(grad_y, normalize(x, mean, scale, bias).to(x_ptr.dtype.element_ty), ACT)
         else:
             dz = masked(grad_y, mask_ptr, offset, valid, ACT)
         if dz_ptr is not None:
-            tl.store(dz_ptr + offset, dz, mask=valid)
-        dz = dz.to(tl.float32)
+            tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=valid)
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + offset, (scale * dz).to(grad_x_ptr.dtype.element_ty), mask=valid)
         sum_dz += dz

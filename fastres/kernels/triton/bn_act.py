@@ -28,7 +28,7 @@ def bn_act_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float,
     act: str, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grad_x, _, grad_weight, grad_bias = backward(grad_y, None, x, weight, bias, mean, var, eps, act, training)
+    grad_x, _, grad_weight, grad_bias = backward(grad_y, None, None, x, weight, bias, mean, var, eps, act, training)
     dtype = mean.dtype if weight is None else weight.dtype
     return grad_x, grad_weight.to(dtype), grad_bias.to(dtype if bias is None else bias.dtype)
 
@@ -95,11 +95,12 @@ def apply(
 
 
 def backward(
-    grad_y: Tensor, mask: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor,
-    eps: float, act: str, training: bool, config: configs.TileConfig | None = None,
+    grad_y: Tensor, grad_y2: Tensor | None, mask: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor, var: Tensor, eps: float, act: str, training: bool, config: configs.TileConfig | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """grad_x, dz (where a mask is given), grad_weight and grad_bias in fp32."""
     grad_y, x, cut = grad_y.resolve_neg(), x.resolve_neg(), plan(x, config)
+    grad_y2 = None if grad_y2 is None else grad_y2.resolve_neg()
     weight, bias = parameters(weight, bias)
     mean, var = mean.resolve_neg().contiguous(), var.resolve_neg().contiguous()
     grad_x = torch.empty_like(x, memory_format=memory_format(x))
@@ -107,7 +108,7 @@ def backward(
     partial_dz, partial_dzx = partials(x, cut), partials(x, cut)
     launch(
         batch_norm.bn_act_backward_reduce_kernel, cut.grid, x,
-        grad_y, mask, x, weight, bias, mean, var, dz, None if training else grad_x, partial_dz, partial_dzx,
+        grad_y, grad_y2, mask, x, weight, bias, mean, var, dz, None if training else grad_x, partial_dz, partial_dzx,
         *cut.sizes, eps, act, **cut.options,
     )  # fmt: skip
     grad_weight, grad_bias, programs = per_channel(x), per_channel(x), cut.grid[1]

@@ -22,9 +22,11 @@ def bn_add_act_train(
 
 
 def bn_add_act_backward(
-    grad_y: Tensor, mask: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, act: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_x, dz, grad_weight, grad_bias = bn_act.backward(grad_y, mask, x, weight, None, mean, var, eps, act, True)
+    grad_y: Tensor, grad_y2: Tensor | None, mask: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor,
+    eps: float, act: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    args = mask, x, weight, None, mean, var, eps, act, True
+    grad_x, dz, grad_weight, grad_bias = bn_act.backward(grad_y, grad_y2, *args)
     assert dz is not None  # as a mask was given
     dtype = mean.dtype if weight is None else weight.dtype
     return grad_x, dz, grad_weight.to(dtype), grad_bias.to(dtype)

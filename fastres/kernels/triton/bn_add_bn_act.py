@@ -46,16 +46,16 @@ def bn_add_bn_act_kernel(
 
 @triton.jit
 def bn_add_bn_act_backward_reduce_kernel(
-    grad_y_ptr, mask_ptr, x_ptr, r_ptr, weight_ptr, mean_ptr, var_ptr, r_weight_ptr, r_mean_ptr, r_var_ptr,
-    partial_dz_ptr, partial_dzx_ptr, partial_dzr_ptr,
+    grad_y_ptr, grad_y2_ptr, mask_ptr, x_ptr, r_ptr, weight_ptr, mean_ptr, var_ptr, r_weight_ptr, r_mean_ptr, r_var_ptr,
+    dz_ptr, partial_dz_ptr, partial_dzx_ptr, partial_dzr_ptr,
     elements, channels, plane, tiles, eps, r_eps,
     ACT: tl.constexpr, CHANNELS_LAST: tl.constexpr, INDEX: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # dz = mask * grad_y; partial sums of dz, dz * (x - mean) and dz * (r - r_mean), per channel
+    # dz = mask * (grad_y [+ grad_y2]); partial sums of dz, dz * (x - mean) and dz * (r - r_mean), per channel
     # grid and partials as in batch_norm's backward
-    # reads grad_y, x and r, and the mask
+    # reads grad_y, grad_y2, x and r, and the mask
     # fp32 sums per lane, lanes merged in fp64
-    # dz is not written: the second pass masks grad_y again
+    # dz is written where there is a grad_y2; else it is not: the second pass masks grad_y again
     channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     mean, _, _, _ = load_affine(weight_ptr, None, mean_ptr, var_ptr, channel, channel_ok, eps)
     r_mean, _, _, _ = load_affine(r_weight_ptr, None, r_mean_ptr, r_var_ptr, channel, channel_ok, r_eps)
@@ -69,8 +69,12 @@ def bn_add_bn_act_backward_reduce_kernel(
         offset = _offsets(element, channel, channels, plane, CHANNELS_LAST)
         x = tl.load(x_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         r = tl.load(r_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0)
-        dz = masked(grad_y, mask_ptr, offset, valid, ACT).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        if grad_y2_ptr is not None:
+            grad_y += tl.load(grad_y2_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        dz = masked(grad_y, mask_ptr, offset, valid, ACT)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=valid)
         sum_dz += dz
         sum_dzx += dz * tl.where(valid, x - mean, 0.0)
         sum_dzr += dz * tl.where(valid, r - r_mean, 0.0)
@@ -100,7 +104,7 @@ def bn_add_bn_act_backward_kernel(
     # grid (channel tiles, programs along elements)
     # 5 accesses of the element size per output, and the mask
     # fp32, rounded once; no division by a weight, which may be 0
-    # backwards, for L2
+    # backwards, for L2; grad_r may lie where grad_y does, each element read before it is written
     channel, channel_ok = _channels(channels, INDEX, BLOCK_C)
     mean, scale, slope = _load_gradient(
         weight_ptr, mean_ptr, var_ptr, grad_weight_ptr, channel, channel_ok, elements, eps
@@ -157,19 +161,21 @@ def bn_add_bn_act_train(
 
 
 def bn_add_bn_act_backward(
-    grad_y: Tensor, mask: Tensor, x: Tensor, residual: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor,
-    eps: float, residual_weight: Tensor | None, residual_mean: Tensor, residual_var: Tensor, residual_eps: float,
-    act: str, config: configs.TileConfig | None = None,
+    grad_y: Tensor, grad_y2: Tensor | None, mask: Tensor, x: Tensor, residual: Tensor, weight: Tensor | None, mean: Tensor,
+    var: Tensor, eps: float, residual_weight: Tensor | None, residual_mean: Tensor, residual_var: Tensor,
+    residual_eps: float, act: str, config: configs.TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    activations, cut = [t.resolve_neg() for t in (grad_y, mask, x, residual)], bn_act.plan(x, config)
+    grad_y, x, residual = (t.resolve_neg() for t in (grad_y, x, residual))
+    grad_y2, cut = None if grad_y2 is None else grad_y2.resolve_neg(), bn_act.plan(x, config)
     own = bn_act.parameters(weight, mean, var)
     other = bn_act.parameters(residual_weight, residual_mean, residual_var)
-    grad_x = torch.empty_like(activations[2], memory_format=memory_format(x))
+    grad_x = torch.empty_like(x, memory_format=memory_format(x))
     grad_residual = torch.empty_like(grad_x)
     sums = [bn_act.partials(x, cut) for _ in range(3)]
     launch(
         bn_add_bn_act_backward_reduce_kernel, cut.grid, x,
-        *activations, *own, *other, *sums, *cut.sizes, eps, residual_eps, act, **cut.options,
+        grad_y, grad_y2, mask, x, residual, *own, *other, None if grad_y2 is None else grad_residual, *sums,
+        *cut.sizes, eps, residual_eps, act, **cut.options,
     )  # fmt: skip
     grad_weight, grad_residual_weight, grad_bias = (bn_act.per_channel(x) for _ in range(3))
     programs = cut.grid[1]
@@ -182,8 +188,9 @@ def bn_add_bn_act_backward(
         )  # fmt: skip
     launch(
         bn_add_bn_act_backward_kernel, cut.grid, x,
-        *activations, *own, *other, grad_weight, grad_residual_weight, grad_bias, grad_x, grad_residual,
-        *cut.sizes, eps, residual_eps, act, **cut.options,
+        *((grad_y, mask) if grad_y2 is None else (grad_residual, None)), x, residual, *own, *other,
+        grad_weight, grad_residual_weight, grad_bias, grad_x, grad_residual,
+        *cut.sizes, eps, residual_eps, act if grad_y2 is None else "none", **cut.options,
     )  # fmt: skip
     dtype = mean.dtype if weight is None else weight.dtype
     residual_dtype = residual_mean.dtype if residual_weight is None else residual_weight.dtype

@@ -291,7 +291,7 @@ def in_two(
     arguments = x, residual, *(value for each in affine for value in each), _name(act)
     try:
         for norm, value in norms:
-            functional.check_running("bn_act", value, *_statistics(norm)[:2])
+            _running.check_running("bn_act", value, *_statistics(norm)[:2])
         found = (BN_ADD_ACT_TRAIN if residual_bn is None else BN_ADD_BN_ACT_TRAIN).in_two(*arguments)
     except _WRONG:
         return None  # as above; nothing has been updated yet
@@ -299,7 +299,7 @@ def in_two(
         return None
     y, again, *statistics = found
     for (norm, value), mean, var in zip(norms, statistics[0:4:2], statistics[1:4:2], strict=False):
-        functional.update_running(value, *_statistics(norm)[:2], mean, var, _momentum(norm))
+        _running.update_running(value, *_statistics(norm)[:2], mean, var, _momentum(norm))
         _count(norm)
     return y, again
 

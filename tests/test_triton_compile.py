@@ -94,13 +94,13 @@ def run_batch_norm(room, dtype: torch.dtype):
         bits = room["relu_mask"].empty(x, "relu")
         for config in table:
             yield config, lambda x=x, config=config: bn.statistics(x, config)
-            for residual, training in ((None, True), (x, False)):  # the fewest branches of a kernel, and all of them
-                mask = None if residual is None else bits  # with a residual the gradient comes in two parts
+            for residual, second, training in ((None, None, True), (x, None, False), (x, x, True)):
+                mask = None if residual is None else bits
                 yield config, lambda x=x, r=residual, m=mask, config=config: bn.apply(
                     x, r, *[parameter] * 4, 1e-5, "relu", config, m
                 )
-                yield config, lambda x=x, r=residual, m=mask, t=training, config=config: bn.backward(
-                    x, r, m, x, *[parameter] * 4, 1e-5, "relu", t, config
+                yield config, lambda x=x, s=second, m=mask, t=training, config=config: bn.backward(
+                    x, s, m, x, *[parameter] * 4, 1e-5, "relu", t, config
                 )
             if config != table[0]:  # the kernels of two norms hold more: they are offered in the first tile only
                 continue

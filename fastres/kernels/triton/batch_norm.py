@@ -181,15 +181,16 @@ def bn_act_backward_reduce_kernel(
         valid = (element < elements) & channel_ok
         offset = _offsets(element, channel, channels, plane, CHANNELS_LAST)
         x = tl.load(x_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0)
         if grad_y2_ptr is not None:
-            grad_y += tl.load(grad_y2_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            grad_y = grad_y.to(tl.float32) + tl.load(grad_y2_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         if mask_ptr is None:
             dz = mask_gradient(grad_y, normalize(x, mean, scale, bias).to(x_ptr.dtype.element_ty), ACT)
         else:
             dz = masked(grad_y, mask_ptr, offset, valid, ACT)
         if dz_ptr is not None:
             tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+        dz = dz.to(tl.float32)
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + offset, (scale * dz).to(grad_x_ptr.dtype.element_ty), mask=valid)
         sum_dz += dz

@@ -69,12 +69,13 @@ def bn_add_bn_act_backward_reduce_kernel(
         offset = _offsets(element, channel, channels, plane, CHANNELS_LAST)
         x = tl.load(x_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         r = tl.load(r_ptr + offset, mask=valid, other=0.0).to(tl.float32)
-        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + offset, mask=valid, other=0.0)
         if grad_y2_ptr is not None:
-            grad_y += tl.load(grad_y2_ptr + offset, mask=valid, other=0.0).to(tl.float32)
+            grad_y = grad_y.to(tl.float32) + tl.load(grad_y2_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         dz = masked(grad_y, mask_ptr, offset, valid, ACT)
         if dz_ptr is not None:
             tl.store(dz_ptr + offset, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+        dz = dz.to(tl.float32)
         sum_dz += dz
         sum_dzx += dz * tl.where(valid, x - mean, 0.0)
         sum_dzr += dz * tl.where(valid, r - r_mean, 0.0)

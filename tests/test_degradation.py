@@ -1,6 +1,7 @@
 """The degradation study: counts against the paper and torchvision, resumption, its judgement, the mathematics."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,22 @@ def test_the_command(tmp_path, capsys):
     )
 
 
+def test_blocks_of_both_kinds_are_laid_side_by_side(tmp_path, capsys):
+    ours = degradation.run(study(tmp_path, depths=(8,)), quiet=True)
+    theirs = degradation.run(study(tmp_path, depths=(8,), blocks="torch"))
+    said = degradation_report.agreement(theirs, ours)
+    assert said in capsys.readouterr().out.replace("\n", " ") and "mean errors" in said
+    worse = [
+        {**entry, "runs": [{**run, "train_error": [2.0] * len(run["train_error"])} for run in entry["runs"]]}
+        for entry in theirs["networks"]
+    ]
+    far = degradation_report.agreement(ours, {**theirs, "networks": worse})
+    assert far.split()[1] == said.split()[1]
+    near = [int(re.findall(r"\d+", text)[1]) for text in (said, far)]
+    assert near[1] <= near[0] - len(worse)
+    assert degradation_report.agreement(ours, {**theirs, "family": "imagenet"}) is None
+
+
 def test_the_imagenet_family(tmp_path):
     settings = replace(TINY, epochs=1, batch=718)
     result = degradation.run(
@@ -231,4 +248,10 @@ def test_the_readme_shows_what_was_measured():
     assert degradation.effect(result["networks"]) == result["checks"]
     readme = (ROOT / "README.md").read_text()
     assert degradation_report.markdown(result) in readme and "benchmarks/results/degradation/degradation.png" in readme
+    theirs = json.loads((kept / "degradation-torch.json").read_text())
+    assert theirs["ok"] and theirs["blocks"] == "torch"
+    said = degradation_report.agreement(result, theirs)
+    assert said in readme.replace("\n", " ")
+    points, near = (int(word) for word in re.findall(r"\d+", said))
+    assert points == len(result["networks"]) * result["settings"]["epochs"] * 2 and near >= 0.95 * points
     assert (kept / "degradation.png").is_file() and json.loads((kept / "gradients.json").read_text())["ok"]

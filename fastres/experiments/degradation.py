@@ -26,7 +26,8 @@ from fastres.train import data as datasets
 
 PLAIN, RESIDUAL = "plain", "residual"
 KINDS = (PLAIN, RESIDUAL)
-BLOCKS = ("fastres", "torch")
+FILES = {"fastres": "degradation.json", "torch": "degradation-torch.json"}  # by whose blocks are trained
+BLOCKS = tuple(FILES)
 DEPTHS = {"cifar": (20, 32, 44, 56, 110), "imagenet": (18, 34, 50, 101, 152)}
 QUICK_DEPTHS = {"cifar": (20, 110), "imagenet": (18, 34)}
 SEEDS = (0, 1, 2)
@@ -87,7 +88,8 @@ def network(kind: str, depth: int, family: str = "cifar", classes: int = 10, cha
 
 
 def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
-    """Run what is missing of a study; writes ``degradation.json`` and ``.png`` and prints a table.
+    """Run what is missing of a study; writes ``degradation.json`` and ``.png`` (``degradation-torch`` with torch's blocks) and
+    prints a table, and how far both kinds of blocks agree where the other's study is there too.
 
     The result says per network the error of every epoch and seed, and whether the effect was there.
     """
@@ -103,11 +105,15 @@ def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
         for seed, kind, depth in plan:
             found.setdefault((kind, depth), []).append(_one(study, images, kind, depth, seed, progress))
     result = _result(study, images, found)
-    checkpoint.write_json(study.out / "degradation.json", result)
-    degradation_report.plot(study.out / "degradation.png", result)
+    path = study.out / FILES[study.blocks]
+    checkpoint.write_json(path, result)
+    degradation_report.plot(path.with_suffix(".png"), result)
     if not quiet:
         degradation_report.show(result)
-        print(f"wrote {study.out / 'degradation.json'} and {study.out / 'degradation.png'}")
+        (other,) = (study.out / name for blocks, name in FILES.items() if blocks != study.blocks)
+        if other.is_file() and (said := degradation_report.agreement(result, json.loads(other.read_text(encoding="utf-8")))):
+            print(said)
+        print(f"wrote {path} and {path.with_suffix('.png')}")
     return result
 
 

@@ -79,6 +79,32 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{where}. Errors in percent after the last epoch, mean (range over the seeds)."])
 
 
+def agreement(result: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """How many errors with torch's blocks and with those of fastres differ by no more than the seeds do; None for two studies
+    that are not alike."""
+    if any(result[key] != other[key] for key in ("family", "data", "settings", "seeds")):
+        return None
+    theirs = {(entry["kind"], entry["depth"]): entry["runs"] for entry in other["networks"]}
+    near = []
+    for entry in result["networks"]:
+        runs = theirs.get((entry["kind"], entry["depth"]))
+        for key in ("train_error", "test_error") if runs else ():
+            for one, two in zip(_by_epoch(entry["runs"], key), _by_epoch(runs, key), strict=True):
+                spread = max(max(one) - min(one), max(two) - min(two))
+                near.append(abs(sum(one) / len(one) - sum(two) / len(two)) <= spread + 1e-12)
+    if not near:
+        return None
+    return (
+        f"Of {len(near)} mean errors (networks, epochs, training and test) {sum(near)} differ between torch's blocks and those"
+        " of fastres by no more than the seeds do."
+    )
+
+
+def _by_epoch(runs: Any, key: str) -> list[tuple[float, ...]]:
+    """Every epoch's error of all seeds."""
+    return list(zip(*(run[key] for run in runs), strict=True))
+
+
 def show(result: dict[str, Any]) -> None:
     caption = f"{result['cpu']}, {result['threads']} threads, torch {result['torch']}; mean (range) over the seeds"
     terminal.table(f"degradation: {described(result)}", columns(result), rows(result), caption)

@@ -61,10 +61,13 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     mean, var = x.double().mean((0, 2, 3)).float(), x.double().var((0, 2, 3), unbiased=False).float()
     base = name.removesuffix("_backward").removesuffix("_train")
     if base.startswith("conv"):
-        kernel = torch.randn(channels, channels, 1, 1, generator=generator) / channels**0.5
-        kernel = torch.nn.Parameter(kernel.to(x.device), requires_grad=False)
-        residual = [draw()] if base == "conv_bn_add_act" else []
-        return [x, *residual, kernel, None, weight, bias, mean, var, 1e-5, (1, 1), (0, 0), (1, 1), 1, act]
+        kernels = torch.randn(2, channels, channels, 1, 1, generator=generator).to(x.device) / channels**0.5
+        kernel, own = (torch.nn.Parameter(k, requires_grad=False) for k in kernels)
+        residual = [draw()] if "add" in base else []
+        args = [x, *residual, kernel, None, weight, bias, mean, var, 1e-5, (1, 1), (0, 0), (1, 1), 1]
+        if base == "conv_bn_add_conv_bn_act":
+            args += [own, None, weight.flip(0), bias.flip(0), mean, var, 1e-3, (1, 1)]
+        return [*args, act]
     if base == "add_act":
         return [x, draw(), act]
     if name == "bn_act_backward":

@@ -123,7 +123,7 @@ TRITON = [
           "test_any_end_of_a_block", {"dtype": FP32, "ends": [1, 1, 24, 1, 17, 40, 1]}),
     Fault("no mask on the tail of the channels", "conv_bn_act.py", "if FLAT or C_IN % BLOCK_K != 0:", "if FLAT:",
           "test_no_channel_beyond_the_shortcuts_is_read", {}),
-    Fault("the shortcut starts at its channel of the group's number", JOINED, "shortcut_ptr, shortcut_weight_ptr, pixel, 0, n",
+    Fault("a later group skips the shortcut's first channels", JOINED, "shortcut_ptr, shortcut_weight_ptr, pixel, 0, n",
           "shortcut_ptr, shortcut_weight_ptr, pixel, group, n",
           "test_any_end_of_a_block", {"dtype": FP32, "ends": [3, 1, 36, 3, 18, 8, 2]}),
     Fault("a program does no more than its first tile", "pointwise.py", "tl.program_id(0) + i * tl.num_programs(0)",

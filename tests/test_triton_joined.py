@@ -127,8 +127,8 @@ def test_refusals():
 # ---- where it runs --------------------------------------------------------------------------------------------
 
 
-def block(**options):
-    return lively(fnn.BasicBlock(16, 24, 2, fnn.shortcut("B", 16, 24, 2), **options)).eval()
+def block():
+    return lively(fnn.BasicBlock(16, 24, 2, fnn.shortcut("B", 16, 24, 2))).eval()
 
 
 def images(layout=CL):

@@ -126,3 +126,12 @@ def test_a_shortcut_that_writes_stays_where_it_is():
     model, x = WritingShortcut().double(), torch.randn(2, 8, 5, 5, dtype=torch.float64)
     optimized = fastres.optimize(copy.deepcopy(model))
     torch.testing.assert_close(optimized(x), model(x))
+
+
+def test_a_forced_kernel_that_cannot_run_is_not_passed_over():
+    reason = "'triton'.* cannot run this call"
+    with torch.no_grad(), fastres.use(conv_bn_add_conv_bn_act="triton"), pytest.raises(fastres.UnsupportedError, match=reason):
+        block().eval()(images())
+    with torch.no_grad(), fastres.use(conv_bn_add_conv_bn_act="torch"):
+        module = block().eval()
+        torch.testing.assert_close(module(images()), plainly(module, images()))

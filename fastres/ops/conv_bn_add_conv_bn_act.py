@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres import dispatch
 from fastres.errors import ArgumentError, ArgumentTypeError, must, renamed
 from fastres.kernels.triton import why_not_device
 from fastres.ops import _check, _conv, _fold
@@ -133,8 +134,8 @@ def cost(*args):
 
 
 def may_join(device: torch.device) -> bool:
-    """Whether a kernel of this op can run on a device: on the others the question is not worth its time."""
-    return why_not_device(device) is None
+    """Whether a kernel of this op may run on a device, or one is forced: else the question is not worth its time."""
+    return why_not_device(device) is None or dispatch.is_forced()
 
 
 def fallback(*args):

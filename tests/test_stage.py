@@ -27,7 +27,13 @@ STAGES = {  # and how many of their outputs come in two
         lambda: Stage(fnn.BasicBlock(16, 32, 2, fnn.shortcut("A", 16, 32, 2)), fnn.BasicBlock(32, 32)), 1,
     ),
     "projections everywhere": (
-        lambda: Stage(*(fnn.BasicBlock(16, 16, 1, fnn.shortcut("C", 16, 16)) for _ in range(3))), 0,
+        lambda: Stage(*(fnn.BasicBlock(16, 16, 1, fnn.shortcut("C", 16, 16)) for _ in range(3))), 2,
+    ),
+    "a projection and option A behind": (
+        lambda: Stage(
+            fnn.BasicBlock(16, 16), fnn.BasicBlock(16, 24, 2, fnn.shortcut("B", 16, 24, 2)),
+            fnn.BasicBlock(24, 32, 2, fnn.shortcut("A", 24, 32, 2)),
+        ), 2,
     ),
     "plain": (lambda: Stage(fnn.PlainBlock(16, 16), fnn.PlainBlock(16, 16)), 0),
     "another norm": (lambda: Stage(*(fnn.BasicBlock(16, 16, norm_layer=lambda c: nn.GroupNorm(4, c)) for _ in range(2))), 0),
@@ -110,7 +116,7 @@ def test_a_step_has_the_bits_of_blocks_one_by_one(name, dtype, layout, parts):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("name", [name for name, (_, two) in STAGES.items() if two])
+@pytest.mark.parametrize("name", ["basic", "bottlenecks behind a projection", "behind option A"])
 def test_a_step_is_torchs(name, amp, parts):
     stage, x = make(name, 2), images()
     plain, double = torch_twin(stage), torch_twin(stage).double()
@@ -137,6 +143,10 @@ def seen_by(kind, stage):
     elif kind == "patched forward of a convolution":
         forward = second.conv1.forward
         second.conv1.forward = lambda x: forward(seen.append(x) or x)
+    elif kind == "hook of a projection":
+        second.downsample.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    elif kind == "hook of a projection's convolution":
+        second.downsample[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     elif kind == "subclass":
 
         class Seeing(fnn.BasicBlock):
@@ -160,15 +170,16 @@ def seen_by(kind, stage):
     "kind",
     [
         "forward hook", "forward hook of the next block", "hook of a convolution", "patched forward",
-        "patched forward of a convolution", "subclass", "subclass of a convolution",
+        "patched forward of a convolution", "subclass", "subclass of a convolution", "hook of a projection",
+        "hook of a projection's convolution",
     ],
 )  # fmt: skip
 def test_whoever_sees_a_value_sees_its_whole_gradient(kind, parts):
-    stage, x, found = make(), images(), []
+    stage, x, found = make("projections everywhere" if "projection" in kind else "basic"), images(), []
     for each in (stage, one_by_one(stage)):
         seen = seen_by(kind, each)
         found += torch.autograd.grad(weighted(each(x)), seen[0])
-    assert 0 < len(parts) < 3  # between the blocks where nobody sees anything
+    assert 0 < len(parts) < len(stage) - 1  # between the blocks where nobody sees anything
     assert torch.equal(*found)
 
 
@@ -269,6 +280,25 @@ def test_compiled_it_is_blocks_one_by_one(parts):
     assert not parts
     for what, value in found.items():
         torch.testing.assert_close(value, expected[what.replace("_orig_mod.", "")], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+def test_stages_in_a_row_are_as_one(seen, parts):
+    torch.manual_seed(0)
+    model, x = fastres.models.cifar.resnet(20), torch.randn(4, 3, 16, 16)
+    other = copy.deepcopy(model)
+    for name in ("layer1", "layer2", "layer3"):
+        setattr(other, name, one_by_one(getattr(other, name)))
+    found = []
+    for network in (model, other):
+        if seen:
+            network.layer2.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+            found.append(torch.autograd.grad(network(x).square().sum(), found.pop())[0])
+        else:
+            network(x).square().sum().backward()
+            found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert len(parts) == (6 if seen else 8)  # those of three stages apart: the second is called
+    assert torch.equal(*found)
 
 
 def test_the_networks_are_made_of_stages():

@@ -1,8 +1,8 @@
 """The bytes that the ops say they move, against the arithmetic of fused training: schemes b and b+ for ResNet-50.
 
 Scheme b fuses batch norm, addition and ReLU, reads a bit for each ReLU at the end of a block, and leaves the sum of the two
-gradients there to autograd; b+ takes that sum into the backward, as the ops do where they get both gradients, between the
-blocks of a stage. For 256 images of 224x224 in bfloat16 they move 88.5 and
+gradients there to autograd; b+ takes that sum into the backward, as the ops do where they get both gradients, between
+blocks. For 256 images of 224x224 in bfloat16 they move 88.5 and
 83.5 GB in a step, 33.0 of them in convolutions.
 """
 
@@ -104,8 +104,7 @@ def test_the_ops_of_a_step_move_scheme_b_and_what_they_do_instead(step):
     assert own == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_outputs_of_all_blocks_but_the_last_of_a_stage_come_in_two(step, monkeypatch):
-    """Of the elements whose gradient would be summed: in one of four the next stage's projection reads the value."""
+def test_the_outputs_of_all_blocks_but_the_last_come_in_two(step, monkeypatch):
     in_two, found = Op.in_two, collections.Counter()
 
     def counted(op, *args):
@@ -116,6 +115,5 @@ def test_the_outputs_of_all_blocks_but_the_last_of_a_stage_come_in_two(step, mon
     monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
     models.resnet50()(torch.randn(1, 3, 224, 224))
     elements, _ = step
-    projection = elements["bn_add_bn_act_train"]
-    assert found["bn_add_bn_act_train"] == projection
-    assert found["bn_add_act_train"] == elements["bn_add_act_train"] - projection
+    assert found["bn_add_bn_act_train"] == elements["bn_add_bn_act_train"]
+    assert found["bn_add_act_train"] == elements["bn_add_act_train"] - 2048 * 7 * 7

@@ -17,7 +17,7 @@ from fastres.models.resnet import initialize
 from fastres.nn import BasicBlock, PlainBlock, PreActBasicBlock, PreActBottleneck, conv3x3, shortcut
 from fastres.nn._fused import bn_act, conv_bn_act
 from fastres.nn._module import FusedModule
-from fastres.nn._stage import Stage
+from fastres.nn._stage import Stage, run_all
 
 CHANNELS = (16, 32, 64)
 
@@ -52,7 +52,7 @@ class CifarResNet(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         x = conv_bn_act(self.conv1, self.bn1, self.relu, x)
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x = run_all((self.layer1, self.layer2, self.layer3), x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 

@@ -11,7 +11,7 @@ from fastres.errors import must
 from fastres.models._load import build, build_from_file, expect
 from fastres.nn import BasicBlock, Bottleneck, PlainBlock, PlainBottleneck, _sequence, shortcut
 from fastres.nn._module import FusedModule
-from fastres.nn._stage import Stage
+from fastres.nn._stage import Stage, run_all
 
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -99,7 +99,7 @@ class ResNet(FusedModule):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         x = _sequence.conv_bn_act_maxpool(self.conv1, self.bn1, self.relu, self.maxpool, x)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = run_all((self.layer1, self.layer2, self.layer3, self.layer4), x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,12 +27,12 @@ def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
 
 
 def block_in_two(
-    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any
+    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any, apart: bool
 ) -> tuple[Tensor, Tensor]:
     """``block`` in training, between blocks that keep a value in two tensors of one memory, one for their convolutions and
     one for their shortcut: each gets its part of the gradient, and no pass is spent on adding them.
 
-    What comes in and what goes out is one tensor twice where that cannot be.
+    What comes in and, without ``apart``, what goes out is one tensor twice; so it is where it cannot be two.
     """
     *first, (conv, bn, act) = layers
     steps, shortcut_bn = projection(downsample), None
@@ -51,10 +51,12 @@ def block_in_two(
             for step in before:
                 shortcut = step(shortcut)
             shortcut = _fused.convolve(shortcut_conv, shortcut)
+    both = _fused.in_two(bn, act, z, shortcut, shortcut_bn) if apart else None
+    if both is not None:
+        return both
     if shortcut_bn is None:
-        return _fused.in_two(bn, act, z, shortcut) or _twice(_fused.bn_act(bn, act, z, shortcut))
-    both = _fused.in_two(bn, act, z, shortcut, shortcut_bn)
-    return both or _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut))
+        return _twice(_fused.bn_act(bn, act, z, shortcut))
+    return _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut))
 
 
 def _twice(y: Tensor) -> tuple[Tensor, Tensor]:

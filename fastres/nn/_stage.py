@@ -1,6 +1,6 @@
 """Blocks in a row, between which the two gradients of a value are kept apart: scheme b+ of fused training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastres.nn import _fused, _sequence
 from fastres.nn.blocks import BasicBlock, Bottleneck
+from fastres.nn.shortcut import ZeroPadShortcut
 from fastres.ops._op import is_interposed
 
 Parts = tuple[Sequence[_fused.Layer], nn.Module | None]  # the layers of a block, and its shortcut where it is not the identity
@@ -22,7 +23,19 @@ class Stage(nn.Sequential):
         return run(self, x)
 
 
-def run(stage: nn.Sequential, x: Tensor) -> Tensor:
+def run_all(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Stages in a row, as one where nobody waits for their calls."""
+    training = _is_plain_training(x)
+    blocks: list[nn.Module] = []
+    for stage in stages:
+        if training and type(stage) is Stage and not _sequence.must_be_called(stage):
+            blocks += stage
+        else:
+            blocks.append(stage)
+    return run(blocks, x)
+
+
+def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     """The blocks in a row.
 
     The output of a block is read twice by the next one, by its first convolution and by its shortcut, and autograd adds the
@@ -30,14 +43,13 @@ def run(stage: nn.Sequential, x: Tensor) -> Tensor:
     training, nothing following the call) it exists as two tensors of one memory, and the backward of the block's end reads
     both gradients instead of their sum. Everywhere else the blocks are called one by one.
     """
-    blocks = list(stage)
+    blocks = list(blocks)
     parts = [_open(block) for block in blocks] if _is_plain_training(x) else [None] * len(blocks)
     shortcut = x
     for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):
-        if own is not None and following is not None and following[1] is None and _ends_in_training(own):
-            x, shortcut = _sequence.block_in_two(own[0], x, shortcut, own[1])
-        elif own is not None and shortcut is not x:
-            x = shortcut = _fused.layers(own[0], x, shortcut)
+        apart = own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
+        if own is not None and (apart or shortcut is not x):
+            x, shortcut = _sequence.block_in_two(own[0], x, shortcut, own[1], apart)
         else:
             x = shortcut = block(x)
     return x
@@ -55,18 +67,33 @@ def _is_plain_training(x: Any) -> bool:
 
 
 def _open(block: Any) -> Parts | None:
-    """What a block is made of, if nobody but its own code waits for its call or sees its input."""
+    """What a block is made of, if its own code is what its call would run."""
     if _sequence.must_be_called(block):
         return None
-    parts: Parts | None = None
     if type(block) in (BasicBlock, Bottleneck):
-        parts = block._layers(), block.downsample
-    elif PARTS in vars(type(block)):
-        parts = vars(type(block))[PARTS](block)
-    if parts is None:
-        return None
-    first = parts[0][0][0]
-    return parts if type(first) is nn.Conv2d and _fused.why_not(first) is None else None
+        return block._layers(), block.downsample
+    return vars(type(block))[PARTS](block) if PARTS in vars(type(block)) else None
+
+
+def _hides_input(parts: Parts) -> bool:
+    """Whether a block reads its input by ops alone: the first convolution is plain, the shortcut the identity, zero padding, or
+    a plain projection."""
+    layers, downsample = parts
+    if not _is_plain_convolution(layers[0][0]):
+        return False
+    if downsample is None or type(downsample) is ZeroPadShortcut:
+        return downsample is None or not _sequence.must_be_called(downsample)
+    steps = _sequence.projection(downsample)
+    return (
+        steps is not None
+        and len(steps) == 2
+        and not _sequence.must_be_called(downsample)
+        and _is_plain_convolution(steps[0])
+    )
+
+
+def _is_plain_convolution(module: Any) -> bool:
+    return type(module) is nn.Conv2d and _fused.why_not(module) is None
 
 
 def _ends_in_training(parts: Parts) -> bool:

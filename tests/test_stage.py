@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastres
 import fastres.nn as fnn
 from fastres.experiments.twin import torch_twin
-from fastres.nn import _fused
+from fastres.nn import _fused, _stage
 from fastres.nn._stage import Stage
 from fastres.ops import REGISTRY
 from fastres.ops._op import Op
@@ -42,7 +42,9 @@ STAGES = {  # and how many of their outputs come in two
 
 @pytest.fixture(autouse=True)
 def op_by_op(monkeypatch):
+    """As on a GPU, and for the smallest inputs."""
     monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
+    monkeypatch.setattr(_stage, "DEVICES", {"cuda", "cpu"})
 
 
 @pytest.fixture
@@ -181,6 +183,19 @@ def test_whoever_sees_a_value_sees_its_whole_gradient(kind, parts):
         found += torch.autograd.grad(weighted(each(x)), seen[0])
     assert 0 < len(parts) < len(stage) - 1  # between the blocks where nobody sees anything
     assert torch.equal(*found)
+
+
+def test_a_forward_replaced_on_the_class_is_called(parts, monkeypatch):
+    called, forward = [], fnn.BasicBlock.forward
+    monkeypatch.setattr(fnn.BasicBlock, "forward", lambda self, x: called.append(self) or forward(self, x))
+    make()(images())
+    assert len(called) == 4 and not parts
+
+
+def test_a_cpu_adds_the_gradients_by_itself(parts, monkeypatch):
+    monkeypatch.setattr(_stage, "DEVICES", {"cuda"})
+    make()(images())
+    assert not parts
 
 
 def test_global_hooks_modes_and_transforms_see_every_block(parts):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastres import models
-from fastres.nn import _fused
+from fastres.nn import _fused, _stage
 from fastres.ops import REGISTRY
 from fastres.ops._op import Op
 
@@ -113,6 +113,7 @@ def test_the_outputs_of_all_blocks_but_the_last_come_in_two(step, monkeypatch):
 
     monkeypatch.setattr(Op, "in_two", counted)
     monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
+    monkeypatch.setattr(_stage, "DEVICES", {"cpu"})  # as on a GPU
     models.resnet50()(torch.randn(1, 3, 224, 224))
     elements, _ = step
     assert found["bn_add_bn_act_train"] == elements["bn_add_bn_act_train"]

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import torch
+
 
 class ArgumentError(ValueError):
     """An argument has the wrong value, shape, dtype, device or layout: what must be, what was got, what to do."""
@@ -42,3 +44,8 @@ def renamed(
     if where.removesuffix("_train") == f"fastres.{op}":
         parameter = names.get(parameter, parameter)
     return type(error)(f"fastres.{op}: {parameter} must be {rest}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: nothing to conclude from, for the next time it may not."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

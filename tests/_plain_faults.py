@@ -8,7 +8,7 @@ PYTHON = [
     Fault("a fold survives a change of its parameters", "ops/_fold.py",
           "parameter._version != source[1] or parameter.data_ptr() != source[2]", "parameter.data_ptr() != source[2]",
           "test_nn.py::test_folds_follow_the_parameters", {}),
-    Fault("a biased running variance", "functional.py",
+    Fault("a biased running variance", "ops/_running.py",
           "    else:  # the context would cost a sixth of the update\n        _update(running_mean, running_var, mean, var, momentum,"
           " values / (values - 1))",
           "    else:\n        _update(running_mean, running_var, mean, var, momentum, 1.0)",

@@ -1,6 +1,7 @@
 """An optimised network runs as one plan exactly as long as nothing about it has changed."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -203,3 +204,36 @@ def test_the_bits_do_not_depend_on_the_sizes_seen_before(model):
     first = copy.deepcopy(model)
     first(small)
     assert torch.equal(first(large), model(large)) and torch.equal(first(small), model(small))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("where", ["freeze", "record"])
+def test_memory_that_ran_out_once_is_told_and_not_remembered(model, monkeypatch, where, error):
+    whole = sys.modules["fastres.optimize.whole"]
+    right, first = getattr(whole, where), []
+
+    def fails_once(*args):
+        if not first:
+            first.append(1)
+            raise error
+        return right(*args)
+
+    monkeypatch.setattr(whole, where, fails_once)
+    with pytest.raises(type(error)):
+        for size in (32, 24, 40):  # the second size is recorded, to be compared with the first
+            model(torch.randn(2, 3, size, size))
+    assert first and runs_whole(model)
+
+
+def test_memory_that_runs_out_while_a_forward_is_read_is_told(monkeypatch):
+    monkeypatch.setattr(torch.fx.Graph, "create_node", raiser(MemoryError()))
+    with pytest.raises(MemoryError):
+        fastres.optimize(models.cifar.resnet(8))
+
+
+def raiser(error):
+    def raises(*args, **kwargs):
+        raise error
+
+    return raises

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastres.errors import is_out_of_memory
+
 _TRUSTED = (
     "torchvision.models.resnet",
     "torchvision.models.vgg",
@@ -246,6 +248,8 @@ def trace(module: nn.Module, base: Any, training: bool) -> fx.Graph:
     try:
         result = tracer.create_arg(forward(stand_in, x))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         text = str(error).split("\n")[0]
         reason = tracer.refusal or f"its forward cannot be traced: {type(error).__name__}: {text}"
         raise CannotTrace(reason) from error

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastres import dispatch
-from fastres.errors import ArgumentError, UnsupportedError
+from fastres.errors import ArgumentError, UnsupportedError, is_out_of_memory
 from fastres.frozen import Frozen, freeze
 from fastres.frozen.record import record
 from fastres.nn import _fused
@@ -156,7 +156,9 @@ def _recorded(model: nn.Module, x: Tensor) -> list[tuple[Any, ...]] | None:
     """What the network does to such an input; None where it cannot be told."""
     try:
         return record(model, x.detach()[:2].clone()).signature()
-    except Exception:  # the network's own, on this input: its modules raise it again
+    except Exception as error:  # the network's own, on this input: its modules raise it again
+        if is_out_of_memory(error):
+            raise
         return None
 
 
@@ -169,6 +171,8 @@ def _make(model: nn.Module, x: Tensor) -> _Made:
         except (ArgumentError, UnsupportedError) as error:
             reason = str(error).partition(": ")[2]
         except Exception as error:  # as above
+            if is_out_of_memory(error):
+                raise
             reason = f"{_RAISED} {type(error).__name__} on this input"
     made = _Made(model, plan, reason)
     made.serves[_kind(x)] = plan is not None

@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "binding/text.h"
+
 // Throws `fastres.<op>: <param> must be <must>, got <got>`; must and got may be any streamable expression.
 #define FASTRES_CHECK(cond, op, param, must, got)                                                    \
   do {                                                                                               \

@@ -21,18 +21,18 @@ Tensor run(Kernel kernel, const Tensor& a, const Tensor& b, Act act) {
   return out;
 }
 
-Tensor add_act(const Tensor& x, const Tensor& residual, const std::string& act) {
+Tensor add_act(const Tensor& x, const Tensor& residual, const Text& act) {
   check_pair("add_act", {"x", x}, {"residual", residual});
   return run(add_act_forward, x, residual, act_of("add_act", act));
 }
 
-Tensor add_act_backward(const Tensor& grad_y, const Tensor& y, const std::string& act) {
+Tensor add_act_backward(const Tensor& grad_y, const Tensor& y, const Text& act) {
   check_pair("add_act_backward", {"grad_y", grad_y}, {"y", y});
   return run(add_act_gradient, grad_y, y, act_of("add_act_backward", act));
 }
 
 // The epilogue of a convolution: x = act(x [+ residual]) in place.
-void add_act_(const Tensor& x, const OptionalTensor& residual, const std::string& act) {
+void add_act_(const Tensor& x, const OptionalTensor& residual, const Text& act) {
   check_pair("add_act_", {"x", x}, {"residual", residual.value_or(x)});
   const void* b = residual ? residual->data_ptr() : nullptr;
   const AddActArgs args{dtype_of(x), act_of("add_act_", act), false, x.data_ptr(), b, x.data_ptr()};

@@ -13,7 +13,7 @@ Tensor apply(BnCall& call) {
 }
 
 Tensor bn_act(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-              const Tensor& var, double eps, const std::string& act) {
+              const Tensor& var, double eps, const Text& act) {
   BnCall call("bn_act", {{"x", x}}, act);
   call.read_affine(weight, bias);
   call.read_statistics(mean, var, eps);
@@ -21,7 +21,7 @@ Tensor bn_act(const Tensor& x, const OptionalTensor& weight, const OptionalTenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_train(const Tensor& x, const OptionalTensor& weight,
-                                                const OptionalTensor& bias, double eps, const std::string& act) {
+                                                const OptionalTensor& bias, double eps, const Text& act) {
   BnCall call("bn_act_train", {{"x", x}}, act);
   call.read_affine(weight, bias);
   const Statistics statistics = batch_statistics(call, eps);
@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train(const Tensor& x, const OptionalT
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                                                   double eps, const std::string& act, bool training) {
+                                                   double eps, const Text& act, bool training) {
   BnCall call("bn_act_backward", {{"x", x}, {"grad_y", grad_y}}, act);
   call.read_affine(weight, bias);
   call.read_statistics(mean, var, eps);

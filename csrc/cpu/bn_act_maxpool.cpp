@@ -54,7 +54,7 @@ Tensor apply(BnCall& call, const BnActMaxpoolArgs& args) {
 }
 
 Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                      const Tensor& var, double eps, const std::string& act, const Ints& kernel_size, const Ints& stride,
+                      const Tensor& var, double eps, const Text& act, const Ints& kernel_size, const Ints& stride,
                       const Ints& padding) {
   BnCall call("bn_act_maxpool", {{"x", x}}, act, 1, true);
   const BnActMaxpoolArgs args = pool_args(call, check_window(call, kernel_size, stride, padding));
@@ -64,7 +64,7 @@ Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const Optio
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const OptionalTensor& weight,
-                                                        const OptionalTensor& bias, double eps, const std::string& act,
+                                                        const OptionalTensor& bias, double eps, const Text& act,
                                                         const Ints& kernel_size, const Ints& stride,
                                                         const Ints& padding) {
   BnCall call("bn_act_maxpool_train", {{"x", x}}, act, 1, true);
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const O
 std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y, const Tensor& x,
                                                            const OptionalTensor& weight, const OptionalTensor& bias,
                                                            const Tensor& mean, const Tensor& var, double eps,
-                                                           const std::string& act, bool training,
+                                                           const Text& act, bool training,
                                                            const Ints& kernel_size, const Ints& stride,
                                                            const Ints& padding) {
   BnCall call("bn_act_maxpool_backward", {{"x", x}}, act, 1, true);

@@ -14,7 +14,7 @@ Tensor apply(BnCall& call, const Tensor& residual) {
 }
 
 Tensor bn_add_act(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-                  const Tensor& mean, const Tensor& var, double eps, const std::string& act) {
+                  const Tensor& mean, const Tensor& var, double eps, const Text& act) {
   BnCall call("bn_add_act", {{"x", x}, {"residual", residual}}, act);
   call.read_affine(weight, bias);
   call.read_statistics(mean, var, eps);
@@ -23,7 +23,7 @@ Tensor bn_add_act(const Tensor& x, const Tensor& residual, const OptionalTensor&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, const Tensor& residual,
                                                             const OptionalTensor& weight, const OptionalTensor& bias,
-                                                            double eps, const std::string& act) {
+                                                            double eps, const Text& act) {
   BnCall call("bn_add_act_train", {{"x", x}, {"residual", residual}}, act);
   call.read_affine(weight, bias);
   const Statistics statistics = batch_statistics(call, eps);
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const OptionalTensor& grad_y2,
                                                                const Tensor& mask, const Tensor& x,
                                                                const OptionalTensor& weight, const Tensor& mean,
-                                                               const Tensor& var, double eps, const std::string& act) {
+                                                               const Tensor& var, double eps, const Text& act) {
   const Tensor& second = grad_y2 ? *grad_y2 : grad_y;  // where there is none, grad_y is checked twice, and counted once less
   BnCall call("bn_add_act_backward", {{"x", x}, {"grad_y", grad_y}, {"grad_y2", second}}, act, grad_y2 ? 2 : 1);
   call.read_mask(mask);

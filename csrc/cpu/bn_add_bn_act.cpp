@@ -19,7 +19,7 @@ Tensor apply(BnCall& call, BnCall& shortcut) {
 Tensor bn_add_bn_act(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
                      const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight,
                      const OptionalTensor& residual_bias, const Tensor& residual_mean, const Tensor& residual_var,
-                     double residual_eps, const std::string& act) {
+                     double residual_eps, const Text& act) {
   BnCall call("bn_add_bn_act", {{"x", x}, {"residual", residual}}, act);
   BnCall shortcut("bn_add_bn_act", {{"residual", residual}, {"x", x}}, act);
   call.read_affine(weight, bias);
@@ -32,7 +32,7 @@ Tensor bn_add_bn_act(const Tensor& x, const Tensor& residual, const OptionalTens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
     const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
     const OptionalTensor& residual_weight, const OptionalTensor& residual_bias, double residual_eps,
-    const std::string& act) {
+    const Text& act) {
   BnCall call("bn_add_bn_act_train", {{"x", x}, {"residual", residual}}, act);
   BnCall shortcut("bn_add_bn_act_train", {{"residual", residual}, {"x", x}}, act);
   call.read_affine(weight, bias);
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backward(
     const Tensor& grad_y, const OptionalTensor& grad_y2, const Tensor& mask, const Tensor& x, const Tensor& residual,
     const OptionalTensor& weight, const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight,
-    const Tensor& residual_mean, const Tensor& residual_var, double residual_eps, const std::string& act) {
+    const Tensor& residual_mean, const Tensor& residual_var, double residual_eps, const Text& act) {
   const char* op = "bn_add_bn_act_backward";
   const Tensor& second = grad_y2 ? *grad_y2 : grad_y;  // where there is none, grad_y is checked twice, and counted once less
   BnCall call(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}, {"grad_y2", second}}, act, grad_y2 ? 2 : 1);

@@ -54,7 +54,7 @@ Tensor conv_pack(const Tensor& weight) {
 // With `winograd` the weights are transformed. `channels` is the number a tap reads, at least x's: with `padded`, x is copied with that many and its padding first.
 Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, const Tensor& bias,
                    const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
-                   int64_t channels, bool padded, bool winograd, const std::string& act) {
+                   int64_t channels, bool padded, bool winograd, const Text& act) {
   const DType dtype = convolved_dtype("x", x);
   FASTRES_CHECK(x.dim() == 4 && x.numel() > 0, kOp, "x", "four-dimensional and not empty", show(x.sizes()));
   const int64_t size = element_size(dtype), out_channels = bias.numel();

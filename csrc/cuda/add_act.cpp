@@ -12,7 +12,7 @@ void check_pair(const char* op, Named first, Named second) {
 }
 
 Tensor run(const char* op, cudaError_t (*launcher)(const AddActParams&, cudaStream_t), const Tensor& a, const Tensor& b,
-           const std::string& act) {
+           const Text& act) {
   const bool relu = is_relu(op, act);
   const Launch launch(op, a);
   Tensor out = empty_like_strided(a);
@@ -20,12 +20,12 @@ Tensor run(const char* op, cudaError_t (*launcher)(const AddActParams&, cudaStre
   return out;
 }
 
-Tensor add_act(const Tensor& x, const Tensor& residual, const std::string& act) {
+Tensor add_act(const Tensor& x, const Tensor& residual, const Text& act) {
   check_pair("add_act", {"x", x}, {"residual", residual});
   return run("add_act", launch_add_act, x, residual, act);
 }
 
-Tensor add_act_backward(const Tensor& grad_y, const Tensor& y, const std::string& act) {
+Tensor add_act_backward(const Tensor& grad_y, const Tensor& y, const Text& act) {
   check_pair("add_act_backward", {"grad_y", grad_y}, {"y", y});
   return run("add_act_backward", launch_add_act_backward, grad_y, y, act);
 }

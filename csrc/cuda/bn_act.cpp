@@ -15,7 +15,7 @@ Tensor normalise(const Launch& launch, const BnGeometry& geometry, const Tensor&
 }
 
 Tensor bn_act(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-              const Tensor& var, double eps, const std::string& act) {
+              const Tensor& var, double eps, const Text& act) {
   const char* op = "bn_act";
   const BnGeometry geometry = divide(op, {{"x", x}});
   const bool relu = is_relu(op, act);
@@ -25,7 +25,7 @@ Tensor bn_act(const Tensor& x, const OptionalTensor& weight, const OptionalTenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_train(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                                                double eps, const std::string& act) {
+                                                double eps, const Text& act) {
   const char* op = "bn_act_train";
   const BnGeometry geometry = divide(op, {{"x", x}});
   const bool relu = is_relu(op, act);
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_train(const Tensor& x, const OptionalT
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
-                                                   double eps, const std::string& act, bool training) {
+                                                   double eps, const Text& act, bool training) {
   const char* op = "bn_act_backward";
   const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}});
   const bool relu = is_relu(op, act);

@@ -40,7 +40,7 @@ Tensor apply(const Launch& launch, const Tensor& x, const PoolWindow& window, co
 }
 
 Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                      const Tensor& var, double eps, const std::string& act, const Ints& kernel_size, const Ints& stride,
+                      const Tensor& var, double eps, const Text& act, const Ints& kernel_size, const Ints& stride,
                       const Ints& padding) {
   const char* op = "bn_act_maxpool";
   const PoolWindow window = check_call(op, x, kernel_size, stride, padding);
@@ -50,7 +50,7 @@ Tensor bn_act_maxpool(const Tensor& x, const OptionalTensor& weight, const Optio
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const OptionalTensor& weight,
-                                                        const OptionalTensor& bias, double eps, const std::string& act,
+                                                        const OptionalTensor& bias, double eps, const Text& act,
                                                         const Ints& kernel_size, const Ints& stride,
                                                         const Ints& padding) {
   const char* op = "bn_act_maxpool_train";
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_train(const Tensor& x, const O
 std::tuple<Tensor, Tensor, Tensor> bn_act_maxpool_backward(const Tensor& grad_y, const Tensor& x,
                                                            const OptionalTensor& weight, const OptionalTensor& bias,
                                                            const Tensor& mean, const Tensor& var, double eps,
-                                                           const std::string& act, bool training,
+                                                           const Text& act, bool training,
                                                            const Ints& kernel_size, const Ints& stride,
                                                            const Ints& padding) {
   const char* op = "bn_act_maxpool_backward";

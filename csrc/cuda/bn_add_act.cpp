@@ -17,7 +17,7 @@ Tensor normalise(const Launch& launch, const BnGeometry& geometry, const Tensor&
 }
 
 Tensor bn_add_act(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
-                  const Tensor& mean, const Tensor& var, double eps, const std::string& act) {
+                  const Tensor& mean, const Tensor& var, double eps, const Text& act) {
   const char* op = "bn_add_act";
   const BnGeometry geometry = divide(op, {{"x", x}, {"residual", residual}});
   const bool relu = is_relu(op, act);
@@ -28,7 +28,7 @@ Tensor bn_add_act(const Tensor& x, const Tensor& residual, const OptionalTensor&
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, const Tensor& residual,
                                                             const OptionalTensor& weight, const OptionalTensor& bias,
-                                                            double eps, const std::string& act) {
+                                                            double eps, const Text& act) {
   const char* op = "bn_add_act_train";
   const BnGeometry geometry = divide(op, {{"x", x}, {"residual", residual}});
   const bool relu = is_relu(op, act);
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, con
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const OptionalTensor& grad_y2,
                                                                const Tensor& mask, const Tensor& x,
                                                                const OptionalTensor& weight, const Tensor& mean,
-                                                               const Tensor& var, double eps, const std::string& act) {
+                                                               const Tensor& var, double eps, const Text& act) {
   const char* op = "bn_add_act_backward";
   const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}, {"grad_y2", grad_y2 ? *grad_y2 : grad_y}});
   const bool relu = is_relu(op, act);

@@ -28,7 +28,7 @@ Tensor normalise(const Launch& launch, const BnGeometry& geometry, const Tensor&
 Tensor bn_add_bn_act(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
                      const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight,
                      const OptionalTensor& residual_bias, const Tensor& residual_mean, const Tensor& residual_var,
-                     double residual_eps, const std::string& act) {
+                     double residual_eps, const Text& act) {
   const char* op = "bn_add_bn_act";
   const BnGeometry geometry = divide(op, {{"x", x}, {"residual", residual}});
   const bool relu = is_relu(op, act);
@@ -41,7 +41,7 @@ Tensor bn_add_bn_act(const Tensor& x, const Tensor& residual, const OptionalTens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
     const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias, double eps,
     const OptionalTensor& residual_weight, const OptionalTensor& residual_bias, double residual_eps,
-    const std::string& act) {
+    const Text& act) {
   const char* op = "bn_add_bn_act_train";
   const BnGeometry geometry = divide(op, {{"x", x}, {"residual", residual}});
   const bool relu = is_relu(op, act);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_train(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bn_add_bn_act_backward(
     const Tensor& grad_y, const OptionalTensor& grad_y2, const Tensor& mask, const Tensor& x, const Tensor& residual,
     const OptionalTensor& weight, const Tensor& mean, const Tensor& var, double eps, const OptionalTensor& residual_weight,
-    const Tensor& residual_mean, const Tensor& residual_var, double residual_eps, const std::string& act) {
+    const Tensor& residual_mean, const Tensor& residual_var, double residual_eps, const Text& act) {
   const char* op = "bn_add_bn_act_backward";
   const Tensor& second = grad_y2 ? *grad_y2 : grad_y;
   const BnGeometry geometry = divide(op, {{"x", x}, {"grad_y", grad_y}, {"residual", residual}, {"grad_y2", second}});

@@ -41,7 +41,7 @@ void check_channels(const char* param, int64_t channels) {
 
 Tensor sm90_conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,
                      IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation,
-                     const std::string& act) {
+                     const Text& act) {
   check_cuda(kOp, "x", x);
   FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, kOp, "x",
                 "float16 or bfloat16", show(x.scalar_type()));

@@ -318,7 +318,10 @@ def statistics(dtype):
 class _Malloc(ctypes.Structure):
     """glibc's struct mallinfo2."""
 
-    _fields_ = [(name, ctypes.c_size_t) for name in ["arena", "free", "mapped", "blocks", "bytes", "most", "fast", "used", "idle", "top"]]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "free", "mapped", "blocks", "bytes", "most", "fast", "used", "idle", "top")
+    ]
 
 
 @pytest.mark.parametrize("op", REGISTRY)

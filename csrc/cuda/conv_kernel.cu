@@ -18,6 +18,11 @@ constexpr int kColumns = kConvChannels / 8;   // of 8 output channels
 constexpr int kStepBytes = 32 * kConvChannels;  // of the packed weight, for 16 values
 constexpr int kMostRows = 8;                  // of a part
 constexpr int64_t kStagedBytes = 32 << 10;    // four blocks' fit the shared memory of a Hopper multiprocessor
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kResident = 4;  // blocks of a multiprocessor
+#else
+constexpr int kResident = 3;  // as many as its shared memory holds
+#endif
 constexpr int64_t kEnoughParts = 264;         // smaller parts where there are fewer: two for each multiprocessor
 
 struct Kernel {
@@ -137,7 +142,7 @@ __device__ __forceinline__ void finish(const Kernel& p, const Part& part, int fi
 #endif  // sm_80
 
 template <typename scalar_t, int kEighths, bool kEven>
-__global__ void __launch_bounds__(kConvThreads, 4) conv_rows_kernel(const __grid_constant__ Kernel p) {
+__global__ void __launch_bounds__(kConvThreads, kResident) conv_rows_kernel(const __grid_constant__ Kernel p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   uint8_t* memory = dynamic_memory();
   auto* packed = reinterpret_cast<uint4*>(memory);
@@ -168,6 +173,7 @@ __global__ void __launch_bounds__(kConvThreads, 4) conv_rows_kernel(const __grid
     const scalar_t* rows = staged;
     const uint4* weights = packed + threadIdx.x % 32;
     int row = 0;
+#pragma unroll 1
     for (; row + 1 < window_rows; row += 2) {  // two rows make whole steps of either number of eighths
       add_rows<scalar_t, kEighths, kEven, 2>(acc, rows, pitch, own, cut, weights);
       rows += 2 * pitch;

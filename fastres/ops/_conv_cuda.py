@@ -55,13 +55,27 @@ def why_not_arguments(x: Tensor, weight: Tensor, stride, padding, dilation, grou
     return None
 
 
-def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    """One launch over weights packed as (C_out, KH, KW, C_in)."""
+def packed(x: Tensor, parameters: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """The folded weight as (C_out, KH, KW, C_in) in x's dtype, and the bias in float32."""
 
     def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return w.to(x.dtype).permute(0, 2, 3, 1).contiguous(), b.float()
 
-    parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
-    w, b = _fold.folded(parameters, eps, (OP, x.dtype), finish)
+    return _fold.folded(parameters, eps, (OP, x.dtype), finish)
+
+
+def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    """One launch over packed weights."""
+    w, b = packed(x, (weight, bias, bn_weight, bn_bias, mean, var), eps)
     residual = None if residual is None else aligned(residual)
-    return native.op(OP)(aligned(x), w, b, residual, stride, padding, dilation, act)
+    return native.op(OP)(aligned(x), w, b, residual, None, None, None, stride, padding, dilation, (1, 1), act)
+
+
+def run_joined(main: tuple[Any, ...], own: tuple[Any, ...], act: str) -> Tensor:
+    """The same with the products of a projected shortcut added in the accumulators; main and own are what ``run`` takes of
+    each convolution, without residual and act.
+    """
+    (x, *parameters, eps, stride, padding, dilation, _), (shortcut, *others, own_eps, own_stride) = main, own
+    w, b = packed(x, tuple(parameters), eps)
+    second = (aligned(shortcut), *packed(x, tuple(others), own_eps))
+    return native.op(OP)(aligned(x), w, b, None, *second, stride, padding, dilation, own_stride, act)

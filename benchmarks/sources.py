@@ -24,7 +24,7 @@ def fingerprint(op: str, backend: str) -> str:
 def files(op: str, backend: str) -> list[Path]:
     """Everything in this repository that decides what the backend's kernels of an op compute, in order."""
     if backend == "cuda":
-        stem = module(op).replace("_add_conv_bn_act", "")  # one kernel: what it adds is optional
+        stem = module(op).replace("_add_conv_bn", "")  # one kernel: what it adds is optional
         found = closure([ROOMS["cuda"] / f"{stem}.cpp"], included)
     else:
         name = "_conv_cudnn.py" if backend == "cudnn" else f"{module(op)}.py"

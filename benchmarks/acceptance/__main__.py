@@ -18,7 +18,7 @@ from benchmarks.acceptance import lane, plot, tasks
 from benchmarks.acceptance.promises import Promise, kernel_promises, parity_promises, speed_promises
 from benchmarks.acceptance.run import Budget, perform_all, say
 from benchmarks.table import text_table
-from fastres import info
+from fastres import info, tune
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare
 from fastres.experiments.subject import load
@@ -55,11 +55,12 @@ def main() -> int:
 
 
 def gpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[list[Row], list[Promise]]:
-    share = budget.share(PARTS["parity"])
-    rows = perform_all(tasks.validations(place), share, place)  # always: only what is valid is chosen and timed
+    rows: list[Row] = []
     if "parity" in parts:
-        rows += [{"do": "lane", **row} for row in lane.sanitized(share.share(0.3))]
+        share = budget.share(PARTS["parity"])
+        rows += validated(place, share)
         rows += [{"do": "lane", **row} for row in lane.tests("cuda", share)]
+        rows += [{"do": "lane", **row} for row in lane.sanitized(share)]
     promises = parity_promises(rows)
     if "kernels" in parts:
         rows += perform_all(tasks.kernels(), budget.share(PARTS["kernels"]), place)
@@ -71,6 +72,19 @@ def gpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[li
             for row in rows if row["do"] == "network" and row["rival"] == rivals.FASTRES and "ok" in row
         ]  # fmt: skip
     return rows, promises
+
+
+def validated(place: torch.device, budget: Budget) -> list[Row]:
+    """Every kernel on its samples; the verdicts go to the tuning cache of this run, so that only what is valid is chosen and
+    timed. Without this part the verdicts that are shipped hold.
+    """
+    at_once = max(1, (os.cpu_count() or 1) - 4)  # most of it is compiling
+    rows = perform_all(tasks.validations(place), budget, place, at_once=at_once)
+    verdicts: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+    for row in rows:
+        verdicts[bool(row.get("ok"))].setdefault(row["rival"], []).append(row["name"])
+    tune.store(place, verdicts[True], {}, verdicts[False])
+    return rows
 
 
 def cpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[list[Row], list[Promise]]:

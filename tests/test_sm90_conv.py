@@ -51,6 +51,7 @@ CASES = {
     "7x7 stride 2": Case(1, 8, 15, 13, 64, (7, 7), 2, 3, residual=False),
     "3x1": Case(2, 16, 9, 8, 64, (3, 1), 2, 1),
     "3x3, tiles of both warpgroups": Case(3, 64, 17, 19, 128, (3, 3), padding=1, residual=False),
+    "3x3, three blocks share a tile": Case(1, 264, 8, 9, 72, (3, 3), padding=1),
     "1x1, tiles of both warpgroups, tails": Case(5, 520, 15, 13, 72),
 }
 
@@ -103,7 +104,15 @@ def test_exact_on_small_integers(device, dtype, name):
 
 
 @pytest.mark.parametrize("stride", [1, SHORTCUT_STRIDE])
-@pytest.mark.parametrize("name", ["tails everywhere", "3x3 stride 2, partial depth", "3x3, tiles of both warpgroups"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tails everywhere",
+        "3x3 stride 2, partial depth",
+        "3x3, tiles of both warpgroups",
+        "3x3, three blocks share a tile",
+    ],
+)
 def test_a_projected_shortcut_is_added(device, monkeypatch, name, stride):
     monkeypatch.setattr(sys.modules[__name__], "SHORTCUT_STRIDE", stride)
     case, generator = CASES[name], torch.Generator().manual_seed(1)
@@ -156,7 +165,9 @@ def test_the_backend_keeps_the_budget(device, dtype, name):
     """Fold, packing, alignment: every sample that it takes."""
     op, taken = REGISTRY[name], []
     for sample, shifted in itertools.product(op.samples(device, dtype), (False, True)):
-        args = [a.contiguous(memory_format=CL) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args]
+        args = [
+            a.contiguous(memory_format=CL) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args
+        ]
         parts = (args[0], args[1], args[2]) if name == "conv_bn_add_act" else (args[0], None, args[1])
         stride, padding, dilation, groups = args[-5:-1]
         if _conv_cuda.why_not_arguments(parts[0], parts[2], stride, padding, dilation, groups):
@@ -189,7 +200,10 @@ def test_what_is_unsafe_raises():
         ((x, weight, bias, residual[1:], case, "relu"), "residual must be of the sizes of x"),
         ((x, weight, bias, residual, case._replace(stride=9), "relu"), "stride must be two integers from 1 to 8"),
         ((x, weight, bias, residual, case._replace(dilation=80), "relu"), "weight must be of at most 128 pixels"),
-        ((x[:, :, :2, :2].contiguous(memory_format=CL), weight, bias, None, case._replace(padding=0), "relu"), "no larger"),
+        (
+            (x[:, :, :2, :2].contiguous(memory_format=CL), weight, bias, None, case._replace(padding=0), "relu"),
+            "no larger",
+        ),
         ((x, weight, bias, residual, case, "gelu"), "act must be 'relu' or 'none'"),
     ]
     for args, text in wrong:

@@ -125,6 +125,12 @@ Tensor sm90_conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   params.weight = weight.data_ptr();
   params.bias = static_cast<const float*>(values.data_ptr());
   params.y = y.data_ptr();
+  params.splits = sm90_conv_splits(params);
+  OptionalTensor partial;
+  if (params.splits > 1) {
+    partial = empty_vector(params.splits * y.numel(), ScalarType::Float, x);
+    params.partial = static_cast<float*>(partial->data_ptr());
+  }
   launch(launch_sm90_conv_act, params);
   return y;
 }

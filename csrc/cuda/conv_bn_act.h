@@ -37,9 +37,13 @@ struct ConvActParams {
   const void* shortcut_data;    // or null
   const void* shortcut_weight;  // [channels_out, channels]
   const float* shortcut_bias;   // added to bias
+  int splits;
+  float* partial;  // workspace of [splits, pixels, channels_out], null for one split
   void* y;
 };
 
+// Blocks that share the depth of each tile where there are few tiles; more than 1 want a workspace.
+int sm90_conv_splits(const ConvActParams& params);
 cudaError_t launch_sm90_conv_act(const ConvActParams& params, cudaStream_t stream);
 
 }  // namespace fastres::cuda

@@ -8,7 +8,10 @@
 // Accumulate type: float, the products' own order; bias and residual are added in float; one rounding, to y's type.
 // Invariants: parts of one block are computed, finished and stored in order; what lies beyond the edges is read as zeros
 // and never written; residual and output of a part share a buffer, each thread overwriting what it read. The thread that
-// fills the ring divides nothing inside a tile: it has about 500 cycles for a stage.
+// fills the ring divides nothing inside a tile: it has about 500 cycles for a stage. Where there are few tiles, several blocks
+// share the depth of each: they leave sums in a workspace, which a second kernel adds in their order.
+#include <algorithm>
+
 #include "common/epilogue.h"
 #include "cuda/conv_bn_act.h"
 #include "cuda/device/sm90.cuh"
@@ -40,7 +43,7 @@ struct Plan {
 struct Product {
   TileMap x, weight;
   Window window;
-  int channels;
+  int channels, steps;
   bool pointwise;  // output pixel i is input pixel i
 };
 
@@ -51,8 +54,24 @@ struct Kernel {
   int out_height, out_width;
   int tiles, columns_of_tiles, steps;  // steps: stages of a tile
   int row_step, column_step;           // from a block's tile to its next one, in tiles
-  int channels_out;
+  int pixels, channels_out;
+  int splits;                          // blocks that share a tile, which then is their only one
+  float* partial;                      // their sums, [splits, pixels, channels_out]; null where there is one
   bool relu, with_residual, with_shortcut;
+};
+
+constexpr int kLeastShare = 4;  // steps of a block that shares a tile: fewer are not worth their sums
+constexpr int kMergeVec = 8;  // channels in and out are multiples of it
+
+struct Merge {
+  const float* partial;  // [splits, numel]
+  int splits;
+  int64_t numel;
+  int channels;
+  bool relu;
+  const float *bias, *shortcut_bias;
+  const void* residual;  // or null
+  void* y;
 };
 
 template <bool kTogether>
@@ -75,9 +94,10 @@ struct Tiles {
   int left, row, column;  // in tiles
 
   __device__ explicit Tiles(const Kernel& p) : p(p) {
-    left = (p.tiles - static_cast<int>(blockIdx.x + 1)) / static_cast<int>(gridDim.x) + 1;
-    row = static_cast<int>(blockIdx.x) / p.columns_of_tiles;
-    column = static_cast<int>(blockIdx.x) % p.columns_of_tiles;
+    const int block = static_cast<int>(blockIdx.x) / p.splits, blocks = static_cast<int>(gridDim.x) / p.splits;
+    left = (p.tiles - block - 1) / blocks + 1;
+    row = block / p.columns_of_tiles;
+    column = block % p.columns_of_tiles;
   }
   __device__ void next() {
     --left;
@@ -107,6 +127,17 @@ struct Parts {
   }
 };
 
+// This block's share of the steps of a tile.
+struct Share {
+  int first, last;
+
+  __device__ explicit Share(const Kernel& p) {
+    const int split = static_cast<int>(blockIdx.x) % p.splits;
+    first = p.steps * split / p.splits;
+    last = p.steps * (split + 1) / p.splits;
+  }
+};
+
 // The place of a stage in the ring, and the parity of the phase of its barriers.
 template <int kStages>
 struct Slot {
@@ -118,10 +149,10 @@ struct Slot {
   }
 };
 
-// Fills the ring with the operands of one product for one tile.
+// Fills the ring with the operands of one product for one tile, from a step on to another.
 template <bool kTogether, typename Ring>
 __device__ __forceinline__ void load_product(const Kernel& p, const Product& product, Shared<kTogether>& s, Ring& slot, int row,
-                                             int column) {
+                                             int column, int step, int last) {
   const Span &h = product.window.h, &w = product.window.w;
   int x = 0, y = 0, image = 0;  // of the tile's first output pixel
   if (!product.pointwise) {
@@ -130,28 +161,41 @@ __device__ __forceinline__ void load_product(const Kernel& p, const Product& pro
     image = line / p.out_height;
     y = (line - image * p.out_height) * h.stride - h.padding;
   }
-  int tap = 0;
-  for (int i = 0, down = 0; i < h.kernel; ++i, down += h.dilation) {
-    for (int j = 0, right = 0; j < w.kernel; ++j, right += w.dilation, ++tap) {
-      for (int channel = 0; channel < product.channels; channel += kDepth, slot.next()) {
-        Barrier& full = s.full[slot.index];
-        s.empty[slot.index].wait(slot.parity ^ 1);
-        full.arrive_and_expect(Plan<kTogether>::kStageBytes);
-        if (product.pointwise) load_tile(s.x[slot.index], product.x, full, channel, 0, row);
-        else load_pixels(s.x[slot.index], product.x, full, channel, x, y, image, right, down);
-        load_tile(s.weight[slot.index], product.weight, full, channel, tap, column);
-      }
-    }
+  int channel = 0, tap = 0, in_row = 0, right = 0, down = 0;  // of the step; in_row: the tap's place in its row
+  if (step > 0) {
+    const int of_tap = (product.channels + kDepth - 1) / kDepth;
+    tap = step / of_tap;
+    channel = (step - tap * of_tap) * kDepth;
+    const int row_of_taps = tap / w.kernel;
+    in_row = tap - row_of_taps * w.kernel;
+    right = in_row * w.dilation;
+    down = row_of_taps * h.dilation;
+  }
+  for (; step < last; ++step, slot.next()) {
+    Barrier& full = s.full[slot.index];
+    s.empty[slot.index].wait(slot.parity ^ 1);
+    full.arrive_and_expect(Plan<kTogether>::kStageBytes);
+    if (product.pointwise) load_tile(s.x[slot.index], product.x, full, channel, 0, row);
+    else load_pixels(s.x[slot.index], product.x, full, channel, x, y, image, right, down);
+    load_tile(s.weight[slot.index], product.weight, full, channel, tap, column);
+    channel += kDepth;
+    if (channel < product.channels) continue;
+    channel = 0, ++tap, ++in_row, right += w.dilation;
+    if (in_row == w.kernel) in_row = 0, right = 0, down += h.dilation;
   }
 }
 
 template <bool kTogether>
 __device__ __forceinline__ void load_operands(const Kernel& p, Shared<kTogether>& s) {
+  const Share share(p);
+  const int main = p.main.steps;
   Slot<Plan<kTogether>::kStages> slot(0);
   for (Tiles tiles(p); tiles.left > 0; tiles.next()) {
     const int row = tiles.row * Plan<kTogether>::kRows, column = tiles.column * kTileColumns;
-    load_product<kTogether>(p, p.main, s, slot, row, column);
-    if (p.with_shortcut) load_product<kTogether>(p, p.shortcut, s, slot, row, column);
+    load_product<kTogether>(p, p.main, s, slot, row, column, share.first, share.last < main ? share.last : main);
+    if (share.last > main)
+      load_product<kTogether>(p, p.shortcut, s, slot, row, column, share.first > main ? share.first - main : 0,
+                              share.last - main);
   }
 }
 
@@ -172,6 +216,7 @@ __device__ __forceinline__ void prepare(const Kernel& p, Shared<kTogether>& s, P
 
 template <bool kTogether>
 __device__ __forceinline__ void move_outputs(const Kernel& p, Shared<kTogether>& s) {
+  if (p.partial != nullptr) return;
   Parts<kTogether> ahead(p);
   for (int i = 0; i < kGroups; ++i) prepare(p, s, ahead);
   for (Parts<kTogether> part(p); part; part.next()) {
@@ -187,9 +232,11 @@ __device__ __forceinline__ void move_outputs(const Kernel& p, Shared<kTogether>&
 template <bool kTogether, typename scalar_t>
 __device__ __forceinline__ void multiply(const Kernel& p, Shared<kTogether>& s, int tile, int group, int lane,
                                          float (&acc)[2][64]) {
-  Slot<Plan<kTogether>::kStages> slot(tile * p.steps);
+  const Share share(p);
+  const int steps = share.last - share.first;
+  Slot<Plan<kTogether>::kStages> slot(tile * steps);
   int before = -1;  // the place of the stage before, whose products may still be under way
-  for (int step = 0; step < p.steps; ++step, slot.next()) {
+  for (int step = 0; step < steps; ++step, slot.next()) {
     const uint8_t* x = s.x[slot.index][kTogether ? group : 0];
     s.full[slot.index].wait(slot.parity);
     pin(acc[0]);
@@ -242,6 +289,23 @@ __device__ __forceinline__ void finish(const Kernel& p, uint8_t (&out)[2][kBoxBy
   }
 }
 
+// Leaves a part's sums in the workspace.
+__device__ __forceinline__ void write_partial(const Kernel& p, int row, int column, int warp, int lane,
+                                              const float (&acc)[2][64]) {
+  const int64_t split = static_cast<int>(blockIdx.x) % p.splits;
+#pragma unroll
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const int half = quarter / 2, i = quarter % 2, pixel = row + 64 * half + 16 * warp + lane / 4 + 8 * i;
+    if (pixel >= p.pixels) continue;
+    float* out = p.partial + (split * p.pixels + pixel) * p.channels_out + column + 2 * (lane % 4);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float2 pair{acc[half][4 * j + 2 * i], acc[half][4 * j + 2 * i + 1]};
+      if (column + 8 * j < p.channels_out) *reinterpret_cast<float2*>(out + 8 * j) = pair;
+    }
+  }
+}
+
 template <bool kTogether, typename scalar_t>
 __device__ __forceinline__ void compute(const Kernel& p, Shared<kTogether>& s, int group) {
   const int warp = threadIdx.x % kGroup / 32, lane = threadIdx.x % 32;
@@ -251,6 +315,10 @@ __device__ __forceinline__ void compute(const Kernel& p, Shared<kTogether>& s, i
     float acc[2][64];
     if (!kTogether) s.turn[group].wait(group == 0 ? part.parity() ^ 1 : part.parity());  // nobody gives the first one its turn
     multiply<kTogether, scalar_t>(p, s, part.tile(), group, lane, acc);
+    if (p.partial != nullptr) {
+      write_partial(p, part.row(), part.column(), warp, lane, acc);
+      return;
+    }
     s.ready[group].wait(part.parity());
     finish<scalar_t>(p, s.out[group], part.column(), warp, lane, acc);
     publish_shared();
@@ -273,6 +341,8 @@ __global__ void __launch_bounds__(3 * kGroup, 1) sm90_conv_act_kernel(const __gr
     prefetch(p.main.x), prefetch(p.main.weight), prefetch(p.residual), prefetch(p.y);
   }
   __syncthreads();
+  wait_for_kernel_before();
+  let_next_kernel_begin();
 
   if (group < kGroups) {
     take_registers<kConsumerRegisters>();
@@ -285,15 +355,48 @@ __global__ void __launch_bounds__(3 * kGroup, 1) sm90_conv_act_kernel(const __gr
 #endif
 }
 
+// Adds the sums of the blocks that shared a tile, in their order, and does what is left; a thread owns a vector of channels.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) sm90_conv_merge_kernel(const __grid_constant__ Merge p) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
+  wait_for_kernel_before();
+  let_next_kernel_begin();
+  const int64_t offset = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kMergeVec;
+  if (offset >= p.numel) return;
+  const int channel = static_cast<int>(offset % p.channels);
+  float sum[kMergeVec] = {};
+#pragma unroll 4
+  for (int split = 0; split < p.splits; ++split) {
+    const float* partial = p.partial + split * p.numel + offset;
+    const Vec<float, kMergeVec> in = load<kMergeVec>(partial);
+#pragma unroll
+    for (int j = 0; j < kMergeVec; ++j) sum[j] += in.v[j];
+  }
+  Vec<scalar_t, kMergeVec> residual{};
+  if (p.residual != nullptr) residual = load<kMergeVec>(static_cast<const scalar_t*>(p.residual) + offset);
+#pragma unroll
+  for (int j = 0; j < kMergeVec; ++j) {
+    sum[j] += p.shortcut_bias != nullptr ? p.bias[channel + j] + p.shortcut_bias[channel + j] : p.bias[channel + j];
+    if (p.residual != nullptr) sum[j] += to_float(residual.v[j]);
+    if (p.relu) sum[j] = relu(sum[j]);
+  }
+  store(static_cast<scalar_t*>(p.y) + offset, sum);
+#endif
+}
+
 template <bool kTogether, typename scalar_t>
-cudaError_t launch_typed(const Kernel& kernel, int blocks, cudaStream_t stream) {
+cudaError_t launch_typed(const ConvActParams& c, const Kernel& kernel, int blocks, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kTogether>);
   const auto entry = sm90_conv_act_kernel<kTogether, scalar_t>;
   const void* function = reinterpret_cast<const void*>(entry);
-  const cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (status != cudaSuccess) return status;
-  void* arguments[] = {const_cast<Kernel*>(&kernel)};
-  return cudaLaunchKernel(entry, dim3(blocks), dim3(3 * kGroup), arguments, kBytes, stream);
+  cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status == cudaSuccess) status = launch_behind(entry, dim3(blocks), dim3(3 * kGroup), kernel, kBytes, stream);
+  if (status != cudaSuccess || kernel.partial == nullptr) return status;
+  const int64_t numel = int64_t{kernel.pixels} * kernel.channels_out;
+  const Merge merge{kernel.partial, kernel.splits, numel, kernel.channels_out, c.relu,
+                    c.bias,         c.shortcut_bias, c.residual, c.y};
+  const dim3 grid(static_cast<unsigned>(ceil_div(numel, kThreads * kMergeVec)));
+  return launch_behind(sm90_conv_merge_kernel<scalar_t>, grid, dim3(kThreads), merge, 0, stream);
 }
 
 template <bool kTogether>
@@ -301,10 +404,10 @@ cudaError_t launch_plan(const ConvActParams& c, Kernel& kernel, int64_t pixels, 
   constexpr int kRows = Plan<kTogether>::kRows;
   const int64_t tiles = ceil_div(pixels, kRows) * kernel.columns_of_tiles;
   if (pixels > INT32_MAX || tiles * kernel.steps > INT32_MAX) return cudaErrorInvalidValue;
-  const int blocks = static_cast<int>(tiles < multiprocessors ? tiles : multiprocessors);
+  const int walks = static_cast<int>(tiles < multiprocessors ? tiles : multiprocessors), blocks = walks * kernel.splits;
   kernel.tiles = static_cast<int>(tiles);
-  kernel.row_step = blocks / kernel.columns_of_tiles;
-  kernel.column_step = blocks % kernel.columns_of_tiles;
+  kernel.row_step = walks / kernel.columns_of_tiles;
+  kernel.column_step = walks % kernel.columns_of_tiles;
 
   const auto tiled = [&](TileMap& map, const void* data, int64_t rows, int64_t taps, int64_t columns, int box_rows) {
     return make_tile_map(&map, c.dtype, data, rows, taps, columns, box_rows);
@@ -323,17 +426,45 @@ cudaError_t launch_plan(const ConvActParams& c, Kernel& kernel, int64_t pixels, 
   if (status == cudaSuccess) status = tiled(kernel.residual, residual, pixels, 1, c.channels_out, kPartRows);
   if (status == cudaSuccess) status = tiled(kernel.y, c.y, pixels, 1, c.channels_out, kPartRows);
   if (status != cudaSuccess) return status;
-  return c.dtype == DType::kFloat16 ? launch_typed<kTogether, __half>(kernel, blocks, stream)
-                                    : launch_typed<kTogether, __nv_bfloat16>(kernel, blocks, stream);
+  return c.dtype == DType::kFloat16 ? launch_typed<kTogether, __half>(c, kernel, blocks, stream)
+                                    : launch_typed<kTogether, __nv_bfloat16>(c, kernel, blocks, stream);
 }
 
-// What a product asks of the loads, and the stages it takes.
-int describe(Product& product, const Images& x, const Window& window) {
+Product describe(const Images& x, const Window& window) {
   const Span &h = window.h, &w = window.w;
+  Product product{};
   product.window = window;
   product.channels = x.channels;
+  product.steps = static_cast<int>(h.kernel * w.kernel * ceil_div(x.channels, kDepth));
   product.pointwise = h.kernel * w.kernel == 1 && h.stride * w.stride == 1 && h.padding + w.padding == 0;
-  return static_cast<int>(h.kernel * w.kernel * ceil_div(x.channels, kDepth));
+  return product;
+}
+
+int multiprocessor_count() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+}
+
+// Without what it points to: sizes, steps, tiles.
+Kernel plan(const ConvActParams& c) {
+  Kernel kernel{};
+  kernel.out_height = c.window.h.out(c.x.height);
+  kernel.out_width = c.window.w.out(c.x.width);
+  kernel.channels_out = c.channels_out;
+  kernel.with_shortcut = c.shortcut_data != nullptr;
+  kernel.main = describe(c.x, c.window);
+  kernel.steps = kernel.main.steps;
+  if (kernel.with_shortcut) {
+    kernel.shortcut = describe(c.shortcut, c.shortcut_window);
+    kernel.steps += kernel.shortcut.steps;
+  }
+  kernel.columns_of_tiles = static_cast<int>(ceil_div(c.channels_out, kTileColumns));
+  return kernel;
+}
+
+int64_t pixels_of(const ConvActParams& c, const Kernel& kernel) {
+  return int64_t{c.x.count} * kernel.out_height * kernel.out_width;
 }
 
 // A tile of 256 pixels takes as long as 1.5 of 128, whose stages wait for L2; with few stages the end of a tile weighs more,
@@ -345,27 +476,27 @@ bool together_is_faster(int64_t pixels, int64_t columns, int steps, int multipro
 
 }  // namespace
 
+int sm90_conv_splits(const ConvActParams& params) {
+  const Kernel kernel = plan(params);
+  const int64_t tiles = ceil_div(pixels_of(params, kernel), kPartRows) * kernel.columns_of_tiles;
+  const int64_t splits = std::min<int64_t>(multiprocessor_count() / std::max<int64_t>(tiles, 1), kernel.steps / kLeastShare);
+  return static_cast<int>(std::max<int64_t>(splits, 1));
+}
+
 cudaError_t launch_sm90_conv_act(const ConvActParams& params, cudaStream_t stream) {
   const ConvActParams& c = params;
-  Kernel kernel{};
+  Kernel kernel = plan(c);
+  const int64_t pixels = pixels_of(c, kernel);
+  kernel.pixels = static_cast<int>(pixels);
   kernel.bias = c.bias;
   kernel.shortcut_bias = c.shortcut_bias;
-  kernel.out_height = c.window.h.out(c.x.height);
-  kernel.out_width = c.window.w.out(c.x.width);
-  kernel.channels_out = c.channels_out;
   kernel.relu = c.relu;
   kernel.with_residual = c.residual != nullptr;
-  kernel.with_shortcut = c.shortcut_data != nullptr;
-  kernel.steps = describe(kernel.main, c.x, c.window);
-  if (kernel.with_shortcut) kernel.steps += describe(kernel.shortcut, c.shortcut, c.shortcut_window);
-  const int64_t pixels = int64_t{c.x.count} * kernel.out_height * kernel.out_width;
-  kernel.columns_of_tiles = static_cast<int>(ceil_div(c.channels_out, kTileColumns));
-
-  int device = 0, multiprocessors = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  return together_is_faster(pixels, kernel.columns_of_tiles, kernel.steps, multiprocessors)
+  kernel.partial = c.partial;
+  kernel.splits = c.partial == nullptr ? 1 : c.splits;
+  const int multiprocessors = multiprocessor_count();
+  if (multiprocessors == 0) return cudaErrorInvalidDevice;
+  return c.partial == nullptr && together_is_faster(pixels, kernel.columns_of_tiles, kernel.steps, multiprocessors)
              ? launch_plan<true>(c, kernel, pixels, multiprocessors, stream)
              : launch_plan<false>(c, kernel, pixels, multiprocessors, stream);
 }

@@ -40,8 +40,9 @@ class Fault(NamedTuple):
 CUDA = [
     Fault("no tail behind the last vector", "cuda/add_act_kernel.cu", "block == 0 && rest < p.numel", "false",
           "test_add_act_of_any_size", {"dtype": FP32}),
-    Fault("ReLU as a maximum", "common/epilogue.h", "v < T{} ? T{} : v", "v > T{} ? v : T{}",
+    Fault("ReLU as a maximum", "common/epilogue.h", "v <= T{} ? T{} : v", "v > T{} ? v : T{}",
           "test_special_values", {"dtype": FP32}, "add_act_kernel"),
+    Fault("the CPU's ReLU", "cuda/add_act_kernel.cu", "gpu_relu(z)", "relu(z)", "test_special_values", {"dtype": FP32}),
     Fault("gradient passes at zero", "common/epilogue.h", "y <= zero_up_to", "y < zero_up_to",
           "test_special_values", {"dtype": FP32}, "add_act_kernel"),
     Fault("unbiased variance", "cuda/bn_statistics_kernel.cu", "static_cast<float>(g.elements)",
@@ -92,13 +93,13 @@ CUDA = [
     Fault("the dilation is forgotten in one direction", SM90, "* p.window.h.dilation", "",
           "test_exact_on_small_integers", {"name": "3x3 dilated", **HALF}),
     Fault("the ReLU comes before the residual", SM90, "if (p.with_residual) v += to_float(result.v[k]);",
-          "if (p.with_residual) v = relu(v) + to_float(result.v[k]);",
+          "if (p.with_residual) v = gpu_relu(v) + to_float(result.v[k]);",
           "test_exact_on_small_integers", {"name": "one tile", **HALF}),
 ]  # fmt: skip
 TRITON = [
     Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",
           "test_offsets_of_64_bits", {"monkeypatch": None}),
-    Fault("ReLU that loses NaN", "device.py", "tl.where(v < 0, 0.0, v)", "tl.where(v > 0, v, 0.0)",
+    Fault("ReLU that loses NaN", "device.py", "tl.where(v <= 0, 0.0, v)", "tl.where(v > 0, v, 0.0)",
           "test_special_values_add_act", {}),
     Fault("no mask on the tail of the statistics", "batch_norm.py", "delta = tl.where(valid, d - mean, 0.0)",
           "delta = d - mean", "test_statistics_far_from_zero", {"layout": "torch.channels_last", "few_programs": None}),

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kMergeThreads) bn_statistics_merge_kernel(cons
   });
   if (threadIdx.y > 0 || channel >= g.channels) return;
   p.mean[channel] = channel_value({p.x, p.dtype}, pivot_offset(g, channel), 0.0f) + own.mean[0];
-  p.var[channel] = relu(own.m2[0] / static_cast<float>(g.elements));
+  p.var[channel] = gpu_relu(own.m2[0] / static_cast<float>(g.elements));
 }
 
 cudaError_t launch_bn_statistics(const BnStatisticsParams& params, cudaStream_t stream) {

@@ -36,9 +36,9 @@ def bound(n, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def activate(v, ACT: tl.constexpr):
-    """ReLU by comparison: NaN and -0.0 pass as they do in torch.relu; a maximum would lose NaN."""
+    """ReLU as torch.relu on a GPU: NaN passes, -0.0 becomes 0.0; a maximum would lose NaN."""
     if ACT == "relu":
-        v = tl.where(v < 0, 0.0, v)
+        v = tl.where(v <= 0, 0.0, v)
     return v
 
 

@@ -31,8 +31,8 @@ def seed():
 
 
 def run(x, weight, bias, residual, act="relu", config=None):
-    packed = conv_bn_act.pack(weight)
-    return conv_bn_act.conv_act(x, packed, bias, residual, (1, 1), *GEOMETRY, act, config=config)
+    packed = conv_bn_act.pack(weight, False)
+    return conv_bn_act.conv_act(x, packed, bias, residual, (1, 1), *GEOMETRY, act, False, config)
 
 
 @pytest.mark.parametrize("channels", [(24, 40), (8, 8), (64, 16)], ids=str)

@@ -282,7 +282,7 @@ __device__ __forceinline__ void finish(const Kernel& p, uint8_t (&out)[2][kBoxBy
       for (int k = 0; k < 2; ++k) {
         float v = acc[half][4 * j + 2 * i + k] + bias[k];
         if (p.with_residual) v += to_float(result.v[k]);
-        result.v[k] = from_float<scalar_t>(p.relu ? relu(v) : v);
+        result.v[k] = from_float<scalar_t>(p.relu ? gpu_relu(v) : v);
       }
       pair = result;
     }

@@ -196,13 +196,14 @@ def triton_configs(x, shortcut, weight, *rest) -> list[tuple]:
 def run_triton(*args, config=None):
     kernels = triton_module(NAME)
     (x, *main), (shortcut, *own), act = _apart(args)
+    tf32 = kernels.is_tf32(x)
 
     def folded(parameters: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:  # the form that conv_bn_act keeps
-        return _fold.folded(parameters, eps, ("triton", x.dtype), lambda w, b: (kernels.pack(w.to(x.dtype)), b))
+        return _fold.folded(parameters, eps, ("triton", x.dtype, tf32), lambda w, b: (kernels.pack(w.to(x.dtype), tf32), b))
 
     first, second = folded(tuple(main[:6]), main[6]), folded(tuple(own[:6]), own[6])
     kernel, config = tuple(main[0].shape[2:]), None if config is None else kernels.configs.ConvConfig(*config)
-    return kernels.conv_add_conv_act(x, *first, kernel, *main[7:], shortcut, *second, own[7], act, config)
+    return kernels.conv_add_conv_act(x, *first, kernel, *main[7:], shortcut, *second, own[7], act, tf32, config)
 
 
 CONV_BN_ADD_CONV_BN_ACT = Op(

@@ -38,10 +38,10 @@ class Case:
         """x (channels_last), then what the op takes: convolution weight, residual, statistics, weight,
         bias.
         """
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)  # on a GPU: there are hundreds of millions
 
         def image(*size: int) -> Tensor:
-            drawn = torch.randn(size, generator=generator).to(device, dtype)
+            drawn = torch.randn(size, generator=generator, device=device).to(dtype)
             return drawn.contiguous(memory_format=torch.channels_last)
 
         if self.op == JOINED:
@@ -53,7 +53,7 @@ class Case:
             kernel = self.convolution
             found.append(image(channels, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5)
         if self.op not in ("add_act", "conv"):
-            vectors = torch.randn(4, channels, generator=generator).to(device)
+            vectors = torch.randn(4, channels, generator=generator, device=device)
             found += [vectors[0] * 0.1, vectors[1].abs() + 0.5, vectors[2].abs() + 0.3, vectors[3] * 0.1]
         return tuple(found)
 
@@ -65,7 +65,7 @@ class Case:
         found = [image(*shape), image(n, channels // 2, 2 * height, 2 * width)]
         for depth, kernel in ((channels, self.convolution), (channels // 2, 1)):
             found.append(image(channels, depth, kernel, kernel) / (depth * kernel * kernel) ** 0.5)
-            mean, var, weight, bias = torch.randn(4, channels, generator=generator).to(device)
+            mean, var, weight, bias = torch.randn(4, channels, generator=generator, device=device)
             found += [mean * 0.1, var.abs() + 0.5, weight.abs() + 0.3, bias * 0.1]
         return tuple(found)
 

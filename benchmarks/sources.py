@@ -24,7 +24,8 @@ def fingerprint(op: str, backend: str) -> str:
 def files(op: str, backend: str) -> list[Path]:
     """Everything in this repository that decides what the backend's kernels of an op compute, in order."""
     if backend == "cuda":
-        found = closure([ROOMS["cuda"] / f"{module(op)}.cpp"], included)
+        stem = module(op).replace("_add_conv_bn", "")  # one kernel: what it adds is optional
+        found = closure([ROOMS["cuda"] / f"{stem}.cpp"], included)
     else:
         name = "_conv_cudnn.py" if backend == "cudnn" else f"{module(op)}.py"
         found = closure([ROOMS[backend] / name], imported)

@@ -4,9 +4,13 @@ Two errors are measured, over the entries that are finite in the truth: the larg
 and the root mean square, relative to the root mean square. Each may be twice PyTorch's plus a floor of a few units in the
 last place (more for float64, whose truth carries PyTorch's own rounding). NaN and infinity must stand where they stand in
 PyTorch's result, with the same sign.
+
+A sum over a channel may cancel to anything, and PyTorch's own error to nothing: its error is relative to no less than its
+spread, the size it would have if its terms had random signs.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,17 +28,39 @@ class Verdict(NamedTuple):
     allowed: float
 
 
-def errors(actual: Tensor, truth: Tensor) -> dict[str, float]:
-    """Largest and root-mean-square error of actual against truth, relative to truth's largest and root mean square."""
+def spread_of_sums(sums: Tensor, terms: Tensor) -> float:
+    """Spread of sums of terms as large as these, of any sign: ``sums.numel()`` sums of all of them but NaN and infinity."""
+    size = terms.detach().double().square().flatten()
+    return (size[size.isfinite()].mean() * terms.numel() / sums.numel()).sqrt().nan_to_num().item()
+
+
+def spreads(op: str, args: Sequence[Any], truth: Sequence[Tensor]) -> list[float]:
+    """Spread of each output of a call of an op: of means and of parameters' gradients; 0 for what is no sum of any sign."""
+    found = [0.0] * len(truth)
+    for index, out in enumerate(truth):
+        if out.dim() != 1 or not out.is_floating_point():
+            continue
+        if op.endswith("_backward"):  # args[0] is the gradient of y; what it is multiplied by is normalised
+            found[index] = spread_of_sums(out, args[0])
+        elif op.endswith("_train") and index % 2:  # a mean, its variance behind it
+            values = args[0].numel() / out.numel()
+            found[index] = spread_of_sums(out, truth[index + 1].sqrt()) / values**0.5
+    return found
+
+
+def errors(actual: Tensor, truth: Tensor, spread: float = 0.0) -> dict[str, float]:
+    """Largest and root-mean-square error of actual against truth, relative to truth's largest and root mean square, each at
+    least the spread.
+    """
     truth, actual = truth.detach().double().flatten(), actual.detach().double().flatten()
     finite = truth.isfinite() & actual.isfinite()
     truth, difference = truth[finite], (actual - truth)[finite] if not finite.all() else actual - truth
     if truth.numel() == 0:
         return {"max": 0.0, "rms": 0.0}
-    tiny = torch.finfo(torch.float64).tiny
+    least = max(spread, torch.finfo(torch.float64).tiny ** 0.5)
     return {
-        "max": (difference.abs().max() / truth.abs().max().clamp(min=tiny)).item(),
-        "rms": (difference.square().mean() / truth.square().mean().clamp(min=tiny)).sqrt().item(),
+        "max": (difference.abs().max() / truth.abs().max().clamp(min=least)).item(),
+        "rms": (difference.square().mean().sqrt() / truth.square().mean().sqrt().clamp(min=least)).item(),
     }
 
 
@@ -53,7 +79,9 @@ def same_classes(actual: Tensor, expected: Tensor) -> bool:
     )
 
 
-def within_budget(actual: Tensor, torch_same_dtype: Tensor, truth: Tensor, dtype: torch.dtype) -> Verdict:
+def within_budget(
+    actual: Tensor, torch_same_dtype: Tensor, truth: Tensor, dtype: torch.dtype, spread: float = 0.0
+) -> Verdict:
     """Judge a result.
 
     Args:
@@ -61,10 +89,11 @@ def within_budget(actual: Tensor, torch_same_dtype: Tensor, truth: Tensor, dtype
         torch_same_dtype: PyTorch's result of the same computation at the same dtype.
         truth: the same computation in float64 on the same (already rounded) inputs.
         dtype: the dtype the floor is taken from: that of the activations.
+        spread: of a sum, see ``spreads``.
     """
     if actual.shape != truth.shape or not same_classes(actual, torch_same_dtype):
         return Verdict(False, float("inf"), 0.0)
-    own, theirs = errors(actual, truth), errors(torch_same_dtype, truth)
+    own, theirs = errors(actual, truth, spread), errors(torch_same_dtype, truth, spread)
     ulp = torch.finfo(dtype).eps * (FLOAT64_FLOOR if dtype == torch.float64 else 1.0)
     verdicts = []
     for measure, floor in FLOOR_ULPS.items():

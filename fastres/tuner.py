@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres import dispatch, timing, tune
-from fastres.budget import within_budget
+from fastres.budget import spreads, within_budget
 from fastres.dispatch import Backend
 from fastres.errors import UnsupportedError, must
 from fastres.ops import REGISTRY, _mask
@@ -312,12 +312,13 @@ def judge(op: Op, run: Callable, args: tuple) -> str | None:
             actual = _outputs(run(*args))
         except Exception as error:  # whatever a kernel raises on this device: it is out, with the reason
             return f"it raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    for index, (found, expected, exact) in enumerate(zip(actual, same, truth, strict=True)):
+    outputs = zip(actual, same, truth, spreads(op.name, args, truth), strict=True)
+    for index, (found, expected, exact, spread) in enumerate(outputs):
         if found.dtype == torch.uint8:  # bits: of this backend's own output, which rounds as it may
             if not torch.equal(found, _mask.pack(actual[0], args[-1])):
                 return f"output {index} is not the mask of output 0"
             continue
-        verdict = within_budget(found, expected, exact, dtype)
+        verdict = within_budget(found, expected, exact, dtype, spread)
         if not verdict.ok:
             return f"output {index} has error {verdict.error:.2g}, allowed is {verdict.allowed:.2g}"
     return None

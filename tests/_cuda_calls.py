@@ -34,6 +34,11 @@ def reference(name, args):
     return result if isinstance(result, tuple) else (result,)
 
 
+def gpu_relu(z):
+    """torch.relu of a GPU, on either device: there -0.0 becomes 0.0."""
+    return z.relu() if z.is_cuda else z.relu() + 0.0
+
+
 def mapped(args, change):
     """The arguments with change(tensor) in place of each activation; a convolution's weight is a Parameter."""
     return [change(a) if is_activation(a) else a for a in args]

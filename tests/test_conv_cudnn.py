@@ -13,16 +13,12 @@ pytestmark = pytest.mark.none
 
 @pytest.fixture
 def on_cpu():
-    """cuDNN's two fused calls for CPU tensors, by their own schemas."""
-
-    def relu(x, weight, bias, stride, padding, dilation, groups):
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+    """cuDNN's fused call for CPU tensors, by its own schema."""
 
     def add_relu(x, weight, z, alpha, bias, stride, padding, dilation, groups):
         return (F.conv2d(x, weight, bias, stride, padding, dilation, groups) + alpha * z).relu()
 
     library = torch.library.Library("aten", "IMPL")
-    library.impl("cudnn_convolution_relu", relu, "CPU")
     library.impl("cudnn_convolution_add_relu", add_relu, "CPU")
     yield
     library._destroy()

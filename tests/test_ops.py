@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close_to_truth
 
 import fastres
-from fastres import dispatch
+from fastres import budget, dispatch
 from fastres.ops import REGISTRY, _mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,6 +58,11 @@ def values_and_grads(op, args, seeds):
     return tuple(y.detach() for y in outputs), list(grads)
 
 
+def spread_of_gradient(seeds, grad):
+    """Of a parameter's gradient, which sums the first output's."""
+    return budget.spread_of_sums(grad, seeds[0]) if grad is not None and grad.dim() == 1 else 0.0
+
+
 def in_double(args):
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
@@ -86,10 +91,13 @@ def check_parity(name, backend, dtype, device, layout):
             truth = values_and_grads(op, in_double(args), seeds)
             reference = values_and_grads(op, args, seeds)
         family = dispatch.family(name)
-        with fastres.use(**{name: backend}):
+        backward = REGISTRY.get(f"{family}_backward", op)
+        both = (name, backward.name) if backend in (b.name for b in backward.backends) else (name,)
+        with fastres.use(**dict.fromkeys(both, backend)):
             own = values_and_grads(op, args, seeds)
-        for kind, (a, r, t) in enumerate(zip(own, reference, truth, strict=True)):
-            for index, (actual, torch_same, exact) in enumerate(zip(a, r, t, strict=True)):
+        spreads = budget.spreads(name, args, truth[0]), [spread_of_gradient(seeds, t) for t in truth[1]]
+        for kind, (a, r, t, s) in enumerate(zip(own, reference, truth, spreads, strict=True)):
+            for index, (actual, torch_same, exact, spread) in enumerate(zip(a, r, t, s, strict=True)):
                 what = f"{family} {sample.label} {('output', 'gradient')[kind]} {index}"
                 assert (actual is None) == (exact is None), what
                 if actual is None:
@@ -97,7 +105,7 @@ def check_parity(name, backend, dtype, device, layout):
                 if actual.dtype == torch.uint8:  # bits: of this backend's own y, which rounds as it may
                     assert torch.equal(actual, _mask.pack(a[0], args[-1])), what
                     continue
-                assert_close_to_truth(actual, torch_same, exact, dtype, what)
+                assert_close_to_truth(actual, torch_same, exact, dtype, what, spread)
         ran += 1
     return ran, refusals
 

@@ -6,6 +6,7 @@ taken from their documentation.
 
 import functools
 import itertools
+import sys
 from typing import NamedTuple
 
 import _cuda_on_cpu
@@ -19,6 +20,7 @@ from fastres.ops import REGISTRY, _conv_cuda
 
 CL = torch.channels_last
 DTYPES = (torch.float16, torch.bfloat16)
+SHORTCUT_STRIDE = 2
 
 
 class Case(NamedTuple):
@@ -48,6 +50,9 @@ CASES = {
     "3x3 dilated": Case(1, 24, 19, 13, 64, (3, 3), 1, 2, 2),
     "7x7 stride 2": Case(1, 8, 15, 13, 64, (7, 7), 2, 3, residual=False),
     "3x1": Case(2, 16, 9, 8, 64, (3, 1), 2, 1),
+    "3x3, tiles of both warpgroups": Case(3, 64, 17, 19, 128, (3, 3), padding=1, residual=False),
+    "3x3, three blocks share a tile": Case(1, 264, 8, 9, 72, (3, 3), padding=1),
+    "1x1, tiles of both warpgroups, tails": Case(5, 520, 15, 13, 72),
 }
 
 
@@ -79,10 +84,12 @@ def integers(case, dtype, device):
     return (x.contiguous(memory_format=CL), weight, bias.float().to(device), residual), exact
 
 
-def run(x, weight, bias, residual, case, act):
+def run(x, weight, bias, residual, case, act, shortcut=None):
     pairs = ([v, v] for v in (case.stride, case.padding, case.dilation))
     packed = weight.permute(0, 2, 3, 1).contiguous()
-    return torch.ops.fastres_C.sm90_conv_act(x, packed, bias, residual, *pairs, act)
+    own = (None, None, None) if shortcut is None else shortcut
+    own_stride = [1, 1] if shortcut is None else [SHORTCUT_STRIDE] * 2
+    return torch.ops.fastres_C.sm90_conv_act(x, packed, bias, residual, *own, *pairs, own_stride, act)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,6 +101,30 @@ def test_exact_on_small_integers(device, dtype, name):
         y = run(*args, case, act)
         assert torch.equal(y, exact.relu() if act == "relu" else exact)
         assert y.is_contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize("stride", [1, SHORTCUT_STRIDE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tails everywhere",
+        "3x3 stride 2, partial depth",
+        "3x3, tiles of both warpgroups",
+        "3x3, three blocks share a tile",
+    ],
+)
+def test_a_projected_shortcut_is_added(device, monkeypatch, name, stride):
+    monkeypatch.setattr(sys.modules[__name__], "SHORTCUT_STRIDE", stride)
+    case, generator = CASES[name], torch.Generator().manual_seed(1)
+    args, exact = integers(case, torch.float16, device)
+    n, k, height, width = exact.shape
+    draw = lambda most, *size: torch.randint(-most, most + 1, size, generator=generator).double()  # noqa: E731
+    shortcut, weight, bias = draw(2, n, 72, height * stride, width * stride), draw(1, k, 72, 1, 1), draw(3, k)
+    exact = exact.double() + F.conv2d(shortcut, weight, bias, stride).to(device)
+    given = shortcut.to(device, torch.float16).contiguous(memory_format=CL), weight.to(device, torch.float16)
+    packed = given[1].permute(0, 2, 3, 1).contiguous()
+    y = run(*args, case, "relu", (given[0], packed, bias.float().to(device)))
+    assert torch.equal(y, exact.relu().to(torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +165,9 @@ def test_the_backend_keeps_the_budget(device, dtype, name):
     """Fold, packing, alignment: every sample that it takes."""
     op, taken = REGISTRY[name], []
     for sample, shifted in itertools.product(op.samples(device, dtype), (False, True)):
-        args = [a.contiguous(memory_format=CL) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args]
+        args = [
+            a.contiguous(memory_format=CL) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args
+        ]
         parts = (args[0], args[1], args[2]) if name == "conv_bn_add_act" else (args[0], None, args[1])
         stride, padding, dilation, groups = args[-5:-1]
         if _conv_cuda.why_not_arguments(parts[0], parts[2], stride, padding, dilation, groups):
@@ -167,7 +200,10 @@ def test_what_is_unsafe_raises():
         ((x, weight, bias, residual[1:], case, "relu"), "residual must be of the sizes of x"),
         ((x, weight, bias, residual, case._replace(stride=9), "relu"), "stride must be two integers from 1 to 8"),
         ((x, weight, bias, residual, case._replace(dilation=80), "relu"), "weight must be of at most 128 pixels"),
-        ((x[:, :, :2, :2].contiguous(memory_format=CL), weight, bias, None, case._replace(padding=0), "relu"), "no larger"),
+        (
+            (x[:, :, :2, :2].contiguous(memory_format=CL), weight, bias, None, case._replace(padding=0), "relu"),
+            "no larger",
+        ),
         ((x, weight, bias, residual, case, "gelu"), "act must be 'relu' or 'none'"),
     ]
     for args, text in wrong:

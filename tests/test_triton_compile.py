@@ -172,7 +172,7 @@ def run_joined(room, dtype: torch.dtype):
             weights = (torch.empty(128, depth, dtype=dtype, device="meta") for depth in (k * k * c, c2))
             geometry = ((k, k), (1, 1), (k // 2, k // 2), (1, 1), 1)
             main, other = ((w, bias) for w in weights)
-            args = (x, *main, *geometry, shortcut, *other, (stride, stride), "relu", config, tf32)
+            args = (x, *main, *geometry, shortcut, *other, (stride, stride), "relu", tf32, config)
             yield config, lambda args=args: joined.conv_add_conv_act(*args)
 
 

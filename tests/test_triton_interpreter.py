@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from _cuda_calls import gpu_relu
 from tolerances import assert_close_to_truth
 
 from fastres.env import triton_interpret
@@ -243,7 +244,7 @@ def test_pooling_finds_the_positions_that_torch_finds(act):
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0, 1.0, 1.0, 2.0, -1.0, -2.0, -3.0])
     for window, choices in itertools.product(WINDOWS, (values, values[3:], values[2:3])):
         x = choices[torch.randint(len(choices), (1, 4, 9, 7))].contiguous(memory_format=torch.channels_last)
-        neutral = (None, None, torch.zeros(4), torch.ones(4), 0.0, act)
+        neutral = (None, None, torch.zeros(4), torch.ones(4), 1e-30, act)
         y = bn_act_maxpool.bn_act_maxpool(x, *neutral, *window)
         assert same_bits(y + 0.0, F.max_pool2d(x.relu() if act == "relu" else x, *window) + 0.0)
         grad_y = torch.randint(1, 9, y.shape).to(y).contiguous(memory_format=torch.channels_last)
@@ -260,8 +261,7 @@ def test_special_values_add_act():
     x = torch.tensor(SPECIAL).repeat(3)
     zero = torch.full_like(x, -0.0)
     y = add_act.add_act(x, zero, "relu")
-    expected = torch.relu(x + zero)
-    assert same_bits(y, expected)
+    assert same_bits(y, gpu_relu(x + zero))
     grad_y = torch.ones_like(x)
     assert torch.equal(add_act.add_act_backward(grad_y, y, "relu"), torch.where(y <= 0, 0.0, grad_y))
 
@@ -334,9 +334,9 @@ def test_conv_act(dtype, convolution):
             return {"y": F.relu(z if residual is None else z + residual)}
 
         for config in (None, configs.ConvConfig(32, 32, 16, 1, 1, group_m=2)):
-            packed = conv_bn_act.pack(weight)
+            packed = conv_bn_act.pack(weight, False)
             options = {"config": config, "groups": groups}
-            y = conv_bn_act.conv_act(x, packed, bias, residual, (k, k), *geometry, "relu", **options)
+            y = conv_bn_act.conv_act(x, packed, bias, residual, (k, k), *geometry, "relu", False, **options)
             assert y.is_contiguous(memory_format=torch.channels_last)
             judge({"y": y}, reference, (x, weight, bias, residual), dtype)
 
@@ -344,7 +344,7 @@ def test_conv_act(dtype, convolution):
 def test_conv_act_is_exact_on_small_integers():
     x = torch.randint(-3, 4, (2, 12, 6, 5)).half().contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-3, 4, (9, 12, 3, 3)).half()
-    y = conv_bn_act.conv_act(x, conv_bn_act.pack(weight), None, None, (3, 3), (1, 1), (1, 1), (1, 1), "none")
+    y = conv_bn_act.conv_act(x, conv_bn_act.pack(weight, False), None, None, (3, 3), (1, 1), (1, 1), (1, 1), "none", False)
     assert torch.equal(y.float(), F.conv2d(x.float(), weight.float(), padding=1))
 
 
@@ -354,7 +354,7 @@ def test_a_convolution_keeps_nan_where_it_belongs(groups):
     x, weight = draw((1, 6, 6, 5), torch.float32, torch.channels_last), draw((9, 6 // groups, 3, 3), torch.float32)
     x[0, 1, 0, 0], x[0, 4, 3, 3] = torch.nan, torch.inf
     geometry = (1, 1), (1, 1), (1, 1)
-    y = conv_bn_act.conv_act(x, conv_bn_act.pack(weight), None, None, (3, 3), *geometry, "relu", groups=groups)
+    y = conv_bn_act.conv_act(x, conv_bn_act.pack(weight, False), None, None, (3, 3), *geometry, "relu", False, groups=groups)
     expected = F.conv2d(x, weight, None, *geometry, groups).relu()
     nan = expected.isnan()
     assert nan.any() and not nan.all() and torch.equal(y.isnan(), nan)
@@ -365,10 +365,10 @@ def test_offsets_of_64_bits(monkeypatch):
     """The kernels for tensors beyond 2^31 elements, at a size that fits the test."""
     x, residual = draw((2, 5, 7, 3), torch.float32, torch.channels_last), torch.zeros(2, 5, 7, 3)
     residual = residual.contiguous(memory_format=torch.channels_last)
-    weight = conv_bn_act.pack(torch.randn(4, 5, 3, 3))
+    weight = conv_bn_act.pack(torch.randn(4, 5, 3, 3), False)
 
     def run():
-        y = conv_bn_act.conv_act(x, weight, None, None, (3, 3), (1, 1), (1, 1), (1, 1), "relu")
+        y = conv_bn_act.conv_act(x, weight, None, None, (3, 3), (1, 1), (1, 1), (1, 1), "relu", False)
         return y, *bn_add_act.bn_add_act_train(x, residual, None, None, EPS, "relu")
 
     narrow = run()

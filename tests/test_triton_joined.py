@@ -51,8 +51,8 @@ def end(k, stride, channels, groups, out, depth, step, dtype=torch.float32):
 def run(x, weight, bias, shortcut, own, own_bias, stride=1, step=1, groups=1, act="relu", config=None):
     k = weight.shape[2]
     geometry = (k, k), (stride, stride), (k // 2, k // 2), (1, 1), groups
-    main, other = (conv_bn_act.pack(weight), bias), (conv_bn_act.pack(own), own_bias)
-    return conv_bn_add_conv_bn_act.conv_add_conv_act(x, *main, *geometry, shortcut, *other, (step, step), act, config)
+    main, other = (conv_bn_act.pack(weight, False), bias), (conv_bn_act.pack(own, False), own_bias)
+    return conv_bn_add_conv_bn_act.conv_add_conv_act(x, *main, *geometry, shortcut, *other, (step, step), act, False, config)
 
 
 def plainly(x, weight, bias, shortcut, own, own_bias, stride=1, step=1, groups=1, act="relu"):

@@ -31,8 +31,8 @@ def seed():
 
 
 def run(x, weight, bias, residual, act="relu", config=None):
-    packed = conv_bn_act.pack(weight)
-    return conv_bn_act.conv_act(x, packed, bias, residual, (1, 1), *GEOMETRY, act, config=config)
+    packed = conv_bn_act.pack(weight, False)
+    return conv_bn_act.conv_act(x, packed, bias, residual, (1, 1), *GEOMETRY, act, False, config)
 
 
 @pytest.mark.parametrize("channels", [(24, 40), (8, 8), (64, 16)], ids=str)
@@ -62,7 +62,7 @@ def test_every_configuration_is_exact_on_small_integers():
 
 
 def test_special_values():
-    """NaN and infinities where PyTorch has them, out of x and of the residual; no negative zero made into anything else."""
+    """NaN and infinities where PyTorch has them, out of x and of the residual; the ReLU leaves no negative zero."""
     x, residual = (draw((2, channels, 5, 6), torch.float32, CL) for channels in (8, 16))
     weight = draw((16, 8, 1, 1), torch.float32)
     x[0, 3, 2, 1], x[1, 1, 4, 4], residual[1, 5, 4, 3], residual[0, 7, 1, 1] = torch.nan, torch.inf, torch.nan, -torch.inf
@@ -74,7 +74,7 @@ def test_special_values():
         torch.testing.assert_close(y[~nan], expected[~nan])
     zero = torch.full_like(residual, -0.0)
     y = run(torch.zeros_like(x), torch.zeros_like(weight), torch.full((16,), -0.0), zero, "relu", TILES[0])
-    assert torch.equal(y.signbit(), (F.conv2d(torch.zeros_like(x), torch.zeros_like(weight)) + zero).signbit())
+    assert not y.signbit().any()
 
 
 def test_memory_around_is_neither_read_nor_written():

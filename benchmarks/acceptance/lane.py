@@ -1,5 +1,6 @@
 """What runs beside the tasks: the build, the tests of a lane, the kernels under compute-sanitizer."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -40,6 +41,8 @@ def tests(lane: str, budget: Budget, where: tuple[str, ...] = ("tests",)) -> lis
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-m", "pytest", *where, "-m", lane, "-q", "-p", "no:cacheprovider"]
+        if importlib.util.find_spec("xdist") is not None:  # most of the time goes to compiling what is tested
+            command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
         row |= outcome([*command, f"--junitxml={report}", "--tb=line"], dict(os.environ), budget)
         if not report.is_file():
             return [row | {"ok": False}]

@@ -2,8 +2,10 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -32,33 +34,53 @@ class Budget:
 
 
 def perform_all(
-    tasks: Iterable[Task], budget: Budget, place: torch.device, module: str = "benchmarks.acceptance.worker"
+    tasks: Iterable[Task], budget: Budget, place: torch.device, module: str = "benchmarks.acceptance.worker", at_once: int = 1
 ) -> list[Row]:
-    """The rows of all tasks; those that time did not allow, and those that ended their process, say so in theirs."""
-    rows: list[Row] = []
-    process: Process | None = None
-    peaks: list[Task] = []  # a process that is started anew has to measure them again
-    try:
-        for task in tasks:
-            if budget.left() < LEAST_S:
-                rows += missing(task, OUT_OF_TIME)
-                continue
-            say(f"{budget.left():4.0f} s left: {label(task)}")
-            try:
-                if process is None:
-                    process = start(module, place, peaks)
-                answer = ask(process, task, budget.left())
-                rows += answer.get("rows") or missing(task, answer.get("missing", "no rows"))
+    """The rows of all tasks, in their order; those that time did not allow, and those that ended their process, say so in
+    theirs.
+
+    Args:
+        at_once: processes that perform them; more than one only where nothing is timed.
+    """
+    waiting, lock = iter(list(enumerate(tasks))), threading.Lock()
+    found: dict[int, list[Row]] = {}
+
+    def work() -> None:
+        process: Process | None = None
+        peaks: list[Task] = []  # a process that is started anew has to measure them again
+        try:
+            while True:
+                with lock:
+                    number, task = next(waiting, (0, None))
+                if task is None:
+                    return
+                process, found[number] = perform_one(task, process, peaks, budget, place, module)
                 peaks += [task] if task["do"] == "peaks" else []
-            except Died as reason:
-                rows += missing(task, OUT_OF_TIME if budget.left() < LEAST_S else str(reason))
-                if process is not None:
-                    process.close()
-                process = None
-    finally:
+        finally:
+            if process is not None:
+                process.close()
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for done in [pool.submit(work) for _ in range(at_once)]:
+            done.result()
+    return [row for number in sorted(found) for row in found[number]]
+
+
+def perform_one(
+    task: Task, process: Process | None, peaks: list[Task], budget: Budget, place: torch.device, module: str
+) -> tuple[Process | None, list[Row]]:
+    """The process that the next task goes to, and the rows of this one."""
+    if budget.left() < LEAST_S:
+        return process, missing(task, OUT_OF_TIME)
+    say(f"{budget.left():4.0f} s left: {label(task)}")
+    try:
+        process = process or start(module, place, peaks)
+        answer = ask(process, task, budget.left())
+        return process, answer.get("rows") or missing(task, answer.get("missing", "no rows"))
+    except Died as reason:
         if process is not None:
             process.close()
-    return rows
+        return None, missing(task, OUT_OF_TIME if budget.left() < LEAST_S else str(reason))
 
 
 def start(module: str, place: torch.device, again: list[Task]) -> Process:

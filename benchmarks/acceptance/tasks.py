@@ -112,12 +112,10 @@ class Worker:
         return [{"do": task["do"], **row} for row in found]
 
     def validate(self, task: Task, seconds_left: Callable) -> list[Row]:
-        """One backend's kernels of one op on all its samples; the verdict goes to the tuning cache of this run."""
+        """One backend's kernels of one op on all its samples."""
         op = REGISTRY[task["name"]]
         backend = next(backend for backend in op.backends if backend.name == task["rival"])
-        session = tuner.Session(self.place)
-        reason = session.verdict(op, backend)
-        session.store()
+        reason = tuner.Session(self.place).verdict(op, backend)
         row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "ok": reason is None}
         row |= {} if reason is None else {"failure": reason}
         return [row | ({"source": sources.fingerprint(op.name, backend.name)} if backend.name in sources.ROOMS else {})]
@@ -208,15 +206,16 @@ def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:
     """Arguments of a convolution of a residual network; at the end of a block with the shortcut's values."""
     channels, out, kernel, stride, side, *of_shortcut = task["convolution"]
-    padding, generator = kernel // 2, torch.Generator().manual_seed(0)
+    padding, generator = kernel // 2, torch.Generator(place).manual_seed(0)
     out_side = (side + 2 * padding - kernel) // stride + 1
 
     def image(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(place, dtype).contiguous(memory_format=torch.channels_last)
+        drawn = torch.randn(size, generator=generator, device=place).to(dtype)
+        return drawn.contiguous(memory_format=torch.channels_last)
 
     weight = image(out, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5
     residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
-    norm = torch.rand(4, out, generator=generator).to(place) + 0.5
+    norm = torch.rand(4, out, generator=generator, device=place) + 0.5
     geometry = (stride, stride), (padding, padding), (1, 1), 1
     if task["name"] == JOINED:
         depth, step = of_shortcut

@@ -10,10 +10,16 @@
 
 namespace fastres {
 
-// torch.relu: NaN passes and -0.0 stays -0.0.
+// torch.relu on the CPU: NaN passes and -0.0 stays -0.0.
 template <typename T>
 FASTRES_HD T relu(T v) {
   return v < T{} ? T{} : v;
+}
+
+// torch.relu on a GPU: NaN passes and -0.0 becomes 0.0.
+template <typename T>
+FASTRES_HD T gpu_relu(T v) {
+  return v <= T{} ? T{} : v;
 }
 
 // Gradient of relu at an output that rounds to zero up to `zero_up_to`, which is 0 for an output that is already rounded.

@@ -14,7 +14,7 @@ namespace {
 struct Forward {
   __device__ static float apply(float x, float residual, bool is_relu) {
     const float z = x + residual;
-    return is_relu ? relu(z) : z;
+    return is_relu ? gpu_relu(z) : z;
   }
 };
 

@@ -1,7 +1,7 @@
 // Formula: dz = grad_y where act passes it; grad_bias = sum(dz), grad_weight = sum(dz * xhat); grad_x = see normalise_grad.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: reduction two reads (and, in evaluation, the one write of grad_x), grad_x two reads, one write.
-// Accumulate type: float; grad_x is rounded once.
+// Accumulate type: float in a thread, double between threads and blocks; grad_x is rounded once.
 // Invariants: the mask is that of bn_act, bit for bit; no division by weight, which may be 0; fixed order on any device.
 #include "cuda/bn_act_backward.h"
 #include "cuda/device/bn_backward.cuh"
@@ -17,19 +17,19 @@ __global__ void __launch_bounds__(kThreads, 2) bn_act_backward_reduce_kernel(con
 __global__ void __launch_bounds__(kMergeThreads) bn_backward_merge_kernel(const __grid_constant__ BnActBackwardParams p) {
   const BnGeometry& g = p.geometry;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x;
-  const auto own = merge_partials<GradientSums<1>>(g, channel, [&](int64_t split) {
+  const auto own = merge_partials<GradientSums<1, double>>(g, channel, [&](int64_t split) {
     const float* partial = p.partial + split * 2 * g.channels + channel;
-    return GradientSums<1>{{partial[0]}, {partial[g.channels]}};
+    return GradientSums<1, double>{{partial[0]}, {partial[g.channels]}};
   });
   if (threadIdx.y > 0 || channel >= g.channels) return;
-  const float invstd = inverse_std(channel_value(p.var, channel, 1.0f), p.eps);
-  const float grad_weight = own.dzx[0] * invstd;
-  set_channel_value(p.grad_weight, p.grad_weight_dtype, channel, grad_weight);
-  set_channel_value(p.grad_bias, p.grad_bias_dtype, channel, own.dz[0]);
+  const double invstd = 1.0 / sqrt(double{channel_value(p.var, channel, 1.0f)} + p.eps);
+  const double grad_weight = own.dzx[0] * invstd;
+  set_channel_value(p.grad_weight, p.grad_weight_dtype, channel, static_cast<float>(grad_weight));
+  set_channel_value(p.grad_bias, p.grad_bias_dtype, channel, static_cast<float>(own.dz[0]));
   if (!p.training) return;
-  const float elements = static_cast<float>(g.elements);
-  p.correction[channel] = own.dz[0] / elements;
-  p.correction[g.channels + channel] = grad_weight * invstd / elements;
+  const double elements = static_cast<double>(g.elements);
+  p.correction[channel] = static_cast<float>(own.dz[0] / elements);
+  p.correction[g.channels + channel] = static_cast<float>(grad_weight * invstd / elements);
 }
 
 // Rows of the table beyond those of the affine part.

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_co
             return normalise(value, affine[row + kMean][lane], affine[row + kScale][lane], affine[row + kBias][lane]);
           };
           const float z = normalised(to_float(x_in[slot].v[j]), 0) + normalised(to_float(residual_in[slot].v[j]), kAffineRows);
-          out[j] = p.bn.relu ? relu(z) : z;
+          out[j] = p.bn.relu ? gpu_relu(z) : z;
         }
         store(y + offset, out);
         if constexpr (kMask) store_mask<scalar_t>(p.bn.mask, offset, out);

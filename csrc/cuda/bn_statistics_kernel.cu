@@ -1,16 +1,28 @@
 // Formula: mean = sum(x) / n, var = sum((x - mean)^2) / n, n = N * H * W.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: one read.
-// Accumulate type: float, of x - pivot, Welford in a thread, Chan between threads and blocks; mean is rounded once more.
+// Accumulate type: of x - pivot, float (Welford) in a thread, double (Chan) between threads and blocks.
 // Invariants: fixed order whatever the device; a constant channel has var == 0 exactly; var is not negative.
 #include "cuda/bn_statistics.h"
 #include "cuda/device/bn_merge.cuh"
 
 namespace fastres::cuda {
 
-// The first element of a channel. What is left of x is as large as its spread, however far the mean is from zero.
-__device__ __forceinline__ int64_t pivot_offset(const BnGeometry& g, int64_t channel) {
-  return g.channels_last ? channel : channel * g.plane;
+constexpr int kPivotSample = 8;
+
+// What a channel is measured from: the mean of its first elements where that is far from zero, so that what is left of x is
+// as large as its spread; exact where they are equal. Else 0: taking it off values of both signs would only round them.
+__device__ __forceinline__ float pivot_of(const float (&x)[kPivotSample]) {
+  float mean = 0.0f, var = 0.0f;
+  for (int i = 0; i < kPivotSample; ++i) mean += x[i] * (1.0f / kPivotSample);
+  for (int i = 0; i < kPivotSample; ++i) var += (x[i] - mean) * (x[i] - mean) * (1.0f / kPivotSample);
+  return mean * mean > 16.0f * var ? mean : 0.0f;
+}
+
+// Offset of element i of the sample: the first one again where there are too few.
+__device__ __forceinline__ int64_t pivot_offset(const BnGeometry& g, int64_t channel, int i) {
+  if (g.channels_last) return channel + (i < g.elements ? i * g.channels : 0);
+  return channel * g.plane + (i < g.plane ? i : 0);
 }
 
 template <typename Traits>
@@ -20,9 +32,17 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
   const int lane = threadIdx.x * Traits::kLanes;
   float pivot[Traits::kLanes] = {};
   if (lane < tile.channels) {
-    const int64_t offset = pivot_offset(p.geometry, tile.channel + lane);
+    Vec<typename Traits::scalar_t, Traits::kLanes> sample[kPivotSample];
 #pragma unroll
-    for (int j = 0; j < Traits::kLanes; ++j) pivot[j] = to_float(x[offset + j]);
+    for (int i = 0; i < kPivotSample; ++i)
+      sample[i] = load<Traits::kLanes>(x + pivot_offset(p.geometry, tile.channel + lane, i));
+#pragma unroll
+    for (int j = 0; j < Traits::kLanes; ++j) {
+      float values[kPivotSample];
+#pragma unroll
+      for (int i = 0; i < kPivotSample; ++i) values[i] = to_float(sample[i].v[j]);
+      pivot[j] = pivot_of(values);
+    }
   }
 
   // A thread's own positions.
@@ -38,8 +58,8 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
       });
 
   // Those of the block.
-  Moments<Traits::kLanes> own = [&] {
-    if constexpr (Traits::kChannelsLast) return moments;
+  Moments<Traits::kLanes, double> own = [&] {
+    if constexpr (Traits::kChannelsLast) return moments.wide();
     else return moments.folded();
   }();
   reduce_along_y<kThreads>(own);
@@ -47,8 +67,8 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
   float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
 #pragma unroll
   for (int j = 0; j < Traits::kLanes; ++j) {
-    partial[j] = own.mean[j];
-    partial[p.geometry.channels + j] = own.m2[j];
+    partial[j] = static_cast<float>(own.mean[j]);
+    partial[p.geometry.channels + j] = static_cast<float>(own.m2[j]);
   }
 }
 
@@ -56,15 +76,17 @@ __global__ void __launch_bounds__(kMergeThreads) bn_statistics_merge_kernel(cons
   const BnGeometry& g = p.geometry;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x;
   const int64_t scale = g.channels_last ? 1 : g.vec;  // elements per position
-  const auto own = merge_partials<Moments<1>>(g, channel, [&](int64_t split) {
+  const auto own = merge_partials<Moments<1, double>>(g, channel, [&](int64_t split) {
     const float* partial = p.partial + split * 2 * g.channels + channel;
     const int64_t left = g.positions - split * g.share;
     const int64_t count = (left < g.share ? left : g.share) * scale;
-    return Moments<1>{static_cast<float>(count), {partial[0]}, {partial[g.channels]}};
+    return Moments<1, double>{static_cast<double>(count), {partial[0]}, {partial[g.channels]}};
   });
   if (threadIdx.y > 0 || channel >= g.channels) return;
-  p.mean[channel] = channel_value({p.x, p.dtype}, pivot_offset(g, channel), 0.0f) + own.mean[0];
-  p.var[channel] = relu(own.m2[0] / static_cast<float>(g.elements));
+  float sample[kPivotSample];
+  for (int i = 0; i < kPivotSample; ++i) sample[i] = channel_value({p.x, p.dtype}, pivot_offset(g, channel, i), 0.0f);
+  p.mean[channel] = static_cast<float>(pivot_of(sample) + own.mean[0]);
+  p.var[channel] = static_cast<float>(gpu_relu(own.m2[0] / static_cast<double>(g.elements)));
 }
 
 cudaError_t launch_bn_statistics(const BnStatisticsParams& params, cudaStream_t stream) {

@@ -132,7 +132,7 @@ __device__ __forceinline__ void finish(const Kernel& p, const Part& part, int fi
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         const float v = acc[i / 2][4 * half + k / 2][2 * (i % 2) + k % 2] + bias[channel + k];
-        out[k] = p.relu ? relu(v) : v;
+        out[k] = p.relu ? gpu_relu(v) : v;
       }
       store(y + channel, out);
     }

@@ -18,6 +18,7 @@ from fastres.experiments.rivals import FASTRES, Rival
 from fastres.experiments.subject import Subject
 
 Row = dict[str, Any]
+JUDGED = 32  # images of an inference batch that are held against float64: each is computed by itself
 
 
 def compare(
@@ -50,7 +51,7 @@ def compare(
     rivals.forget_compiled()
     step("float64 truth")
     model = subject.model.train(training)
-    reference = parity.Reference(model, subject.x, lower)
+    reference = parity.Reference(model, subject.x if training else subject.x[:JUDGED], lower)
     rows: list[Row] = []
     calls: dict[str, Callable[[], object]] = {}
     for rival in ways:
@@ -97,6 +98,7 @@ def _prepare(
             run, x = rival.prepare(model, subject.x.clone())
             run = run if lower is None else functools.partial(parity.autocast, run, lower)
             found = parity.outputs(run, model, x)
+            found = found if model.training else {name: y[:JUDGED] for name, y in found.items()}
     except Exception as error:  # a rival's own failure, of whatever type, is a row of the result
         row["missing"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return row, None

@@ -1,7 +1,8 @@
 """Verifies one optimised model: within the error budget, and restored to the bit."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,8 +32,21 @@ def verify(
     if next(restored.parameters()).dim() == 4 and is_channels_last(restored):
         plain = laid_out(plain, torch.channels_last)
     step("restored network")
-    same = same_bits(parity.outputs(restored, restored, x), parity.outputs(plain, plain, x))
+    with deterministic():
+        same = same_bits(parity.outputs(restored, restored, x), parity.outputs(plain, plain, x))
     return {"model": subject.label, **verdict.to_dict(), "restored": same, "ok": verdict.ok and same}
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """cuDNN with algorithms that give the same bits in every run; its other settings stay."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def is_channels_last(model: torch.nn.Module) -> bool:

@@ -186,8 +186,8 @@ def triton_configs(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ) -> list[tuple]:  # fmt: skip
     """The tiles that tuning may choose from."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    return triton_module("conv_bn_act").candidates(x, weight, stride, padding, groups, tf32)
+    kernels = triton_module("conv_bn_act")
+    return kernels.candidates(x, weight, stride, padding, groups, kernels.is_tf32(x))
 
 
 def load_triton(config: tuple | None = None) -> Callable:
@@ -199,11 +199,12 @@ def run_triton(
 ):
     kernels = triton_module("conv_bn_act")
     config = None if config is None else kernels.configs.ConvConfig(*config)
-    form = ("triton", x.dtype)
+    tf32 = kernels.is_tf32(x)
+    form = ("triton", x.dtype, tf32)
     parameters = (weight, bias, bn_weight, bn_bias, mean, var)
-    w, b = _fold.folded(parameters, eps, form, lambda w, b: (kernels.pack(w.to(x.dtype)), b))
+    w, b = _fold.folded(parameters, eps, form, lambda w, b: (kernels.pack(w.to(x.dtype), tf32), b))
     kernel = tuple(weight.shape[2:])
-    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, config=config, groups=groups)
+    return kernels.conv_act(x, w, b, residual, kernel, stride, padding, dilation, act, tf32, config, groups)
 
 
 def why_not_cpu(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):

@@ -20,13 +20,13 @@ DTYPES = (torch.float16, torch.bfloat16)
 ARCH = "90a"
 
 
-def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, with_residual: bool = False) -> str | None:
-    """Why no kernel can run a convolution, beyond what all folded backends ask."""
+def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, adds: bool = False) -> str | None:
+    """Why no kernel can run a convolution, to which something is added or not, beyond what all folded backends ask."""
     if x.device.type != "cuda":
         return f"it runs on cuda, the tensors are on {x.device.type}"
     if _conv_rows.is_few(x):
         reason = _conv_rows.why_not(x, weight.shape, stride, padding, dilation, groups)
-        return reason or ("with few input channels it adds no residual" if with_residual else None)
+        return reason or ("with few input channels it adds nothing to a convolution" if adds else None)
     return why_not_device(x.device) or why_not_arguments(x, weight, stride, padding, dilation, groups)
 
 
@@ -59,15 +59,30 @@ def why_not_arguments(x: Tensor, weight: Tensor, stride, padding, dilation, grou
     return None
 
 
-def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
-    """One launch over weights packed as (C_out, KH, KW, C_in), or as for few input channels."""
+def packed(x: Tensor, parameters: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:
+    """The folded weight as (C_out, KH, KW, C_in) in x's dtype, and the bias in float32."""
 
     def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return w.to(x.dtype).permute(0, 2, 3, 1).contiguous(), b.float()
 
+    return _fold.folded(parameters, eps, (OP, x.dtype), finish)
+
+
+def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
+    """One launch over packed weights."""
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
     if _conv_rows.is_few(x):
-        return _conv_rows.run_folded(x, *parameters, eps, stride, padding, dilation, groups, act)
-    w, b = _fold.folded(parameters, eps, (OP, x.dtype), finish)
+        return _conv_rows.run_folded(x, parameters, eps, stride, padding, act)
+    w, b = packed(x, parameters, eps)
     residual = None if residual is None else aligned(residual)
-    return native.op(OP)(aligned(x), w, b, residual, stride, padding, dilation, act)
+    return native.op(OP)(aligned(x), w, b, residual, None, None, None, stride, padding, dilation, (1, 1), act)
+
+
+def run_joined(main: tuple[Any, ...], own: tuple[Any, ...], act: str) -> Tensor:
+    """The same with the products of a projected shortcut added in the accumulators; main and own are what ``run`` takes of
+    each convolution, without residual and act.
+    """
+    (x, *parameters, eps, stride, padding, dilation, _), (shortcut, *others, own_eps, own_stride) = main, own
+    w, b = packed(x, tuple(parameters), eps)
+    second = (aligned(shortcut), *packed(x, tuple(others), own_eps))
+    return native.op(OP)(aligned(x), w, b, None, *second, stride, padding, dilation, own_stride, act)

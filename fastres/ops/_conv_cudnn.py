@@ -1,7 +1,8 @@
 """The cuDNN backend of the convolution ops: convolution, bias, residual and ReLU in one call, batch norm folded.
 
-``torch.cudnn_convolution_relu`` and ``cudnn_convolution_add_relu`` compute ReLU in cuDNN; whether NaN passes it, only a
-GPU can say, so this backend too is chosen by default only where a device of the architecture has validated it.
+``torch.cudnn_convolution_add_relu`` adds a residual, which may be broadcast, and passes NaN on. Its sister without residual,
+``cudnn_convolution_relu``, turns NaN into 0 (H200, cuDNN of torch 2.11, 2026-11-27), so zeros of one pixel stand in for a
+residual that is not there. It is chosen by default only where a device of the architecture has validated it.
 """
 
 from typing import Any
@@ -37,14 +38,12 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
     """One fused call, in x's memory format; fp32 products use TF32 where ``torch.backends.cudnn`` allows it."""
     layout = memory_format(x)
 
-    def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return w.to(x.dtype, memory_format=layout), b.to(x.dtype)
+    def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nothing = torch.zeros_like(b, dtype=x.dtype).view(1, -1, 1, 1).contiguous(memory_format=layout)
+        return w.to(x.dtype, memory_format=layout), b.to(x.dtype), nothing
 
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
-    w, b = _fold.folded(parameters, eps, ("cudnn", x.dtype, layout), finish)
-    geometry = (stride, padding, dilation, groups)
-    if residual is None:
-        y = torch.ops.aten.cudnn_convolution_relu(x, w, b, *geometry)
-    else:
-        y = torch.ops.aten.cudnn_convolution_add_relu(x, w, residual, 1.0, b, *geometry)
+    w, b, nothing = _fold.folded(parameters, eps, ("cudnn", x.dtype, layout), finish)
+    z = nothing if residual is None else residual
+    y = torch.ops.aten.cudnn_convolution_add_relu(x, w, z, 1.0, b, stride, padding, dilation, groups)
     return y.contiguous(memory_format=layout)

@@ -87,17 +87,15 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilatio
     return native.op("conv_rows")(aligned(x), packed, bias, len(weight), weight.shape[2:], stride, padding, "none")
 
 
-def run_folded(
-    x, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
-) -> Tensor:  # fmt: skip
-    """One launch over weights folded and packed once."""
+def run_folded(x: Tensor, parameters: tuple[Any, ...], eps: float, stride, padding, act: str) -> Tensor:
+    """One launch over weights folded and packed once; parameters as ``_fold.folded`` takes them."""
 
     def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return _pack(w.to(x.dtype), padding), b.float()
 
-    parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
-    packed, shift = _fold.folded(parameters, eps, (OPS[0], x.dtype, padding[1]), finish)
-    return native.op("conv_rows")(aligned(x), packed, shift, len(weight), weight.shape[2:], stride, padding, act)
+    packed, bias = _fold.folded(parameters, eps, (OPS[0], x.dtype, padding[1]), finish)
+    channels, _, *kernel = parameters[0].shape
+    return native.op(OPS[0])(aligned(x), packed, bias, channels, kernel, stride, padding, act)
 
 
 def run_weight(grad_y: Tensor, x: Tensor, kernel, stride, padding, dilation, groups: int) -> Tensor:

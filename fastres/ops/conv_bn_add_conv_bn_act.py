@@ -19,7 +19,7 @@ from torch import Tensor
 from fastres import dispatch
 from fastres.errors import ArgumentError, ArgumentTypeError, must, renamed
 from fastres.kernels.triton import why_not_device
-from fastres.ops import _check, _conv, _fold
+from fastres.ops import _check, _conv, _conv_cuda, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import refuse_statistics_gradient
 from fastres.ops._op import Backend, Op, Sample
@@ -164,10 +164,28 @@ class Ends:
         return x, shortcut, *main, *own, act
 
 
-def why_not_kernel(x, shortcut, *rest) -> str | None:
+def _why_not_dtype(x, shortcut) -> str | None:
     if shortcut.dtype != x.dtype:
         return f"shortcut must have x's dtype, got {shortcut.dtype} beside {x.dtype}"
-    return why_not_triton(x) or triton_module(NAME).why_not(x, shortcut)
+    return None
+
+
+def why_not_triton_kernel(x, shortcut, *rest) -> str | None:
+    return _why_not_dtype(x, shortcut) or why_not_triton(x) or triton_module(NAME).why_not(x, shortcut)
+
+
+def why_not_cuda(*args) -> str | None:
+    (x, weight, *main), (shortcut, own, *rest), _ = _apart(args)
+    reason = _why_not_dtype(x, shortcut) or _conv_cuda.why_not(x, weight, *main[6:], adds=True)
+    if reason is None:
+        reason = _conv_cuda.why_not_arguments(shortcut, own, *rest[6:])
+        reason = reason and f"of the shortcut: {reason}"
+    return reason
+
+
+def run_cuda(*args):
+    (x, *main), (shortcut, *own), act = _apart(args)
+    return _conv_cuda.run_joined((x, *main), (shortcut, *own[: -len(_AT_ONE)]), act)
 
 
 def triton_configs(x, shortcut, weight, *rest) -> list[tuple]:
@@ -178,13 +196,14 @@ def triton_configs(x, shortcut, weight, *rest) -> list[tuple]:
 def run_triton(*args, config=None):
     kernels = triton_module(NAME)
     (x, *main), (shortcut, *own), act = _apart(args)
+    tf32 = kernels.is_tf32(x)
 
     def folded(parameters: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:  # the form that conv_bn_act keeps
-        return _fold.folded(parameters, eps, ("triton", x.dtype), lambda w, b: (kernels.pack(w.to(x.dtype)), b))
+        return _fold.folded(parameters, eps, ("triton", x.dtype, tf32), lambda w, b: (kernels.pack(w.to(x.dtype), tf32), b))
 
     first, second = folded(tuple(main[:6]), main[6]), folded(tuple(own[:6]), own[6])
     kernel, config = tuple(main[0].shape[2:]), None if config is None else kernels.configs.ConvConfig(*config)
-    return kernels.conv_add_conv_act(x, *first, kernel, *main[7:], shortcut, *second, own[7], act, config)
+    return kernels.conv_add_conv_act(x, *first, kernel, *main[7:], shortcut, *second, own[7], act, tf32, config)
 
 
 CONV_BN_ADD_CONV_BN_ACT = Op(
@@ -198,10 +217,11 @@ CONV_BN_ADD_CONV_BN_ACT = Op(
     backends=[
         Backend(
             "triton",
-            why_not_kernel,
+            why_not_triton_kernel,
             lambda config=None: run_triton if config is None else functools.partial(run_triton, config=config),
             triton_configs,
-        )
+        ),
+        Backend("cuda", why_not_cuda, lambda: run_cuda),
     ],
     setup_context=setup_context,
     backward=backward,

@@ -11,8 +11,8 @@ namespace fastres::cuda {
 template <typename Traits>
 __device__ __forceinline__ void write_partial(const BnActBackwardParams& p, const Tile& tile,
                                               const GradientSums<Traits::kVec>& sums) {
-  GradientSums<Traits::kLanes> own = [&] {
-    if constexpr (Traits::kChannelsLast) return sums;
+  GradientSums<Traits::kLanes, double> own = [&] {
+    if constexpr (Traits::kChannelsLast) return sums.wide();
     else return sums.folded();
   }();
   reduce_along_y<kThreads>(own);
@@ -21,8 +21,8 @@ __device__ __forceinline__ void write_partial(const BnActBackwardParams& p, cons
   float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
 #pragma unroll
   for (int j = 0; j < Traits::kLanes; ++j) {
-    partial[j] = own.dz[j];
-    partial[p.geometry.channels + j] = own.dzx[j];
+    partial[j] = static_cast<float>(own.dz[j]);
+    partial[p.geometry.channels + j] = static_cast<float>(own.dzx[j]);
   }
 }
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ void bn_forward(const BnActParams& p) {
           const int lane = Traits::lane(j);
           float z = normalise(to_float(x_in[slot].v[j]), affine[kMean][lane], affine[kScale][lane], affine[kBias][lane]);
           if constexpr (kAdd) z += to_float(residual_in[slot].v[j]);
-          out[j] = p.relu ? relu(z) : z;
+          out[j] = p.relu ? gpu_relu(z) : z;
         }
         store(y + offset, out);
         if constexpr (kMask) store_mask<scalar_t>(p.mask, offset, out);

@@ -116,7 +116,7 @@ __device__ __forceinline__ void for_each_tap(const Pool& pool, const Pixels<Trai
 template <typename scalar_t>
 __device__ __forceinline__ float activated(float x, float mean, float scale, float bias, bool is_relu) {
   const float z = normalise(x, mean, scale, bias);
-  return to_float(from_float<scalar_t>(is_relu ? relu(z) : z));
+  return to_float(from_float<scalar_t>(is_relu ? gpu_relu(z) : z));
 }
 
 // The maxima of kVec windows as torch.max_pool2d finds them: the first one, or the last NaN.

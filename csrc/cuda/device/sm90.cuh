@@ -70,6 +70,23 @@ inline cudaError_t make_image_map(TileMap* map, DType dtype, const void* base, c
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Launches a kernel that may begin while the one before it in the stream ends, for which it waits itself.
+template <typename Params>
+cudaError_t launch_behind(void (*kernel)(Params), dim3 grid, dim3 block, const Params& params, size_t shared_bytes,
+                          cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
 // Device code below is compiled for sm_90a only, where these instructions exist.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -109,6 +126,12 @@ struct Barrier {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// --- kernels that begin while the one before them in the stream ends ----------------------------------
+
+// Until that one is over and what it wrote is seen; before it, nothing that a kernel writes may be read.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 
 // The block's dynamic shared memory, aligned to the period of the swizzle.
 template <typename T>

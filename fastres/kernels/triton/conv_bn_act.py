@@ -1,6 +1,7 @@
 """Triton conv_bn_act and conv_bn_add_act: NHWC implicit GEMM, any window, grouped too, with bias, residual and activation.
 
 Batch norm comes folded into the weights and the bias. The caller keeps both, the weights as ``pack`` returns them.
+Where fp32 products are TF32's, ``pack`` rounds the weights and the kernels round x.
 """
 
 import functools
@@ -15,7 +16,15 @@ from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import configs, pointwise
 from fastres.kernels.triton import why_not as why_not_here
 from fastres.kernels.triton.bn_act import parameters
-from fastres.kernels.triton.device import activate, index_type, launch, load_parameter, tile_order
+from fastres.kernels.triton.device import (
+    activate,
+    index_type,
+    launch,
+    load_parameter,
+    nearest,
+    nearest_tf32,
+    tile_order,
+)
 
 FEW_CHANNELS = 32  # of a group, below which blocks of channels would be mostly empty: taps and channels share them
 
@@ -64,7 +73,7 @@ def _accumulate(
         b = tl.load(weight_ptr + n[None, :] * DEPTH + (first + k)[:, None], mask=weight_mask, other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(nearest(a, PRECISION), b, acc, input_precision=PRECISION)
     return acc
 
 
@@ -110,19 +119,29 @@ def _conv_act_kernel(
     tl.store(y_ptr + offset, activate(acc, ACT).to(y_ptr.dtype.element_ty), mask=valid)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Weights as the kernel reads them, [C_out, KH * KW * C_in of a group]: a view where they are channels_last."""
-    return weight.resolve_neg().permute(0, 2, 3, 1).contiguous().flatten(1)
+def is_tf32(x: Tensor) -> bool:
+    """Whether products of x are TF32's by PyTorch's settings; never in the interpreter, on the CPU."""
+    wanted = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return wanted and x.is_cuda and x.dtype == torch.float32
+
+
+def pack(weight: Tensor, tf32: bool) -> Tensor:
+    """Weights as the kernel reads them, [C_out, KH * KW * C_in of a group]: a view where they are channels_last.
+
+    tf32: rounded for products in TF32.
+    """
+    packed = weight.resolve_neg().permute(0, 2, 3, 1).contiguous().flatten(1)
+    return nearest_tf32(packed) if tf32 else packed
 
 
 def conv_act(
     x: Tensor, weight_packed: Tensor, bias: Tensor | None, residual: Tensor | None, kernel: list[int],
-    stride: list[int], padding: list[int], dilation: list[int], act: str, allow_tf32: bool | None = None,
+    stride: list[int], padding: list[int], dilation: list[int], act: str, tf32: bool,
     config: configs.ConvConfig | None = None, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """act(conv(x) + bias [+ residual]): weights packed by ``pack``, a batch norm folded into them or absent.
 
-    fp32 products use TF32 where allow_tf32 says so, or by default where torch.backends.cudnn.conv does.
+    tf32: fp32 products are TF32's, as the weights were packed for.
     """
     images, channels_in, height, width = x.shape
     out_height, out_width = (
@@ -133,9 +152,6 @@ def conv_act(
     y = torch.empty(
         (images, channels_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    if allow_tf32 is None:
-        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    tf32 = allow_tf32 and x.dtype == torch.float32
     size = pixels, channels_in, channels_out, x.element_size()
     config = config or heuristic(x.device, *size, kernel, stride, padding, groups, tf32)
     if config.persistent:

@@ -13,10 +13,10 @@ from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import configs
 from fastres.kernels.triton import why_not as why_not_here
 from fastres.kernels.triton.bn_act import parameters
-from fastres.kernels.triton.conv_bn_act import _accumulate, has_few_channels, limits, pack
+from fastres.kernels.triton.conv_bn_act import _accumulate, has_few_channels, is_tf32, limits, pack
 from fastres.kernels.triton.device import activate, index_type, launch, load_parameter, tile_order
 
-__all__ = ["candidates", "conv_add_conv_act", "pack", "why_not"]
+__all__ = ["candidates", "conv_add_conv_act", "is_tf32", "pack", "why_not"]
 
 
 @triton.jit
@@ -67,11 +67,11 @@ def _conv_add_conv_act_kernel(
 def conv_add_conv_act(
     x: Tensor, weight_packed: Tensor, bias: Tensor | None, kernel: list[int], stride: list[int], padding: list[int],
     dilation: list[int], groups: int, shortcut: Tensor, shortcut_weight_packed: Tensor, shortcut_bias: Tensor | None,
-    shortcut_stride: list[int], act: str, config: configs.ConvConfig | None = None, allow_tf32: bool | None = None,
+    shortcut_stride: list[int], act: str, tf32: bool, config: configs.ConvConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """act(conv(x) + bias + conv1x1(shortcut) + shortcut_bias): weights packed by ``pack``, batch norms folded into them.
 
-    fp32 products use TF32 where allow_tf32 says so, or by default where torch.backends.cudnn.conv does.
+    tf32: fp32 products are TF32's, as the weights were packed for.
     """
     channels_in, height, width = x.shape[1:]
     images, channels_shortcut, shortcut_height, shortcut_width = shortcut.shape
@@ -82,7 +82,6 @@ def conv_add_conv_act(
     y = torch.empty(
         (images, channels_out, out_height, out_width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    tf32 = is_tf32(x) if allow_tf32 is None else allow_tf32 and x.dtype == torch.float32
     of_group, few = channels_in // groups, has_few_channels(channels_in // groups, kernel)
     if config is None:
         size = pixels * groups, channels_out // groups, kernel[0] * kernel[1] * of_group + channels_shortcut
@@ -102,11 +101,6 @@ def conv_add_conv_act(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y
-
-
-def is_tf32(x: Tensor) -> bool:
-    """Whether products of x are TF32's by default."""
-    return x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def why_not(x: Tensor, shortcut: Tensor) -> str | None:

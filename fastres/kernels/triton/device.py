@@ -35,10 +35,28 @@ def bound(n, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def nearest(x, PRECISION: tl.constexpr):
+    """An operand of tl.dot rounded to TF32, ties away from zero; the products would cut off what TF32 has no bits for.
+
+    A NaN becomes one that TF32 has the bits for.
+    """
+    if PRECISION == "tf32":
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), float("nan"))
+    return x
+
+
+def nearest_tf32(x: Tensor) -> Tensor:
+    """The same of a tensor."""
+    bits = (x.view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(x == x, bits.view(torch.float32), torch.nan)
+
+
+@triton.jit
 def activate(v, ACT: tl.constexpr):
-    """ReLU by comparison: NaN and -0.0 pass as they do in torch.relu; a maximum would lose NaN."""
+    """ReLU as torch.relu on a GPU: NaN passes, -0.0 becomes 0.0; a maximum would lose NaN."""
     if ACT == "relu":
-        v = tl.where(v < 0, 0.0, v)
+        v = tl.where(v <= 0, 0.0, v)
     return v
 
 

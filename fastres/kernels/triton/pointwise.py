@@ -12,7 +12,7 @@ from fastres.env import triton_interpret
 from fastres.kernels.layout import ALIGNMENT, aligned
 from fastres.kernels.triton import configs
 from fastres.kernels.triton.bn_act import parameters
-from fastres.kernels.triton.device import activate, bound, launch, load_parameter, tile_order
+from fastres.kernels.triton.device import activate, bound, launch, load_parameter, nearest, tile_order
 
 MOST_PIXELS = 2**30  # coordinates are 32 bits with a sign, those of an overhanging tile too
 
@@ -41,7 +41,7 @@ def _conv_pointwise_act_kernel(
             a, b = x_desc.load([first, k]), weight_desc.load([n, k])
             if INTERPRETED:  # NumPy has no bf16
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            acc = tl.dot(nearest(a, PRECISION), b.T, acc, input_precision=PRECISION)
         channel = n + tl.arange(0, BLOCK_N)
         acc += load_parameter(bias_ptr, channel, channel < channels_out, 0.0)[None, :]
         if residual_desc is not None:

@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(kMergeLanes * kMergeSplits) conv_rows_merge_ke
 }
 
 Kernel kernel_of(const ConvRowsBackwardParams& c) {
-  Kernel kernel{window_parts(c.x, c.window, kMostRows, kStagedBytes, kMostBlocks)};
+  Kernel kernel{};
+  kernel.parts = window_parts(c.x, c.window, kMostRows, kStagedBytes, kMostBlocks);
   const int64_t count = kernel.parts.count();
   kernel.parts_of_all = count;
   kernel.shares = count < kMostBlocks ? count : kMostBlocks;

@@ -199,7 +199,8 @@ cudaError_t launch_conv_rows_pack(const ConvRowsPackParams& params, cudaStream_t
 
 cudaError_t launch_conv_rows(const ConvRowsParams& params, cudaStream_t stream) {
   const ConvRowsParams& c = params;
-  Kernel kernel{window_parts(c.x, c.window, kMostRows, kStagedBytes, kEnoughParts)};
+  Kernel kernel{};
+  kernel.parts = window_parts(c.x, c.window, kMostRows, kStagedBytes, kEnoughParts);
   kernel.steps = conv_rows_steps(WindowRows(c.x.channels, c.window.w), c.window.h.kernel);
   kernel.channel_blocks = static_cast<int>(ceil_div(c.channels_out, kConvChannels));
   kernel.channels_out = c.channels_out;

@@ -84,7 +84,7 @@ class GraphedStep:
         full = self._check(inputs)
         if not self._on_gpu:
             found = self._step(*inputs)
-            torch.autograd.graph.increment_version(self._parameters())  # fused optimizers do not, and folded weights go by it
+            torch.autograd.graph.increment_version(self._owned())
             return _copies(found)
         with torch.cuda.device(self._device):
             self._set_rates()
@@ -118,6 +118,12 @@ class GraphedStep:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
+    def _owned(self) -> list[Tensor]:
+        """What a step may change. Its versions, by which folded weights are known to be stale, are counted up after each: a
+        replay, fused optimizers and PyTorch's batch norm do not."""
+        found = (*self._parameters(), *self._model.parameters(), *self._model.buffers())
+        return list({id(t): t for t in found}.values())
+
     def _set_rates(self) -> None:
         """Bring the groups' rates, which schedulers write, to where the GPU reads them."""
         groups = self._optimizer.param_groups
@@ -134,7 +140,7 @@ class GraphedStep:
     def _once(self, inputs: Any) -> Any:
         """The step with the rates on the device; refuses what a replay would not repeat."""
         if torch.is_autocast_enabled(self._device.type):
-            raise UnsupportedError("fastres.graph: called under autocast, whose cast weights would stay as they are: move it into step")
+            raise UnsupportedError("fastres.graph: called under autocast, which would keep the weights that it cast: move it into step")
         parameters, groups = self._parameters(), self._optimizer.param_groups
         before, given = [p.grad for p in parameters], [group["lr"] for group in groups]
         versions = [rate._version for rate in self._rates]
@@ -146,7 +152,7 @@ class GraphedStep:
         finally:
             for group, lr in zip(groups, given, strict=True):
                 group["lr"] = lr
-        torch.autograd.graph.increment_version(parameters)  # fused optimizers do not, and folded weights go by it
+        torch.autograd.graph.increment_version(self._owned())
         if not all(same) or versions != [rate._version for rate in self._rates]:
             raise UnsupportedError("fastres.graph: step changes the learning rate: call the scheduler after it, outside")
         if any(old is not None and p.grad is old for p, old in zip(parameters, before, strict=True)):
@@ -170,8 +176,7 @@ class GraphedStep:
         self._modules = list(self._model.modules())
         self._owners = [(d, name) for m in self._modules for d in (m._parameters, m._buffers) for name in d]
         self._inputs = [x.clone() for x in inputs]
-        owned = [t for owner, name in self._owners if (t := owner[name]) is not None]
-        before, versions = self._fixed(), [t._version for t in owned]
+        before = self._fixed()
         captured = torch.cuda.CUDAGraph()
         try:
             # A capture that fails leaves its own stream current. Only this thread's calls are watched: those that load and pin
@@ -188,8 +193,7 @@ class GraphedStep:
             raise UnsupportedError(f"fastres.graph: the step cannot be captured: {reason}. {_HOW_TO}") from error
         if self._fixed() != before:
             raise UnsupportedError("fastres.graph: step makes new tensors of its state at every call: they cannot be captured")
-        written = [t for t, version in zip(owned, versions, strict=True) if t._version != version]
-        self._written = list({id(t): t for t in (*self._parameters(), *written)}.values())
+        self._written = self._owned()
         self._gradients = [(p, p.grad) for p in self._parameters()]
         self._as_captured, self._graph = before, captured
 
@@ -205,7 +209,7 @@ class GraphedStep:
         self._graph.replay()
         for p, gradient in self._gradients:
             p.grad = gradient
-        torch.autograd.graph.increment_version(self._written)  # a replay does not, and folded weights go by it
+        torch.autograd.graph.increment_version(self._written)
         return _copies(self._outputs)
 
     def _fixed(self) -> tuple[Any, ...]:

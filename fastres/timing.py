@@ -57,6 +57,8 @@ def interleaved(
         graph: replay CUDA graphs; False for calls that are timed as a user makes them, such as training steps.
         tick: called after every round.
     """
+    if not candidates:
+        return {}
     clocks = {name: _clock(call, device, graph) for name, call in candidates.items()}
     for clock in clocks.values():
         clock.warm_up()

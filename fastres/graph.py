@@ -101,7 +101,9 @@ class GraphedStep:
             if not isinstance(x, Tensor):
                 raise must_type("graph", f"input {index}", "a torch.Tensor", x)
             if x.device != self._device:
-                raise must("graph", f"input {index}", f"on {self._device}, as the parameters", x.device, "move it first")
+                raise must(
+                    "graph", f"input {index}", f"on {self._device}, as the parameters", x.device, "move it first"
+                )
             if x.requires_grad:
                 raise must("graph", f"input {index}", "without gradient", "one that requires it", "detach it")
         if self._expected is None:
@@ -128,7 +130,9 @@ class GraphedStep:
         """Bring the groups' rates, which schedulers write, to where the GPU reads them."""
         groups = self._optimizer.param_groups
         if len(groups) != len(self._rates):
-            raise UnsupportedError("fastres.graph: the optimizer has got another group of parameters: make another graph")
+            raise UnsupportedError(
+                "fastres.graph: the optimizer has got another group of parameters: make another graph"
+            )
         for index, (group, rate) in enumerate(zip(groups, self._rates, strict=True)):
             lr = group["lr"]
             if isinstance(lr, Tensor):
@@ -140,7 +144,9 @@ class GraphedStep:
     def _once(self, inputs: Any) -> Any:
         """The step with the rates on the device; refuses what a replay would not repeat."""
         if torch.is_autocast_enabled(self._device.type):
-            raise UnsupportedError("fastres.graph: called under autocast, which would keep the weights that it cast: move it into step")
+            raise UnsupportedError(
+                "fastres.graph: called under autocast, which would keep the weights that it cast: move it into step"
+            )
         parameters, groups = self._parameters(), self._optimizer.param_groups
         before, given = [p.grad for p in parameters], [group["lr"] for group in groups]
         versions = [rate._version for rate in self._rates]
@@ -154,7 +160,9 @@ class GraphedStep:
                 group["lr"] = lr
         torch.autograd.graph.increment_version(self._owned())
         if not all(same) or versions != [rate._version for rate in self._rates]:
-            raise UnsupportedError("fastres.graph: step changes the learning rate: call the scheduler after it, outside")
+            raise UnsupportedError(
+                "fastres.graph: step changes the learning rate: call the scheduler after it, outside"
+            )
         if any(old is not None and p.grad is old for p, old in zip(parameters, before, strict=True)):
             raise UnsupportedError(
                 "fastres.graph: step adds to gradients that were there before, or leaves some: it must begin with "
@@ -192,7 +200,9 @@ class GraphedStep:
             reason = str(error.__context__ or error).strip().partition("\n")[0]
             raise UnsupportedError(f"fastres.graph: the step cannot be captured: {reason}. {_HOW_TO}") from error
         if self._fixed() != before:
-            raise UnsupportedError("fastres.graph: step makes new tensors of its state at every call: they cannot be captured")
+            raise UnsupportedError(
+                "fastres.graph: step makes new tensors of its state at every call: they cannot be captured"
+            )
         self._written = self._owned()
         self._gradients = [(p, p.grad) for p in self._parameters()]
         self._as_captured, self._graph = before, captured
@@ -231,17 +241,31 @@ def _copies(outputs: Any) -> Any:
 def _device(optimizer: Optimizer) -> torch.device:
     devices = {p.device for group in optimizer.param_groups for p in group["params"]}
     if len(devices) != 1:
-        raise UnsupportedError(f"fastres.graph: the parameters must be on one device, are on {sorted(map(str, devices))}")
+        raise UnsupportedError(
+            f"fastres.graph: the parameters must be on one device, are on {sorted(map(str, devices))}"
+        )
     return devices.pop()
 
 
 def _check_capturable(optimizer: Optimizer) -> None:
     """Refuse what would read the rate on the host, or wait for other processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise UnsupportedError("fastres.graph: several processes train together: their exchange of gradients is not captured")
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise UnsupportedError(
+            "fastres.graph: several processes train together: their exchange of gradients is not captured"
+        )
     for group in optimizer.param_groups:
         if not group.get("capturable") and (not group.get("fused") or "capturable" in group):
-            do = "capturable=True" if "capturable" in group else "fused=True" if "fused" in group else "another optimizer"
+            do = (
+                "capturable=True"
+                if "capturable" in group
+                else "fused=True"
+                if "fused" in group
+                else "another optimizer"
+            )
             raise UnsupportedError(
                 f"fastres.graph: this {type(optimizer).__name__} reads its learning rate or its count of steps on the host, "
                 f"where a graph would keep today's: build it with {do}"

@@ -4,6 +4,7 @@ The first calls are steps like any other, and the warm-up: kernels are chosen an
 the step is captured, which computes nothing, and replayed. So no call but the caller's own changes what is trained.
 """
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -186,6 +187,7 @@ class GraphedStep:
         self._inputs = [x.clone() for x in inputs]
         before = self._fixed()
         captured = torch.cuda.CUDAGraph()
+        gc.collect()  # autograd's graph of an earlier step, caught in a cycle, would tie parameters to another stream
         try:
             # A capture that fails leaves its own stream current. Only this thread's calls are watched: those that load and pin
             # the next batch may go on.

@@ -54,9 +54,11 @@ def interleaved(
         candidates: calls by name; each is called a few times first, to warm up.
         seconds: what all of it should take; the least number of batches is run even where that takes longer.
         batches: least and most batches of each candidate.
-        graph: replay CUDA graphs; False for calls that cannot be replayed, such as training steps.
+        graph: replay CUDA graphs; False for calls that are timed as a user makes them, such as training steps.
         tick: called after every round.
     """
+    if not candidates:
+        return {}
     clocks = {name: _clock(call, device, graph) for name, call in candidates.items()}
     for clock in clocks.values():
         clock.warm_up()

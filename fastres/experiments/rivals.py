@@ -29,6 +29,7 @@ class Rival(NamedTuple):
     options: dict[str, Any]  # of torch._inductor.config while it prepares and is first called
     compiles: bool = False
     patience: float = 0.0  # seconds that it may take to get ready
+    graph: bool = False  # its training step by fastres.graph
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
@@ -101,6 +102,7 @@ MAX_AUTOTUNE = Rival(
     "torch.compile max-autotune", _compiled, "channels_last", {"max_autotune": True}, compiles=True, patience=150.0
 )
 OPTIMIZED = Rival(FASTRES, _fastres, "channels_last", {})
+GRAPHED = Rival("fastres + graph", _fastres, "channels_last", {}, graph=True)  # in training; parity is judged uncaptured
 
 INFERENCE = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE, FREEZING)
 TRAINING = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE)

@@ -36,8 +36,9 @@ struct BnGeometry {
   int64_t partials() const { return splits * 2 * channels; }  // floats of workspace of a reduction: [splits, 2, channels]
 };
 
-// Depends on sizes, vector and alignment only, and so do the results of reductions.
-inline BnGeometry bn_geometry(int vec, bool channels_last, bool aligned, int64_t n, int64_t c, int64_t plane) {
+// Depends on sizes, vector and alignment only, and so do the results of reductions. batch: positions of a thread at a time.
+inline BnGeometry bn_geometry(int vec, bool channels_last, bool aligned, int64_t n, int64_t c, int64_t plane,
+                              int batch = kUnroll, int64_t blocks = kBlocks) {
   BnGeometry g{};
   g.channels_last = channels_last;
   g.channels = c;
@@ -58,8 +59,8 @@ inline BnGeometry bn_geometry(int vec, bool channels_last, bool aligned, int64_t
     g.block_x = 1;
     g.block_y = static_cast<int>(std::min<int64_t>(kThreads, ceil_div(g.positions, 32) * 32));
   }
-  const int64_t round = int64_t{g.block_y} * kUnroll;
-  const int64_t wanted = std::max<int64_t>(kBlocks / g.tiles, 1);
+  const int64_t round = int64_t{g.block_y} * batch;
+  const int64_t wanted = std::max<int64_t>(blocks / g.tiles, 1);
   g.share = ceil_div(ceil_div(g.positions, wanted), round) * round;
   g.splits = ceil_div(g.positions, g.share);
   return g;

@@ -29,6 +29,13 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* p) {
 #endif
 }
 
+// Brings memory into the L2 cache and waits for nothing.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // kVec is 16 or 32 bytes' worth of elements, or 1; p is aligned to 16 bytes, or to an element.
 template <int kVec, typename T>
 __device__ __forceinline__ Vec<T, kVec> load(const T* p) {

@@ -30,6 +30,8 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
   const auto* x = static_cast<const typename Traits::scalar_t*>(p.x);
   const Tile tile(p.geometry, false);
   const int lane = threadIdx.x * Traits::kLanes;
+  const Walk<Traits> walk(p.geometry, tile);
+  prefetch_first(walk, x);
   float pivot[Traits::kLanes] = {};
   if (lane < tile.channels) {
     Vec<typename Traits::scalar_t, Traits::kLanes> sample[kPivotSample];
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
   Moments<Traits::kVec> moments{};
   typename Traits::Vector x_in[kUnroll];
   for_each_vector<kUnroll>(
-      Walk<Traits>(p.geometry, tile), [&](int slot, int64_t offset) { x_in[slot] = load<Traits::kVec>(x + offset); },
+      walk, [&](int slot, int64_t offset) { x_in[slot] = load<Traits::kVec>(x + offset); },
       [&](int slot, int64_t) {
         float values[Traits::kVec];
 #pragma unroll

@@ -121,6 +121,21 @@ class Walk {
   int64_t row_, inner_, inner_step_, next_image_;  // contiguous: vectors per plane, index therein
 };
 
+#ifndef FASTRES_PREFETCH
+#define FASTRES_PREFETCH 1
+#endif
+// Asks for the first vectors of these operands, to be on their way while a block makes its table.
+template <typename Traits, typename... T>
+__device__ __forceinline__ void prefetch_first(Walk<Traits> walk, const T*... operands) {
+  if (!FASTRES_PREFETCH) return;
+#pragma unroll
+  for (int slot = 0; slot < kUnroll; ++slot)
+    if (walk.has(1)) {
+      const int64_t offset = walk.next();
+      (prefetch(operands + offset), ...);
+    }
+}
+
 // Calls fetch(slot, offset) for kSlots vectors, then use(slot, offset) for each: their loads are in flight together.
 template <int kSlots, typename Traits, typename Fetch, typename Use>
 __device__ __forceinline__ void for_each_vector(Walk<Traits> walk, Fetch fetch, Use use) {

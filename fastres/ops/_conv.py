@@ -220,7 +220,7 @@ def why_not_cudnn(
 def why_not_cuda(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ):  # fmt: skip
-    own = _conv_cuda.why_not(x, weight, stride, padding, dilation, groups)
+    own = _conv_cuda.why_not(x, weight, stride, padding, dilation, groups, residual is not None)
     return own or _why_not_folded(x, residual)
 
 

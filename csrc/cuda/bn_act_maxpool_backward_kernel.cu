@@ -1,7 +1,7 @@
 // Formula: a gradient goes to the maximum of its window where act passes it, dz is their sum; then as bn_act_backward from dz.
 // Layout: channels_last or contiguous; a block owns channels and a share of the pixels, of grad_y (sums) or of x (grad_x).
 // Bytes: sums read x and grad_y and write a byte per element of grad_y; grad_x reads x, grad_y and the bytes, and is written.
-// Accumulate type: float; the activation is rounded before it is compared, grad_x once.
+// Accumulate type: float, double between threads and blocks; the activation is rounded before it is compared, grad_x once.
 // Invariants: each x gathers its gradients in a fixed order, without atomics; sums in a fixed order on any device.
 #include "cuda/device/bn_backward.cuh"
 #include "cuda/device/pool_strip.cuh"

@@ -3,7 +3,8 @@
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: reduction three reads, then three reads and two writes, and twice the mask; with grad_y2 the reduction
 // reads four and writes dz, where grad_residual will be, and the mask is read once.
-// Accumulate type: float; dz is exact without grad_y2, grad_x and grad_residual are rounded once.
+// Accumulate type: float, double between threads and blocks; dz is exact without grad_y2, grad_x and grad_residual are
+// rounded once.
 // Invariants: fixed order whatever the device; no division by a weight, which may be 0.
 #include "cuda/bn_add_bn_act.h"
 #include "cuda/device/bn_backward.cuh"

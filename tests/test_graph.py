@@ -342,7 +342,7 @@ def test_a_scaler_goes_on_in_a_graph(same_bits):
     found = []
     for graphed in (False, True):
         model = small().to(same_bits)
-        optimizer, scaler = sgd(model), torch.amp.GradScaler("cuda", init_scale=2.0**17, growth_interval=2)
+        optimizer, scaler = sgd(model), torch.amp.GradScaler("cuda", init_scale=2.0**8, growth_interval=2)
 
         def step(x, y, model=model, optimizer=optimizer, scaler=scaler):
             optimizer.zero_grad(set_to_none=True)

@@ -53,7 +53,7 @@ CUDA = [
     Fault("no barrier behind the table", "cuda/device/batch_norm.cuh", "entry[row];\n  }\n  __syncthreads();",
           "entry[row];\n  }", "test_samples", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
     Fault("threads beyond the last channel run", "cuda/device/batch_norm.cuh",
-          "if (lane >= tile.channels) end_ = first;", "", "test_partitions", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
+          "if (lane >= tile.channels) end = first;", "", "test_partitions", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
     Fault("the next image is not skipped to", "cuda/device/batch_norm.cuh", "offset_ += next_image_;", "",
           "test_partitions", {"name": "bn_act", **NCHW}, "bn_act_kernel"),
     Fault("the mean is not taken off", "cuda/device/bn_backward.cuh", "x_j - affine[kMean][lane], sums", "x_j, sums",

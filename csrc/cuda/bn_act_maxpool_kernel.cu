@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_maxpool_kernel(const __grid_c
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     bn_act_maxpool_strip_kernel(const __grid_constant__ BnActMaxpoolParams p) {
   using scalar_t = typename Traits::scalar_t;
   const auto* x = static_cast<const scalar_t*>(p.bn.x);

@@ -11,8 +11,10 @@ namespace fastres::cuda {
 template <typename Traits, bool kMask>
 __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_constant__ BnAddBnActParams p) {
   using scalar_t = typename Traits::scalar_t;
-  // The tables of two norms take registers too.
-  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : kUnroll / 2;
+#ifndef FASTRES_SLOTS2
+#define FASTRES_SLOTS2 kUnroll
+#endif
+  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : FASTRES_SLOTS2;
   const auto* x = static_cast<const scalar_t*>(p.bn.x);
   const auto* residual = static_cast<const scalar_t*>(p.residual.x);
   auto* y = static_cast<scalar_t*>(p.bn.y);

@@ -19,6 +19,7 @@ template <typename Traits>
 #endif
 __global__ void __launch_bounds__(kThreads, FASTRES_STAT_BLOCKS) bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
   const auto* x = static_cast<const typename Traits::scalar_t*>(p.x);
+  let_the_next_kernel_start();
   const Tile tile(p.geometry, false);
   const int lane = threadIdx.x * Traits::kLanes;
   const Walk<Traits> walk(p.geometry, tile);

@@ -57,6 +57,12 @@ cudaError_t launch_bn(void (*kernel)(Params), const BnGeometry& g, const Params&
   return launch(kernel, dim3(static_cast<unsigned>(g.blocks())), dim3(g.block_x, g.block_y), params, stream);
 }
 
+// The same behind the merge of a reduction.
+template <typename Params>
+cudaError_t launch_bn_behind(void (*kernel)(Params), const BnGeometry& g, const Params& params, cudaStream_t stream) {
+  return launch_behind(kernel, dim3(static_cast<unsigned>(g.blocks())), dim3(g.block_x, g.block_y), params, stream);
+}
+
 // The channels and the split of this block. Tiles are innermost, so that neighbouring blocks touch neighbouring memory.
 // Reductions walk memory forwards and the passes after them backwards, from what is still in the L2 cache.
 struct Tile {

@@ -167,7 +167,7 @@ struct TwoWindows {
   uint32_t taps[2][Traits::kVec / 4];  // in bytes
 
   __device__ TwoWindows() = default;
-  __device__ TwoWindows(const typename Traits::scalar_t* grad_y, const uint8_t* bytes, unsigned right, bool is_in,
+  __device__ TwoWindows(const typename Traits::scalar_t* grad_y, const uint8_t* bytes, int right, bool is_in,
                         bool has_right) {
     grads[0] = load<Traits::kVec>(grad_y);
     grads[1] = load<Traits::kVec>(grad_y + right);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Pixels<Traits> in(p.input, tile, pool.in), out(p.input, tile, pool.out);
   for_each_strip<Traits>(p.input, tile, pool, [&](int64_t n, int strip, int column) {
     const bool has_right = column + 1 < pool.out.w, is_wide = 2 * column + 1 < pool.in.w;
-    const unsigned right_window = has_right ? out.near(0, 1) : 0, right = is_wide ? in.near(0, 1) : 0;
+    const int right_window = has_right ? out.near(0, 1) : 0, right = is_wide ? in.near(0, 1) : 0;
     const int64_t image = in.image(n), out_image = out.image(n);
 
     const auto windows = [&](int row) {

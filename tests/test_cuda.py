@@ -181,7 +181,7 @@ def test_pooling_finds_the_positions_that_torch_finds(device, dtype, layout):
 
 
 def test_pooling_in_strips_of_several_rows(device):
-    """So many channels and columns that a thread has nine rows of one; ties, and all that ReLU stops, are at their edges too."""
+    """So many channels and columns that a thread has nine rows of one; ties and what ReLU stops are at their edges too."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (1, 2048, 33, 132), generator=generator).to(device, torch.float32)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -11,10 +11,7 @@ namespace fastres::cuda {
 template <typename Traits, bool kMask>
 __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_constant__ BnAddBnActParams p) {
   using scalar_t = typename Traits::scalar_t;
-#ifndef FASTRES_SLOTS2
-#define FASTRES_SLOTS2 kUnroll
-#endif
-  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : FASTRES_SLOTS2;
+  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : kUnroll;
   const auto* x = static_cast<const scalar_t*>(p.bn.x);
   const auto* residual = static_cast<const scalar_t*>(p.residual.x);
   auto* y = static_cast<scalar_t*>(p.bn.y);

@@ -14,10 +14,7 @@ __device__ __forceinline__ int64_t pivot_offset(const BnGeometry& g, int64_t cha
 }
 
 template <typename Traits>
-#ifndef FASTRES_STAT_BLOCKS
-#define FASTRES_STAT_BLOCKS 3
-#endif
-__global__ void __launch_bounds__(kThreads, FASTRES_STAT_BLOCKS) bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, 3) bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
   const auto* x = static_cast<const typename Traits::scalar_t*>(p.x);
   let_the_next_kernel_start();
   const Tile tile(p.geometry, false);

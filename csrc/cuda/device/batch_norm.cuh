@@ -126,13 +126,9 @@ class Walk {
   int64_t row_, inner_, inner_step_, next_image_;  // contiguous: vectors per plane, index therein
 };
 
-#ifndef FASTRES_PREFETCH
-#define FASTRES_PREFETCH 1
-#endif
 // Asks for the first vectors of these operands, to be on their way while a block makes its table.
 template <typename Traits, typename... T>
 __device__ __forceinline__ void prefetch_first(Walk<Traits> walk, const T*... operands) {
-  if (!FASTRES_PREFETCH) return;
 #pragma unroll
   for (int slot = 0; slot < kUnroll; ++slot)
     if (walk.has(1)) {

@@ -180,6 +180,20 @@ def test_pooling_finds_the_positions_that_torch_finds(device, dtype, layout):
         assert torch.equal(found[2], expected[2])
 
 
+def test_pooling_in_strips_of_several_rows(device):
+    """So many channels and columns that a thread has nine rows of one; ties and what ReLU stops are at their edges too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-2, 3, (1, 2048, 33, 132), generator=generator).to(device, torch.float32)
+    x = x.contiguous(memory_format=torch.channels_last)
+    zero, one = torch.zeros(2048, device=device), torch.ones(2048, device=device)
+    y = run("bn_act_maxpool", x, None, None, zero, one, 0.0, "relu", *STEM)[0]
+    assert torch.equal(y, F.max_pool2d(x.relu(), *STEM))
+    grad_y = torch.randint(1, 9, y.shape, generator=generator).to(x).contiguous(memory_format=torch.channels_last)
+    args = (grad_y, x, None, None, zero, one, 0.0, "relu", False, *STEM)
+    for found, expected in zip(run("bn_act_maxpool_backward", *args), reference("bn_act_maxpool_backward", args), strict=True):
+        assert torch.equal(found, expected)  # small integers: exact in any order
+
+
 @pytest.mark.parametrize("name", [name for name in OPS if "maxpool" in name])
 def test_windows_that_do_not_fit_raise(device, name):
     args = arguments(name, draw((2, 8, 20, 20), torch.float32, device))[: -len(STEM)]

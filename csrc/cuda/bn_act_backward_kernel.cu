@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads) bn_backward_input_kernel(const __gri
   const Tile tile(p.geometry, true);
   const Walk<Traits> walk(p.geometry, tile);
   prefetch_first(walk, grad_y, x);
+  wait_for_the_kernel_before();
   float table[kGradientRows][Traits::kLanes];
   load_table(tile, table, Traits{}, [&](int64_t c, float* entry) {
     fill_affine(p, c, entry);
@@ -82,7 +83,7 @@ cudaError_t launch_bn_backward_input(const BnActBackwardParams& params, cudaStre
   BnActBackwardParams input = params;
   input.geometry = finer(params.geometry);
   return with_bn_traits(params.dtype, params.geometry, [&](auto traits) {
-    return launch_bn(bn_backward_input_kernel<decltype(traits)>, input.geometry, input, stream);
+    return launch_bn_behind(bn_backward_input_kernel<decltype(traits)>, input.geometry, input, stream);
   });
 }
 

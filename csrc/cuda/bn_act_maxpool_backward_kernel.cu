@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto* x = static_cast<const scalar_t*>(p.bn.x);
   const auto* grad_y = static_cast<const scalar_t*>(p.bn.grad_y);
   const BnGeometry& g = p.bn.geometry;
+  let_the_next_kernel_start();
   const Tile tile(g, false);
   float affine[kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) { fill_affine(p.bn, c, entry); });
@@ -166,7 +167,7 @@ struct TwoWindows {
   uint32_t taps[2][Traits::kVec / 4];  // in bytes
 
   __device__ TwoWindows() = default;
-  __device__ TwoWindows(const typename Traits::scalar_t* grad_y, const uint8_t* bytes, unsigned right, bool is_in,
+  __device__ TwoWindows(const typename Traits::scalar_t* grad_y, const uint8_t* bytes, int right, bool is_in,
                         bool has_right) {
     grads[0] = load<Traits::kVec>(grad_y);
     grads[1] = load<Traits::kVec>(grad_y + right);
@@ -198,6 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto* grad_y = static_cast<const scalar_t*>(p.bn.grad_y);
   auto* grad_x = static_cast<scalar_t*>(p.bn.grad_x);
   const Pool& pool = p.pool;
+  wait_for_the_kernel_before();
   const Tile tile(p.input, true);
   float table[kGradientRows][Traits::kLanes];
   load_table(tile, table, Traits{}, [&](int64_t c, float* entry) { fill_gradient(p, c, entry); });
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Pixels<Traits> in(p.input, tile, pool.in), out(p.input, tile, pool.out);
   for_each_strip<Traits>(p.input, tile, pool, [&](int64_t n, int strip, int column) {
     const bool has_right = column + 1 < pool.out.w, is_wide = 2 * column + 1 < pool.in.w;
-    const unsigned right_window = has_right ? out.near(0, 1) : 0, right = is_wide ? in.near(0, 1) : 0;
+    const int right_window = has_right ? out.near(0, 1) : 0, right = is_wide ? in.near(0, 1) : 0;
     const int64_t image = in.image(n), out_image = out.image(n);
 
     const auto windows = [&](int row) {
@@ -252,7 +254,7 @@ cudaError_t launch_strips(const BnActMaxpoolBackwardParams& params, cudaStream_t
     cudaError_t status = launch_bn(bn_act_maxpool_backward_strip_reduce_kernel<Traits>, g, params, stream);
     if (status == cudaSuccess) status = launch_bn_backward_merge(params.bn, stream);
     if (status != cudaSuccess) return status;
-    return launch_bn(bn_act_maxpool_backward_strip_input_kernel<Traits>, g, params, stream);
+    return launch_bn_behind(bn_act_maxpool_backward_strip_input_kernel<Traits>, g, params, stream);
   });
 }
 

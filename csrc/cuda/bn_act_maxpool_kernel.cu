@@ -32,12 +32,13 @@ __global__ void __launch_bounds__(kThreads) bn_act_maxpool_kernel(const __grid_c
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     bn_act_maxpool_strip_kernel(const __grid_constant__ BnActMaxpoolParams p) {
   using scalar_t = typename Traits::scalar_t;
   const auto* x = static_cast<const scalar_t*>(p.bn.x);
   auto* y = static_cast<scalar_t*>(p.bn.y);
   const BnGeometry& g = p.bn.geometry;
+  wait_for_the_kernel_before();
   const Tile tile(g, true);
   float affine[kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) { fill_affine(p.bn, c, entry); });
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 cudaError_t launch_bn_act_maxpool(const BnActMaxpoolParams& params, cudaStream_t stream) {
   if (params.pool.strips > 0)
     return with_strip_traits(params.bn.dtype, [&](auto traits) {
-      return launch_bn(bn_act_maxpool_strip_kernel<decltype(traits)>, params.bn.geometry, params, stream);
+      return launch_bn_behind(bn_act_maxpool_strip_kernel<decltype(traits)>, params.bn.geometry, params, stream);
     });
   return with_pool_traits(params.bn.dtype, params.bn.geometry, [&](auto traits) {
     return launch_bn(bn_act_maxpool_kernel<decltype(traits)>, params.bn.geometry, params, stream);

@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto* grad_y2 = static_cast<const scalar_t*>(p.bn.grad_y2);
   auto* dz_out = static_cast<scalar_t*>(p.residual.grad_x);
   const bool two = grad_y2 != nullptr;
+  let_the_next_kernel_start();
   const Tile tile(p.bn.geometry, false);
   const Walk<Traits> walk(p.bn.geometry, tile);
   Operands<Traits> in(p);
@@ -105,6 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   const Walk<Traits> walk(p.bn.geometry, tile);
   Operands<Traits> in(p);
   prefetch_first(walk, in.grad_y, in.x, in.residual);
+  wait_for_the_kernel_before();
   float table[2 * kGradientRows][Traits::kLanes];
   load_table(tile, table, Traits{}, [&](int64_t c, float* entry) {
     fill_gradient(p.bn, c, entry);
@@ -146,7 +148,7 @@ cudaError_t launch_bn_add_bn_act_backward(const BnAddBnActBackwardParams& params
     input.bn.relu = false;
   }
   return with_bn_traits(params.bn.dtype, g, [&](auto traits) {
-    return launch_bn(bn_add_bn_act_backward_input_kernel<decltype(traits)>, input.bn.geometry, input, stream);
+    return launch_bn_behind(bn_add_bn_act_backward_input_kernel<decltype(traits)>, input.bn.geometry, input, stream);
   });
 }
 

@@ -11,8 +11,7 @@ namespace fastres::cuda {
 template <typename Traits, bool kMask>
 __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_constant__ BnAddBnActParams p) {
   using scalar_t = typename Traits::scalar_t;
-  // The tables of two norms take registers too.
-  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : kUnroll / 2;
+  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : kUnroll;
   const auto* x = static_cast<const scalar_t*>(p.bn.x);
   const auto* residual = static_cast<const scalar_t*>(p.residual.x);
   auto* y = static_cast<scalar_t*>(p.bn.y);
@@ -20,6 +19,7 @@ __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_co
   const Tile tile(p.bn.geometry, true);
   const Walk<Traits> walk(p.bn.geometry, tile);
   prefetch_first(walk, x, residual);
+  wait_for_the_kernel_before();
   float affine[2 * kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) {
     fill_affine(p.bn, c, entry);
@@ -53,7 +53,7 @@ cudaError_t launch_bn_add_bn_act(const BnAddBnActParams& whole, cudaStream_t str
   BnAddBnActParams params = whole;
   params.bn.geometry = finer(whole.bn.geometry);
   return with_mask_beside(params.bn, stream, [&](auto traits, auto mask) {
-    return launch_bn(bn_add_bn_act_kernel<decltype(traits), mask.value>, params.bn.geometry, params, stream);
+    return launch_bn_behind(bn_add_bn_act_kernel<decltype(traits), mask.value>, params.bn.geometry, params, stream);
   });
 }
 

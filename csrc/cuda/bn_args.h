@@ -10,10 +10,7 @@ namespace fastres::cuda {
 
 constexpr int kTileChannels = 256;    // most channels of one block, channels_last
 constexpr int kMaskVec = 8;           // elements of a byte of a ReLU's mask
-#ifndef FASTRES_ROUNDS
-#define FASTRES_ROUNDS 2
-#endif
-constexpr int kRounds = FASTRES_ROUNDS;  // batches of a thread, in a pass without sums
+constexpr int kRounds = 2;            // batches of a thread in a pass without sums, see finer()
 constexpr int64_t kBlocks = 8 * 132;  // wanted: 8 for each multiprocessor of an H100, and on every device, for the same bits
 
 // One value per channel, in the caller's dtype; data is null where the parameter is absent.

@@ -37,6 +37,7 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
   auto* grad_x = static_cast<scalar_t*>(p.grad_x);
   auto* grad_residual = static_cast<scalar_t*>(p.grad_residual);
 
+  let_the_next_kernel_start();
   const Tile tile(p.geometry, false);
   const Walk<Traits> walk(p.geometry, tile);
   prefetch_first(walk, grad_y, x);

@@ -18,6 +18,7 @@ __device__ __forceinline__ void bn_forward(const BnActParams& p) {
   const Walk<Traits> walk(p.geometry, tile);
     if constexpr (kAdd) prefetch_first(walk, x, residual);
   else prefetch_first(walk, x);
+  wait_for_the_kernel_before();
   float affine[kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) { fill_affine(p, c, entry); });
 

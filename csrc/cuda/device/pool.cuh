@@ -34,9 +34,9 @@ class Pixels {
   }
 
   // The same, where an image is known to have fewer than 2^31 elements.
-  __device__ unsigned near(int row, int column) const {
+  __device__ int near(int row, int column) const {
     static_assert(Traits::kChannelsLast);
-    return static_cast<unsigned>(row * size_.w + column) * static_cast<unsigned>(channels_);
+    return (row * size_.w + column) * static_cast<int>(channels_);
   }
 
  private:

@@ -167,8 +167,7 @@ class Strip {
 
   int height_;
   const scalar_t* image_;
-  unsigned row_size_, column_[3];
-  int tap_[3];
+  int row_size_, column_[3], tap_[3];
 };
 
 // Calls use(image, strip, column) for the strips of one thread: a few, so that it divides for each and keeps little.

@@ -187,11 +187,50 @@ cudaError_t with_dtype(DType dtype, F f) {
   }
 }
 
+// A kernel launched by launch_behind() may start while the one before it still runs: until it has waited here it must neither
+// read what kernels before it write nor write anything; all its threads wait.
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may start once all blocks have come here; what it reads it waits for.
+__device__ __forceinline__ void let_the_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Launches and returns what the runtime says of it.
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, Params params, cudaStream_t stream) {
   void* args[] = {&params};
   return cudaLaunchKernel(kernel, grid, block, args, 0, stream);
+}
+
+// The same for a kernel that waits for the one before it, where the code that runs on the device has the instructions for it.
+template <typename Params>
+cudaError_t launch_behind(void (*kernel)(Params), dim3 grid, dim3 block, Params params, cudaStream_t stream) {
+#if defined(__CUDACC__)
+  constexpr int kArchs[] = {__CUDA_ARCH_LIST__};  // ascending
+  int device = 0, major = 0;
+  if (kArchs[sizeof(kArchs) / sizeof(kArchs[0]) - 1] >= 900 && cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9) {
+    void* args[] = {&params};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), args);
+  }
+#endif
+  return launch(kernel, grid, block, params, stream);
 }
 
 }  // namespace fastres::cuda

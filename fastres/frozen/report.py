@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastres.errors import must
-from fastres.frozen.module import Frozen, check_images
+from fastres.frozen.base import Frozen, check_images
+from fastres.frozen.module import NativeFrozen
 from fastres.frozen.program import FIELDS, Program, Step
 from fastres.kernels import native
 from fastres.memory import large_pages

@@ -143,7 +143,7 @@ class GraphFrozen(Frozen):
         """Calls of one op that differ in nothing but values get one kernel."""
         if call.op is None:
             return Choice(*next(iter(call.plain.items())))
-        shapes = [(batch, *sizes[value]) for value in call.inputs]
+        shapes: list[Shape] = [(batch, *sizes[value]) for value in call.inputs]
         key = (call.op.name, *shapes, _signature(call.rest)[0])
         if key not in self._choices:
             args = choose.drawn(shapes, call.rest, self.dtype, self.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.frozen import file, int8
-from fastres.frozen.base import DTYPES, RECORDED, Frozen, check_device, check_images, named, parameter_dtype, recorded
+from fastres.frozen.base import DTYPES, RECORDED, Frozen, check_device, check_images, parameter_dtype, recorded
 from fastres.frozen.calibrate import Calibration, calibrate, checked, judge
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.module import NativeFrozen
@@ -72,7 +72,9 @@ def freeze(
 
 def by_ops(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Frozen:
     """The network as calls of ops on the example's device, captured in a graph where that is a GPU."""
-    from fastres.frozen.device import GraphFrozen  # imported here: the tuner and its ops take time, and the CPU needs none
+    from fastres.frozen.device import (
+        GraphFrozen,  # imported here: the tuner and its ops take time, and the CPU needs none
+    )
 
     first = example[:RECORDED]
     found, recording = recorded(model, first)

@@ -1,6 +1,5 @@
 """Networks frozen by ops, as on a GPU: here over CPU tensors, with the capture replaced by the call itself."""
 
-import contextlib
 import copy
 import dataclasses
 import pickle
@@ -9,6 +8,7 @@ import threading
 import pytest
 import torch
 from _modules import lively
+from _uncaptured import Uncaptured
 from test_frozen import NETWORKS, Odd, check, images, small
 from tolerances import assert_close_to_truth
 from torch import nn
@@ -17,33 +17,10 @@ import fastres
 from fastres import timing, tuner
 from fastres.dispatch import Backend
 from fastres.frozen import base, calls, choose, device, layers, make
-from fastres.frozen.graph import Graphs
 from fastres.frozen.record import record
 from fastres.ops import REGISTRY
 
 pytestmark = pytest.mark.cpu
-
-
-class Uncaptured(Graphs):
-    """Turns without streams, and replays that run the call again; ``capturing`` as a caller that captures."""
-
-    capturing = False
-
-    def is_capturing(self):
-        return self.capturing
-
-    @contextlib.contextmanager
-    def turn(self):
-        assert not self.capturing
-        with self.lock:
-            yield
-
-    def planning(self):
-        return contextlib.nullcontext()
-
-    def captured(self, call):
-        y = call()
-        return lambda: y.copy_(call()), y
 
 
 @pytest.fixture(autouse=True)
@@ -313,7 +290,8 @@ def test_batch_norm_by_cudnn_is_batch_norm():
     model, x = with_statistics(Odd()), images((1, 20, 11, 8))
     expected, again = layers.layers(record(model, x)), record(model, x)
     named = "aten.cudnn_batch_norm.default"
-    again.operations = [dataclasses.replace(o, target=named if "batch_norm" in o.target else o.target) for o in again.operations]
+    norms = [dataclasses.replace(o, target=named) if "batch_norm" in o.target else o for o in again.operations]
+    again.operations = norms
     assert any(o.target == named for o in again.operations)
     found = layers.layers(again)
     assert len(found) == len(expected)

@@ -18,6 +18,7 @@ class Graphs:
         self.device = device
         self.lock = threading.RLock()
         self._done: Any = None  # after what ran last
+        self._stream: Any = None  # that captures: cuBLAS keeps a workspace for each, which graphs go on using
         self._pool: Any = None
 
     def is_capturing(self) -> bool:
@@ -50,14 +51,14 @@ class Graphs:
 
     def captured(self, call: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """A function that replays the call, and the tensor that it writes each time."""
-        stream = torch.cuda.Stream()
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 call()
         torch.cuda.current_stream().wait_stream(stream)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             y = call()

@@ -93,7 +93,7 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
         return plain if plain in sizes else copied(x, plain, "input", size[0], (0, 0))
 
     for layer in layers:
-        channels, *image = sizes[layer.x]
+        channels = sizes[layer.x][0]
         padded = layer.kind in ("conv", "linear") and _conv_cpu.is_padded(channels, dtype)
         padded = padded or (layer.kind == "conv" and layer.x in offset and layer.padding != (0, 0))
         source = layer.x

@@ -124,7 +124,7 @@ def is_forced() -> bool:
     return bool(_forced or env.forced_backend())
 
 
-def _wish(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
+def wished(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
     """The backend forced for op and what forced it; a wish for all ops passes by an op that lacks the backend."""
     names = [backend.name for backend in backends]
     environment = _check_wishes("FASTRES_BACKEND", env.forced_backend())
@@ -142,7 +142,7 @@ def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choic
         UnsupportedError: a forced backend does not exist or refuses these arguments; the text carries its reason.
     """
     by_name = {backend.name: backend for backend in backends}
-    wish = _wish(op, backends)
+    wish = wished(op, backends)
     if wish is not None:
         name, source = wish
         if name not in by_name:

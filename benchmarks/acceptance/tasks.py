@@ -26,7 +26,9 @@ from fastres.ops import REGISTRY
 from fastres.ops._op import Op
 
 Task = dict[str, Any]
-INFERENCE = (rivals.OPTIMIZED, rivals.CHANNELS_LAST, rivals.AMP, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE)
+INFERENCE = (
+    rivals.OPTIMIZED, rivals.FROZEN, rivals.CHANNELS_LAST, rivals.AMP, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE,
+)  # fmt: skip
 TRAINING = (
     rivals.OPTIMIZED, rivals.GRAPHED, rivals.CHANNELS_LAST, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE,
 )  # fmt: skip

@@ -90,6 +90,11 @@ def _autocast(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
     return functools.partial(autocast, network, x.dtype), x
 
 
+def _frozen(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
+    x = x.contiguous(memory_format=torch.channels_last)
+    return fastres.freeze(model, x), x
+
+
 EAGER = Rival("eager", _eager, "contiguous", {})
 CHANNELS_LAST = Rival("eager channels_last", _channels_last, "channels_last", {})
 AMP = Rival("eager channels_last + AMP", _autocast, "channels_last", {})
@@ -103,6 +108,7 @@ MAX_AUTOTUNE = Rival(
 )
 OPTIMIZED = Rival(FASTRES, _fastres, "channels_last", {})
 GRAPHED = Rival("fastres + graph", _fastres, "channels_last", {}, graph=True)  # in training; parity is judged uncaptured
+FROZEN = Rival("fastres.freeze", _frozen, "channels_last", {}, patience=40.0)
 
 INFERENCE = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE, FREEZING)
 TRAINING = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE)

@@ -123,7 +123,7 @@ def backward(ctx, grad_y):
     return grad_x, grad_weight, grad_y.sum((0, 2, 3)) if wanted[2] else None, None, None, None, None
 
 
-# ---- native: Winograd's algorithm on the CPU; few input channels on CUDA -------------------------------------------------------------------------------------
+# ---- native: Winograd's algorithm on the CPU; few input channels on CUDA ----------------------------------------------
 
 
 def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:

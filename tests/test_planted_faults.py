@@ -21,6 +21,7 @@ pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[1]
 FP32 = "torch.float32"
 SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
+FEW, FEW_ROWS, FEW_BACKWARD = "cuda/conv_kernel.cu", "cuda/device/conv_rows.cuh", "cuda/conv_backward_kernel.cu"
 JOINED = "conv_bn_add_conv_bn_act.py"
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
 
@@ -104,6 +105,26 @@ CUDA = [
     Fault("the ReLU comes before the residual", SM90, "if (p.with_residual) v += to_float(result.v[k]);",
           "if (p.with_residual) v = gpu_relu(v) + to_float(result.v[k]);",
           "test_exact_on_small_integers", {"name": "one tile", **HALF}),
+    Fault("values beside a run are left to weights of zero", FEW, "two &= cut.last", "two &= ~0u",
+          "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "stem", **HALF}),
+    Fault("the value that aligns a run is left to a weight of zero", FEW, "two &= cut.first", "two &= ~0u",
+          "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "stem", **HALF}),
+    Fault("rows of x are not waited for", FEW, "wait_for_copies<0>();", "",
+          "test_forward_is_exact_on_small_integers", {"name": "stem", **HALF}),
+    Fault("no barrier behind the rows of x", FEW, "wait_for_copies<0>();\n  __syncthreads();", "wait_for_copies<0>();",
+          "test_forward_is_exact_on_small_integers", {"name": "stem, several parts of a block", **HALF}),
+    Fault("the lines of a part of the columns follow one another", FEW_ROWS, "p.column_parts == 1 ? pixel", "true ? pixel",
+          "test_forward_is_exact_on_small_integers", {"name": "columns in parts", **HALF}, "conv_kernel"),
+    Fault("pixels beyond a part are left to gradients of zero", FEW_BACKWARD, "if (left < 16)", "if (false)",
+          "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "for small images, odd", **HALF}),
+    Fault("a tile is read while it is being copied", FEW_BACKWARD, "wait_for_copies<kRing - 2>();", "wait_for_copies<kRing>();",
+          "test_gradient_is_exact_on_small_integers", {"name": "stem, several parts of a block", **HALF}),
+    Fault("a tile is overwritten while it is read", FEW_BACKWARD, "next = tile + kRing - 1;", "next = tile + kRing;",
+          "test_gradient_is_exact_on_small_integers", {"name": "stem, several parts of a block", **HALF}),
+    Fault("rows of x are overwritten while they are read", FEW_BACKWARD, "__syncthreads();  // the part before is done with", "",
+          "test_gradient_is_exact_on_small_integers", {"name": "more parts than blocks", **HALF}),
+    Fault("the last share is not merged", FEW_BACKWARD, "share < p.shares; share", "share < p.shares - 1; share",
+          "test_gradient_is_exact_on_small_integers", {"name": "stem", **HALF}),
 ]  # fmt: skip
 TRITON = [
     Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",

@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "common/types.h"
-#include "cuda/conv_bn_act.h"
+#include "cuda/images.h"
 #include "cuda/launch.h"
 
 namespace fastres::cuda {

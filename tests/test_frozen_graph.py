@@ -221,6 +221,15 @@ def test_update_writes_weights_where_the_graph_reads_them():
     assert sum(a != b for a, b in zip(places["before"], places["after"], strict=True)) > 20
 
 
+def test_autocast_around_a_first_call_changes_nothing():
+    model, x = small(), images((2, 3, 32, 32))
+    frozen = frozen_of(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = frozen(x[:1])
+    check(frozen, model, x[:1])
+    assert torch.equal(frozen(x[:1]), y)
+
+
 @pytest.mark.parametrize("freeze", [frozen_of, fastres.freeze])
 def test_in_inference_mode(freeze):
     with torch.inference_mode():

@@ -106,7 +106,7 @@ MAX_AUTOTUNE = Rival(
     "torch.compile max-autotune", _compiled, "channels_last", {"max_autotune": True}, compiles=True, patience=150.0
 )
 OPTIMIZED = Rival(FASTRES, _fastres, "channels_last", {})
-FROZEN = Rival("fastres.freeze", _frozen, "channels_last", {}, patience=40.0)
+FROZEN = Rival("fastres.freeze", _frozen, "channels_last", {}, patience=60.0)
 
 INFERENCE = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE, FREEZING)
 TRAINING = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE)

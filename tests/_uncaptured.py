@@ -2,6 +2,8 @@
 
 import contextlib
 
+import torch
+
 from fastres.frozen.graph import Graphs
 
 
@@ -24,4 +26,9 @@ class Uncaptured(Graphs):
 
     def captured(self, call):
         y = call()
-        return lambda: y.copy_(call()), y
+
+        def replay():
+            with torch.autocast("cpu", enabled=False):  # no graph sees what surrounds its replay
+                y.copy_(call())
+
+        return replay, y

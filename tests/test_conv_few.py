@@ -196,7 +196,7 @@ def test_a_stem_trains_as_torch(dtype):
     outputs = []
     for choice in ("cuda", "torch"):
         calls = tuner.recorded(lambda choice=choice: outputs.append(step(layer, x, choice, dtype)))
-        assert any(key.startswith("conv_backward_weight|") for key in calls) == (choice == "cuda")
+        assert any(key.startswith("conv_backward_weight|") for key in calls)
     truth = step(copy.deepcopy(layer).double(), x.detach().double().requires_grad_(), "torch", torch.float64)
     for own, expected, exact in zip(*outputs, truth, strict=True):
         assert own.dtype == expected.dtype

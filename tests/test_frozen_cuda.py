@@ -171,7 +171,8 @@ def test_memory_does_not_grow():
 
 
 def test_a_dead_network_gives_its_memory_back():
-    model, x = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)).to(DEVICE).eval(), torch.randn(64, 3, 64, 64, device=DEVICE)
+    x = torch.randn(64, 3, 64, 64, device=DEVICE)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)).to(DEVICE).eval()
     fastres.freeze(model, x)(x)
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
@@ -205,6 +206,13 @@ def test_explain():
     told = fastres.explain(frozen, given.x)
     assert told.replay_ms > 0 and all(step.ms > 0 and step.of_peak > 0 for step in told.steps)
     print(told)
+
+
+def test_under_autocast():
+    given = subject(dtype="fp32")
+    frozen = fastres.freeze(given.model, given.x)
+    with torch.autocast(DEVICE, torch.float16):
+        judged(frozen, given.model, given.x[:1])
 
 
 def test_copies():

@@ -125,7 +125,7 @@ def test_a_forced_backend_is_the_only_one():
         frozen = frozen_of(small(), x)
     kernels = {step.choice.kernel for step in frozen.plan(x.shape).steps if step.call.layer.kind == "conv"}
     assert kernels == {"onednn"}
-    with fastres.use(conv_bn_act="cudnn"), pytest.raises(fastres.UnsupportedError, match="cudnn"):
+    with fastres.use(conv_bn_add_act="cudnn"), pytest.raises(fastres.UnsupportedError, match="cudnn"):
         frozen_of(small(), x)
 
 
@@ -219,6 +219,15 @@ def test_update_writes_weights_where_the_graph_reads_them():
     note("after")
     assert len(places["before"]) > 20 and [p for p, _ in places["before"]] == [p for p, _ in places["after"]]
     assert sum(a != b for a, b in zip(places["before"], places["after"], strict=True)) > 20
+
+
+def test_autocast_around_a_first_call_changes_nothing():
+    model, x = small(), images((2, 3, 32, 32))
+    frozen = frozen_of(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = frozen(x[:1])
+    check(frozen, model, x[:1])
+    assert torch.equal(frozen(x[:1]), y)
 
 
 @pytest.mark.parametrize("freeze", [frozen_of, fastres.freeze])

@@ -4,8 +4,9 @@ A plan is made for one batch and one size of images. It has a buffer for the ima
 graph that reads the buffer and writes one output. A call copies its images in, replays, and copies the output out.
 """
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,13 @@ from fastres.ops._op import _signature
 
 _PLANS = 16  # sizes whose graphs are kept
 Shape = tuple[int, ...]
+
+
+@contextlib.contextmanager
+def plainly(device: torch.device) -> Iterator[None]:
+    """Whatever surrounds the call: no inference mode, whose tensors nobody may write to, no autograd, no autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @dataclass(eq=False)
@@ -91,7 +99,7 @@ class GraphFrozen(Frozen):
             if self.graphs.is_capturing():
                 what = f"images of {'x'.join(map(str, shape))} have no plan yet: call it once before capturing a graph"
                 raise UnsupportedError(f"fastres.freeze: {what}")
-            with self.graphs.turn(), self.graphs.planning(), torch.inference_mode(False), torch.no_grad():
+            with self.graphs.turn(), self.graphs.planning(), plainly(self.device):
                 found = self._plans[shape] = self._made(shape)
             if len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
@@ -166,16 +174,16 @@ class GraphFrozen(Frozen):
         self.check(x)
         batch = len(x)
         plan = self.plan(tuple(x.shape))
-        with torch.inference_mode(False), torch.no_grad():
-            x = x.detach()
-            if self.graphs.is_capturing():
+        x = x.detach()
+        if self.graphs.is_capturing():
+            with plainly(self.device):
                 padded = torch.zeros_like(plan.x)
                 padded[:batch].copy_(x)
                 return self.run(plan.steps, padded)[:batch]
-            with self.graphs.turn():
-                plan.x[:batch].copy_(x)
-                plan.replay()
-                return plan.y[:batch].clone()
+        with torch.inference_mode(False), torch.no_grad(), self.graphs.turn():
+            plan.x[:batch].copy_(x)
+            plan.replay()
+            return plan.y[:batch].clone()
 
     def _take(self, found: Network) -> None:
         with self.graphs.turn(), torch.inference_mode(False), torch.no_grad():

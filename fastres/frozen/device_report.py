@@ -4,12 +4,11 @@ peak, of a copy or of a matrix product, that bounds it.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastres import timing
 from fastres.frozen.base import Frozen
-from fastres.frozen.device import GraphFrozen, Plan, Step
+from fastres.frozen.device import GraphFrozen, Plan, Step, plainly
 from fastres.frozen.record import Value
 from fastres.frozen.report import PlanReport, StepReport, needed, operation
 
@@ -68,7 +67,7 @@ def _time(frozen: GraphFrozen, plan: Plan, told: PlanReport) -> None:
         row.ms, row.of_peak = 1e3 * seconds, roofs[row.bound] / seconds
         row.gb_per_s, row.gflop_per_s = moved / seconds / 1e9, flops / seconds / 1e9
 
-    with frozen.graphs.turn(), torch.inference_mode(False), torch.no_grad():
+    with frozen.graphs.turn(), plainly(frozen.device):
         frozen.run(plan.steps, plan.x, see)
         whole = timing.interleaved({"": plan.replay}, frozen.device, seconds=4 * _SECONDS, graph=False)[""]
     told.replay_ms = 1e3 * whole.median

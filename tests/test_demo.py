@@ -57,7 +57,7 @@ def test_every_way_is_judged_and_timed_on_both_networks(ran):
 
 
 def test_checks_say_what_they_found_and_decide_the_exit_code(ran):
-    code, out, err, folder = ran
+    code, out, _, folder = ran
     result = json.loads((folder / "demo.json").read_text())
     for name, check in result["checks"].items():
         value, least, most = check["value"], check.get("must be at least"), check.get("must be at most")

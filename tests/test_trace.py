@@ -86,10 +86,9 @@ def checkpoints(self, x):
 
 def swallows_the_refusal(self, x):
     try:
-        flag = len(x) > 1 if x.sum() else False
-    except:  # noqa: E722
-        flag = False
-    return x if flag else self.relu(self.bn(self.conv(x)))
+        x = x if x.sum() else -x
+    finally:
+        return self.relu(self.bn(self.conv(x)))  # noqa: B012
 
 
 def names_in_a_lambda(self, x):

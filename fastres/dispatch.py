@@ -92,8 +92,8 @@ class use:
     """Force backends: ``fastres.use(bn_act="torch")``, or ``fastres.use("torch")`` for every op that has that backend.
 
     Takes effect at once; as a context manager it puts the former choice back. A name covers the op, its ``_train`` and
-    its ``_backward`` ops that have the backend. A forced backend that cannot run a call raises ``fastres.UnsupportedError`` with its reason.
-    ``fastres.use(bn_act=None)`` lifts a forced choice. The setting holds for all threads of the process.
+    its ``_backward`` ops that have the backend. A forced backend that cannot run a call raises ``fastres.UnsupportedError``
+    with its reason. ``fastres.use(bn_act=None)`` lifts a forced choice. The setting holds for all threads of the process.
 
     Raises:
         ValueError: no such op, or the op has no such backend.

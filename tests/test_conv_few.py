@@ -243,7 +243,8 @@ def test_what_is_unsafe_raises():
     wrong = [(torch.ops.fastres_C.conv_rows, args, text) for args, text in forward_calls]
     wrong += [(torch.ops.fastres_C.conv_rows_backward_weight, args, text) for args, text in gradient_calls]
     pack = torch.ops.fastres_C.conv_rows_pack
-    wrong += [(pack, (weight, 3), "weight must be contiguous"), (pack, (weight.permute(0, 2, 3, 1).float(), 3), "weight must be float16")]
+    laid_out = weight.permute(0, 2, 3, 1)
+    wrong += [(pack, (weight, 3), "weight must be contiguous"), (pack, (laid_out.float(), 3), "weight must be float16")]
     for call, args, text in wrong:
         with pytest.raises(RuntimeError, match=rf"fastres\.conv: {text}.*, got "):
             call(*args)

@@ -99,7 +99,7 @@ class GraphFrozen(Frozen):
             if self.graphs.is_capturing():
                 what = f"images of {'x'.join(map(str, shape))} have no plan yet: call it once before capturing a graph"
                 raise UnsupportedError(f"fastres.freeze: {what}")
-            with self.graphs.turn(), self.graphs.planning(), plainly(self.device):
+            with self.graphs.turn(), plainly(self.device):
                 found = self._plans[shape] = self._made(shape)
             if len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)

@@ -39,16 +39,6 @@ class Graphs:
             finally:
                 self._done.record(stream)
 
-    @contextlib.contextmanager
-    def planning(self) -> Iterator[None]:
-        """cuDNN measures its algorithms, and keeps what it found for the thread that captures."""
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-        try:
-            yield
-        finally:
-            torch.backends.cudnn.benchmark = before
-
     def captured(self, call: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         """A function that replays the call, and the tensor that it writes each time."""
         if self._stream is None:

@@ -1,8 +1,8 @@
 """The cuDNN backend of the convolution ops: convolution, bias, residual and ReLU in one call, batch norm folded.
 
-``torch.cudnn_convolution_add_relu`` passes NaN on. Its sister without residual, ``cudnn_convolution_relu``, turns NaN into 0, and
-a residual that is broadcast is read beyond its end (H200, torch 2.11, 2026-11-27): so only the end of a block runs by it. It is
-chosen by default only where a device of the architecture has validated it.
+``torch.cudnn_convolution_add_relu`` passes NaN on. Its sister without residual, ``cudnn_convolution_relu``, turns NaN into 0,
+and a residual that is broadcast is read beyond its end (H200, torch 2.11, 2026-11-27): so only the end of a block runs by it.
+It is chosen by default only where a device of the architecture has validated it.
 """
 
 from typing import Any

@@ -117,9 +117,9 @@ class Session:
             self._verdicts[name] = self.on_samples(op, backend)
         return self._verdicts[name]
 
-    def on_samples(self, op: Op, backend: Backend) -> str | None:
+    def on_samples(self, op: Op, backend: Backend, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
         """Why a backend misses the budget on the op's samples, or loses the NaN that PyTorch keeps; None where neither."""
-        for dtype in DTYPES:
+        for dtype in dtypes:
             args = _with_nan(op.samples(self.device, dtype)[0].args)
             if backend.why_not(*args) is None and (reason := judge(op, backend.load(), args)):
                 return f"on a NaN in {str(dtype).removeprefix('torch.')}: {reason}"

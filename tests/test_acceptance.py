@@ -111,10 +111,10 @@ def test_a_joined_convolution_is_held_against_two_ops():
 
 def test_a_validation_is_kept_with_its_source(monkeypatch):
     worker = tasks.Worker(CPU)
-    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch"})
+    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"})
     assert row["ok"] and "source" not in row
     monkeypatch.setattr(tuner.Session, "on_samples", lambda *args: "wrong")
-    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "triton"})
+    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "triton", "dtype": "fp16"})
     assert not row["ok"] and row["failure"] == "wrong" and row["source"] == sources.fingerprint("add_act", "triton")
 
 

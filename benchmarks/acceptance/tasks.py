@@ -17,12 +17,10 @@ from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
 from benchmarks.cases import CASES, JOINED
 from fastres import info, tuner
-from fastres.dispatch import GPU_KERNELS
 from fastres.experiments import rivals
-from fastres.experiments.compare import Row, compare
-from fastres.experiments.rivals import Rival
-from fastres.experiments.subject import DTYPES, load
-from fastres.ops import REGISTRY
+from fastres.experiments.compare import Row, compare, prepared
+from fastres.experiments.subject import DTYPES, Subject, load
+from fastres.ops import REGISTRY, _fold
 from fastres.ops._op import Op
 
 Task = dict[str, Any]
@@ -59,12 +57,12 @@ SECONDS = 0.6  # of one kernel's rows together
 
 
 def validations(place: torch.device) -> Iterator[Task]:
-    """Every kernel that this device can run, but PyTorch's own."""
-    for op in REGISTRY.values():
-        for backend in op.backends:
-            wanted = GPU_KERNELS if place.type == "cuda" else ("cpu", "onednn")
-            if backend.name in wanted and info.status(op, backend).startswith("live"):
-                yield {"do": "validate", "name": op.name, "rival": backend.name}
+    """Every kernel that this device can run, but PyTorch's own, in each dtype; what takes longest to compile comes first."""
+    wanted = ("triton", "cuda", "cudnn") if place.type == "cuda" else ("cpu", "onednn")
+    for name, op, dtype in itertools.product(wanted, reversed(REGISTRY.values()), DTYPES):
+        backend = next((b for b in op.backends if b.name == name), None)
+        if backend is not None and info.status(op, backend).startswith("live"):
+            yield {"do": "validate", "name": op.name, "rival": name, "dtype": dtype}
 
 
 def kernels() -> Iterator[Task]:
@@ -82,9 +80,12 @@ def kernels() -> Iterator[Task]:
         yield from ({**common, "name": name, "shape": STEM_SHAPE} for name in chosen if "maxpool" in name)
 
 
-def networks() -> Iterator[Task]:
+def networks(warm: bool = False) -> Iterator[Task]:
     """ResNet-50 before the others, bf16 before fp16, the large batch and the single image, which is also timed as a user
     calls it, before what lies between.
+
+    Args:
+        warm: what is compiled may come out of torch.compile's caches.
     """
     order = [("resnet50", "bf16"), ("resnet50", "fp16"), ("resnet18", "bf16"), ("resnet152", "bf16")]
     order += [("resnet18", "fp16"), ("resnet152", "fp16")]
@@ -92,11 +93,18 @@ def networks() -> Iterator[Task]:
     for (name, dtype), (training, batch, replay) in itertools.product(order, passes):
         ways = [way.name for way in (TRAINING if training else INFERENCE)]
         task = {"do": "network", "name": name, "dtype": dtype, "training": training, "batch": batch, "replay": replay}
-        yield task | {"ways": ways}
+        yield task | {"warm": warm, "ways": ways}
+
+
+def compilations() -> Iterator[Task]:
+    """The compiled rivals of the networks that come first, those that most may count on, each in a process of its own."""
+    for task in itertools.islice(networks(), 3):
+        modes = rivals.CUDA_GRAPHS if task["batch"] == 1 else rivals.COMPILE
+        yield {**task, "do": "compile", "ways": [modes.name]}
 
 
 def label(task: Task) -> str:
-    return " ".join(str(value) for key, value in task.items() if key not in ("do", "ways"))
+    return " ".join(str(value) for key, value in task.items() if key not in ("ways", "warm"))
 
 
 def missing(task: Task, reason: str) -> list[Row]:
@@ -115,16 +123,19 @@ class Worker:
         self.peaks: dict[str, tuple[float, float]] = {}
 
     def perform(self, task: Task, seconds_left: Callable[[], float] = lambda: math.inf) -> list[Row]:
-        run = {"validate": self.validate, "peaks": self.measure_peaks, "kernel": self.kernel, "network": self.network}
+        run: dict[str, Callable] = {
+            "validate": self.validate, "peaks": self.measure_peaks, "kernel": self.kernel, "network": self.network,
+            "compile": self.compile,
+        }  # fmt: skip
         found = run[task["do"]](task, seconds_left)
         return [{"do": task["do"], **row} for row in found]
 
     def validate(self, task: Task, seconds_left: Callable) -> list[Row]:
-        """One backend's kernels of one op on all its samples."""
+        """One backend's kernels of one op on all its samples of a dtype."""
         op = REGISTRY[task["name"]]
         backend = next(backend for backend in op.backends if backend.name == task["rival"])
-        reason = tuner.Session(self.place).verdict(op, backend)
-        row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "ok": reason is None}
+        reason = tuner.Session(self.place).on_samples(op, backend, (DTYPES[task["dtype"]],))
+        row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "dtype": task["dtype"], "ok": reason is None}
         row |= {} if reason is None else {"failure": reason}
         return [row | ({"source": sources.fingerprint(op.name, backend.name)} if backend.name in sources.ROOMS else {})]
 
@@ -164,9 +175,9 @@ class Worker:
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)
-        if op.fallback is not None:
-            for name, run in two_ops(op, args).items():
-                extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
+        peers = two_ops(op, args) if op.fallback is not None else cudnn_alone(op, args)
+        for name, run in peers.items():
+            extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
         moved, flops = op.cost(*args)
         common = {**named(op, args), "dtype": dtype, "bytes": moved, "flops": flops}
         found = harness.rows_of(common, calls, extra, self.place, base=TORCH, seconds=SECONDS)
@@ -175,19 +186,27 @@ class Worker:
         bound = "memory" if roof == moved / bytes_per_s else "matmul"
         return [{**row, "bound": bound, "of_roof": roof / row["median_s"]} if "median_s" in row else row for row in found]
 
-    def network(self, task: Task, seconds_left: Callable) -> list[Row]:
-        """A whole network, the ways to run it in turns; in training all of them under autocast."""
+    def compile(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """Compiles the rivals of a network that are compiled, into torch.compile's caches; nothing is measured."""
+        subject, lower = self.subject(task)
+        for rival in (WAYS[name] for name in task["ways"]):
+            if rival.compiles:
+                prepared(rival, copy.deepcopy(subject.model.train(task["training"])), subject.x, lower, cold=False)
+        return []
+
+    def subject(self, task: Task) -> tuple[Subject, torch.dtype | None]:
+        """A network with its input, and the dtype of autocast, under which all ways train."""
         lower = DTYPES[task["dtype"]] if task["training"] and task["dtype"] != "fp32" else None
         options = {"size": task.get("size"), "device": self.place.type}
-        subject = load(task["name"], batch=task["batch"], dtype="fp32" if lower else task["dtype"], **options)
-        ways: list[Rival] = [WAYS[name] for name in task["ways"]]
-        if self.place.type == "cuda" and not task["training"]:  # which validated kernel is the fastest of each call
-            model = fastres.optimize(copy.deepcopy(subject.model))
-            x = subject.x.contiguous(memory_format=torch.channels_last)
-            tuner.tune_model(model, x, seconds=0.05, configurations=False)
+        return load(task["name"], batch=task["batch"], dtype="fp32" if lower else task["dtype"], **options), lower
+
+    def network(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """A whole network, the ways to run it in turns; in training all of them under autocast."""
+        subject, lower = self.subject(task)
         return compare(
-            subject, ways, training=task["training"], lower=lower, seconds=task.get("seconds", 3.0), batches=(3, 60),
-            replay=task.get("replay", True), seconds_left=seconds_left,
+            subject, [WAYS[name] for name in task["ways"]], training=task["training"], lower=lower,
+            seconds=task.get("seconds", 3.0), batches=(3, 60), replay=task.get("replay", True), cold=not task.get("warm"),
+            seconds_left=seconds_left,
         )  # fmt: skip
 
 
@@ -209,6 +228,17 @@ def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
 
         found["cudnn"] = by_cudnn
     return found
+
+
+def cudnn_alone(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
+    """cuDNN's fused convolution without residual, as a mark to be held against: fastres has no use for it, since it turns NaN
+    into 0; its weights are folded beforehand."""
+    x = args[0]
+    if op.name != "conv_bn_act" or not x.is_cuda or args[-1] != "relu" or x.shape[1] % 8:
+        return {}
+    weight, bias = _fold.fold(args[1:7], args[7])
+    weight, bias = weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype)
+    return {"cudnn": lambda x, *rest: torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *args[8:12])}
 
 
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:

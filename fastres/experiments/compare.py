@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastres
 from fastres import timing
@@ -33,6 +33,7 @@ def compare(
     seconds: float = 10.0,
     batches: tuple[int, int] = (5, 100),
     replay: bool = True,
+    cold: bool = True,
     step: Callable[[str], object] = lambda text: None,
     seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[Row]:
@@ -48,6 +49,7 @@ def compare(
         seconds, batches: as for ``timing.interleaved``.
         replay: on a GPU, inference is replayed from CUDA graphs where it can be, without the host's share; False times
             calls as they are made.
+        cold: what is compiled may not come out of torch.compile's caches.
         step: called with what begins.
         seconds_left: until all of it must be over; a rival that needs longer to get ready is missing.
     """
@@ -59,10 +61,11 @@ def compare(
     calls: dict[str, Callable[[], object]] = {}
     for rival in ways:
         step(rival.name)
-        enough = seconds_left() >= rival.patience + seconds
-        row, call = _prepare(rival, subject, reference, lower) if enough else (_row(rival, subject, lower), None)
+        patience = (rival.patience if cold else rival.patience / 2) + seconds
+        enough = seconds_left() >= patience
+        row, call = _prepare(rival, subject, reference, lower, cold) if enough else (_row(rival, subject, lower), None)
         if not enough:
-            row["missing"] = f"out of time: it may take {rival.patience + seconds:.0f} s"
+            row["missing"] = f"out of time: it may take {patience:.0f} s"
         rows.append(row)
         if call is not None:
             calls[rival.name] = call
@@ -89,19 +92,26 @@ def _row(rival: Rival, subject: Subject, lower: torch.dtype | None) -> Row:
     }  # fmt: skip
 
 
+def prepared(
+    rival: Rival, model: nn.Module, x: Tensor, lower: torch.dtype | None, cold: bool = True
+) -> tuple[Callable[[Tensor], Tensor], Tensor, dict[str, Tensor]]:
+    """What is called, its input, and what its first call leaves, see ``parity.outputs``."""
+    with rival.settings(cold):
+        run, x = rival.prepare(model, x.clone())
+        run = run if lower is None else functools.partial(parity.autocast, run, lower)
+        return run, x, parity.outputs(run, model, x)
+
+
 def _prepare(
-    rival: Rival, subject: Subject, reference: parity.Reference, lower: torch.dtype | None
+    rival: Rival, subject: Subject, reference: parity.Reference, lower: torch.dtype | None, cold: bool
 ) -> tuple[Row, Callable[[], object] | None]:
     """Make one rival ready: its row so far, and its call where it runs and passes."""
     row = _row(rival, subject, lower)
     model = copy.deepcopy(subject.model)
     start = time.perf_counter()
     try:
-        with rival.settings():
-            run, x = rival.prepare(model, subject.x.clone())
-            run = run if lower is None else functools.partial(parity.autocast, run, lower)
-            found = parity.outputs(run, model, x)
-            found = found if model.training else {name: y[:JUDGED] for name, y in found.items()}
+        run, x, found = prepared(rival, model, subject.x, lower, cold)
+        found = found if model.training else {name: y[:JUDGED] for name, y in found.items()}
     except Exception as error:  # a rival's own failure, of whatever type, is a row of the result
         row["missing"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return row, None

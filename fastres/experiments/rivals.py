@@ -32,15 +32,15 @@ class Rival(NamedTuple):
     graph: bool = False  # its training step by fastres.graph
 
     @contextlib.contextmanager
-    def settings(self) -> Iterator[None]:
-        """What must hold while it prepares and is first called: every compilation is a cold one, and none is
-        given up.
+    def settings(self, cold: bool = True) -> Iterator[None]:
+        """What must hold while it prepares and is first called: every compilation is a cold one, unless ``cold`` is False,
+        and none is given up.
         """
         if not self.compiles:
             yield
             return
         inductor, dynamo = torch._inductor.config, torch._dynamo.config
-        options = {"force_disable_caches": True, **self.options}
+        options = {"force_disable_caches": cold, **self.options}
         patient = dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
         with all_cores(), inductor.patch(options), patient:
             yield

@@ -22,7 +22,6 @@ from fastres.frozen.graph import Graphs
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.program import Size, sized
 from fastres.frozen.record import Value
-from fastres.ops import _fold
 from fastres.ops._op import _signature
 
 _PLANS = 16  # sizes whose graphs are kept
@@ -186,14 +185,13 @@ class GraphFrozen(Frozen):
             return plan.y[:batch].clone()
 
     def _take(self, found: Network) -> None:
-        with self.graphs.turn(), torch.inference_mode(False), torch.no_grad():
+        with self.graphs.turn(), plainly(self.device):
             for layer, fresh in zip(self.network.layers, found.layers, strict=True):
-                if layer.weight is None or fresh.weight is None:
-                    continue
-                layer.weight.copy_(fresh.weight)
-                if layer.bias is not None and fresh.bias is not None:
-                    layer.bias.copy_(fresh.bias)
-                    _fold.renew(self._constants[layer], calls.EPS)
+                for old, new in ((layer.weight, fresh.weight), (layer.bias, fresh.bias)):
+                    if old is not None and new is not None:
+                        old.copy_(new)
+            for plan in self._plans.values():  # each kernel then packs its weights anew, where they lie
+                self.run(plan.steps, plan.x)
 
     def last_shape(self) -> Shape | None:
         """The shape planned last."""

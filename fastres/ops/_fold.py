@@ -6,7 +6,8 @@ channel (Jacob et al. 2018, section 3.2). s in float64, the product in fp32 (fp6
 A fold is valid while every tensor it came from keeps its storage and its version counter, which all in-place operations,
 optimizers and load_state_dict advance. Writes through ``tensor.data`` do not: call ``fastres.refresh()`` after those.
 
-Captured graphs read a fold where it lies. Folds that are ``keep``-t stay there: ``renew`` rewrites them in place.
+Captured graphs read a fold where it lies. Those of parameters given to ``keep`` stay there: after a change the next call
+that asks for one rewrites it in place.
 """
 
 import functools
@@ -28,11 +29,12 @@ class _Entry:
     def __init__(self, parameters: tuple[Tensor | None, ...], eps: float, anchor: weakref.ref) -> None:
         self.anchor, self.eps, self.kept = anchor, eps, False
         self.forms: dict[Hashable, Any] = {}
-        self.finishes: dict[Hashable, Callable[[Tensor, Tensor], Any]] = {}
+        self.stale: set[Hashable] = set()  # forms of a kept one to be rewritten
         self.read(parameters)
 
     def read(self, parameters: tuple[Tensor | None, ...]) -> None:
-        """Take the parameters as they are now for what the forms were made from."""
+        """Take the parameters as they are now for what the forms are made from."""
+        self.stale = set(self.forms)
         # Aliases keep the storages alive, so that an address in use again cannot pass for the old tensor.
         self.sources = tuple(None if p is None else (p.detach(), p._version, p.data_ptr()) for p in parameters)
 
@@ -79,33 +81,30 @@ def folded(parameters: tuple[Any, ...], eps: float, form: Hashable, finish: Call
         return finish(*fold(parameters, eps))
     key = (id(weight), id(mean))
     entry = _entries.get(key)
-    if entry is None or entry.anchor() is not weight or not entry.holds(parameters, eps):
+    if entry is not None and entry.kept and entry.anchor() is weight:
+        if not entry.holds(parameters, eps):
+            entry.read(parameters)
+    elif entry is None or entry.anchor() is not weight or not entry.holds(parameters, eps):
         entry = _Entry(parameters, eps, weakref.ref(weight, functools.partial(_drop, key)))
         with _lock:
             _entries[key] = entry
     result = entry.forms.get(form)
     if result is None:
-        entry.finishes[form] = finish
         result = entry.forms[form] = finish(*fold(parameters, eps))
+    elif form in entry.stale:
+        _rewrite(result, finish(*fold(parameters, eps)))
+        entry.stale.discard(form)
     return result
 
 
 def keep(parameters: tuple[Any, ...], eps: float) -> None:
-    """Keep the folds of these parameters, in whatever forms they are asked for, until the weight dies."""
+    """Keep the folds of these parameters, in whatever forms and wherever they then lie, until the weight dies."""
     weight, mean = parameters[0], parameters[4]
     key = (id(weight), id(mean))
     entry = _Entry(parameters, eps, weakref.ref(weight, functools.partial(_drop, key)))
     entry.kept = True
     with _lock:
         _entries[key] = entry
-
-
-def renew(parameters: tuple[Any, ...], eps: float) -> None:
-    """Fold kept parameters again, which were written to, into the memory of their forms."""
-    entry = _entries[id(parameters[0]), id(parameters[4])]
-    for form, finish in entry.finishes.items():
-        _rewrite(entry.forms[form], finish(*fold(parameters, eps)))
-    entry.read(parameters)
 
 
 def _rewrite(old: Any, new: Any) -> None:

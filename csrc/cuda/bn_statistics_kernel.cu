@@ -14,7 +14,8 @@ __device__ __forceinline__ int64_t pivot_offset(const BnGeometry& g, int64_t cha
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 3) bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, Traits::kChannelsLast ? 3 : 2)
+    bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
   const auto* x = static_cast<const typename Traits::scalar_t*>(p.x);
   let_the_next_kernel_start();
   const Tile tile(p.geometry, false);

@@ -121,8 +121,10 @@ __device__ __forceinline__ void for_each_window(const Pool& pool, const Pixels<T
 // Rows of the table beyond those of the affine part.
 enum GradientRow { kMeanDz = kAffineRows, kSlope, kGradientRows };
 
+// With statistics that are constants x has no part in its gradient, were it infinite.
 __device__ __forceinline__ void fill_gradient(const BnActMaxpoolBackwardParams& p, int64_t channel, float* entry) {
   fill_affine(p.bn, channel, entry);
+  if (!p.bn.training) entry[kMean] = 0.0f;
   entry[kMeanDz] = p.bn.training ? p.bn.correction[channel] : 0.0f;
   entry[kSlope] = p.bn.training ? p.bn.correction[p.input.channels + channel] : 0.0f;
 }
@@ -217,11 +219,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto write = [&](int64_t offset, const Vector& x_in, auto gradient) {
       float dx[kVec];
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) {  // statistics that are constants: an infinite x has no part in the gradient
-        const float dz = gradient(j), x_j = to_float(x_in.v[j]);
-        dx[j] = p.bn.training
-                    ? normalise_grad(dz, x_j, table[kMean][j], table[kScale][j], table[kMeanDz][j], table[kSlope][j])
-                    : dz * table[kScale][j];
+      for (int j = 0; j < kVec; ++j) {
+        const float x_j = p.bn.training ? to_float(x_in.v[j]) : 0.0f;
+        dx[j] = normalise_grad(gradient(j), x_j, table[kMean][j], table[kScale][j], table[kMeanDz][j], table[kSlope][j]);
       }
       store(grad_x + offset, dx);
     };
@@ -233,10 +233,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool is_high = 2 * row + 1 < pool.in.h;
       const int64_t upper = image + in.near(2 * row, 2 * column), lower = upper + (is_high ? in.near(1, 0) : 0);
       const Vector a = load<kVec>(x + upper), b = load<kVec>(x + upper + right);
-      // Sums in the order of for_each_window.
+      // Sums in the order of for_each_window. Each x is loaded one ahead: more would not fit in registers.
       write(upper, a, [&](int j) { return above.grad(0, j, 4); });
-      const Vector c = load<kVec>(x + lower), d = load<kVec>(x + lower + right);
+      const Vector c = load<kVec>(x + lower);
       if (is_wide) write(upper + right, b, [&](int j) { return above.grad(1, j, 3) + above.grad(0, j, 5); });
+      const Vector d = load<kVec>(x + lower + right);
       if (is_high) write(lower, c, [&](int j) { return below.grad(0, j, 1) + above.grad(0, j, 7); });
       if (is_wide && is_high)
         write(lower + right, d, [&](int j) {

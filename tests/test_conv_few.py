@@ -35,6 +35,7 @@ class Case(NamedTuple):
     padding: tuple[int, int] = (3, 3)
 
 
+# Few images are cut into single rows; it takes some hundred for parts of several.
 CASES = {
     "stem": Case(1, 3, 32, 32, 64),
     "stem, rows that are not aligned": Case(2, 3, 19, 17, 64),
@@ -49,6 +50,8 @@ CASES = {
     "one channel": Case(2, 1, 12, 24, 32, (5, 9), (2, 3), (2, 4)),
     "four channels": Case(1, 4, 14, 16, 64, (3, 3), (2, 2), (1, 1)),
     "more parts than blocks": Case(400, 3, 4, 5, 8, (3, 3), (2, 2), (1, 1)),
+    "stem, parts of several rows": Case(400, 3, 6, 8, 64),
+    "rows and columns in parts": Case(200, 3, 2, 136, 8, (3, 3), (1, 1), (1, 1)),
     "even windows, no padding": Case(1, 3, 16, 16, 96, (4, 4), (4, 4), (0, 0)),
 }
 
@@ -123,18 +126,21 @@ def test_what_is_not_finite_stands_where_it_stands_in_torch(device, dtype, name)
     case = CASES[name]
     x, weight, bias, grad_y, _ = integers(case, dtype, device)
     x[0, 0, 2, 1], x[-1, 2, -1, -1], x[0, 1, case.h // 2, case.w // 2] = torch.nan, torch.inf, -torch.inf
+    x[0, 2, 4, 6] = torch.nan  # of the stem: right before the window of the sixth pixel
     z = F.conv2d(x.double(), weight.double(), bias.double(), case.stride, case.padding)
     for act in ("relu", "none"):
         assert same(forward(x, weight, bias, case, act), (z.relu() if act == "relu" else z).to(dtype))
     assert same(gradient(grad_y, x, case), torch_gradient(grad_y.double(), x.double(), case).to(dtype))
     x = x.nan_to_num(0, 0, 0)
-    grad_y[0, 3, 3, 3] = torch.nan  # all of its window lies within the image
+    x[0, 0, 0, 0], grad_y[0, :, :2, :2] = torch.inf, 1  # under the first pixel, which those beyond a part stand for
+    assert same(gradient(grad_y, x, case), torch_gradient(grad_y.double(), x.double(), case).to(dtype), torch.isinf)
+    x[0, 0, 0, 0], grad_y[0, 3, 3, 3] = 0, torch.nan  # all of its window lies within the image
     assert same(gradient(grad_y, x, case), torch_gradient(grad_y.double(), x.double(), case).to(dtype))
 
 
-def same(found, expected):
+def same(found, expected, wanted=torch.isnan):
     nan = expected.isnan()
-    return bool(nan.any()) and torch.equal(found.isnan(), nan) and torch.equal(found[~nan], expected[~nan])
+    return bool(wanted(expected).any()) and torch.equal(found.isnan(), nan) and torch.equal(found[~nan], expected[~nan])
 
 
 @pytest.mark.parametrize("name", ["stem, several parts of a block", "more than one block of channels"])

@@ -177,7 +177,8 @@ def why_not_triton_kernel(x, shortcut, *rest) -> str | None:
 
 def why_not_cuda(*args) -> str | None:
     (x, weight, *main), (shortcut, own, *rest), _ = _apart(args)
-    reason = _why_not_dtype(x, shortcut) or _conv_cuda.why_not(x, weight, *main[6:], adds=True)
+    stride, padding, dilation, groups = main[6:]
+    reason = _why_not_dtype(x, shortcut) or _conv_cuda.why_not(x, weight, stride, padding, dilation, groups, adds=True)
     if reason is None:
         reason = _conv_cuda.why_not_arguments(shortcut, own, *rest[6:])
         reason = reason and f"of the shortcut: {reason}"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import benchmarks
+from fastres.dispatch import family
 
 ROOT = benchmarks.ROOT
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "fastres"
@@ -25,7 +26,8 @@ def files(op: str, backend: str) -> list[Path]:
     """Everything in this repository that decides what the backend's kernels of an op compute, in order."""
     if backend == "cuda":
         stem = module(op).replace("_add_conv_bn", "")  # one kernel: what it adds is optional
-        found = closure([ROOMS["cuda"] / f"{stem}.cpp"], included)
+        stems = (stem, "conv") if stem == "conv_bn_act" else (stem,)  # which has the kernels for few input channels
+        found = closure([ROOMS["cuda"] / f"{name}.cpp" for name in stems], included)
     else:
         name = "_conv_cudnn.py" if backend == "cudnn" else f"{module(op)}.py"
         found = closure([ROOMS[backend] / name], imported)
@@ -37,8 +39,8 @@ def files(op: str, backend: str) -> list[Path]:
 
 def module(op: str) -> str:
     """The stem of the files of an op: that of its forward; both convolutions share one."""
-    family = op.removesuffix("_backward").removesuffix("_train")
-    return "conv_bn_act" if family == "conv_bn_add_act" else family
+    stem = family(op)
+    return "conv_bn_act" if stem == "conv_bn_add_act" else stem
 
 
 def closure(start: list[Path], leads_to: Callable[[Path], list[Path]]) -> set[Path]:

@@ -82,11 +82,18 @@ def status(op: Op, backend: Backend) -> str:
     on_gpu = cuda and not interpreted and backend.name not in ("cpu", "onednn")
     device = torch.device("cuda" if on_gpu else "cpu")
     reasons = [backend.why_not(*sample.args) for sample in op.samples(device, torch.float32)]
+    if None not in reasons:  # some kernels are for 16 bits in channels_last alone
+        reasons += [backend.why_not(*map(_channels_last, sample.args)) for sample in op.samples(device, torch.bfloat16)]
     if None not in reasons:
         return next(reason for reason in reasons if reason is not None)
     if backend.name in GPU_KERNELS and (unproven := tune.why_not_validated(op.name, backend.name, device)):
         return f"live when forced: {unproven}"
     return "live in the interpreter" if interpreted else "live"
+
+
+def _channels_last(value: Any) -> Any:
+    image = isinstance(value, torch.Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if image else value
 
 
 def triton_missing() -> str | None:

@@ -131,6 +131,17 @@ def test_hopper_kernels_are_made_of_hoppers_instructions() -> None:
         assert len(products) <= 8 + 2  # a stage's products without a wait between them: none was serialised
 
 
+def test_few_channels_are_multiplied_by_tensor_cores() -> None:
+    """Products of a warp, in one stream: no call or local memory among them; x and weights copied past the registers."""
+    rows = [row for row in report() if row["kernel"] in ("conv_rows_kernel", "conv_rows_backward_kernel")]
+    assert {row["arch"] for row in rows} == set(build()["cuda_archs"]) and len({row["symbol"] for row in rows}) == 16
+    for row in rows:
+        names = instructions(row)
+        assert any(name.startswith("HMMA.16816.F32") for name in names) and any(name.startswith("LDGSTS") for name in names)
+        assert not [name for name in names if name.startswith(("LDL", "STL", "CALL"))], row["kernel"]
+        assert any(name.startswith("LDSM") for name in names) == ("backward" in row["kernel"])
+
+
 def test_vector_kernels_have_a_batch_of_16_byte_loads_in_flight() -> None:
     """Left free, the compiler puts each load right before its use; then latency, not bandwidth, is what is measured.
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[1]
 FP32 = "torch.float32"
 SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
+FEW, FEW_ROWS, FEW_BACKWARD = "cuda/conv_kernel.cu", "cuda/device/conv_rows.cuh", "cuda/conv_backward_kernel.cu"
 JOINED = "conv_bn_add_conv_bn_act.py"
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
 
@@ -54,7 +55,7 @@ CUDA = [
     Fault("no barrier behind the table", "cuda/device/batch_norm.cuh", "entry[row];\n  }\n  __syncthreads();",
           "entry[row];\n  }", "test_samples", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
     Fault("threads beyond the last channel run", "cuda/device/batch_norm.cuh",
-          "if (lane >= tile.channels) end_ = first;", "", "test_partitions", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
+          "if (lane >= tile.channels) end = first;", "", "test_partitions", {"name": "bn_act", **NHWC}, "bn_act_kernel"),
     Fault("the next image is not skipped to", "cuda/device/batch_norm.cuh", "offset_ += next_image_;", "",
           "test_partitions", {"name": "bn_act", **NCHW}, "bn_act_kernel"),
     Fault("the mean is not taken off", "cuda/device/bn_backward.cuh", "x_j - affine[kMean][lane], sums", "x_j, sums",
@@ -63,7 +64,13 @@ CUDA = [
           "test_misaligned_in_poison", {"name": "bn_act_maxpool", **NHWC}, "bn_act_maxpool_kernel"),
     Fault("a window that the ReLU stops has a tap", "cuda/bn_act_maxpool_backward_kernel.cu",
           "p.bn.relu && best.value[j] <= 0.0f ? kNoTap", "false ? kNoTap",
-          "test_samples", {"name": "bn_act_maxpool_backward", **NHWC}),
+          "test_samples", {"name": "bn_act_maxpool_backward", **NCHW}),
+    Fault("a window of a strip that the ReLU stops has a tap", "cuda/bn_act_maxpool_backward_kernel.cu", "stopped ? kNoTap",
+          "false ? kNoTap", "test_samples", {"name": "bn_act_maxpool_backward", **NHWC}),
+    Fault("the row above a strip is taken for its first", "cuda/device/pool_strip.cuh", "Row low = fetch(2 * first - 1);",
+          "Row low = fetch(2 * first);", "test_pooling_finds_the_positions_that_torch_finds", NHWC, "bn_act_maxpool_kernel"),
+    Fault("the next windows do not see the row they share", "cuda/device/pool_strip.cuh", "best = below;", "best = next;",
+          "test_pooling_in_strips_of_several_rows", {}, "bn_act_maxpool_kernel"),
     Fault("one row of windows is forgotten", "cuda/bn_act_maxpool_backward_kernel.cu",
           "rows = (pool.kernel.h - 1) / pool.stride.h + 1", "rows = (pool.kernel.h - 1) / pool.stride.h",
           "test_samples", {"name": "bn_act_maxpool_backward", **NCHW}),
@@ -98,6 +105,28 @@ CUDA = [
     Fault("the ReLU comes before the residual", SM90, "if (p.with_residual) v += to_float(result.v[k]);",
           "if (p.with_residual) v = gpu_relu(v) + to_float(result.v[k]);",
           "test_exact_on_small_integers", {"name": "one tile", **HALF}),
+    Fault("values beside a run are left to weights of zero", FEW, "two &= cut.last", "two &= ~0u",
+          "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "stem", **HALF}),
+    Fault("the value that aligns a run is left to a weight of zero", FEW, "two &= cut.first", "two &= ~0u",
+          "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "stem", **HALF}),
+    Fault("rows of x are not waited for", FEW, "wait_for_copies<0>();", "",
+          "test_forward_is_exact_on_small_integers", {"name": "stem", **HALF}),
+    Fault("no barrier behind the rows of x", FEW, "wait_for_copies<0>();\n  __syncthreads();", "wait_for_copies<0>();",
+          "test_forward_is_exact_on_small_integers", {"name": "stem, several parts of a block", **HALF}),
+    Fault("the lines of a part of the columns follow one another", FEW_ROWS, "p.column_parts == 1 ? pixel", "true ? pixel",
+          "test_forward_is_exact_on_small_integers", {"name": "columns in parts", **HALF}, "conv_kernel"),
+    Fault("pixels beyond a part are left to gradients of zero", FEW_BACKWARD, "if (left < 16)", "if (false)",
+          "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "for small images, odd", **HALF}),
+    Fault("a tile is read while it is being copied", FEW_BACKWARD, "wait_for_copies<kRing - 2>();", "wait_for_copies<kRing>();",
+          "test_gradient_is_exact_on_small_integers", {"name": "stem, several parts of a block", **HALF}),
+    Fault("a tile is overwritten while it is read", FEW_BACKWARD, "next = tile + kRing - 1;",
+          "next = tile + kRing;",
+          "test_gradient_is_exact_on_small_integers", {"name": "stem, several parts of a block", **HALF}),
+    Fault("rows of x are overwritten while they are read", FEW_BACKWARD,
+          "__syncthreads();  // the part before is done with", "",
+          "test_gradient_is_exact_on_small_integers", {"name": "more parts than blocks", **HALF}),
+    Fault("the last share is not merged", FEW_BACKWARD, "share < p.shares; share", "share < p.shares - 1; share",
+          "test_gradient_is_exact_on_small_integers", {"name": "stem", **HALF}),
 ]  # fmt: skip
 TRITON = [
     Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",

@@ -26,8 +26,12 @@ from fastres.ops import REGISTRY
 from fastres.ops._op import Op
 
 Task = dict[str, Any]
-INFERENCE = (rivals.OPTIMIZED, rivals.CHANNELS_LAST, rivals.AMP, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE)
-TRAINING = (rivals.OPTIMIZED, rivals.CHANNELS_LAST, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE)
+INFERENCE = (
+    rivals.OPTIMIZED, rivals.FROZEN, rivals.CHANNELS_LAST, rivals.AMP, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE,
+)  # fmt: skip
+TRAINING = (
+    rivals.OPTIMIZED, rivals.GRAPHED, rivals.CHANNELS_LAST, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE,
+)  # fmt: skip
 WAYS = {way.name: way for way in (*INFERENCE, *TRAINING, rivals.EAGER, rivals.FREEZING)}
 TORCH = "torch"  # the plain composition: what the kernels' times are held against
 BATCH = 256
@@ -47,6 +51,10 @@ INNER = [
     (512, 512, 3, 1, 7), (1024, 256, 1, 1, 14), (2048, 512, 1, 1, 7), (3, 64, 7, 2, 224), (128, 128, 3, 2, 56),
     (256, 512, 1, 2, 56),
 ]  # fmt: skip
+STEM = [(3, 64, 7, 2, 224)]  # the first one, in training
+CONVOLUTIONS = {
+    "conv_bn_add_act": BLOCK_ENDS, JOINED: PROJECTED, "conv_bn_act": INNER, "conv": STEM, "conv_backward_weight": STEM,
+}  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
 
@@ -66,7 +74,7 @@ def kernels() -> Iterator[Task]:
     for dtype, most in (("bf16", None), ("fp16", 1)):
         common = {"do": "kernel", "dtype": dtype}
         yield {"do": "peaks", "name": "peaks", "dtype": dtype}
-        for name, sizes in {"conv_bn_add_act": BLOCK_ENDS, JOINED: PROJECTED, "conv_bn_act": INNER}.items():
+        for name, sizes in CONVOLUTIONS.items():
             yield from ({**common, "name": name, "batch": BATCH, "convolution": size} for size in sizes[:most])
         for shape in SHAPES[:most]:
             plain = {name for name, case in chosen.items() if not case.convolution and "maxpool" not in name}
@@ -214,6 +222,10 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
         return drawn.contiguous(memory_format=torch.channels_last)
 
     weight = image(out, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5
+    if task["name"] in ("conv", "conv_backward_weight"):
+        x, grad_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
+        own = (x, weight, None) if task["name"] == "conv" else (grad_y, x, (kernel, kernel))
+        return (*own, (stride, stride), (padding, padding), (1, 1), 1)
     residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
     norm = torch.rand(4, out, generator=generator, device=place) + 0.5
     geometry = (stride, stride), (padding, padding), (1, 1), 1
@@ -231,7 +243,10 @@ def named(op: Op, args: tuple) -> Row:
     if not op.name.startswith("conv"):
         return {"name": op.name, "shape": list(x.shape)}
     found = dict(zip(op.parameters, args, strict=True))
-    out, channels, *kernel = found["weight"].shape
+    if op.name == "conv_backward_weight":
+        out, channels, kernel = found["grad_y"].shape[1], found["x"].shape[1], found["kernel"]
+    else:
+        out, channels, *kernel = found["weight"].shape
     name = f"{op.name} {kernel[0]}x{kernel[1]}/{found['stride'][0]} {channels}→{out}"
     if op.name == JOINED:
         name += f", 1x1/{found['shortcut_stride'][0]} {found['shortcut_weight'].shape[1]}→{out}"

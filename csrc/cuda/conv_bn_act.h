@@ -4,23 +4,9 @@
 #include <cuda_runtime_api.h>
 
 #include "common/types.h"
+#include "cuda/images.h"
 
 namespace fastres::cuda {
-
-// One direction of a window.
-struct Span {
-  int kernel, stride, padding, dilation;
-
-  int out(int size) const { return (size + padding + last() - 1) / stride + 1; }
-  // Where the last window may begin, relative to the last pixel.
-  int last() const { return padding - (kernel - 1) * dilation; }
-};
-struct Window {
-  Span h, w;
-};
-struct Images {
-  int count, height, width, channels;
-};
 
 struct ConvActParams {
   DType dtype;  // float16 or bfloat16

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastres
 from fastres import timing
+from fastres.errors import UnsupportedError
 from fastres.experiments import parity, rivals
 from fastres.experiments.rivals import FASTRES, Rival
 from fastres.experiments.subject import Subject
+from fastres.graph import WARM_UPS
 
 Row = dict[str, Any]
 JUDGED = 32  # images of an inference batch that are held against float64: each is computed by itself
@@ -108,21 +111,50 @@ def _prepare(
     row.update(reference.judge(found).to_dict())
     if not row["ok"]:
         return row, None
-    return row, training_step(run, model, x) if model.training else lambda: run(x)
+    if not model.training:
+        return row, lambda: run(x)
+    if not rival.graph:
+        return row, training_step(run, model, x)
+    try:
+        step = captured_step(run, model, x)
+    except Exception as error:  # as above
+        row["missing"] = f"{type(error).__name__}: {error}"
+        return row, None
+    row["wait_s"] = time.perf_counter() - start
+    return row, step
 
 
-def training_step(run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor) -> Callable[[], None]:
+def training_step(
+    run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor, graph: bool = False
+) -> Callable[[], object]:
     """Forward, backward and an SGD step with momentum; the learning rate is 0, so that the work never
     changes.
-    """
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
-    def step() -> None:
+    Args:
+        graph: by ``fastres.graph``, which on a GPU needs the fused SGD; there all take it.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=x.device.type == "cuda" or None)
+
+    def step(x: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         logits = run(x)
         torch.nn.functional.cross_entropy(logits.float(), parity.targets(x, logits.shape[1])).backward()
         optimizer.step()
 
+    return functools.partial(fastres.graph(step, model, optimizer) if graph else step, x)
+
+
+def captured_step(run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor) -> Callable[[], object]:
+    """The same as a graph that has been captured.
+
+    Raises:
+        UnsupportedError: it cannot be.
+    """
+    step: Any = training_step(run, model, x, graph=True)
+    for _ in range(WARM_UPS + 1):
+        step()
+    if not step.func.captured:
+        raise UnsupportedError(step.func.why)
     return step
 
 

@@ -230,8 +230,9 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
     if why_not(conv) is None and functional.why_not_fast_conv2d(x, weight.shape, *geometry) is None:
         operands: Any = x, weight, conv._parameters["bias"]
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
             operands = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
         try:
             return functional.conv2d(*operands, *geometry)

@@ -1,4 +1,5 @@
-"""The CUDA backend of the convolution ops: one kernel for sm_90a (csrc/cuda/sm90_conv_bn_act_kernel.cu), batch norm folded.
+"""The CUDA backend of the convolution ops: one kernel for sm_90a (csrc/cuda/sm90_conv_bn_act_kernel.cu), batch norm folded,
+and for few input channels those of ``conv`` (_conv_rows.py).
 
 fp16 and bf16, channels_last, one group, any small window. Compiled, and executed on the CPU by the tests; until a Hopper GPU
 has validated it, it is chosen only where it is forced.
@@ -12,17 +13,20 @@ from torch import Tensor
 
 from fastres.kernels import native
 from fastres.kernels.layout import aligned, memory_format
-from fastres.ops import _fold
+from fastres.ops import _conv_rows, _fold
 
 OP = "sm90_conv_act"
 DTYPES = (torch.float16, torch.bfloat16)
 ARCH = "90a"
 
 
-def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
-    """Why the kernel cannot run a convolution, beyond what all folded backends ask."""
+def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, adds: bool = False) -> str | None:
+    """Why no kernel can run a convolution, to which something is added or not, beyond what all folded backends ask."""
     if x.device.type != "cuda":
         return f"it runs on cuda, the tensors are on {x.device.type}"
+    if _conv_rows.is_few(x):
+        reason = _conv_rows.why_not(x, weight.shape, stride, padding, dilation, groups)
+        return reason or ("with few input channels it adds nothing to a convolution" if adds else None)
     return why_not_device(x.device) or why_not_arguments(x, weight, stride, padding, dilation, groups)
 
 
@@ -66,7 +70,10 @@ def packed(x: Tensor, parameters: tuple[Any, ...], eps: float) -> tuple[Tensor, 
 
 def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
     """One launch over packed weights."""
-    w, b = packed(x, (weight, bias, bn_weight, bn_bias, mean, var), eps)
+    parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
+    if _conv_rows.is_few(x):
+        return _conv_rows.run_folded(x, parameters, eps, stride, padding, act)
+    w, b = packed(x, parameters, eps)
     residual = None if residual is None else aligned(residual)
     return native.op(OP)(aligned(x), w, b, residual, None, None, None, stride, padding, dilation, (1, 1), act)
 

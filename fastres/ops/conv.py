@@ -17,7 +17,7 @@ from fastres.dispatch import Backend
 from fastres.errors import must
 from fastres.kernels import native
 from fastres.kernels.layout import memory_format
-from fastres.ops import _check, _conv, _conv_cpu
+from fastres.ops import _check, _conv, _conv_cpu, _conv_rows
 from fastres.ops._op import Op, Sample
 
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -123,11 +123,13 @@ def backward(ctx, grad_y):
     return grad_x, grad_weight, grad_y.sum((0, 2, 3)) if wanted[2] else None, None, None, None, None
 
 
-# ---- native: Winograd's algorithm -------------------------------------------------------------------------------------
+# ---- native: Winograd's algorithm on the CPU; few input channels on CUDA ----------------------------------------------
 
 
 def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:
     """Why a convolution of x, or a gradient of it, is left to PyTorch: shapes and layout alone, in a few microseconds."""
+    if x.device.type == "cuda" and x.dim() == 4:
+        return _conv_rows.why_not_fast(x, weight_shape, stride, padding, dilation, groups)
     if x.dim() != 4 or tuple(weight_shape[2:]) != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
         return "it convolves 3x3 kernels with stride 1, without dilation, in one group"
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
@@ -167,6 +169,16 @@ def why_not_weight(grad_y, x, kernel, *geometry):
     if not grad_y.is_contiguous(memory_format=torch.channels_last):
         return f"the activations must be dense in channels_last, got strides {tuple(grad_y.stride())} of grad_y"
     return _why_not_native("cpu_conv_backward_weight", x, (grad_y.shape[1], x.shape[1], *kernel), *geometry)
+
+
+def why_not_cuda(x, weight, bias, *geometry):
+    return _conv_rows.why_not(x, weight.shape, *geometry)
+
+
+def why_not_cuda_weight(grad_y, x, kernel, *geometry):
+    if not grad_y.is_contiguous(memory_format=torch.channels_last):
+        return f"the activations must be dense in channels_last, got strides {tuple(grad_y.stride())} of grad_y"
+    return _conv_rows.why_not(x, (grad_y.shape[1], x.shape[1], *kernel), *geometry, op="conv_rows_backward_weight")
 
 
 def _turned(padding):
@@ -277,7 +289,10 @@ CONV_BACKWARD_WEIGHT = Op(
     fake=fake_weight,
     samples=samples_weight,
     cost=cost_weight,
-    backends=[Backend("cpu", why_not_weight, lambda: run_weight)],
+    backends=[
+        Backend("cpu", why_not_weight, lambda: run_weight),
+        Backend("cuda", why_not_cuda_weight, lambda: _conv_rows.run_weight),
+    ],
 )
 
 CONV = Op(
@@ -288,7 +303,7 @@ CONV = Op(
     fake=fake,
     samples=samples,
     cost=cost,
-    backends=[Backend("cpu", why_not, lambda: run)],
+    backends=[Backend("cpu", why_not, lambda: run), Backend("cuda", why_not_cuda, lambda: _conv_rows.run)],
     setup_context=setup_context,
     backward=backward,
 )

@@ -1,0 +1,117 @@
+// In the place of csrc/cuda/device/mma.cuh: the same names, done by fibers. Copies happen when they are issued or when they are
+// waited for, by turns of blocks; what lanes do together happens once all of the warp have come.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+namespace fastres::cuda {
+
+constexpr unsigned kWarps = 32;  // of a block, at most
+
+// Of NaN at the start of each block: what a block reads it must have written.
+inline uint8_t* dynamic_memory() {
+  alignas(16) static uint8_t memory[227 << 10];
+  static unsigned left;  // threads that have yet to ask
+  if (left == 0) {
+    left = blockDim.x;
+    memset(memory, 0xff, sizeof memory);
+  }
+  --left;
+  return memory;
+}
+
+struct Copies {
+  std::vector<std::function<void()>> issued;
+  std::vector<std::vector<std::function<void()>>> groups;
+};
+inline Copies& copies() {
+  static Copies of[1024];
+  return of[threadIdx.x];
+}
+
+inline void copy_16_bytes(void* to, const void* from, bool inside) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::runtime_error("a copy that is not aligned to 16 bytes");
+  const auto copy = [=] { inside ? memcpy(to, from, 16) : memset(to, 0, 16); };
+  if (blockIdx.x % 2 == 0) copy();
+  else copies().issued.push_back(copy);
+}
+inline void commit_copies() { copies().groups.push_back(std::move(copies().issued)), copies().issued.clear(); }
+
+template <int kLeft>
+void wait_for_copies() {
+  auto& groups = copies().groups;
+  for (; groups.size() > kLeft; groups.erase(groups.begin()))
+    for (auto& copy : groups.front()) copy();
+}
+
+// What the lanes of a warp bring to something they do together, in two slots: none of them can be two steps ahead.
+template <typename T>
+const T* gather(const T& own) {
+  struct Warp {
+    T values[2][32];
+    unsigned steps[32];
+  };
+  static Warp warps[kWarps];
+  Warp& warp = warps[threadIdx.x / 32];
+  const unsigned lane = threadIdx.x % 32, step = warp.steps[lane];
+  warp.values[step % 2][lane] = own;
+  warp.steps[lane] = step + 1;
+  cuda_on_cpu::wait_until([&warp, step] {
+    for (const unsigned steps : warp.steps)
+      if (steps == step) return false;
+    return true;
+  });
+  return warp.values[step % 2];
+}
+
+inline void load_transposed(uint32_t (&m)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("a row of a matrix that is not aligned to 16 bytes");
+  const void* const* rows = gather(row);
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int k = 0; k < 2; ++k) memcpy(pair + k, static_cast<const uint16_t*>(rows[8 * i + 2 * t + k]) + g, 2);
+    memcpy(m + i, pair, 4);
+  }
+}
+
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
+template <typename T>
+float half_of(uint32_t pair, int k) {
+  const uint16_t bits = static_cast<uint16_t>(k == 0 ? pair : pair >> 16);
+  T value;
+  memcpy(static_cast<void*>(&value), &bits, 2);
+  return static_cast<float>(value);
+}
+
+template <typename T>
+void warp_product(float (&acc)[4], const Fragments& own, int depth) {
+  const Fragments* of = gather(own);
+  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+    for (int k = 0; k < depth; ++k) {
+      const float a = half_of<T>(of[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8], k % 2);
+      acc[i] += a * half_of<T>(of[column * 4 + k % 8 / 2].b[k / 8], k % 2);
+    }
+  }
+}
+
+template <typename T>
+void warp_product(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  warp_product<T>(acc, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, 16);
+}
+template <typename T>
+void warp_product(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+  warp_product<T>(acc, {{a0, a1}, {b0}}, 8);
+}
+
+}  // namespace fastres::cuda

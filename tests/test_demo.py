@@ -42,6 +42,7 @@ def test_both_networks_learn_alike(ran):
         assert len(curve["accuracies"]) == len(curve["epoch_seconds"]) == 3 and len(curve["losses"]) == 3 * 12
         assert curve["accuracies"][-1] > 0.3 and curve["losses"][-1] < curve["losses"][0]
     assert curves["torch"]["losses"][0] == pytest.approx(curves["fastres"]["losses"][0], abs=1e-4)  # the same weights
+    assert all(result["checks"][f"{name} losses differ"]["ok"] for name in ("early", "epoch"))
     assert result["training_backends"]["bn_act_train"] and result["inference"][0]["backends"]["conv_bn_act"]
 
 

@@ -50,7 +50,7 @@ STEPS = {
     "both pixels squeezed": lambda m, y: m.small(y).squeeze((2, 3)),
     "the mean as a pool": lambda m, y: F.adaptive_avg_pool2d(y, 1).flatten(1),
     "a pool to its own size": lambda m, y: F.adaptive_avg_pool2d(y, 6),
-    "pools whose last window would lie in the padding": lambda m, y: F.max_pool2d(y, 2, 3, 1, ceil_mode=True),
+    "pools whose last window would lie in the padding": lambda m, y: F.max_pool2d(y, 2, 4, 1, ceil_mode=True),
     "an average of windows": lambda m, y: F.avg_pool2d(y, 2, ceil_mode=True),
 }
 

@@ -19,7 +19,10 @@ def model():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
 
 
-@pytest.mark.parametrize("rival", rivals.INFERENCE, ids=lambda rival: rival.name)
+FROZEN = pytest.param(rivals.FROZEN, marks=pytest.mark.cpu)
+
+
+@pytest.mark.parametrize("rival", [*rivals.INFERENCE, FROZEN], ids=lambda rival: rival.name)
 def test_every_way_computes_the_same(model, monkeypatch, rival):
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="eager", **options))

@@ -36,6 +36,10 @@ class Block(nn.Module):
     def head(self, x):
         return self.bn(self.conv(x))
 
+    @functools.wraps(head)
+    def wrapped(self, x):
+        return self.head(x)
+
     @functools.lru_cache  # noqa: B019
     def cached(self, x):
         return x
@@ -67,7 +71,11 @@ def reads_a_property(self, x):
     return self.relu(self.bn(self.conv(x))) * self.doubled
 
 
-def is_decorated(self, x):
+def calls_what_is_decorated(self, x):
+    return self.relu(self.wrapped(x))
+
+
+def calls_what_is_no_function(self, x):
     return self.relu(self.bn(self.conv(self.cached(x))))
 
 
@@ -114,9 +122,10 @@ REFUSED = {
     hands_over_itself: "its forward hands a _Self to a function",
     indexes_a_list: "its forward indexes more, which may change unseen",
     goes_through_itself: "its forward iterates over itself",
-    reads_a_property: "its forward uses self.doubled|uses doubled",
-    is_decorated: "its forward uses self.cached|decorated",
-    sets_a_number: "its forward sets seen|uses seen",
+    reads_a_property: "its forward uses self.doubled",
+    calls_what_is_decorated: "is decorated or closes over variables",
+    calls_what_is_no_function: "its forward uses self.cached",
+    sets_a_number: "its forward uses seen",
     reads_a_list: "its forward reads numbers, a list that may change unseen",
     checkpoints: "it checkpoints its activations",
     swallows_the_refusal: "branches on a value of the input",

@@ -31,6 +31,7 @@ TRAINING = (
     rivals.OPTIMIZED, rivals.GRAPHED, rivals.CHANNELS_LAST, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE,
 )  # fmt: skip
 WAYS = {way.name: way for way in (*INFERENCE, *TRAINING, rivals.EAGER, rivals.FREEZING)}
+COMPILED_BESIDE = (rivals.CUDA_GRAPHS.name, rivals.COMPILE.name)  # which of a network's rivals --warm compiles: the first
 TORCH = "torch"  # the plain composition: what the kernels' times are held against
 BATCH = 256
 # What batch norm and addition see in ResNet-50, the largest first.
@@ -91,16 +92,17 @@ def networks(warm: bool = False) -> Iterator[Task]:
     order += [("resnet18", "fp16"), ("resnet152", "fp16")]
     passes = [(False, 256, True), (True, 256, True), (False, 1, True), (False, 1, False), (False, 32, True), (True, 64, True)]
     for (name, dtype), (training, batch, replay) in itertools.product(order, passes):
-        ways = [way.name for way in (TRAINING if training else INFERENCE)]
+        mode = rivals.COMPILE if batch >= 64 else rivals.CUDA_GRAPHS  # of the two that which suits the batch
+        ways = [way.name for way in (TRAINING if training else INFERENCE) if way.name not in COMPILED_BESIDE or way is mode]
         task = {"do": "network", "name": name, "dtype": dtype, "training": training, "batch": batch, "replay": replay}
-        yield task | {"warm": warm, "ways": ways}
+        yield task | {"warm": [way for way in ways if way in COMPILED_BESIDE] if warm else [], "ways": ways}
 
 
 def compilations() -> Iterator[Task]:
     """The compiled rivals of the networks that come first, those that most may count on, each in a process of its own."""
     for task in itertools.islice(networks(), 3):
-        modes = rivals.CUDA_GRAPHS if task["batch"] == 1 else rivals.COMPILE
-        yield {**task, "do": "compile", "ways": [modes.name]}
+        way = next(way for way in COMPILED_BESIDE if way in task["ways"])
+        yield {**task, "do": "compile", "ways": [way]}
 
 
 def label(task: Task) -> str:
@@ -205,7 +207,7 @@ class Worker:
         subject, lower = self.subject(task)
         return compare(
             subject, [WAYS[name] for name in task["ways"]], training=task["training"], lower=lower,
-            seconds=task.get("seconds", 3.0), batches=(3, 60), replay=task.get("replay", True), cold=not task.get("warm"),
+            seconds=task.get("seconds", 3.0), batches=(3, 60), replay=task.get("replay", True), warm=task.get("warm", ()),
             seconds_left=seconds_left,
         )  # fmt: skip
 

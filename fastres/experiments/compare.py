@@ -6,7 +6,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def compare(
     seconds: float = 10.0,
     batches: tuple[int, int] = (5, 100),
     replay: bool = True,
-    cold: bool = True,
+    warm: Collection[str] = (),
     step: Callable[[str], object] = lambda text: None,
     seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[Row]:
@@ -49,7 +49,7 @@ def compare(
         seconds, batches: as for ``timing.interleaved``.
         replay: on a GPU, inference is replayed from CUDA graphs where it can be, without the host's share; False times
             calls as they are made.
-        cold: what is compiled may not come out of torch.compile's caches.
+        warm: rivals whose compilations may come out of torch.compile's caches.
         step: called with what begins.
         seconds_left: until all of it must be over; a rival that needs longer to get ready is missing.
     """
@@ -61,6 +61,7 @@ def compare(
     calls: dict[str, Callable[[], object]] = {}
     for rival in ways:
         step(rival.name)
+        cold = rival.name not in warm
         patience = (rival.patience if cold else rival.patience / 2) + seconds
         enough = seconds_left() >= patience
         row, call = _prepare(rival, subject, reference, lower, cold) if enough else (_row(rival, subject, lower), None)

@@ -108,7 +108,7 @@ MAX_AUTOTUNE = Rival(
 )
 OPTIMIZED = Rival(FASTRES, _fastres, "channels_last", {})
 GRAPHED = Rival("fastres + graph", _fastres, "channels_last", {}, graph=True)  # in training; parity is judged uncaptured
-FROZEN = Rival("fastres.freeze", _frozen, "channels_last", {}, patience=60.0)
+FROZEN = Rival("fastres.freeze", _frozen, "channels_last", {}, patience=30.0)
 
 INFERENCE = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE, FREEZING)
 TRAINING = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE)

@@ -36,7 +36,7 @@ def main() -> int:
     text = "one or more; all by default; the rows of other parts stay in the result file where this commit wrote them"
     parser.add_argument("--part", choices=PARTS, action="append", help=text)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; what does not fit is shown so")
-    text = "compile the first rivals beside the validations: torch.compile's caches are warm then, and so are its ready times"
+    text = "compile rivals and kernels beside the validations: the times until rivals are ready are then those of warm caches"
     parser.add_argument("--warm", action="store_true", help=text)
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     wish = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> int:
                 harness.save("acceptance", [*kept, *built, *rows], place, **more)
 
         with ThreadPoolExecutor(1) as beside:
-            compiling = beside.submit(compile_rivals, place, budget.share(PARTS["parity"])) if wish.warm else None
+            compiling = beside.submit(compile_first, place, budget.share(PARTS["parity"])) if wish.warm else None
             rows, promises = measure(place, parts, budget, keep, compiling)
     rows, promises = [*built, *rows], [*parity_promises(built), *promises]
     show(rows, promises)
@@ -106,9 +106,9 @@ def gpu_parts(
     return rows, promises
 
 
-def compile_rivals(place: torch.device, budget: Budget) -> None:
-    waiting = list(tasks.compilations())
-    for row in perform_all(waiting, budget, place, at_once=len(waiting)):
+def compile_first(place: torch.device, budget: Budget) -> None:
+    """Fill the caches of torch.compile and Triton."""
+    for row in perform_all(tasks.compilations(), budget, place, at_once=6):
         say(f"{row['name']}: {row['missing']}")
 
 

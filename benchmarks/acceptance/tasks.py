@@ -58,8 +58,8 @@ SECONDS = 0.6  # of one kernel's rows together
 
 
 def validations(place: torch.device) -> Iterator[Task]:
-    """Every kernel that this device can run, but PyTorch's own, in each dtype; what takes longest to compile comes first."""
-    wanted = ("triton", "cuda", "cudnn") if place.type == "cuda" else ("cpu", "onednn")
+    """Every kernel that this device can run, but PyTorch's own, in each dtype; what has yet to be compiled comes last."""
+    wanted = ("cuda", "cudnn", "triton") if place.type == "cuda" else ("cpu", "onednn")
     for name, op, dtype in itertools.product(wanted, reversed(REGISTRY.values()), DTYPES):
         backend = next((b for b in op.backends if b.name == name), None)
         if backend is not None and info.status(op, backend).startswith("live"):
@@ -99,10 +99,11 @@ def networks(warm: bool = False) -> Iterator[Task]:
 
 
 def compilations() -> Iterator[Task]:
-    """The compiled rivals of the networks that come first, those that most may count on, each in a process of its own."""
+    """What is compiled when it is first called: a rival of each of the networks that come first, then Triton's kernels."""
     for task in itertools.islice(networks(), 3):
         way = next(way for way in COMPILED_BESIDE if way in task["ways"])
         yield {**task, "do": "compile", "ways": [way]}
+    yield from ({**task, "do": "compile"} for task in kernels() if task["do"] == "kernel" and task["dtype"] == "bf16")
 
 
 def label(task: Task) -> str:
@@ -189,7 +190,15 @@ class Worker:
         return [{**row, "bound": bound, "of_roof": roof / row["median_s"]} if "median_s" in row else row for row in found]
 
     def compile(self, task: Task, seconds_left: Callable) -> list[Row]:
-        """Compiles the rivals of a network that are compiled, into torch.compile's caches; nothing is measured."""
+        """Compiles a network's rivals into torch.compile's caches, or the kernels of a call into Triton's; measures nothing."""
+        if "ways" not in task:
+            with fastres.use(TORCH):
+                calls = self.recorded(task)
+            with torch.no_grad():
+                for backend, args in ((b, args) for op, args in calls for b in op.backends if b.name == "triton"):
+                    if backend.why_not(*args) is None:
+                        backend.load()(*args)
+            return []
         subject, lower = self.subject(task)
         for rival in (WAYS[name] for name in task["ways"]):
             if rival.compiles:

@@ -146,9 +146,13 @@ def measured_on(results: Path = RESULTS) -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
     for path in sorted(results.glob("*/acceptance.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        for row in data["rows"]:
-            if row.get("ok") and "source" in row and row["source"] == current(row["name"], row["rival"]):
-                found.setdefault((row["name"], row["rival"]), []).append(data["device"])
+        verdicts: dict[tuple[str, str], bool] = {}
+        for row in data["rows"]:  # one for each dtype
+            if "source" in row and row["source"] == current(row["name"], row["rival"]):
+                name = row["name"], row["rival"]
+                verdicts[name] = verdicts.get(name, True) and bool(row.get("ok"))
+        for name in (name for name, ok in verdicts.items() if ok):
+            found.setdefault(name, []).append(data["device"])
     return found
 
 

@@ -7,6 +7,7 @@ from fastres import functional, nn
 from fastres.dispatch import use
 from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VerificationError
 from fastres.frozen import Calibration, freeze, load_frozen
+from fastres.graph import graph
 from fastres.memory import reuse_memory
 from fastres.optimize import explain, optimize, refresh, restore
 
@@ -21,6 +22,7 @@ __all__ = [
     "explain",
     "freeze",
     "functional",
+    "graph",
     "load_frozen",
     "nn",
     "optimize",

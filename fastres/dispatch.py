@@ -92,8 +92,8 @@ class use:
     """Force backends: ``fastres.use(bn_act="torch")``, or ``fastres.use("torch")`` for every op that has that backend.
 
     Takes effect at once; as a context manager it puts the former choice back. A name covers the op, its ``_train`` and
-    its ``_backward`` ops that have the backend. A forced backend that cannot run a call raises ``fastres.UnsupportedError`` with its reason.
-    ``fastres.use(bn_act=None)`` lifts a forced choice. The setting holds for all threads of the process.
+    its ``_backward`` ops that have the backend. A forced backend that cannot run a call raises ``fastres.UnsupportedError``
+    with its reason. ``fastres.use(bn_act=None)`` lifts a forced choice. The setting holds for all threads of the process.
 
     Raises:
         ValueError: no such op, or the op has no such backend.
@@ -124,7 +124,7 @@ def is_forced() -> bool:
     return bool(_forced or env.forced_backend())
 
 
-def _wish(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
+def wished(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
     """The backend forced for op and what forced it; a wish for all ops, or for its family, passes by an op without it."""
     names = [backend.name for backend in backends]
     environment = _check_wishes("FASTRES_BACKEND", env.forced_backend())
@@ -142,7 +142,7 @@ def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choic
         UnsupportedError: a forced backend does not exist or refuses these arguments; the text carries its reason.
     """
     by_name = {backend.name: backend for backend in backends}
-    wish = _wish(op, backends)
+    wish = wished(op, backends)
     if wish is not None:
         name, source = wish
         if name not in by_name:

@@ -7,6 +7,7 @@ time on the CPU; on CUDA events around the replay of a graph that holds the call
 themselves where they cannot be captured.
 """
 
+import functools
 import math
 import statistics
 import time
@@ -54,9 +55,11 @@ def interleaved(
         candidates: calls by name; each is called a few times first, to warm up.
         seconds: what all of it should take; the least number of batches is run even where that takes longer.
         batches: least and most batches of each candidate.
-        graph: replay CUDA graphs; False for calls that cannot be replayed, such as training steps.
+        graph: replay CUDA graphs; False for calls that are timed as a user makes them, such as training steps.
         tick: called after every round.
     """
+    if not candidates:
+        return {}
     clocks = {name: _clock(call, device, graph) for name, call in candidates.items()}
     for clock in clocks.values():
         clock.warm_up()
@@ -70,6 +73,20 @@ def interleaved(
         if tick is not None:
             tick()
     return {name: _summary(found[name], clocks[name]) for name in names}
+
+
+@functools.cache
+def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes/s of a large copy by a kernel, read and written, and flop/s of a large matrix product: what kernels are held
+    against. Measured once a process.
+    """
+    on_gpu = device.type == "cuda"
+    size, side = (1 << 27, 8192) if on_gpu else (1 << 22, 512)
+    source, target = (torch.ones(size, dtype=dtype, device=device) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    copied = interleaved({"": lambda: torch.neg(source, out=target)}, device, seconds=0.3)[""]
+    product = interleaved({"": lambda: a @ b}, device, seconds=0.3)[""]
+    return 2 * source.nbytes / copied.p20, 2 * side**3 / product.p20
 
 
 def percentile(values: list[float], share: float) -> float:

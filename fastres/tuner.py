@@ -8,7 +8,7 @@ next call on.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class Session:
     def tune(self, op: Op, args: tuple) -> Tuned:
         """Validate and time every candidate for one call."""
         found, runs = [], {}
-        for backend, config, run in _candidates(op, args, self.configurations):
+        for backend, config, run in candidates(op, args, self.configurations):
             refusal = backend.why_not(*args)
             failure = None if refusal else self._failure(op, backend, config, run, args)
             found.append(Candidate(backend.name, config, refusal, failure))
@@ -95,7 +95,7 @@ class Session:
         for name, measured in times.items():
             # The quiet batches: on a shared machine a stalled thread can make half of all batches useless.
             found[int(name)] = replace(found[int(name)], seconds=measured.p20)
-        result = Tuned(op.name, tune.key(op.name, args), _fastest(found), tuple(found))
+        result = Tuned(op.name, tune.key(op.name, args), fastest(found), tuple(found))
         self.results.append(result)
         return result
 
@@ -117,9 +117,9 @@ class Session:
             self._verdicts[name] = self.on_samples(op, backend)
         return self._verdicts[name]
 
-    def on_samples(self, op: Op, backend: Backend) -> str | None:
+    def on_samples(self, op: Op, backend: Backend, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
         """Why a backend misses the budget on the op's samples, or loses the NaN that PyTorch keeps; None where neither."""
-        for dtype in DTYPES:
+        for dtype in dtypes:
             args = _with_nan(op.samples(self.device, dtype)[0].args)
             if backend.why_not(*args) is None and (reason := judge(op, backend.load(), args)):
                 return f"on a NaN in {str(dtype).removeprefix('torch.')}: {reason}"
@@ -269,7 +269,7 @@ def _device(args: tuple) -> torch.device:
     return next(arg.device for arg in args if isinstance(arg, Tensor))
 
 
-def _candidates(op: Op, args: tuple, configurations: bool) -> Iterator[tuple[Backend, tuple | None, Callable]]:
+def candidates(op: Op, args: tuple, configurations: bool) -> Iterator[tuple[Backend, tuple | None, Callable]]:
     """Every backend, and each of its configurations where wanted; refused ones once, to be reported."""
     for backend in op.backends:
         if backend.why_not(*args) is not None:
@@ -304,31 +304,43 @@ def _with_nan(args: tuple) -> tuple:
 
 def judge(op: Op, run: Callable, args: tuple) -> str | None:
     """Hold one backend's function against float64 on one call: why it fails, or None."""
-    dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
-    with torch.no_grad():
-        truth = _outputs(op.reference(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)))
-        same = _outputs(op.reference(*args))
+    return Truth(op, args).judge(run)
+
+
+class Truth:
+    """What an op gives for one call in float64, and PyTorch's result at the call's dtype."""
+
+    def __init__(self, op: Op, args: tuple) -> None:
+        self.op, self.args = op.name, args
+        self.dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
+        wide = (a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+        with torch.no_grad():
+            self.exact, self.same = _outputs(op.reference(*wide)), _outputs(op.reference(*args))
+
+    def judge(self, run: Callable) -> str | None:
+        """Why a function's result for this call fails, or None."""
         try:
-            actual = _outputs(run(*args))
+            with torch.no_grad():
+                actual = _outputs(run(*self.args))
         except Exception as error:  # whatever a kernel raises on this device: it is out, with the reason
             return f"it raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    outputs = zip(actual, same, truth, spreads(op.name, args, truth), strict=True)
-    for index, (found, expected, exact, spread) in enumerate(outputs):
-        if found.dtype == torch.uint8:  # bits: of this backend's own output, which rounds as it may
-            if not torch.equal(found, _mask.pack(actual[0], args[-1])):
-                return f"output {index} is not the mask of output 0"
-            continue
-        verdict = within_budget(found, expected, exact, dtype, spread)
-        if not verdict.ok:
-            return f"output {index} has error {verdict.error:.2g}, allowed is {verdict.allowed:.2g}"
-    return None
+        outputs = zip(actual, self.same, self.exact, spreads(self.op, self.args, self.exact), strict=True)
+        for index, (found, expected, exact, spread) in enumerate(outputs):
+            if found.dtype == torch.uint8:  # bits: of this backend's own output, which rounds as it may
+                if not torch.equal(found, _mask.pack(actual[0], self.args[-1])):
+                    return f"output {index} is not the mask of output 0"
+                continue
+            verdict = within_budget(found, expected, exact, self.dtype, spread)
+            if not verdict.ok:
+                return f"output {index} has error {verdict.error:.2g}, allowed is {verdict.allowed:.2g}"
+        return None
 
 
 def _outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _fastest(candidates: list[Candidate]) -> Candidate:
+def fastest(candidates: Sequence[Candidate]) -> Candidate:
     """The fastest; among ties the first on the op's page, but none slower than PyTorch."""
     timed = [c for c in candidates if c.seconds is not None]
     limit = min(c.seconds for c in timed if c.seconds is not None) * TIE

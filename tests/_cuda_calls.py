@@ -65,6 +65,8 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     weight, bias = (torch.randn(channels, generator=generator).to(x.device, dtype) for _ in range(2))
     mean, var = x.double().mean((0, 2, 3)).float(), x.double().var((0, 2, 3), unbiased=False).float()
     base = name.removesuffix("_backward").removesuffix("_train")
+    if name in ("conv", "conv_backward_weight"):
+        return stem(name, x, draw)
     if base.startswith("conv"):
         kernels = torch.randn(2, channels, channels, 1, 1, generator=generator).to(x.device) / channels**0.5
         kernel, own = (torch.nn.Parameter(k, requires_grad=False) for k in kernels)
@@ -88,6 +90,15 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     residual = [draw()] if base == "bn_add_act" else []
     statistics = [] if name.endswith("_train") else [mean, var]
     return [x, *residual, weight, bias, *statistics, 1e-5, act, *(window if base == "bn_act_maxpool" else ())]
+
+
+def stem(name, x, draw):
+    """Arguments of the convolution of a network's stem, or of its gradient by the weight: 3 channels to 64."""
+    n, _, height, width = x.shape
+    geometry = (2, 2), (3, 3), (1, 1), 1
+    if name == "conv":
+        return [draw((n, 3, height, width)), torch.nn.Parameter(draw((64, 3, 7, 7)), requires_grad=False), None, *geometry]
+    return [draw((n, 64, (height + 1) // 2, (width + 1) // 2)), draw((n, 3, height, width)), (7, 7), *geometry]
 
 
 def two_norms(name, x, residual, grads, norm, act, generator):

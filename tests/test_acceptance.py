@@ -111,10 +111,10 @@ def test_a_joined_convolution_is_held_against_two_ops():
 
 def test_a_validation_is_kept_with_its_source(monkeypatch):
     worker = tasks.Worker(CPU)
-    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch"})
+    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"})
     assert row["ok"] and "source" not in row
     monkeypatch.setattr(tuner.Session, "on_samples", lambda *args: "wrong")
-    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "triton"})
+    (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "triton", "dtype": "fp16"})
     assert not row["ok"] and row["failure"] == "wrong" and row["source"] == sources.fingerprint("add_act", "triton")
 
 
@@ -227,7 +227,7 @@ def test_every_kernel_file_belongs_to_an_op():
 def test_a_change_in_any_file_changes_the_hash(monkeypatch, tmp_path):
     for folder in ("csrc", "fastres"):
         shutil.copytree(sources.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    ops = {"cuda": "bn_act", "triton": "bn_act", "cudnn": "conv_bn_act"}
+    ops = {"cuda": "bn_act", "triton": "bn_act", "cudnn": "conv_bn_add_act"}
     before = {backend: sources.fingerprint(op, backend) for backend, op in ops.items()}
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     monkeypatch.setattr(sources, "CSRC", tmp_path / "csrc")

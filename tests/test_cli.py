@@ -11,7 +11,7 @@ import torch
 import fastres
 from fastres import cli, dispatch, info, terminal, tune
 from fastres.errors import UnsupportedError, VerificationError
-from fastres.frozen import Frozen
+from fastres.frozen.module import NativeFrozen
 from fastres.ops import REGISTRY
 
 pytestmark = pytest.mark.none
@@ -149,8 +149,8 @@ def test_verify_fails_with_code_1(capsys, monkeypatch):
         REGISTRY["conv_bn_act"], "backends",
         (dispatch.Backend("torch", wrong.why_not, lambda: lambda *args: run_it(*args) * 1.01),),
     )  # fmt: skip
-    call = Frozen.call
-    monkeypatch.setattr(Frozen, "call", lambda self, x: call(self, x) * 1.01)
+    call = NativeFrozen.call
+    monkeypatch.setattr(NativeFrozen, "call", lambda self, x: call(self, x) * 1.01)
     dispatch.forget()
     code, out, _ = run(capsys, "verify", *NET)
     assert code == 1 and "FAILED" in out

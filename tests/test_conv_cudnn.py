@@ -24,27 +24,27 @@ def on_cpu():
     library._destroy()
 
 
-@pytest.mark.parametrize("name", ["conv_bn_act", "conv_bn_add_act"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
-def test_fold_and_arguments(on_cpu, name, layout):
-    op, ran = REGISTRY[name], 0
+def test_fold_and_arguments(on_cpu, layout):
+    op, ran = REGISTRY["conv_bn_add_act"], 0
     for sample in op.samples(torch.device("cpu"), torch.float32):
         args = [a.contiguous(memory_format=layout) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args]
         if args[-1] != "relu":
             continue
         exact = op.reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-        y = _conv_cudnn.run(*(args if name == "conv_bn_add_act" else (args[0], None, *args[1:])))
+        y = _conv_cudnn.run(*args)
         assert_close_to_truth(y, op.reference(*args), exact, torch.float32, sample.label)
         assert y.is_contiguous(memory_format=layout)
         ran += 1
     assert ran
 
 
-def refusal(monkeypatch, device="cuda", dtype=torch.float16, channels=64, groups=1, act="relu", cudnn=True):
+def refusal(monkeypatch, device="cuda", dtype=torch.float16, channels=64, groups=1, act="relu", cudnn=True, residual=True):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: cudnn)
     with FakeTensorMode():
         x = torch.empty(2, channels, 8, 8, dtype=dtype, device=device)
-        return _conv_cudnn.why_not(x, torch.empty(64, channels // groups, 1, 1, dtype=dtype, device=device), groups, act)
+        weight = torch.empty(64, channels // groups, 1, 1, dtype=dtype, device=device)
+        return _conv_cudnn.why_not(x, x if residual else None, weight, groups, act)
 
 
 def test_refusals_say_why(monkeypatch):
@@ -52,6 +52,7 @@ def test_refusals_say_why(monkeypatch):
     assert "no cuDNN" in refusal(monkeypatch, cudnn=False)
     assert "on cpu" in refusal(monkeypatch, device="cpu")
     assert "float64" in refusal(monkeypatch, dtype=torch.float64)
+    assert "NaN" in refusal(monkeypatch, residual=False)
     assert "act='none'" in refusal(monkeypatch, act="none")
     assert "groups=8" in refusal(monkeypatch, groups=8)
     assert "got 3" in refusal(monkeypatch, channels=3)

@@ -49,7 +49,7 @@ CASES = {
     "wide windows, odd offsets": Case(1, 3, 9, 8, 24, (2, 7), (1, 1), (1, 3)),
     "one channel": Case(2, 1, 12, 24, 32, (5, 9), (2, 3), (2, 4)),
     "four channels": Case(1, 4, 14, 16, 64, (3, 3), (2, 2), (1, 1)),
-    "two parts of a block": Case(800, 3, 2, 8, 8, (3, 3), (1, 1), (1, 1)),
+    "two parts of a block": Case(800, 3, 3, 8, 8, (3, 3), (1, 1), (1, 1)),
     "a ring that goes round": Case(396, 3, 2, 128, 8, (1, 3), (1, 1), (0, 1)),
     "stem, parts of several rows": Case(400, 3, 6, 8, 64),
     "rows and columns in parts": Case(200, 3, 2, 136, 8, (3, 3), (1, 1), (1, 1)),
@@ -203,7 +203,7 @@ def test_a_stem_trains_as_torch(dtype):
     outputs = []
     for choice in ("cuda", "torch"):
         calls = tuner.recorded(lambda choice=choice: outputs.append(step(layer, x, choice, dtype)))
-        assert any(key.startswith("conv_backward_weight|") for key in calls) == (choice == "cuda")
+        assert any(key.startswith("conv_backward_weight|") for key in calls)
     truth = step(copy.deepcopy(layer).double(), x.detach().double().requires_grad_(), "torch", torch.float64)
     for own, expected, exact in zip(*outputs, truth, strict=True):
         assert own.dtype == expected.dtype
@@ -250,8 +250,8 @@ def test_what_is_unsafe_raises():
     wrong = [(torch.ops.fastres_C.conv_rows, args, text) for args, text in forward_calls]
     wrong += [(torch.ops.fastres_C.conv_rows_backward_weight, args, text) for args, text in gradient_calls]
     pack = torch.ops.fastres_C.conv_rows_pack
-    wrong.append((pack, (weight, 3), "weight must be contiguous"))
-    wrong.append((pack, (weight.permute(0, 2, 3, 1).float(), 3), "weight must be float16"))
+    laid_out = weight.permute(0, 2, 3, 1)
+    wrong += [(pack, (weight, 3), "weight must be contiguous"), (pack, (laid_out.float(), 3), "weight must be float16")]
     for call, args, text in wrong:
         with pytest.raises(RuntimeError, match=rf"fastres\.conv: {text}.*, got "):
             call(*args)

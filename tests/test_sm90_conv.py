@@ -50,9 +50,9 @@ CASES = {
     "3x3 dilated": Case(1, 24, 19, 13, 64, (3, 3), 1, 2, 2),
     "7x7 stride 2": Case(1, 8, 15, 13, 64, (7, 7), 2, 3, residual=False),
     "3x1": Case(2, 16, 9, 8, 64, (3, 1), 2, 1),
-    "3x3, tiles of both warpgroups": Case(3, 64, 17, 19, 128, (3, 3), padding=1, residual=False),
+    "3x3, tiles of both warpgroups": Case(3, 72, 17, 19, 128, (3, 3), padding=1, residual=False),
     "3x3, three blocks share a tile": Case(1, 264, 8, 9, 72, (3, 3), padding=1),
-    "1x1, tiles of both warpgroups, tails": Case(5, 520, 15, 13, 72),
+    "1x1, tiles of both warpgroups, tails": Case(5, 1000, 15, 13, 72),
 }
 
 

@@ -1,5 +1,7 @@
 """Two convolutions as one product, in the interpreter: strides, tiles, tails of either's channels, groups, special values."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,14 @@ pytest.importorskip("triton")
 
 from _modules import compare, lively  # noqa: E402
 from _torchvision import torchvision  # noqa: E402
+from _uncaptured import Uncaptured  # noqa: E402
 from test_triton_interpreter import DTYPES, draw, judge  # noqa: E402
 from torch import nn  # noqa: E402
 
 import fastres  # noqa: E402
 import fastres.nn as fnn  # noqa: E402
 from fastres import functional, tune, tuner  # noqa: E402
+from fastres.frozen import device, make  # noqa: E402
 from fastres.kernels.triton import batch_norm, configs, conv_bn_act, conv_bn_add_conv_bn_act  # noqa: E402
 from fastres.ops import REGISTRY  # noqa: E402
 
@@ -225,3 +229,26 @@ def test_tuning_holds_it_against_the_two_ops(monkeypatch, tmp_path):
 
 def seconds(median):
     return tuner.timing.Timing(median, median, median, 1, 1, "told")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_network(monkeypatch, dtype):
+    """Every layer that has a Triton kernel on it, the projection in the block's last convolution."""
+    monkeypatch.setattr(device, "Graphs", Uncaptured)
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    projection = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+    model = lively(nn.Sequential(stem, torchvision.models.resnet.BasicBlock(16, 32, 2, projection))).eval()
+    x = draw((3, 3, 33, 30), torch.float32)
+    with fastres.use("triton"):
+        frozen = make.by_ops(model, x, dtype)
+    steps = frozen.plan((3, 3, 33, 30)).steps
+    assert {step.choice.kernel for step in steps} == {"triton"} and len(steps) == 4
+    assert steps[-1].call.shortcut is not None
+    x = x.to(dtype)
+    judge({"y": frozen(x)}, lambda x: {"y": fastres_free(model, x)}, (x,), dtype)
+
+
+def fastres_free(model, x):
+    """The network in the dtype of its input."""
+    with torch.no_grad():
+        return copy.deepcopy(model).to(x.dtype)(x)

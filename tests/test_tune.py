@@ -128,10 +128,10 @@ def test_never_slower_than_torch():
     def candidates(**seconds):
         return [tuner.Candidate(name, seconds=value) for name, value in seconds.items()]
 
-    assert tuner._fastest(candidates(cpu=2.0, torch=1.0)).backend == "torch"
-    assert tuner._fastest(candidates(cpu=1.0, torch=2.0)).backend == "cpu"
-    assert tuner._fastest(candidates(cpu=1.015, triton=1.0, torch=2.0)).backend == "cpu"  # a tie: the page's order
-    assert tuner._fastest(candidates(cpu=1.01, torch=1.0)).backend == "torch"
+    assert tuner.fastest(candidates(cpu=2.0, torch=1.0)).backend == "torch"
+    assert tuner.fastest(candidates(cpu=1.0, torch=2.0)).backend == "cpu"
+    assert tuner.fastest(candidates(cpu=1.015, triton=1.0, torch=2.0)).backend == "cpu"  # a tie: the page's order
+    assert tuner.fastest(candidates(cpu=1.01, torch=1.0)).backend == "torch"
 
 
 @pytest.mark.parametrize("training", [False, True])

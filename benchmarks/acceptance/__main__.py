@@ -10,21 +10,24 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from benchmarks import bench_overhead, harness
 from benchmarks.acceptance import lane, plot, tasks
 from benchmarks.acceptance.promises import Promise, kernel_promises, parity_promises, speed_promises
-from benchmarks.acceptance.run import Budget, perform_all, say
+from benchmarks.acceptance.run import OUT_OF_TIME, Budget, perform_all, say
 from benchmarks.table import text_table
 from fastres import info, tune
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare
 from fastres.experiments.subject import load
 
-PARTS = {"parity": 0.4, "kernels": 0.4, "models": 1.0}  # of the time that is left then
+PARTS = {"parity": 0.35, "kernels": 0.3, "models": 0.7}  # of the time that is left then; the tests of the lane come last
 PART_OF = {"validate": "parity", "lane": "parity", "kernel": "kernels", "peaks": "kernels", "network": "models"}  # of rows
+LANE_S = 90.0  # that the tests of the lane take at least
 CPU_WAYS = (rivals.OPTIMIZED, rivals.EAGER, rivals.CHANNELS_LAST, rivals.FREEZING)
 
 
@@ -33,6 +36,8 @@ def main() -> int:
     text = "one or more; all by default; the rows of other parts stay in the result file where this commit wrote them"
     parser.add_argument("--part", choices=PARTS, action="append", help=text)
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; what does not fit is shown so")
+    text = "compile rivals and kernels beside the validations: the times until rivals are ready are then those of warm caches"
+    parser.add_argument("--warm", action="store_true", help=text)
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     wish = parser.parse_args()
     place, parts = harness.device(), wish.part or list(PARTS)
@@ -45,36 +50,66 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:  # choices of this run alone: only what it validates is chosen
         os.environ["FASTRES_CACHE_DIR"] = cache
         measure = gpu_parts if on_gpu else cpu_parts
-        rows, promises = measure(place, parts, budget)
+        kept = [row for row in harness.measured_before("acceptance", place) if PART_OF.get(row["do"]) not in parts]
+
+        def keep(rows: list[Row]) -> None:
+            if not wish.no_record:  # what there is, should the rest be cut off
+                clocks = {"before": before, "after": harness.clocks(place)}
+                more = {"minutes": wish.minutes, "warm": wish.warm, "clocks": clocks}
+                harness.save("acceptance", [*kept, *built, *rows], place, **more)
+
+        with ThreadPoolExecutor(1) as beside:
+            compiling = beside.submit(compile_first, place, budget.share(PARTS["parity"])) if wish.warm else None
+            rows, promises = measure(place, parts, budget, keep, compiling)
     rows, promises = [*built, *rows], [*parity_promises(built), *promises]
     show(rows, promises)
     if not wish.no_record:
-        more = {"minutes": wish.minutes, "clocks": {"before": before, "after": harness.clocks(place)}}
-        kept = [row for row in harness.measured_before("acceptance", place) if PART_OF.get(row["do"]) not in parts]
-        path = harness.save("acceptance", [*kept, *rows], place, **more)
+        path = harness.RESULTS / harness.device_name(place) / "acceptance.json"
         plot.draw(path)
         print(f"wrote {path} and its picture")
     return 0 if all(kept for _, kept in promises) else 1
 
 
-def gpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[list[Row], list[Promise]]:
+def gpu_parts(
+    place: torch.device, parts: list[str], budget: Budget, keep: Callable[[list[Row]], None], compiling: Future | None
+) -> tuple[list[Row], list[Promise]]:
+    """Kernels are validated first: only what is valid is chosen and timed. The tests take what time is left."""
     rows: list[Row] = []
+    promises: list[Promise] = []
     if "parity" in parts:
-        share = budget.share(PARTS["parity"])
-        rows += validated(place, share)
-        rows += [{"do": "lane", **row} for row in lane.tests("cuda", share)]
-        rows += [{"do": "lane", **row} for row in lane.sanitized(share)]
-    promises = parity_promises(rows)
+        rows += validated(place, budget.share(PARTS["parity"]))
+        promises += parity_promises(rows)
+        keep(rows)
+    if compiling is not None:
+        compiling.result()  # nothing is timed before it is over
     if "kernels" in parts:
         rows += perform_all(tasks.kernels(), budget.share(PARTS["kernels"]), place)
         promises += kernel_promises(rows)
+        keep(rows)
     if "models" in parts:
-        rows += perform_all(tasks.networks(), budget, place)
+        with_tests = "parity" in parts and budget.left() > 2 * LANE_S
+        share = budget.share(PARTS["models"]) if with_tests else budget
+        rows += perform_all(tasks.networks(compiling is not None), share, place)
         promises += [
             (f"{row['name']} {row['pass']} {row['shape'][0]} {row['dtype']}: parity", row["ok"])
             for row in rows if row["do"] == "network" and row["rival"] == rivals.FASTRES and "ok" in row
         ]  # fmt: skip
+        keep(rows)
+    if "parity" in parts:
+        found: list[Row] = [{"name": "tests of the lane cuda", "missing": OUT_OF_TIME}]
+        if budget.left() > LANE_S:
+            found = [*lane.tests("cuda", budget), *lane.sanitized(budget)]
+        tested = [{"do": "lane", **row} for row in found]
+        rows += tested
+        promises += parity_promises(tested)
+        keep(rows)
     return rows, promises
+
+
+def compile_first(place: torch.device, budget: Budget) -> None:
+    """Fill the caches of torch.compile and Triton."""
+    for row in perform_all(tasks.compilations(), budget, place, at_once=6):
+        say(f"{row['name']}: {row['missing']}")
 
 
 def validated(place: torch.device, budget: Budget) -> list[Row]:
@@ -84,13 +119,16 @@ def validated(place: torch.device, budget: Budget) -> list[Row]:
     at_once = max(1, (os.cpu_count() or 1) - 4)  # most of it is compiling
     rows = perform_all(tasks.validations(place), budget, place, at_once=at_once)
     verdicts: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
-    for row in rows:
-        verdicts[bool(row.get("ok"))].setdefault(row["rival"], []).append(row["name"])
+    for name, rival in dict.fromkeys((row["name"], row["rival"]) for row in rows):
+        valid = all(row.get("ok") for row in rows if (row["name"], row["rival"]) == (name, rival))
+        verdicts[valid].setdefault(rival, []).append(name)
     tune.store(place, verdicts[True], {}, verdicts[False])
     return rows
 
 
-def cpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[list[Row], list[Promise]]:
+def cpu_parts(
+    place: torch.device, parts: list[str], budget: Budget, keep: Callable[[list[Row]], None], compiling: Future | None
+) -> tuple[list[Row], list[Promise]]:
     """ResNet-50 and the overhead are not cut short: their rows are compared with those of earlier commits."""
     rows: list[Row] = []
     promises: list[Promise] = []
@@ -98,6 +136,7 @@ def cpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[li
         rows += perform_all(tasks.validations(place), budget.share(PARTS["parity"]), place)
         promises += parity_promises(rows)
     if "models" not in parts:
+        keep(rows)
         return rows, promises
     for batch in (1, 8):
         found = compare(load("resnet50", batch=batch, device="cpu"), CPU_WAYS, seconds=25.0, step=say)
@@ -108,6 +147,7 @@ def cpu_parts(place: torch.device, parts: list[str], budget: Budget) -> tuple[li
         pass_ = "with grad" if grad else "without grad"
         text = f"add_act {pass_} costs {excess * 1e6:.1f} µs over eager, at most {limit * 1e6:.0f}"
         promises.append((text, excess <= limit))
+    keep(rows)
     return rows, promises
 
 

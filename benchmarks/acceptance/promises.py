@@ -16,7 +16,7 @@ def parity_promises(rows: list[Row]) -> list[Promise]:
     found = []
     for row in rows:
         if row["do"] == "validate":
-            what = f"{row['name']} on {row['rival']}"
+            what = f"{row['name']} on {row['rival']} in {row.get('dtype', 'all dtypes')}"
             found.append((f"{what}: {row.get('failure') or row.get('missing') or 'parity'}", bool(row.get("ok"))))
         elif row["do"] == "lane" and "missing" not in row:
             found.append((f"{row['name']}: {row.get('failure') or 'passed'}", row["ok"]))

@@ -76,7 +76,7 @@ def perform_one(
     try:
         process = process or start(module, place, peaks)
         answer = ask(process, task, budget.left())
-        return process, answer.get("rows") or missing(task, answer.get("missing", "no rows"))
+        return process, answer["rows"] if "rows" in answer else missing(task, answer.get("missing", "no rows"))
     except Died as reason:
         if process is not None:
             process.close()

@@ -17,18 +17,21 @@ from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
 from benchmarks.cases import CASES, JOINED
 from fastres import info, tuner
-from fastres.dispatch import GPU_KERNELS
 from fastres.experiments import rivals
-from fastres.experiments.compare import Row, compare
-from fastres.experiments.rivals import Rival
-from fastres.experiments.subject import DTYPES, load
-from fastres.ops import REGISTRY
+from fastres.experiments.compare import Row, compare, prepared
+from fastres.experiments.subject import DTYPES, Subject, load
+from fastres.ops import REGISTRY, _fold
 from fastres.ops._op import Op
 
 Task = dict[str, Any]
-INFERENCE = (rivals.OPTIMIZED, rivals.CHANNELS_LAST, rivals.AMP, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE)
-TRAINING = (rivals.OPTIMIZED, rivals.CHANNELS_LAST, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE)
+INFERENCE = (
+    rivals.OPTIMIZED, rivals.FROZEN, rivals.CHANNELS_LAST, rivals.AMP, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE,
+)  # fmt: skip
+TRAINING = (
+    rivals.OPTIMIZED, rivals.GRAPHED, rivals.CHANNELS_LAST, rivals.COMPILE, rivals.CUDA_GRAPHS, rivals.MAX_AUTOTUNE,
+)  # fmt: skip
 WAYS = {way.name: way for way in (*INFERENCE, *TRAINING, rivals.EAGER, rivals.FREEZING)}
+COMPILED_BESIDE = (rivals.CUDA_GRAPHS.name, rivals.COMPILE.name)  # which of a network's rivals --warm compiles: the first
 TORCH = "torch"  # the plain composition: what the kernels' times are held against
 BATCH = 256
 # What batch norm and addition see in ResNet-50, the largest first.
@@ -55,12 +58,12 @@ SECONDS = 0.6  # of one kernel's rows together
 
 
 def validations(place: torch.device) -> Iterator[Task]:
-    """Every kernel that this device can run, but PyTorch's own."""
-    for op in REGISTRY.values():
-        for backend in op.backends:
-            wanted = GPU_KERNELS if place.type == "cuda" else ("cpu", "onednn")
-            if backend.name in wanted and info.status(op, backend).startswith("live"):
-                yield {"do": "validate", "name": op.name, "rival": backend.name}
+    """Every kernel that this device can run, but PyTorch's own, in each dtype; what has yet to be compiled comes last."""
+    wanted = ("cuda", "cudnn", "triton") if place.type == "cuda" else ("cpu", "onednn")
+    for name, op, dtype in itertools.product(wanted, reversed(REGISTRY.values()), DTYPES):
+        backend = next((b for b in op.backends if b.name == name), None)
+        if backend is not None and info.status(op, backend).startswith("live"):
+            yield {"do": "validate", "name": op.name, "rival": name, "dtype": dtype}
 
 
 def kernels() -> Iterator[Task]:
@@ -78,21 +81,33 @@ def kernels() -> Iterator[Task]:
         yield from ({**common, "name": name, "shape": STEM_SHAPE} for name in chosen if "maxpool" in name)
 
 
-def networks() -> Iterator[Task]:
+def networks(warm: bool = False) -> Iterator[Task]:
     """ResNet-50 before the others, bf16 before fp16, the large batch and the single image, which is also timed as a user
     calls it, before what lies between.
+
+    Args:
+        warm: what is compiled may come out of torch.compile's caches.
     """
     order = [("resnet50", "bf16"), ("resnet50", "fp16"), ("resnet18", "bf16"), ("resnet152", "bf16")]
     order += [("resnet18", "fp16"), ("resnet152", "fp16")]
     passes = [(False, 256, True), (True, 256, True), (False, 1, True), (False, 1, False), (False, 32, True), (True, 64, True)]
     for (name, dtype), (training, batch, replay) in itertools.product(order, passes):
-        ways = [way.name for way in (TRAINING if training else INFERENCE)]
+        mode = rivals.COMPILE if batch >= 64 else rivals.CUDA_GRAPHS  # of the two that which suits the batch
+        ways = [way.name for way in (TRAINING if training else INFERENCE) if way.name not in COMPILED_BESIDE or way is mode]
         task = {"do": "network", "name": name, "dtype": dtype, "training": training, "batch": batch, "replay": replay}
-        yield task | {"ways": ways}
+        yield task | {"warm": [way for way in ways if way in COMPILED_BESIDE] if warm else [], "ways": ways}
+
+
+def compilations() -> Iterator[Task]:
+    """What is compiled when it is first called: a rival of each of the networks that come first, then Triton's kernels."""
+    for task in itertools.islice(networks(), 3):
+        way = next(way for way in COMPILED_BESIDE if way in task["ways"])
+        yield {**task, "do": "compile", "ways": [way]}
+    yield from ({**task, "do": "compile"} for task in kernels() if task["do"] == "kernel" and task["dtype"] == "bf16")
 
 
 def label(task: Task) -> str:
-    return " ".join(str(value) for key, value in task.items() if key not in ("do", "ways"))
+    return " ".join(str(value) for key, value in task.items() if key not in ("ways", "warm"))
 
 
 def missing(task: Task, reason: str) -> list[Row]:
@@ -111,16 +126,19 @@ class Worker:
         self.peaks: dict[str, tuple[float, float]] = {}
 
     def perform(self, task: Task, seconds_left: Callable[[], float] = lambda: math.inf) -> list[Row]:
-        run = {"validate": self.validate, "peaks": self.measure_peaks, "kernel": self.kernel, "network": self.network}
+        run: dict[str, Callable] = {
+            "validate": self.validate, "peaks": self.measure_peaks, "kernel": self.kernel, "network": self.network,
+            "compile": self.compile,
+        }  # fmt: skip
         found = run[task["do"]](task, seconds_left)
         return [{"do": task["do"], **row} for row in found]
 
     def validate(self, task: Task, seconds_left: Callable) -> list[Row]:
-        """One backend's kernels of one op on all its samples."""
+        """One backend's kernels of one op on all its samples of a dtype."""
         op = REGISTRY[task["name"]]
         backend = next(backend for backend in op.backends if backend.name == task["rival"])
-        reason = tuner.Session(self.place).verdict(op, backend)
-        row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "ok": reason is None}
+        reason = tuner.Session(self.place).on_samples(op, backend, (DTYPES[task["dtype"]],))
+        row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "dtype": task["dtype"], "ok": reason is None}
         row |= {} if reason is None else {"failure": reason}
         return [row | ({"source": sources.fingerprint(op.name, backend.name)} if backend.name in sources.ROOMS else {})]
 
@@ -160,9 +178,9 @@ class Worker:
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)
-        if op.fallback is not None:
-            for name, run in two_ops(op, args).items():
-                extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
+        peers = two_ops(op, args) if op.fallback is not None else cudnn_alone(op, args)
+        for name, run in peers.items():
+            extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
         moved, flops = op.cost(*args)
         common = {**named(op, args), "dtype": dtype, "bytes": moved, "flops": flops}
         found = harness.rows_of(common, calls, extra, self.place, base=TORCH, seconds=SECONDS)
@@ -171,19 +189,35 @@ class Worker:
         bound = "memory" if roof == moved / bytes_per_s else "matmul"
         return [{**row, "bound": bound, "of_roof": roof / row["median_s"]} if "median_s" in row else row for row in found]
 
-    def network(self, task: Task, seconds_left: Callable) -> list[Row]:
-        """A whole network, the ways to run it in turns; in training all of them under autocast."""
+    def compile(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """Compiles a network's rivals into torch.compile's caches, or the kernels of a call into Triton's; measures nothing."""
+        if "ways" not in task:
+            with fastres.use(TORCH):
+                calls = self.recorded(task)
+            with torch.no_grad():
+                for backend, args in ((b, args) for op, args in calls for b in op.backends if b.name == "triton"):
+                    if backend.why_not(*args) is None:
+                        backend.load()(*args)
+            return []
+        subject, lower = self.subject(task)
+        for rival in (WAYS[name] for name in task["ways"]):
+            if rival.compiles:
+                prepared(rival, copy.deepcopy(subject.model.train(task["training"])), subject.x, lower, cold=False)
+        return []
+
+    def subject(self, task: Task) -> tuple[Subject, torch.dtype | None]:
+        """A network with its input, and the dtype of autocast, under which all ways train."""
         lower = DTYPES[task["dtype"]] if task["training"] and task["dtype"] != "fp32" else None
         options = {"size": task.get("size"), "device": self.place.type}
-        subject = load(task["name"], batch=task["batch"], dtype="fp32" if lower else task["dtype"], **options)
-        ways: list[Rival] = [WAYS[name] for name in task["ways"]]
-        if self.place.type == "cuda" and not task["training"]:  # which validated kernel is the fastest of each call
-            model = fastres.optimize(copy.deepcopy(subject.model))
-            x = subject.x.contiguous(memory_format=torch.channels_last)
-            tuner.tune_model(model, x, seconds=0.05, configurations=False)
+        return load(task["name"], batch=task["batch"], dtype="fp32" if lower else task["dtype"], **options), lower
+
+    def network(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """A whole network, the ways to run it in turns; in training all of them under autocast."""
+        subject, lower = self.subject(task)
         return compare(
-            subject, ways, training=task["training"], lower=lower, seconds=task.get("seconds", 3.0), batches=(3, 60),
-            replay=task.get("replay", True), seconds_left=seconds_left,
+            subject, [WAYS[name] for name in task["ways"]], training=task["training"], lower=lower,
+            seconds=task.get("seconds", 3.0), batches=(3, 60), replay=task.get("replay", True), warm=task.get("warm", ()),
+            seconds_left=seconds_left,
         )  # fmt: skip
 
 
@@ -205,6 +239,17 @@ def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
 
         found["cudnn"] = by_cudnn
     return found
+
+
+def cudnn_alone(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
+    """cuDNN's fused convolution without residual, as a mark to be held against: fastres has no use for it, since it turns NaN
+    into 0; its weights are folded beforehand."""
+    x = args[0]
+    if op.name != "conv_bn_act" or not x.is_cuda or args[-1] != "relu" or x.shape[1] % 8:
+        return {}
+    weight, bias = _fold.fold(args[1:7], args[7])
+    weight, bias = weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype)
+    return {"cudnn": lambda x, *rest: torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *args[8:12])}
 
 
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:

@@ -43,6 +43,9 @@ __global__ void __launch_bounds__(kThreads) bn_backward_input_kernel(const __gri
   auto* grad_x = static_cast<scalar_t*>(p.grad_x);
 
   const Tile tile(p.geometry, true);
+  const Walk<Traits> walk(p.geometry, tile);
+  prefetch_first(walk, grad_y, x);
+  wait_for_the_kernel_before();
   float table[kGradientRows][Traits::kLanes];
   load_table(tile, table, Traits{}, [&](int64_t c, float* entry) {
     fill_affine(p, c, entry);
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) bn_backward_input_kernel(const __gri
 
   typename Traits::Vector grad_y_in[kUnroll], x_in[kUnroll];
   for_each_vector<kUnroll>(
-      Walk<Traits>(p.geometry, tile),
+      walk,
       [&](int slot, int64_t offset) {
         grad_y_in[slot] = load<Traits::kVec>(grad_y + offset);
         x_in[slot] = load<Traits::kVec>(x + offset);
@@ -77,8 +80,10 @@ cudaError_t launch_bn_backward_merge(const BnActBackwardParams& params, cudaStre
 }
 
 cudaError_t launch_bn_backward_input(const BnActBackwardParams& params, cudaStream_t stream) {
+  BnActBackwardParams input = params;
+  input.geometry = finer(params.geometry);
   return with_bn_traits(params.dtype, params.geometry, [&](auto traits) {
-    return launch_bn(bn_backward_input_kernel<decltype(traits)>, params.geometry, params, stream);
+    return launch_bn_behind(bn_backward_input_kernel<decltype(traits)>, input.geometry, input, stream);
   });
 }
 

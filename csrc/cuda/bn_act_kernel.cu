@@ -12,9 +12,11 @@ __global__ void __launch_bounds__(kThreads) bn_act_kernel(const __grid_constant_
   bn_forward<Traits, false>(p);
 }
 
-cudaError_t launch_bn_act(const BnActParams& params, cudaStream_t stream) {
+cudaError_t launch_bn_act(const BnActParams& whole, cudaStream_t stream) {
+  BnActParams params = whole;
+  params.geometry = finer(whole.geometry);
   return with_bn_traits(params.dtype, params.geometry, [&](auto traits) {
-    return launch_bn(bn_act_kernel<decltype(traits)>, params.geometry, params, stream);
+    return launch_bn_behind(bn_act_kernel<decltype(traits)>, params.geometry, params, stream);
   });
 }
 

@@ -3,7 +3,7 @@
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: reduction two reads (three with grad_y2), the mask and one write (grad_residual = dz), grad_x two reads,
 // one write.
-// Accumulate type: float; dz is exact without grad_y2, grad_x is rounded once.
+// Accumulate type: float, double between threads and blocks; dz is exact without grad_y2, grad_x is rounded once.
 // Invariants: fixed order whatever the device.
 #include "cuda/bn_add_act_backward.h"
 #include "cuda/device/bn_backward.cuh"

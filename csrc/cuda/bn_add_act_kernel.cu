@@ -13,10 +13,11 @@ __global__ void __launch_bounds__(kThreads) bn_add_act_kernel(const __grid_const
   bn_forward<Traits, true, kMask>(p);
 }
 
-cudaError_t launch_bn_add_act(const BnAddActParams& params, cudaStream_t stream) {
-  const BnGeometry& g = params.geometry;
+cudaError_t launch_bn_add_act(const BnAddActParams& whole, cudaStream_t stream) {
+  BnAddActParams params = whole;
+  const BnGeometry g = params.geometry = finer(whole.geometry);
   return with_mask_beside(params, stream, [&](auto traits, auto mask) {
-    return launch_bn(bn_add_act_kernel<decltype(traits), mask.value>, g, params, stream);
+    return launch_bn_behind(bn_add_act_kernel<decltype(traits), mask.value>, g, params, stream);
   });
 }
 

@@ -3,7 +3,8 @@
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: reduction three reads, then three reads and two writes, and twice the mask; with grad_y2 the reduction
 // reads four and writes dz, where grad_residual will be, and the mask is read once.
-// Accumulate type: float; dz is exact without grad_y2, grad_x and grad_residual are rounded once.
+// Accumulate type: float, double between threads and blocks; dz is exact without grad_y2, grad_x and grad_residual are
+// rounded once.
 // Invariants: fixed order whatever the device; no division by a weight, which may be 0.
 #include "cuda/bn_add_bn_act.h"
 #include "cuda/device/bn_backward.cuh"
@@ -44,7 +45,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto* grad_y2 = static_cast<const scalar_t*>(p.bn.grad_y2);
   auto* dz_out = static_cast<scalar_t*>(p.residual.grad_x);
   const bool two = grad_y2 != nullptr;
+  let_the_next_kernel_start();
   const Tile tile(p.bn.geometry, false);
+  const Walk<Traits> walk(p.bn.geometry, tile);
+  Operands<Traits> in(p);
+  prefetch_first(walk, in.grad_y, in.x, in.residual);
   float affine[2 * kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) {
     fill_affine(p.bn, c, entry);
@@ -52,10 +57,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 
   GradientSums<Traits::kVec> sums{}, residual_sums{};
-  Operands<Traits> in(p);
   typename Traits::Vector grad_y2_in[kSlots];
   for_each_vector<kSlots>(
-      Walk<Traits>(p.bn.geometry, tile),
+      walk,
       [&](int slot, int64_t offset) {
         in.fetch(slot, offset);
         if (two) grad_y2_in[slot] = load<Traits::kVec>(grad_y2 + offset);
@@ -99,15 +103,18 @@ __global__ void __launch_bounds__(kThreads)
   auto* grad_x = static_cast<scalar_t*>(p.bn.grad_x);
   auto* grad_residual = static_cast<scalar_t*>(p.residual.grad_x);
   const Tile tile(p.bn.geometry, true);
+  const Walk<Traits> walk(p.bn.geometry, tile);
+  Operands<Traits> in(p);
+  prefetch_first(walk, in.grad_y, in.x, in.residual);
+  wait_for_the_kernel_before();
   float table[2 * kGradientRows][Traits::kLanes];
   load_table(tile, table, Traits{}, [&](int64_t c, float* entry) {
     fill_gradient(p.bn, c, entry);
     fill_gradient(p.residual, c, entry + kGradientRows);
   });
 
-  Operands<Traits> in(p);
   for_each_vector<kSlots>(
-      Walk<Traits>(p.bn.geometry, tile), [&](int slot, int64_t offset) { in.fetch(slot, offset); },
+      walk, [&](int slot, int64_t offset) { in.fetch(slot, offset); },
       [&](int slot, int64_t offset) {
         float dx[Traits::kVec], dr[Traits::kVec];
 #pragma unroll
@@ -135,12 +142,13 @@ cudaError_t launch_bn_add_bn_act_backward(const BnAddBnActBackwardParams& params
   if (status == cudaSuccess) status = launch_bn_backward_merge(params.residual, stream);
   if (status != cudaSuccess) return status;
   BnAddBnActBackwardParams input = params;
+  input.bn.geometry = finer(g);
   if (params.bn.grad_y2 != nullptr) {  // dz was left there, masked
     input.bn.grad_y = params.residual.grad_x;
     input.bn.relu = false;
   }
   return with_bn_traits(params.bn.dtype, g, [&](auto traits) {
-    return launch_bn(bn_add_bn_act_backward_input_kernel<decltype(traits)>, g, input, stream);
+    return launch_bn_behind(bn_add_bn_act_backward_input_kernel<decltype(traits)>, input.bn.geometry, input, stream);
   });
 }
 

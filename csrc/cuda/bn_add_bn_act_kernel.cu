@@ -11,13 +11,15 @@ namespace fastres::cuda {
 template <typename Traits, bool kMask>
 __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_constant__ BnAddBnActParams p) {
   using scalar_t = typename Traits::scalar_t;
-  // The tables of two norms take registers too.
-  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : kUnroll / 2;
+  constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 4 : kUnroll;
   const auto* x = static_cast<const scalar_t*>(p.bn.x);
   const auto* residual = static_cast<const scalar_t*>(p.residual.x);
   auto* y = static_cast<scalar_t*>(p.bn.y);
 
   const Tile tile(p.bn.geometry, true);
+  const Walk<Traits> walk(p.bn.geometry, tile);
+  prefetch_first(walk, x, residual);
+  wait_for_the_kernel_before();
   float affine[2 * kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) {
     fill_affine(p.bn, c, entry);
@@ -26,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_co
 
   typename Traits::Vector x_in[kSlots], residual_in[kSlots];
   for_each_vector<kSlots>(
-      Walk<Traits>(p.bn.geometry, tile),
+      walk,
       [&](int slot, int64_t offset) {
         x_in[slot] = load<Traits::kVec>(x + offset);
         residual_in[slot] = load<Traits::kVec>(residual + offset);
@@ -47,9 +49,11 @@ __global__ void __launch_bounds__(kThreads) bn_add_bn_act_kernel(const __grid_co
       });
 }
 
-cudaError_t launch_bn_add_bn_act(const BnAddBnActParams& params, cudaStream_t stream) {
+cudaError_t launch_bn_add_bn_act(const BnAddBnActParams& whole, cudaStream_t stream) {
+  BnAddBnActParams params = whole;
+  params.bn.geometry = finer(whole.bn.geometry);
   return with_mask_beside(params.bn, stream, [&](auto traits, auto mask) {
-    return launch_bn(bn_add_bn_act_kernel<decltype(traits), mask.value>, params.bn.geometry, params, stream);
+    return launch_bn_behind(bn_add_bn_act_kernel<decltype(traits), mask.value>, params.bn.geometry, params, stream);
   });
 }
 

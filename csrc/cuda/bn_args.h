@@ -10,6 +10,7 @@ namespace fastres::cuda {
 
 constexpr int kTileChannels = 256;    // most channels of one block, channels_last
 constexpr int kMaskVec = 8;           // elements of a byte of a ReLU's mask
+constexpr int kRounds = 2;            // batches of a thread in a pass without sums, see finer()
 constexpr int64_t kBlocks = 8 * 132;  // wanted: 8 for each multiprocessor of an H100, and on every device, for the same bits
 
 // One value per channel, in the caller's dtype; data is null where the parameter is absent.
@@ -36,8 +37,9 @@ struct BnGeometry {
   int64_t partials() const { return splits * 2 * channels; }  // floats of workspace of a reduction: [splits, 2, channels]
 };
 
-// Depends on sizes, vector and alignment only, and so do the results of reductions.
-inline BnGeometry bn_geometry(int vec, bool channels_last, bool aligned, int64_t n, int64_t c, int64_t plane) {
+// Depends on sizes, vector and alignment only, and so do the results of reductions. batch: positions of a thread at a time.
+inline BnGeometry bn_geometry(int vec, bool channels_last, bool aligned, int64_t n, int64_t c, int64_t plane,
+                              int batch = kUnroll, int64_t blocks = kBlocks) {
   BnGeometry g{};
   g.channels_last = channels_last;
   g.channels = c;
@@ -58,9 +60,17 @@ inline BnGeometry bn_geometry(int vec, bool channels_last, bool aligned, int64_t
     g.block_x = 1;
     g.block_y = static_cast<int>(std::min<int64_t>(kThreads, ceil_div(g.positions, 32) * 32));
   }
-  const int64_t round = int64_t{g.block_y} * kUnroll;
-  const int64_t wanted = std::max<int64_t>(kBlocks / g.tiles, 1);
+  const int64_t round = int64_t{g.block_y} * batch;
+  const int64_t wanted = std::max<int64_t>(blocks / g.tiles, 1);
   g.share = ceil_div(ceil_div(g.positions, wanted), round) * round;
+  g.splits = ceil_div(g.positions, g.share);
+  return g;
+}
+
+// The same for a pass without sums, whose results depend on no division: blocks so small that a device does not wait long for
+// the last ones.
+inline BnGeometry finer(BnGeometry g) {
+  g.share = std::min(g.share, int64_t{g.block_y} * kUnroll * kRounds);
   g.splits = ceil_div(g.positions, g.share);
   return g;
 }

@@ -1,7 +1,7 @@
 // Formula: mean = sum(x) / n, var = sum((x - mean)^2) / n, n = N * H * W.
 // Layout: channels_last or contiguous; a block owns a tile of channels and a share of the positions (bn_args.h).
 // Bytes per element: one read.
-// Accumulate type: of x - pivot, float (Welford) in a thread, double (Chan) between threads and blocks.
+// Accumulate type: of x - pivot, float (Welford) in a thread, double between threads and blocks.
 // Invariants: fixed order whatever the device; a constant channel has var == 0 exactly; var is not negative.
 #include "cuda/bn_statistics.h"
 #include "cuda/device/bn_merge.cuh"
@@ -14,7 +14,9 @@ constexpr int kPivotSample = 8;
 // as large as its spread; exact where they are equal. Else 0: taking it off values of both signs would only round them.
 __device__ __forceinline__ float pivot_of(const float (&x)[kPivotSample]) {
   float mean = 0.0f, var = 0.0f;
+#pragma unroll
   for (int i = 0; i < kPivotSample; ++i) mean += x[i] * (1.0f / kPivotSample);
+#pragma unroll
   for (int i = 0; i < kPivotSample; ++i) var += (x[i] - mean) * (x[i] - mean) * (1.0f / kPivotSample);
   return mean * mean > 16.0f * var ? mean : 0.0f;
 }
@@ -26,10 +28,14 @@ __device__ __forceinline__ int64_t pivot_offset(const BnGeometry& g, int64_t cha
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
+__global__ void __launch_bounds__(kThreads, Traits::kChannelsLast ? 3 : 2)
+    bn_statistics_kernel(const __grid_constant__ BnStatisticsParams p) {
   const auto* x = static_cast<const typename Traits::scalar_t*>(p.x);
+  let_the_next_kernel_start();
   const Tile tile(p.geometry, false);
   const int lane = threadIdx.x * Traits::kLanes;
+  const Walk<Traits> walk(p.geometry, tile);
+  prefetch_first(walk, x);
   float pivot[Traits::kLanes] = {};
   if (lane < tile.channels) {
     Vec<typename Traits::scalar_t, Traits::kLanes> sample[kPivotSample];
@@ -49,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
   Moments<Traits::kVec> moments{};
   typename Traits::Vector x_in[kUnroll];
   for_each_vector<kUnroll>(
-      Walk<Traits>(p.geometry, tile), [&](int slot, int64_t offset) { x_in[slot] = load<Traits::kVec>(x + offset); },
+      walk, [&](int slot, int64_t offset) { x_in[slot] = load<Traits::kVec>(x + offset); },
       [&](int slot, int64_t) {
         float values[Traits::kVec];
 #pragma unroll
@@ -58,8 +64,8 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
       });
 
   // Those of the block.
-  Moments<Traits::kLanes, double> own = [&] {
-    if constexpr (Traits::kChannelsLast) return moments.wide();
+  MomentSums<Traits::kLanes> own = [&] {
+    if constexpr (Traits::kChannelsLast) return moments.sums();
     else return moments.folded();
   }();
   reduce_along_y<kThreads>(own);
@@ -67,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) bn_statistics_kernel(const __grid_co
   float* partial = p.partial + tile.split * 2 * p.geometry.channels + tile.channel + lane;
 #pragma unroll
   for (int j = 0; j < Traits::kLanes; ++j) {
-    partial[j] = static_cast<float>(own.mean[j]);
-    partial[p.geometry.channels + j] = static_cast<float>(own.m2[j]);
+    partial[j] = static_cast<float>(own.mean(j));
+    partial[p.geometry.channels + j] = static_cast<float>(own.m2(j));
   }
 }
 
@@ -76,17 +82,17 @@ __global__ void __launch_bounds__(kMergeThreads) bn_statistics_merge_kernel(cons
   const BnGeometry& g = p.geometry;
   const int64_t channel = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x;
   const int64_t scale = g.channels_last ? 1 : g.vec;  // elements per position
-  const auto own = merge_partials<Moments<1, double>>(g, channel, [&](int64_t split) {
+  const auto own = merge_partials<MomentSums<1>>(g, channel, [&](int64_t split) {
     const float* partial = p.partial + split * 2 * g.channels + channel;
     const int64_t left = g.positions - split * g.share;
     const int64_t count = (left < g.share ? left : g.share) * scale;
-    return Moments<1, double>{static_cast<double>(count), {partial[0]}, {partial[g.channels]}};
+    return Moments<1>{static_cast<float>(count), {partial[0]}, {partial[g.channels]}}.sums();
   });
   if (threadIdx.y > 0 || channel >= g.channels) return;
   float sample[kPivotSample];
   for (int i = 0; i < kPivotSample; ++i) sample[i] = channel_value({p.x, p.dtype}, pivot_offset(g, channel, i), 0.0f);
-  p.mean[channel] = static_cast<float>(pivot_of(sample) + own.mean[0]);
-  p.var[channel] = static_cast<float>(gpu_relu(own.m2[0] / static_cast<double>(g.elements)));
+  p.mean[channel] = static_cast<float>(pivot_of(sample) + own.mean(0));
+  p.var[channel] = static_cast<float>(gpu_relu(own.m2(0) / static_cast<double>(g.elements)));
 }
 
 cudaError_t launch_bn_statistics(const BnStatisticsParams& params, cudaStream_t stream) {

@@ -6,16 +6,19 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastres
 from fastres import timing
+from fastres.errors import UnsupportedError
 from fastres.experiments import parity, rivals
 from fastres.experiments.rivals import FASTRES, Rival
 from fastres.experiments.subject import Subject
+from fastres.graph import WARM_UPS
 
 Row = dict[str, Any]
 JUDGED = 32  # images of an inference batch that are held against float64: each is computed by itself
@@ -30,6 +33,7 @@ def compare(
     seconds: float = 10.0,
     batches: tuple[int, int] = (5, 100),
     replay: bool = True,
+    warm: Collection[str] = (),
     step: Callable[[str], object] = lambda text: None,
     seconds_left: Callable[[], float] = lambda: math.inf,
 ) -> list[Row]:
@@ -45,6 +49,7 @@ def compare(
         seconds, batches: as for ``timing.interleaved``.
         replay: on a GPU, inference is replayed from CUDA graphs where it can be, without the host's share; False times
             calls as they are made.
+        warm: rivals whose compilations may come out of torch.compile's caches.
         step: called with what begins.
         seconds_left: until all of it must be over; a rival that needs longer to get ready is missing.
     """
@@ -56,10 +61,12 @@ def compare(
     calls: dict[str, Callable[[], object]] = {}
     for rival in ways:
         step(rival.name)
-        enough = seconds_left() >= rival.patience + seconds
-        row, call = _prepare(rival, subject, reference, lower) if enough else (_row(rival, subject, lower), None)
+        cold = rival.name not in warm
+        patience = (rival.patience if cold else rival.patience / 2) + seconds
+        enough = seconds_left() >= patience
+        row, call = _prepare(rival, subject, reference, lower, cold) if enough else (_row(rival, subject, lower), None)
         if not enough:
-            row["missing"] = f"out of time: it may take {rival.patience + seconds:.0f} s"
+            row["missing"] = f"out of time: it may take {patience:.0f} s"
         rows.append(row)
         if call is not None:
             calls[rival.name] = call
@@ -86,19 +93,26 @@ def _row(rival: Rival, subject: Subject, lower: torch.dtype | None) -> Row:
     }  # fmt: skip
 
 
+def prepared(
+    rival: Rival, model: nn.Module, x: Tensor, lower: torch.dtype | None, cold: bool = True
+) -> tuple[Callable[[Tensor], Tensor], Tensor, dict[str, Tensor]]:
+    """What is called, its input, and what its first call leaves, see ``parity.outputs``."""
+    with rival.settings(cold):
+        run, x = rival.prepare(model, x.clone())
+        run = run if lower is None else functools.partial(parity.autocast, run, lower)
+        return run, x, parity.outputs(run, model, x)
+
+
 def _prepare(
-    rival: Rival, subject: Subject, reference: parity.Reference, lower: torch.dtype | None
+    rival: Rival, subject: Subject, reference: parity.Reference, lower: torch.dtype | None, cold: bool
 ) -> tuple[Row, Callable[[], object] | None]:
     """Make one rival ready: its row so far, and its call where it runs and passes."""
     row = _row(rival, subject, lower)
     model = copy.deepcopy(subject.model)
     start = time.perf_counter()
     try:
-        with rival.settings():
-            run, x = rival.prepare(model, subject.x.clone())
-            run = run if lower is None else functools.partial(parity.autocast, run, lower)
-            found = parity.outputs(run, model, x)
-            found = found if model.training else {name: y[:JUDGED] for name, y in found.items()}
+        run, x, found = prepared(rival, model, subject.x, lower, cold)
+        found = found if model.training else {name: y[:JUDGED] for name, y in found.items()}
     except Exception as error:  # a rival's own failure, of whatever type, is a row of the result
         row["missing"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return row, None
@@ -108,21 +122,50 @@ def _prepare(
     row.update(reference.judge(found).to_dict())
     if not row["ok"]:
         return row, None
-    return row, training_step(run, model, x) if model.training else lambda: run(x)
+    if not model.training:
+        return row, lambda: run(x)
+    if not rival.graph:
+        return row, training_step(run, model, x)
+    try:
+        step = captured_step(run, model, x)
+    except Exception as error:  # as above
+        row["missing"] = f"{type(error).__name__}: {error}"
+        return row, None
+    row["wait_s"] = time.perf_counter() - start
+    return row, step
 
 
-def training_step(run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor) -> Callable[[], None]:
+def training_step(
+    run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor, graph: bool = False
+) -> Callable[[], object]:
     """Forward, backward and an SGD step with momentum; the learning rate is 0, so that the work never
     changes.
-    """
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
-    def step() -> None:
+    Args:
+        graph: by ``fastres.graph``, which on a GPU needs the fused SGD; there all take it.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=x.device.type == "cuda" or None)
+
+    def step(x: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)
         logits = run(x)
         torch.nn.functional.cross_entropy(logits.float(), parity.targets(x, logits.shape[1])).backward()
         optimizer.step()
 
+    return functools.partial(fastres.graph(step, model, optimizer) if graph else step, x)
+
+
+def captured_step(run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor) -> Callable[[], object]:
+    """The same as a graph that has been captured.
+
+    Raises:
+        UnsupportedError: it cannot be.
+    """
+    step: Any = training_step(run, model, x, graph=True)
+    for _ in range(WARM_UPS + 1):
+        step()
+    if not step.func.captured:
+        raise UnsupportedError(step.func.why)
     return step
 
 

@@ -29,17 +29,18 @@ class Rival(NamedTuple):
     options: dict[str, Any]  # of torch._inductor.config while it prepares and is first called
     compiles: bool = False
     patience: float = 0.0  # seconds that it may take to get ready
+    graph: bool = False  # its training step by fastres.graph
 
     @contextlib.contextmanager
-    def settings(self) -> Iterator[None]:
-        """What must hold while it prepares and is first called: every compilation is a cold one, and none is
-        given up.
+    def settings(self, cold: bool = True) -> Iterator[None]:
+        """What must hold while it prepares and is first called: every compilation is a cold one, unless ``cold`` is False,
+        and none is given up.
         """
         if not self.compiles:
             yield
             return
         inductor, dynamo = torch._inductor.config, torch._dynamo.config
-        options = {"force_disable_caches": True, **self.options}
+        options = {"force_disable_caches": cold, **self.options}
         patient = dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
         with all_cores(), inductor.patch(options), patient:
             yield
@@ -89,6 +90,11 @@ def _autocast(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
     return functools.partial(autocast, network, x.dtype), x
 
 
+def _frozen(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
+    x = x.contiguous(memory_format=torch.channels_last)
+    return fastres.freeze(model, x), x
+
+
 EAGER = Rival("eager", _eager, "contiguous", {})
 CHANNELS_LAST = Rival("eager channels_last", _channels_last, "channels_last", {})
 AMP = Rival("eager channels_last + AMP", _autocast, "channels_last", {})
@@ -101,6 +107,8 @@ MAX_AUTOTUNE = Rival(
     "torch.compile max-autotune", _compiled, "channels_last", {"max_autotune": True}, compiles=True, patience=150.0
 )
 OPTIMIZED = Rival(FASTRES, _fastres, "channels_last", {})
+GRAPHED = Rival("fastres + graph", _fastres, "channels_last", {}, graph=True)  # in training; parity is judged uncaptured
+FROZEN = Rival("fastres.freeze", _frozen, "channels_last", {}, patience=30.0)
 
 INFERENCE = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE, FREEZING)
 TRAINING = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE)

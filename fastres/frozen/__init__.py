@@ -1,7 +1,8 @@
-"""A network frozen for inference: recorded once, laid out in advance, run by one native call."""
+"""A network frozen for inference: recorded once, laid out in advance, run by one native call or one CUDA graph."""
 
 from fastres.frozen import report
+from fastres.frozen.base import Frozen
 from fastres.frozen.calibrate import Calibration
-from fastres.frozen.module import Frozen, freeze, load_frozen
+from fastres.frozen.make import freeze, load_frozen
 
 __all__ = ["Calibration", "Frozen", "freeze", "load_frozen", "report"]

@@ -169,6 +169,8 @@ class _Builder:
         beta = torch.zeros_like(mu) if beta is None else beta
         self.add(Layer("bn", _layer_name(mean), x, y, weight=torch.stack([mu.float(), scale.float(), beta.float()])))
 
+    on_cudnn_batch_norm = on_native_batch_norm
+
     def on__native_batch_norm_legit_no_training(self, x, weight, bias, mean, var, momentum, eps, *, y):
         self.on_native_batch_norm(x, weight, bias, mean, var, False, momentum, eps, y=y)
 
@@ -367,7 +369,7 @@ def _layer_name(parameter: Value) -> str:
 def _conv(x: Value, weight: Value, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, y: Value) -> Layer:
     constant = _constant(weight)
     assert constant is not None
-    zero = torch.zeros(len(constant)) if bias is None else _own(bias)
+    zero = torch.zeros(len(constant), device=constant.device) if bias is None else _own(bias)
     return Layer("conv", _layer_name(weight), x, y, None, False, _pair(constant.shape[2:]), stride, padding, dilation,
                  out_channels=len(constant), weight=_own(constant), bias=zero)  # fmt: skip
 

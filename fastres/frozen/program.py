@@ -93,7 +93,7 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
         return plain if plain in sizes else copied(x, plain, "input", size[0], (0, 0))
 
     for layer in layers:
-        channels, *image = sizes[layer.x]
+        channels = sizes[layer.x][0]
         padded = layer.kind in ("conv", "linear") and _conv_cpu.is_padded(channels, dtype)
         padded = padded or (layer.kind == "conv" and layer.x in offset and layer.padding != (0, 0))
         source = layer.x
@@ -101,17 +101,28 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
             source = copied(layer.x, Value(()), layer.name, _conv_cpu.whole_words(channels, dtype), layer.padding)
         elif layer.kind != "pad":
             source = readable(layer.x)
-        y = output_size(layer, (image[0], image[1]))
-        sizes[layer.y] = (layer.out_channels or channels, *y)
         residual = None if layer.residual is None else readable(layer.residual)
-        fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
-        if not fits or (residual is not None and sizes[residual] != sizes[layer.y]):
-            raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
+        y = sized(layer, sizes, size)[1:]
         weight = (layer.out_channels, channels, *layer.kernel)
         winograd = layer.kind == "conv" and not padded
         winograd = winograd and _conv_cpu.suits_winograd(weight, dtype, layer.stride, layer.dilation, y)
         found.append(Step(layer, source, residual, layer.y, sizes[source], sizes[layer.y], padded, winograd))
     return found
+
+
+def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
+    """The size of a layer's output, entered in ``sizes``; ``size`` is that of the input.
+
+    Raises:
+        ArgumentError: the layer cannot run on it.
+    """
+    channels, *image = sizes[layer.x]
+    y = output_size(layer, (image[0], image[1]))
+    sizes[layer.y] = (layer.out_channels or channels, *y)
+    fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
+    if not fits or (layer.residual is not None and sizes[layer.residual] != sizes[layer.y]):
+        raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
+    return sizes[layer.y]
 
 
 def parts_of(batch: int, threads: int) -> int:

@@ -144,7 +144,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     try:
         for module, _ in modes:
             module.training = False
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # in inference mode other operations would be recorded
             x = example.detach().clone()
             start = recorder.x = recorder.produce(x)
             with recorder:

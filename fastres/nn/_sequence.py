@@ -11,8 +11,10 @@ from fastres.nn.shortcut import ZeroPadShortcut
 
 
 def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
-    """``pool(act(bn(conv(x))))``: batch norm joins the pool where gradients flow, else the convolution."""
-    if bn.training or torch.is_grad_enabled():
+    """``pool(act(bn(conv(x))))``: batch norm joins the pool where gradients flow, and on GPUs, where PyTorch pools slowly
+    (837 µs for 256x64x112x112 in bfloat16 on an H200, 2026-11-27); else the convolution.
+    """
+    if bn.training or torch.is_grad_enabled() or x.is_cuda:
         return _fused.bn_act_maxpool(bn, act, pool, _fused.convolve(conv, x))
     return pool(_fused.conv_bn_act(conv, bn, act, x))
 

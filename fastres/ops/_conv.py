@@ -178,8 +178,16 @@ _pointwise = torch.ops.mkldnn._convolution_pointwise.default if torch.backends.m
 
 
 def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
-    reason = why_not_triton(x) or _why_not_folded(x, residual)
+    reason = why_not_triton(x) or why_not_tf32(x) or _why_not_folded(x, residual)
     return reason or triton_module("conv_bn_act").why_not(x, weight, *rest)
+
+
+def why_not_tf32(x) -> str | None:
+    """Why the Triton convolutions leave float32 on a GPU to cuDNN: where TF32 is allowed, cuDNN uses it only if that is faster,
+    so that its error, and the budget, may be that of float32."""
+    if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+        return "in float32 it would round to TF32 where cuDNN may not (torch.backends.cudnn.conv.fp32_precision is 'tf32')"
+    return None
 
 
 def triton_configs(
@@ -214,7 +222,7 @@ def why_not_cpu(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, s
 def why_not_cudnn(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ):  # fmt: skip
-    return _conv_cudnn.why_not(x, weight, groups, act) or _why_not_folded(x, residual)
+    return _conv_cudnn.why_not(x, residual, weight, groups, act) or _why_not_folded(x, residual)
 
 
 def why_not_cuda(
@@ -231,7 +239,7 @@ def run_cpu(x, residual, *rest):
 
 
 def backends(with_residual: bool) -> list[Backend]:
-    """Native CPU, oneDNN, Triton, cuDNN and native CUDA; an op without residual passes None in its place."""
+    """Native CPU, oneDNN, native CUDA, cuDNN and Triton; an op without residual passes None in its place."""
 
     def adapt(function: Callable) -> Callable:
         return function if with_residual else lambda x, *rest: function(x, None, *rest)
@@ -239,11 +247,11 @@ def backends(with_residual: bool) -> list[Backend]:
     return [
         Backend("cpu", adapt(why_not_cpu), lambda: adapt(run_cpu)),
         Backend("onednn", adapt(why_not_onednn), lambda: adapt(run_onednn)),
+        Backend("cuda", adapt(why_not_cuda), lambda: adapt(_conv_cuda.run)),  # first on an H200: 2026-11-27
+        Backend("cudnn", adapt(why_not_cudnn), lambda: adapt(_conv_cudnn.run)),
         Backend(
             "triton", adapt(why_not_triton_conv), lambda config=None: adapt(load_triton(config)), adapt(triton_configs)
         ),
-        Backend("cudnn", adapt(why_not_cudnn), lambda: adapt(_conv_cudnn.run)),
-        Backend("cuda", adapt(why_not_cuda), lambda: adapt(_conv_cuda.run)),
     ]
 
 

@@ -5,6 +5,9 @@ channel (Jacob et al. 2018, section 3.2). s in float64, the product in fp32 (fp6
 
 A fold is valid while every tensor it came from keeps its storage and its version counter, which all in-place operations,
 optimizers and load_state_dict advance. Writes through ``tensor.data`` do not: call ``fastres.refresh()`` after those.
+
+Captured graphs read a fold where it lies. Those of parameters given to ``keep`` stay there: after a change the next call
+that asks for one rewrites it in place.
 """
 
 import functools
@@ -24,8 +27,14 @@ class _Entry:
     """One convolution with one batch norm: what it was folded from, and each backend's finished form."""
 
     def __init__(self, parameters: tuple[Tensor | None, ...], eps: float, anchor: weakref.ref) -> None:
-        self.anchor, self.eps = anchor, eps
+        self.anchor, self.eps, self.kept = anchor, eps, False
         self.forms: dict[Hashable, Any] = {}
+        self.stale: set[Hashable] = set()  # forms of a kept one to be rewritten
+        self.read(parameters)
+
+    def read(self, parameters: tuple[Tensor | None, ...]) -> None:
+        """Take the parameters as they are now for what the forms are made from."""
+        self.stale = set(self.forms)
         # Aliases keep the storages alive, so that an address in use again cannot pass for the old tensor.
         self.sources = tuple(None if p is None else (p.detach(), p._version, p.data_ptr()) for p in parameters)
 
@@ -72,23 +81,47 @@ def folded(parameters: tuple[Any, ...], eps: float, form: Hashable, finish: Call
         return finish(*fold(parameters, eps))
     key = (id(weight), id(mean))
     entry = _entries.get(key)
-    if entry is None or entry.anchor() is not weight or not entry.holds(parameters, eps):
+    if entry is not None and entry.kept and entry.anchor() is weight:
+        if not entry.holds(parameters, eps):
+            entry.read(parameters)
+    elif entry is None or entry.anchor() is not weight or not entry.holds(parameters, eps):
         entry = _Entry(parameters, eps, weakref.ref(weight, functools.partial(_drop, key)))
         with _lock:
             _entries[key] = entry
     result = entry.forms.get(form)
     if result is None:
         result = entry.forms[form] = finish(*fold(parameters, eps))
+    elif form in entry.stale:
+        _rewrite(result, finish(*fold(parameters, eps)))
+        entry.stale.discard(form)
     return result
 
 
-def forget(parameters: Iterable[Tensor] | None = None) -> None:
-    """Drop the folds of these convolution weights, or all."""
+def keep(parameters: tuple[Any, ...], eps: float) -> None:
+    """Keep the folds of these parameters, in whatever forms and wherever they then lie, until the weight dies."""
+    weight, mean = parameters[0], parameters[4]
+    key = (id(weight), id(mean))
+    entry = _Entry(parameters, eps, weakref.ref(weight, functools.partial(_drop, key)))
+    entry.kept = True
     with _lock:
-        if parameters is None:
-            _entries.clear()
-            return
-        wanted = {id(parameter) for parameter in parameters}
-        for key in list(_entries):  # a copy: weights that die meanwhile drop theirs
-            if key[0] in wanted:
+        _entries[key] = entry
+
+
+def _rewrite(old: Any, new: Any) -> None:
+    """Tensors in place, in whatever holds them."""
+    if isinstance(old, Tensor):
+        old.copy_(new)
+    elif isinstance(old, tuple):
+        for one, other in zip(old, new, strict=True):
+            _rewrite(one, other)
+    else:  # an object of a backend on the CPU, where no graph reads
+        vars(old).update(vars(new))
+
+
+def forget(parameters: Iterable[Tensor] | None = None) -> None:
+    """Drop the folds of these convolution weights, or all; those that are kept stay."""
+    with _lock:
+        wanted = None if parameters is None else {id(parameter) for parameter in parameters}
+        for key, entry in list(_entries.items()):  # a copy: weights that die meanwhile drop theirs
+            if not entry.kept and (wanted is None or key[0] in wanted):
                 _entries.pop(key, None)

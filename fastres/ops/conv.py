@@ -1,9 +1,8 @@
 """conv: y = conv2d(x, weight, bias), the convolution of a training step, with a backward of its own (He et al. 2016).
 
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format. Its gradients are two
-ops, ``conv_backward_input`` and ``conv_backward_weight``. On CUDA the stem, a convolution of few input channels, has kernels of
-its own for the output and the gradient by the weight, see ``_conv_rows``. On the CPU all three are Winograd's F(2x2, 3x3): 3x3
-kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. Accumulates in float, 64 to
+ops, ``conv_backward_input`` and ``conv_backward_weight``. Natively all three are Winograd's F(2x2, 3x3): 3x3 kernels with
+stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. Accumulates in float, 64 to
 256 products at a time; in bfloat16 the transformed values are rounded to it, more error than PyTorch's one rounding but within
 the budget. Saved for backward: x and weight. Bytes moved: x, weight and y.
 """
@@ -124,7 +123,7 @@ def backward(ctx, grad_y):
     return grad_x, grad_weight, grad_y.sum((0, 2, 3)) if wanted[2] else None, None, None, None, None
 
 
-# ---- native: Winograd's algorithm on the CPU; few input channels on CUDA ---------------------------------------------
+# ---- native: Winograd's algorithm on the CPU; few input channels on CUDA ----------------------------------------------
 
 
 def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:

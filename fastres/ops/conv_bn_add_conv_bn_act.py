@@ -171,12 +171,14 @@ def _why_not_dtype(x, shortcut) -> str | None:
 
 
 def why_not_triton_kernel(x, shortcut, *rest) -> str | None:
-    return _why_not_dtype(x, shortcut) or why_not_triton(x) or triton_module(NAME).why_not(x, shortcut)
+    reason = _why_not_dtype(x, shortcut) or why_not_triton(x) or _conv.why_not_tf32(x)
+    return reason or triton_module(NAME).why_not(x, shortcut)
 
 
 def why_not_cuda(*args) -> str | None:
     (x, weight, *main), (shortcut, own, *rest), _ = _apart(args)
-    reason = _why_not_dtype(x, shortcut) or _conv_cuda.why_not(x, weight, *main[6:], True)
+    stride, padding, dilation, groups = main[6:]
+    reason = _why_not_dtype(x, shortcut) or _conv_cuda.why_not(x, weight, stride, padding, dilation, groups, adds=True)
     if reason is None:
         reason = _conv_cuda.why_not_arguments(shortcut, own, *rest[6:])
         reason = reason and f"of the shortcut: {reason}"
@@ -215,13 +217,13 @@ CONV_BN_ADD_CONV_BN_ACT = Op(
     samples=samples,
     cost=cost,
     backends=[
+        Backend("cuda", why_not_cuda, lambda: run_cuda),
         Backend(
             "triton",
             why_not_triton_kernel,
             lambda config=None: run_triton if config is None else functools.partial(run_triton, config=config),
             triton_configs,
         ),
-        Backend("cuda", why_not_cuda, lambda: run_cuda),
     ],
     setup_context=setup_context,
     backward=backward,

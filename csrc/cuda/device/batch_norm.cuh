@@ -57,6 +57,12 @@ cudaError_t launch_bn(void (*kernel)(Params), const BnGeometry& g, const Params&
   return launch(kernel, dim3(static_cast<unsigned>(g.blocks())), dim3(g.block_x, g.block_y), params, stream);
 }
 
+// The same behind the merge of a reduction.
+template <typename Params>
+cudaError_t launch_bn_behind(void (*kernel)(Params), const BnGeometry& g, const Params& params, cudaStream_t stream) {
+  return launch_behind(kernel, dim3(static_cast<unsigned>(g.blocks())), dim3(g.block_x, g.block_y), params, stream);
+}
+
 // The channels and the split of this block. Tiles are innermost, so that neighbouring blocks touch neighbouring memory.
 // Reductions walk memory forwards and the passes after them backwards, from what is still in the L2 cache.
 struct Tile {
@@ -79,31 +85,30 @@ template <typename Traits>
 class Walk {
  public:
   __device__ Walk(const BnGeometry& g, const Tile& tile) {
-    const int64_t first = tile.split * g.share;
-    position_ = first + threadIdx.y;
-    end_ = first + g.share < g.positions ? first + g.share : g.positions;
+    const int64_t first = tile.split * g.share, position = first + threadIdx.y, step = blockDim.y;
+    int64_t end = first + g.share < g.positions ? first + g.share : g.positions;
     const int lane = threadIdx.x * Traits::kLanes;
-    if (lane >= tile.channels) end_ = first;  // a thread beyond the last channel
-    step_ = blockDim.y;
+    if (lane >= tile.channels) end = first;  // a thread beyond the last channel
+    left_ = (static_cast<int>(end - position) + blockDim.y - 1) / blockDim.y;
     if constexpr (Traits::kChannelsLast) {
-      offset_ = position_ * g.channels + tile.channel + lane;
-      offset_step_ = step_ * g.channels;
+      offset_ = position * g.channels + tile.channel + lane;
+      offset_step_ = step * g.channels;
     } else {
       row_ = g.plane / Traits::kVec;
-      const int64_t image = position_ / row_;
-      inner_ = position_ - image * row_;
-      inner_step_ = step_ % row_;
+      const int64_t image = position / row_;
+      inner_ = position - image * row_;
+      inner_step_ = step % row_;
       offset_ = (image * g.channels + tile.channel) * g.plane + inner_ * Traits::kVec;
-      offset_step_ = step_ / row_ * g.channels * g.plane + inner_step_ * Traits::kVec;
+      offset_step_ = step / row_ * g.channels * g.plane + inner_step_ * Traits::kVec;
       next_image_ = (g.channels - 1) * g.plane;
     }
   }
 
-  __device__ bool has(int count) const { return position_ + (count - 1) * step_ < end_; }
+  __device__ bool has(int count) const { return left_ >= static_cast<unsigned>(count); }
 
   __device__ int64_t next() {
     const int64_t offset = offset_;
-    position_ += step_;
+    --left_;
     offset_ += offset_step_;
     if constexpr (!Traits::kChannelsLast) {
       inner_ += inner_step_;
@@ -116,10 +121,21 @@ class Walk {
   }
 
  private:
-  int64_t position_, end_, step_;
+  unsigned left_;  // a block's share is counted in 32 bits
   int64_t offset_, offset_step_;
   int64_t row_, inner_, inner_step_, next_image_;  // contiguous: vectors per plane, index therein
 };
+
+// Asks for the first vectors of these operands, to be on their way while a block makes its table.
+template <typename Traits, typename... T>
+__device__ __forceinline__ void prefetch_first(Walk<Traits> walk, const T*... operands) {
+#pragma unroll
+  for (int slot = 0; slot < kUnroll; ++slot)
+    if (walk.has(1)) {
+      const int64_t offset = walk.next();
+      (prefetch(operands + offset), ...);
+    }
+}
 
 // Calls fetch(slot, offset) for kSlots vectors, then use(slot, offset) for each: their loads are in flight together.
 template <int kSlots, typename Traits, typename Fetch, typename Use>

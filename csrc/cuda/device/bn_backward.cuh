@@ -37,7 +37,10 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
   auto* grad_x = static_cast<scalar_t*>(p.grad_x);
   auto* grad_residual = static_cast<scalar_t*>(p.grad_residual);
 
+  let_the_next_kernel_start();
   const Tile tile(p.geometry, false);
+  const Walk<Traits> walk(p.geometry, tile);
+  prefetch_first(walk, grad_y, x);
   float affine[kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) { fill_affine(p, c, entry); });
 
@@ -46,7 +49,7 @@ __device__ __forceinline__ void bn_backward_reduce(const BnActBackwardParams& p)
   typename Traits::Vector grad_y_in[kUnroll], grad_y2_in[kUnroll], x_in[kUnroll];
   unsigned mask_in[kUnroll];
   for_each_vector<kUnroll>(
-      Walk<Traits>(p.geometry, tile),
+      walk,
       [&](int slot, int64_t offset) {
         grad_y_in[slot] = load<Traits::kVec>(grad_y + offset);
         if constexpr (kTwo) grad_y2_in[slot] = load<Traits::kVec>(grad_y2 + offset);

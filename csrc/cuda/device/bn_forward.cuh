@@ -15,13 +15,17 @@ __device__ __forceinline__ void bn_forward(const BnActParams& p) {
   auto* y = static_cast<scalar_t*>(p.y);
 
   const Tile tile(p.geometry, true);
+  const Walk<Traits> walk(p.geometry, tile);
+    if constexpr (kAdd) prefetch_first(walk, x, residual);
+  else prefetch_first(walk, x);
+  wait_for_the_kernel_before();
   float affine[kAffineRows][Traits::kLanes];
   load_table(tile, affine, Traits{}, [&](int64_t c, float* entry) { fill_affine(p, c, entry); });
 
   constexpr int kSlots = sizeof(typename Traits::Vector) > 16 ? kUnroll / 2 : kUnroll;
   typename Traits::Vector x_in[kSlots], residual_in[kSlots];
   for_each_vector<kSlots>(
-      Walk<Traits>(p.geometry, tile),
+      walk,
       [&](int slot, int64_t offset) {
         x_in[slot] = load<Traits::kVec>(x + offset);
         if constexpr (kAdd) residual_in[slot] = load<Traits::kVec>(residual + offset);

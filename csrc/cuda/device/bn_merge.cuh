@@ -14,6 +14,8 @@ constexpr int kMergeLoads = 8;     // partials that a thread has in flight
 // Threads beyond the last channel must call too.
 template <typename T, typename Read>
 __device__ __forceinline__ T merge_partials(const BnGeometry& g, int64_t channel, Read read) {
+  let_the_next_kernel_start();
+  wait_for_the_kernel_before();
   T own{};
   const int64_t splits = channel < g.channels ? g.splits : 0;
   for (int64_t first = threadIdx.y; first < splits; first += kMergeLoads * blockDim.y) {
@@ -33,7 +35,7 @@ __device__ __forceinline__ T merge_partials(const BnGeometry& g, int64_t channel
 template <typename Params>
 cudaError_t launch_merge(void (*kernel)(Params), const BnGeometry& g, const Params& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(g.channels, kMergeChannels)));
-  return launch(kernel, grid, dim3(kMergeChannels, kMergeThreads / kMergeChannels), params, stream);
+  return launch_behind(kernel, grid, dim3(kMergeChannels, kMergeThreads / kMergeChannels), params, stream);
 }
 
 }  // namespace fastres::cuda

@@ -11,57 +11,59 @@ namespace fastres::cuda {
 // IEEE square root and division: an approximation would cost digits that the output dtype has.
 FASTRES_HD float inverse_std(float var, float eps) { return 1.0f / sqrtf(var + eps); }
 
+// Count, sums and sums of squares of kLanes sets of the same size, of numbers no farther from 0 than double has digits for:
+// what is left of x behind its pivot, see bn_statistics.
+template <int kLanes>
+struct MomentSums {
+  double count;
+  double sum[kLanes];
+  double square[kLanes];
+
+  FASTRES_HD void merge(const MomentSums& other) {
+    count += other.count;
+    for (int j = 0; j < kLanes; ++j) {
+      sum[j] += other.sum[j];
+      square[j] += other.square[j];
+    }
+  }
+
+  FASTRES_HD double mean(int j) const { return sum[j] / count; }
+  FASTRES_HD double m2(int j) const { return square[j] - sum[j] * mean(j); }
+};
+
 // Count, mean and sum of squared deviations of kLanes sets of the same size.
-template <int kLanes, typename T = float>
+template <int kLanes>
 struct Moments {
-  T count;
-  T mean[kLanes];
-  T m2[kLanes];
+  float count;
+  float mean[kLanes];
+  float m2[kLanes];
 
   // Welford: a constant set keeps its mean exactly and m2 at 0.
-  FASTRES_HD void add(const T (&x)[kLanes]) {
+  FASTRES_HD void add(const float (&x)[kLanes]) {
     count += 1.0f;
-    const T weight = 1.0f / count;
+    const float weight = 1.0f / count;
     for (int j = 0; j < kLanes; ++j) {
-      const T delta = x[j] - mean[j];
+      const float delta = x[j] - mean[j];
       mean[j] = fmaf(delta, weight, mean[j]);
       m2[j] = fmaf(delta, x[j] - mean[j], m2[j]);
     }
   }
 
-  FASTRES_HD Moments<kLanes, double> wide() const {
-    Moments<kLanes, double> out{count, {}, {}};
-    for (int j = 0; j < kLanes; ++j) out.mean[j] = mean[j], out.m2[j] = m2[j];
+  FASTRES_HD MomentSums<kLanes> sums() const {
+    MomentSums<kLanes> out;
+    out.count = count;
+    for (int j = 0; j < kLanes; ++j) {
+      out.sum[j] = out.count * mean[j];
+      out.square[j] = m2[j] + out.sum[j] * mean[j];
+    }
     return out;
   }
 
-  // All lanes as one set.
-  FASTRES_HD Moments<1, double> folded() const {
-    Moments<1, double> all{double{count} * kLanes, {0.0}, {0.0}};
-    for (int j = 0; j < kLanes; ++j) all.mean[0] += mean[j];
-    all.mean[0] *= 1.0 / kLanes;
-    for (int j = 0; j < kLanes; ++j) {
-      const double delta = mean[j] - all.mean[0];
-      all.m2[0] += m2[j] + count * delta * delta;
-    }
+  // Those of all lanes as one set.
+  FASTRES_HD MomentSums<1> folded() const {
+    MomentSums<1> all{};
+    for (int j = 0; j < kLanes; ++j) all.merge(Moments<1>{count, {mean[j]}, {m2[j]}}.sums());
     return all;
-  }
-
-  // Chan: the same for whole sets.
-  FASTRES_HD void merge(const Moments& other) {
-    if (other.count == 0.0) return;
-    if (count == 0.0) {
-      *this = other;
-      return;
-    }
-    const T total = count + other.count;
-    const T weight = other.count / total;
-    for (int j = 0; j < kLanes; ++j) {
-      const T delta = other.mean[j] - mean[j];
-      mean[j] += delta * weight;
-      m2[j] += other.m2[j] + delta * delta * (count * weight);
-    }
-    count = total;
   }
 };
 

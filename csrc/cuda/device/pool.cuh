@@ -33,6 +33,12 @@ class Pixels {
     else return pixel;
   }
 
+  // The same, where an image is known to have fewer than 2^31 elements.
+  __device__ int near(int row, int column) const {
+    static_assert(Traits::kChannelsLast);
+    return (row * size_.w + column) * static_cast<int>(channels_);
+  }
+
  private:
   int64_t channels_, channel_;
   PlaneSize size_;
@@ -119,6 +125,9 @@ __device__ __forceinline__ float activated(float x, float mean, float scale, flo
   return to_float(from_float<scalar_t>(is_relu ? gpu_relu(z) : z));
 }
 
+// Whether a pixel takes the place of one before it in the window: the first maximum stays, the last NaN wins.
+__device__ __forceinline__ bool replaces(float later, float earlier) { return later > earlier || later != later; }
+
 // The maxima of kVec windows as torch.max_pool2d finds them: the first one, or the last NaN.
 template <int kVec>
 struct Maxima {
@@ -131,7 +140,7 @@ struct Maxima {
   }
 
   __device__ bool replace(int j, float candidate, int position) {
-    const bool better = tap[j] < 0 || candidate > value[j] || candidate != candidate;
+    const bool better = tap[j] < 0 || replaces(candidate, value[j]);
     if (better) {
       value[j] = candidate;
       tap[j] = position;

@@ -1,0 +1,80 @@
+"""The kernel of a call: of the backends that keep the error budget on its shape, on this device, the fastest."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres import dispatch, timing, tuner
+from fastres.frozen.calls import TORCH, Call, Run
+from fastres.ops._op import Op
+from fastres.tuner import Candidate
+
+SECONDS = 0.05  # of one call's timing
+_JUDGED = 4  # images from each end of a batch that are held against float64: each is computed by itself
+
+
+class Choice(NamedTuple):
+    """The kernel of a call, the function that runs it, and all that were tried."""
+
+    kernel: str
+    run: Run
+    candidates: tuple[Candidate, ...] = ()
+
+
+def drawn(shapes: list[tuple[int, ...]], rest: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of a call: activations, one with a NaN, and weights instead of its own, which may be zeros."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(shape: Any, dtype: torch.dtype) -> Tensor:
+        tensor = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32).to(dtype)
+        return tensor.contiguous(memory_format=torch.channels_last)
+
+    images = [draw(shape, dtype) for shape in shapes]
+    images[0][0, 0, 0, 0] = torch.nan
+    weights = [
+        draw(a.shape, a.dtype) / a[0].numel() ** 0.5 if isinstance(a, Tensor) and a.dim() == 4 else a for a in rest
+    ]
+    return *images, *weights
+
+
+def choose(call: Call, op: Op, args: tuple[Any, ...], device: torch.device) -> Choice:
+    """The fastest of a call's backends and PyTorch's ways on these arguments, or the one that is forced.
+
+    Raises:
+        UnsupportedError: a backend is forced that cannot run the call.
+    """
+    ways = _ways(call, op, args)
+    if len(ways) == 1:
+        kernel, run = next(iter(ways.items()))
+        return Choice(kernel, run)
+    count = len(call.inputs)
+    truth = tuner.Truth(op, (*map(_some, args[:count]), *args[count:]))
+    found = [
+        Candidate(kernel, failure=None if kernel == TORCH else truth.judge(lambda *_, run=run: _some(run(*args))))
+        for kernel, run in ways.items()
+    ]
+    del truth  # float64 takes memory
+    calls = {c.backend: (lambda run=ways[c.backend]: run(*args)) for c in found if c.failure is None}
+    with torch.no_grad():
+        times = timing.interleaved(calls, device, seconds=SECONDS, batches=(5, 50))
+    tried = tuple(replace(c, seconds=times[c.backend].p20) if c.backend in times else c for c in found)
+    kernel = tuner.fastest(tried).backend
+    return Choice(kernel, ways[kernel], tried)
+
+
+def _ways(call: Call, op: Op, args: tuple[Any, ...]) -> dict[str, Run]:
+    """Functions that compute a call, by name, in order of preference."""
+    if dispatch.wished(op.name, op.backends) is not None:
+        forced = dispatch.choose(op.name, op.backends, args)
+        return call.plain if forced.backend.name == TORCH else {forced.backend.name: forced.load()}
+    kernels = {b.name: b.load() for b in op.backends if b.name != TORCH and b.why_not(*args) is None}
+    return kernels | call.plain
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """The images at both ends of a batch."""
+    if len(tensor) <= 2 * _JUDGED:
+        return tensor
+    return torch.cat([tensor[:_JUDGED], tensor[-_JUDGED:]])

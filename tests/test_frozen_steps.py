@@ -1,0 +1,94 @@
+"""Single operations behind a convolution in a frozen network: those a plan has steps for, and those it refuses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _modules import lively
+from tolerances import assert_close_to_truth
+from torch import nn
+
+import fastres
+
+pytestmark = pytest.mark.cpu
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Behind(nn.Module):
+    """A function of a convolution's output (2, 16, 6, 6), and of a batch norm of that many channels."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.conv, self.bn = function, nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.small = nn.Conv2d(16, 24, 6)
+
+    def forward(self, x):
+        return self.function(self, self.conv(x))
+
+
+def statistics(m):
+    return m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias
+
+
+def bn_act(m, y, act):
+    return fastres.functional.bn_act(y, *statistics(m), act=act)
+
+
+STEPS = {
+    "our batch norm": lambda m, y: bn_act(m, y, "relu"),
+    "our batch norm without ReLU": lambda m, y: bn_act(m, y, "none"),
+    "our batch norm and a residual": lambda m, y: fastres.functional.bn_add_act(y, y, *statistics(m)),
+    "our batch norm and a residual without ReLU": lambda m, y: fastres.functional.bn_add_act(y, y, *statistics(m), act="none"),
+    "our addition": lambda m, y: fastres.functional.add_act(y, m.bn(y)),
+    "a batch norm of a value that has other users": lambda m, y: m.bn(y) + y,
+    "zeros for channels": lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8)),
+    "zeros for channels, then a part": lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8))[:, :, ::2, ::2],
+    "a part, then zeros for channels": lambda m, y: F.pad(y[:, :, ::2, ::3], (0, 0, 0, 0, 0, 8)),
+    "rows alone": lambda m, y: y[:, :, ::2],
+    "pixels squeezed": lambda m, y: m.small(y).squeeze(3).squeeze(2),
+    "both pixels squeezed": lambda m, y: m.small(y).squeeze((2, 3)),
+    "the mean as a pool": lambda m, y: F.adaptive_avg_pool2d(y, 1).flatten(1),
+    "a pool to its own size": lambda m, y: F.adaptive_avg_pool2d(y, 6),
+    "pools whose last window would lie in the padding": lambda m, y: F.max_pool2d(y, 2, 4, 1, ceil_mode=True),
+    "an average of windows": lambda m, y: F.avg_pool2d(y, 2, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_computes_what_pytorch_does(name):
+    torch.manual_seed(0)
+    model = lively(Behind(STEPS[name])).eval()
+    frozen = fastres.freeze(model, X)
+    with torch.no_grad(), fastres.use("torch"):
+        expected, exact = model(X), copy.deepcopy(model).double()(X.double())
+        assert_close_to_truth(frozen(X), expected, exact, torch.float32, name)
+
+
+REFUSED = {
+    "a sum of images of other sizes, flattened": (
+        lambda m, y: y[:, :, ::2].flatten(1) + y[:, :, :, ::2].flatten(1), "aten.add",
+    ),
+    "a pool divided by a number": (lambda m, y: F.avg_pool2d(y, 2, divisor_override=3), "aten.avg_pool2d"),
+    "a pool that counts its padding": (lambda m, y: F.avg_pool2d(y, 3, padding=1), "aten.avg_pool2d"),
+    "a pool to another size": (lambda m, y: F.adaptive_avg_pool2d(y, 3), "adaptive_avg_pool2d"),
+    "a matrix that the network computes": (
+        lambda m, y: torch.addmm(m.bn.bias[:2], y.mean((2, 3)), y.mean((2, 3)).t()), "aten.addmm|aten.t",
+    ),
+    "a pad of pixels": (lambda m, y: F.pad(y, (1, 1)), "aten.constant_pad_nd"),
+    "a pad that is not zero": (lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8), value=1.0), "aten.constant_pad_nd"),
+    "a norm with computed parameters": (
+        lambda m, y: F.batch_norm(y, m.bn.running_mean, m.bn.running_var, y.mean((0, 2, 3))), "aten.mean|batch_norm",
+    ),
+    "a norm by its own batch": (lambda m, y: F.batch_norm(y, None, None, training=True), "batch_norm"),
+    "a part of the rows": (lambda m, y: y[:, :, 1:], "aten.slice"),
+    "a transposed convolution": (lambda m, y: F.conv_transpose2d(y, m.small.weight.permute(1, 0, 2, 3)), "convolution"),
+    "nothing": (lambda m, y: m.bn.weight.expand(2, 16), "plan|nothing|step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_step_does_is_named(name):
+    function, words = REFUSED[name]
+    with pytest.raises(fastres.UnsupportedError, match=words):
+        fastres.freeze(Behind(function).eval(), X)

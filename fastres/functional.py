@@ -189,7 +189,8 @@ def conv2d(
     """Convolve as a training step does: ``F.conv2d(x, weight, bias, stride, padding, dilation, groups)``.
 
     On the CPU 3x3 kernels with stride 1 in float32 and bfloat16 run by Winograd's F(2x2, 3x3), forward and both gradients,
-    where that is faster; ``fastres.explain(fastres.functional.conv2d, x, weight, ...)`` says where, and why not.
+    where that is faster. On CUDA the stem of a network in float16 or bfloat16, channels_last, has kernels of its own, forward
+    and by the weight. ``fastres.explain(fastres.functional.conv2d, x, weight, ...)`` says where, and why not.
     """
     return CONV(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
 

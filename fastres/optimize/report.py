@@ -219,7 +219,7 @@ def _module_report(site: Site, seen: _Seen) -> ModuleReport:
 def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
-        notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu; what follows them is fused")
+        notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda; the rest is fused")
         notes.append(f"inputs of up to {MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")

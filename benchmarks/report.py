@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import sources
+from benchmarks.acceptance import table as acceptance
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.peers import table as peers
 from benchmarks.table import Row, cases, condensed, duration, markdown, rivals
@@ -24,6 +25,7 @@ README = ROOT / "README.md"
 TUNED = ROOT / "fastres" / "tuned"
 COMPILED = RESULTS / "compile"  # what the compile lane reported, a file for each backend
 MARKED = re.compile(r"(<!-- results:([a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+ON_GPUS = {"gpu-networks": acceptance.networks, "gpu-kernels": acceptance.kernels}  # of the acceptance runs on GPUs
 COLUMNS = ("cpu", "onednn", "triton", "cuda", "cudnn", "torch")
 LEGEND = (
     "fastres: median of a call. Others: their time over that of fastres in the same run,"
@@ -72,12 +74,16 @@ def table(name: str, results: Path) -> str:
         return support_matrix()
     if name == "reliability":
         return reliability(results)
-    files = sorted(results.glob(f"*/{name}.json"))
-    if not files:
-        raise LookupError(f"README.md shows results:{name}, but no file {results}/*/{name}.json holds them")
+    file = "acceptance" if name in ON_GPUS else name
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(f"*/{file}.json"))]
+    if name in ON_GPUS:
+        found = [data for data in found if data.get("cuda")]
+    if not found:
+        raise LookupError(f"README.md shows results:{name}, but no file {results}/*/{file}.json holds them")
+    if name in ON_GPUS:
+        return "\n\n".join(section(data, ON_GPUS[name]) for data in found)
     show, legend = (peers.markdown, peers.LEGEND) if name == "peers" else (_markdown, LEGEND)
-    parts = [section(json.loads(path.read_text(encoding="utf-8")), show) for path in files]
-    return "\n\n".join([*parts, legend])
+    return "\n\n".join([*(section(data, show) for data in found), legend])
 
 
 def reliability(results: Path) -> str:

@@ -7,8 +7,8 @@ from fastres.experiments import rivals
 WHOLE = (rivals.FROZEN.name, rivals.GRAPHED.name)  # a network or a step as one graph
 MODES = (rivals.COMPILE.name, rivals.CUDA_GRAPHS.name, rivals.MAX_AUTOTUNE.name)
 NETWORKS = (
-    "Times in one graph of several calls, but training steps and *as called*: as a user calls them. Others: their time over that"
-    " of the fastest way of fastres in the same run. *torch.compile*: the fastest mode that the time allowed."
+    "Times in one graph of several calls, but training steps and *as called*: as a user calls them. Others: their time over"
+    " that of the fastest way of fastres in the same run. *torch.compile*: the fastest mode that the time allowed."
 )
 KERNELS = (
     "of peak: of a copy's bandwidth or of a large matrix product's rate, whichever bounds it. Others: their time over that of"

@@ -158,7 +158,7 @@ def test_blocks_run_it_where_it_is_chosen(optimized):
         module.downsample[1].eps = 0.1
         y = module(images())
         with fastres.use(**{OP.name: "torch"}):
-            assert ran(module, images()) == (two, ["triton: another backend is forced"])
+            assert ran(module, images()) == (two, ["cuda: another backend is forced; triton: another backend is forced"])
             torch.testing.assert_close(module(images()), y)
     module.downsample[0].register_forward_hook(lambda *_: None)
     assert OP.name not in ran(module, images())[0]
@@ -219,7 +219,7 @@ def test_tuning_holds_it_against_the_two_ops(monkeypatch, tmp_path):
             session = tuner.tune_model(module, x, seconds=0.01, configurations=False)
             monkeypatch.setattr(tuner.timing, "interleaved", real)
             (found,) = (result for result in session.results if result.op == OP.name)
-            assert [c.backend for c in found.candidates] == ["triton", "torch"] and found.chosen.backend == chosen
+            assert [c.backend for c in found.candidates] == ["cuda", "triton", "torch"] and found.chosen.backend == chosen
             assert (OP.name in ran(module, x)[0]) == (chosen == "triton")
     finally:
         monkeypatch.undo()

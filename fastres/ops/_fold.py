@@ -4,7 +4,8 @@ conv(x, w, b) normalised is conv(x, w * s, (b - mean) * s + bias) with s = bn_we
 channel (Jacob et al. 2018, section 3.2). s in float64, the product in fp32 (fp64 for fp64 weights).
 
 A fold is valid while every tensor it came from keeps its storage and its version counter, which all in-place operations,
-optimizers and load_state_dict advance. Writes through ``tensor.data`` do not: call ``fastres.refresh()`` after those.
+optimizers and load_state_dict advance; for fused optimizers, which do not, ``watch_optimizers`` does. Writes through
+``tensor.data`` do not: call ``fastres.refresh()`` after those.
 
 Captured graphs read a fold where it lies. Those of parameters given to ``keep`` stay there: after a change the next call
 that asks for one rewrites it in place.
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _lock = threading.Lock()
 _entries: dict[tuple[int, int], "_Entry"] = {}
@@ -54,6 +56,17 @@ def _drop(key: tuple[int, int], _: weakref.ref) -> None:
     _entries.pop(key, None)
 
 
+@functools.cache
+def watch_optimizers() -> None:
+    """From now on count up the versions of what fused optimizers change: their kernels do not."""
+    register_optimizer_step_post_hook(_count_fused)
+
+
+def _count_fused(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    fused = (group["params"] for group in optimizer.param_groups if group.get("fused"))
+    torch.autograd.graph.increment_version([p for parameters in fused for p in parameters if p.grad is not None])
+
+
 def fold(parameters: Sequence[Any], eps: float) -> tuple[Tensor, Tensor]:
     """The folded weight and bias, always new tensors, of weight, bias, bn_weight, bn_bias, mean and var."""
     weight, bias, bn_weight, bn_bias, mean, var = parameters
@@ -85,6 +98,7 @@ def folded(parameters: tuple[Any, ...], eps: float, form: Hashable, finish: Call
         if not entry.holds(parameters, eps):
             entry.read(parameters)
     elif entry is None or entry.anchor() is not weight or not entry.holds(parameters, eps):
+        watch_optimizers()
         entry = _Entry(parameters, eps, weakref.ref(weight, functools.partial(_drop, key)))
         with _lock:
             _entries[key] = entry

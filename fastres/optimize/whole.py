@@ -24,6 +24,7 @@ from fastres.frozen import Frozen, freeze
 from fastres.frozen.record import record
 from fastres.nn import _fused
 from fastres.nn._fused import original_class
+from fastres.ops import _fold
 from fastres.optimize.plan import plan as planned
 from fastres.optimize.trace import is_trusted
 
@@ -44,6 +45,7 @@ class _Made:
         self.dicts = [state for module in model.modules() for state in _dicts(module)]
         self.objects = list(chain.from_iterable(state.values() for state in self.dicts))  # alive, so that no id is reused
         self.ids = list(map(id, self.objects))
+        _fold.watch_optimizers()
         self.tensors = [*model.parameters(), *model.buffers()]
         self.marks = self.now()
 

@@ -164,7 +164,9 @@ def test_the_model_is_left_alone_and_later_changes_of_it_do_not_reach_the_plan()
         for tensor in model.state_dict().values():
             tensor.zero_()
     fastres.refresh(model)
-    assert torch.equal(frozen(x), y) and torch.equal(frozen(x[:1]), copy.deepcopy(frozen)(x[:1]))
+    assert torch.equal(frozen(x), y)
+    copied = copy.deepcopy(frozen)(x[:1])  # which measures for itself, and may choose other kernels
+    torch.testing.assert_close(copied, frozen(x[:1]), rtol=1e-3, atol=1e-4)
     assert pickle.loads(pickle.dumps(frozen))(x).shape == y.shape
     assert not frozen.state_dict() and not y.requires_grad
 

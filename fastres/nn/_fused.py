@@ -255,24 +255,13 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
         else:
             _count(bn)
             return y
-    return add_act(act, _called(bn, x), residual)
-
-
-def _called(bn: nn.Module, x: Tensor) -> Tensor:
-    """``bn(x)``, with the versions of its running buffers counted up: PyTorch's batch norm changes them but does not, and
-    folded weights would not be known to be stale."""
-    y = bn(x)
-    if isinstance(bn, nn.modules.batchnorm._NormBase) and bn.training and type(x) is Tensor:
-        changed = [t for t in (bn.running_mean, bn.running_var) if t is not None]
-        if not torch.compiler.is_compiling() and not is_followed(x):
-            torch.autograd.graph.increment_version(changed)
-    return y
+    return add_act(act, bn(x), residual)
 
 
 def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor) -> Tensor:
     """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics."""
     if bn is residual_bn:  # its buffers take both batches in PyTorch's order
-        return add_act(act, _called(bn, x), _called(bn, residual))
+        return add_act(act, bn(x), bn(residual))
     if _fuses(x, None, bn, act, None) and _fuses(residual, None, residual_bn, None, None):
         *own, training = _statistics(bn)
         *others, residual_training = _statistics(residual_bn)

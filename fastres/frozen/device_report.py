@@ -2,7 +2,7 @@
 peak, of a copy or of a matrix product, that bounds it.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -15,9 +15,9 @@ from fastres.frozen.report import PlanReport, StepReport, needed, operation
 _SECONDS = 0.03  # of one step's timing
 
 
-def report(frozen: Frozen, x: Tensor | None) -> PlanReport:
-    """The plan for the last shape of images, or, with times, for that of x."""
-    assert isinstance(frozen, GraphFrozen)
+def report(network: Frozen, x: Tensor | None) -> PlanReport:
+    """The plan for the last shape of images, or, with times, for that of x, of a network frozen on a GPU."""
+    frozen = cast(GraphFrozen, network)
     plan = frozen.plan(needed(frozen.last_shape()))
     found = [_step(step, plan) for step in plan.steps]
     weights = sum(t.numel() for layer in frozen.network.layers for t in (layer.weight, layer.bias) if t is not None)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +129,7 @@ def _check(model: object, example: object, dtype: object, quantize: object) -> t
     if isinstance(model, Frozen):
         raise must("freeze", "model", "the network itself", "one that is frozen already")
     check_images("example", example)
-    assert isinstance(example, Tensor)
+    example = cast(Tensor, example)
     if quantize is not None and dtype not in (None, torch.int8):
         raise must("freeze", "dtype", "None or torch.int8 with quantize", dtype)
     if quantize is None and dtype == torch.int8:

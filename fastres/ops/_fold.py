@@ -136,6 +136,7 @@ def forget(parameters: Iterable[Tensor] | None = None) -> None:
     """Drop the folds of these convolution weights, or all; those that are kept stay."""
     with _lock:
         wanted = None if parameters is None else {id(parameter) for parameter in parameters}
-        for key, entry in list(_entries.items()):  # a copy: weights that die meanwhile drop theirs
-            if not entry.kept and (wanted is None or key[0] in wanted):
+        for key in list(_entries):  # a copy, of keys alone: weights that die meanwhile, or while it is made, drop theirs
+            entry = _entries.get(key)
+            if entry is not None and not entry.kept and (wanted is None or key[0] in wanted):
                 _entries.pop(key, None)

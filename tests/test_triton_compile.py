@@ -290,7 +290,8 @@ def test_every_configuration_is_compiled(capsys) -> None:
 # fast where it is not; the last tile of bn_act is offered to tuning alone.
 SPILLS = {("_conv_act_kernel", "fp32"): 8, ("_conv_act_kernel", "tf32"): 8, ("_conv_add_conv_act_kernel", "fp32"): 8,
           ("_conv_add_conv_act_kernel", "tf32"): 160, ("bn_act_kernel", "fp32"): 8,
-          ("_conv_add_conv_act_kernel", "fp16"): 8}  # of sm_100, in one tile of one kind of shortcut  # fmt: skip
+          # Of sm_100, in one tile of one kind of shortcut.
+          ("_conv_add_conv_act_kernel", "fp16"): 8, ("_conv_add_conv_act_kernel", "bf16"): 8}  # fmt: skip
 
 
 def test_no_spills() -> None:

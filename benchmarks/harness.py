@@ -152,23 +152,13 @@ def rows_of(
 def copy_peak(place: torch.device) -> float:
     """GB/s of a large copy, read and written: the memory peak that bandwidth-bound kernels are held
     against.
-
-    The faster of copy_, which a GPU's graph makes a copy of its driver, and of a pointwise kernel.
     """
-    size = 1 << (30 if place.type == "cuda" else 28)
-    source = torch.ones(size // 2, dtype=torch.bfloat16, device=place)
-    target = torch.empty_like(source)
-    calls = {"copy": lambda: target.copy_(source), "pointwise": lambda: torch.neg(source, out=target)}
-    measured = timing.interleaved(calls, place, seconds=1.0)
-    return 2 * size / min(times.p20 for times in measured.values()) / 1e9
+    return timing.copy_peak(place, 1 << (30 if place.type == "cuda" else 28), 1.0) / 1e9
 
 
 def matmul_peak(place: torch.device, dtype: torch.dtype) -> float:
     """GFLOP/s of a large product: the peak that compute-bound kernels are held against."""
-    size = 8192 if place.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=place).to(dtype) for _ in range(2))
-    measured = timing.interleaved({"matmul": lambda: a @ b}, place, seconds=1.0)["matmul"]
-    return 2 * size**3 / measured.p20 / 1e9
+    return timing.matmul_peak(place, dtype, 8192 if place.type == "cuda" else 1024, 1.0) / 1e9
 
 
 def rotated(run: Callable, args: tuple, place: torch.device) -> Callable[[], Any]:

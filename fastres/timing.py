@@ -77,16 +77,27 @@ def interleaved(
 
 @functools.cache
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes/s of a large copy by a kernel, read and written, and flop/s of a large matrix product: what kernels are held
-    against. Measured once a process.
+    """Bytes/s of a large copy, read and written, and flop/s of a large matrix product: what kernels are held against. Measured once a
+    process.
     """
-    on_gpu = device.type == "cuda"
-    size, side = (1 << 27, 8192) if on_gpu else (1 << 22, 512)
-    source, target = (torch.ones(size, dtype=dtype, device=device) for _ in range(2))
+    size, side = (1 << 28, 8192) if device.type == "cuda" else (1 << 24, 512)
+    return copy_peak(device, size, 0.3), matmul_peak(device, dtype, side, 0.3)
+
+
+def copy_peak(device: torch.device, size: int, seconds: float) -> float:
+    """Bytes/s of a copy of ``size`` bytes, counted read and written: the faster of copy_, which a GPU's graph makes a copy of
+    its driver, and of a pointwise kernel.
+    """
+    source = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    calls = {"copy": lambda: target.copy_(source), "pointwise": lambda: torch.neg(source, out=target)}
+    return 2 * size / min(times.p20 for times in interleaved(calls, device, seconds=seconds).values())
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, side: int, seconds: float) -> float:
+    """Flop/s of a product of two square matrices."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    copied = interleaved({"": lambda: torch.neg(source, out=target)}, device, seconds=0.3)[""]
-    product = interleaved({"": lambda: a @ b}, device, seconds=0.3)[""]
-    return 2 * source.nbytes / copied.p20, 2 * side**3 / product.p20
+    return 2 * side**3 / interleaved({"": lambda: a @ b}, device, seconds=seconds)[""].p20
 
 
 def percentile(values: list[float], share: float) -> float:

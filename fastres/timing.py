@@ -77,8 +77,8 @@ def interleaved(
 
 @functools.cache
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes/s of a large copy, read and written, and flop/s of a large matrix product: what kernels are held against. Measured once a
-    process.
+    """Bytes/s of a large copy, read and written, and flop/s of a large matrix product: what kernels are held
+    against. Measured once a process.
     """
     size, side = (1 << 28, 8192) if device.type == "cuda" else (1 << 24, 512)
     return copy_peak(device, size, 0.3), matmul_peak(device, dtype, side, 0.3)

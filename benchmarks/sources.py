@@ -11,7 +11,7 @@ from fastres.dispatch import family
 
 ROOT = benchmarks.ROOT
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "fastres"
-ROOMS = {"cuda": CSRC / "cuda", "triton": PACKAGE / "kernels" / "triton", "cudnn": PACKAGE / "ops"}
+ROOMS = {"cuda": CSRC / "cuda", "cuda_direct": CSRC / "cuda", "triton": PACKAGE / "kernels" / "triton", "cudnn": PACKAGE / "ops"}
 
 
 def fingerprint(op: str, backend: str) -> str:
@@ -24,7 +24,9 @@ def fingerprint(op: str, backend: str) -> str:
 
 def files(op: str, backend: str) -> list[Path]:
     """Everything in this repository that decides what the backend's kernels of an op compute, in order."""
-    if backend == "cuda":
+    if backend == "cuda_direct":
+        found = closure([ROOMS[backend] / "conv_direct.cpp"], included)
+    elif backend == "cuda":
         stem = module(op).replace("_add_conv_bn", "")  # one kernel: what it adds is optional
         stems = (stem, "conv") if stem == "conv_bn_act" else (stem,)  # which has the kernels for few input channels
         found = closure([ROOMS["cuda"] / f"{name}.cpp" for name in stems], included)

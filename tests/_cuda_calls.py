@@ -56,9 +56,9 @@ def laid_out(args, layout):
     return mapped(args, lambda t: t.contiguous(memory_format=getattr(torch, layout)))
 
 
-def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.float32, window=STEM, two_parts=False):
+def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.float32, window=STEM, two_parts=False, kernel=1):
     """Arguments of any op for the input x: the other activations, parameters and statistics are drawn here; the gradient at
-    the end of a block in one part or two.
+    the end of a block in one part or two; convolutions that keep the size of images, with square windows of ``kernel`` pixels.
     """
     draw = lambda shape=x.shape: torch.randn(shape, generator=generator).to(x)  # noqa: E731
     channels = x.shape[1]
@@ -68,10 +68,11 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     if name in ("conv", "conv_backward_weight"):
         return stem(name, x, draw)
     if base.startswith("conv"):
-        kernels = torch.randn(2, channels, channels, 1, 1, generator=generator).to(x.device) / channels**0.5
-        kernel, own = (torch.nn.Parameter(k, requires_grad=False) for k in kernels)
+        kernels = torch.randn(2, channels, channels, kernel, kernel, generator=generator).to(x.device) / channels**0.5 / kernel
+        weight_of_x, own = (torch.nn.Parameter(k, requires_grad=False) for k in kernels)
         residual = [draw()] if "add" in base else []
-        args = [x, *residual, kernel, None, weight, bias, mean, var, 1e-5, (1, 1), (0, 0), (1, 1), 1]
+        padding = (kernel // 2,) * 2
+        args = [x, *residual, weight_of_x, None, weight, bias, mean, var, 1e-5, (1, 1), padding, (1, 1), 1]
         if base == "conv_bn_add_conv_bn_act":
             args += [own, None, weight.flip(0), bias.flip(0), mean, var, 1e-3, (1, 1)]
         return [*args, act]

@@ -11,6 +11,7 @@ from fastres.ops import REGISTRY
 
 pytestmark = pytest.mark.cuda
 CALLS = [(name, b.name) for name, op in REGISTRY.items() for b in op.backends if b.name in GPU_KERNELS]
+WINDOWS = {"cuda_direct": 3}  # pixels; it has none of one
 every_kernel = pytest.mark.parametrize(("name", "backend"), CALLS)
 
 
@@ -30,13 +31,14 @@ def run(name, backend, *args):
     return result if isinstance(result, tuple) else (result,)
 
 
-def on_gpu(name, gpu, shape=(16, 64, 28, 28)):
-    return laid_out(arguments(name, draw(shape, torch.bfloat16, gpu)), "channels_last")
+def on_gpu(name, gpu, backend="cuda", shape=(16, 64, 28, 28)):
+    x = draw(shape, torch.bfloat16, gpu)
+    return laid_out(arguments(name, x, kernel=WINDOWS.get(backend, 1)), "channels_last")
 
 
 @every_kernel
 def test_no_synchronisation(gpu, name, backend):
-    args = on_gpu(name, gpu)
+    args = on_gpu(name, gpu, backend)
     run(name, backend, *args)  # compiles, folds, loads
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -49,7 +51,7 @@ def test_no_synchronisation(gpu, name, backend):
 @every_kernel
 def test_runs_on_the_current_stream(gpu, name, backend):
     """The inputs are ready only at the end of a long kernel on a side stream."""
-    args = on_gpu(name, gpu)
+    args = on_gpu(name, gpu, backend)
     expected = run(name, backend, *args)
     late = mapped(args, torch.zeros_like)
     torch.cuda.synchronize()
@@ -67,7 +69,7 @@ def test_runs_on_the_current_stream(gpu, name, backend):
 @every_kernel
 def test_graph_replays(gpu, name, backend):
     """A captured call gives the bits of an eager one for every new input."""
-    args = on_gpu(name, gpu)
+    args = on_gpu(name, gpu, backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -86,7 +88,7 @@ def test_graph_replays(gpu, name, backend):
 
 @every_kernel
 def test_no_memory_is_kept(gpu, name, backend):
-    args = on_gpu(name, gpu)
+    args = on_gpu(name, gpu, backend)
     run(name, backend, *args)
     before = torch.cuda.memory_allocated()
     for _ in range(20):
@@ -96,7 +98,7 @@ def test_no_memory_is_kept(gpu, name, backend):
 
 @every_kernel
 def test_the_same_bits_every_time(gpu, name, backend):
-    args = on_gpu(name, gpu)
+    args = on_gpu(name, gpu, backend)
     expected = run(name, backend, *args)
     for _ in range(50):
         assert all(torch.equal(a, b) for a, b in zip(run(name, backend, *args), expected, strict=True))
@@ -117,7 +119,7 @@ def test_tensors_of_another_device_raise(gpu, name):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @every_kernel
 def test_runs_on_the_device_of_its_tensors(gpu, name, backend):
-    args = on_gpu(name, torch.device("cuda:1"))
+    args = on_gpu(name, torch.device("cuda:1"), backend)
     with torch.cuda.device(0):
         found = run(name, backend, *args)
     with torch.cuda.device(1):
@@ -136,7 +138,7 @@ def test_more_than_2_31_elements(gpu, name, backend, layout):
     image = draw((1, *shape[1:]), torch.float16, gpu)
 
     memory = {"memory_format": getattr(torch, layout)}
-    args = mapped(arguments(name, image), lambda t: t.expand(shape).contiguous(**memory))
+    args = mapped(arguments(name, image, kernel=WINDOWS.get(backend, 1)), lambda t: t.expand(shape).contiguous(**memory))
     for found in run(name, backend, *args):
         if found.dim() == 4:
             assert torch.equal(found[0], found[-1]) and found[0].any()

@@ -179,10 +179,10 @@ float element(uint64_t operand, int row, int k) {
   return static_cast<float>(value);
 }
 
-template <typename T>
-void product(float (&acc)[64], uint64_t a, uint64_t b, int accumulate) {
+template <typename T, int kCount>
+void product(float (&acc)[kCount], uint64_t a, uint64_t b, int accumulate) {
   products().issued.push_back([&acc, a, b, accumulate, thread = threadIdx.x % 128] {
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       const int row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (thread % 4) + i % 2;
       float sum = accumulate ? acc[i] : 0.0f;
       for (int k = 0; k < 16; ++k) sum += element<T>(a, row, k) * element<T>(b, column, k);

@@ -1,0 +1,86 @@
+// Binding of the direct convolution with folded weights: checks, output, launch, registration.
+#include "cuda/conv_direct.h"
+
+#include "cuda/host.h"
+#include "cuda/launch.h"
+
+namespace fastres::cuda {
+namespace {
+
+constexpr const char* kOp = "conv_bn_act";
+
+void check_tensor(const char* param, const Tensor& t, const Tensor& x) {
+  FASTRES_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), kOp, param,
+                "on the device of x, " << show_device(x), show_device(t));
+  FASTRES_CHECK(t.scalar_type() == x.scalar_type(), kOp, param, "of x's dtype " << show(x.scalar_type()),
+                show(t.scalar_type()));
+  FASTRES_CHECK(is_aligned(t.data_ptr()), kOp, param, "aligned to 16 bytes", "the address " << t.data_ptr());
+}
+
+// One direction of the window: one that moves by one pixel and gives as many outputs as it takes in.
+Span span(int64_t kernel, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int d) {
+  FASTRES_CHECK(dilation.size() == 2 && dilation[d] >= 1 && dilation[d] <= 127, kOp, "dilation", "two integers from 1 to 127",
+                show(dilation));
+  FASTRES_CHECK(kernel > 0 && (kernel - 1) * dilation[d] <= 127, kOp, "weight", "of at most 128 pixels, dilated",
+                (kernel - 1) * dilation[d] + 1);
+  FASTRES_CHECK(padding.size() == 2 && 2 * padding[d] == (kernel - 1) * dilation[d], kOp, "padding",
+                "half of what the window reaches, " << (kernel - 1) * dilation[d] << " pixels", show(padding));
+  return {static_cast<int>(kernel), 1, static_cast<int>(padding[d]), static_cast<int>(dilation[d])};
+}
+
+Tensor sm90_conv_direct(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,
+                        IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, const Text& act) {
+  check_cuda(kOp, "x", x);
+  FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, kOp, "x",
+                "float16 or bfloat16", show(x.scalar_type()));
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && is_dense(x, Format::channels_last), kOp, "x",
+                "of 4 dimensions (N, C, H, W), not empty, dense and channels_last",
+                show(x.sizes()) << ", strides " << show(x.strides()));
+  check_tensor("x", x, x);
+  check_tensor("weight", weight, x);
+  FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(3) == x.size(1), kOp, "weight",
+                "contiguous, (C_out, KH, KW, " << x.size(1) << ")", show(weight.sizes()));
+  FASTRES_CHECK(x.size(1) % 8 == 0 && weight.size(0) > 0 && weight.size(0) % 8 == 0, kOp, "weight",
+                "of multiples of 8 channels in and out", show(weight.sizes()));
+  FASTRES_CHECK(weight.size(1) * weight.size(2) >= kLeastDirectTaps, kOp, "weight",
+                "of at least " << kLeastDirectTaps << " taps", show(weight.sizes()));
+  ConvDirectParams params{};
+  params.dtype = dtype_of(x);
+  params.relu = is_relu(kOp, act);
+  params.window = {span(weight.size(1), padding, dilation, 0), span(weight.size(2), padding, dilation, 1)};
+  const int64_t pixels = (x.size(2) + params.window.h.padding) * (x.size(3) + params.window.w.padding);
+  FASTRES_CHECK(x.size(0) * pixels < INT32_MAX / 2, kOp, "x", "of less than 2^30 pixels, padded", show(x.sizes()));
+  params.x = {static_cast<int>(x.size(0)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
+              static_cast<int>(x.size(1))};
+  FASTRES_CHECK(sm90_conv_direct_fits(params.x, params.window), kOp, "x",
+                "of rows short enough that those under a window fit in shared memory", show(x.sizes()));
+  const std::array<int64_t, 4> sizes{x.size(0), weight.size(0), x.size(2), x.size(3)};
+  const Launch launch(kOp, x);
+  const Tensor y = empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
+  const Tensor values = channel_vector(kOp, "bias", bias, y, ScalarType::Float);
+  if (residual) {
+    check_like(kOp, "residual", *residual, y);
+    FASTRES_CHECK(is_dense(*residual, Format::channels_last), kOp, "residual", "dense and channels_last",
+                  "strides " << show(residual->strides()));
+    check_tensor("residual", *residual, x);
+    params.residual = residual->data_ptr();
+  }
+  params.channels_out = static_cast<int>(weight.size(0));
+  params.x_data = x.data_ptr();
+  params.weight = weight.data_ptr();
+  params.bias = static_cast<const float*>(values.data_ptr());
+  params.y = y.data_ptr();
+  launch(launch_sm90_conv_direct, params);
+  return y;
+}
+
+}  // namespace
+}  // namespace fastres::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
+  m.def(
+      "sm90_conv_direct(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] padding, int[] dilation, str act) -> "
+      "Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) { m.impl("sm90_conv_direct", TORCH_BOX(&fastres::cuda::sm90_conv_direct)); }

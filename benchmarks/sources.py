@@ -11,7 +11,12 @@ from fastres.dispatch import family
 
 ROOT = benchmarks.ROOT
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "fastres"
-ROOMS = {"cuda": CSRC / "cuda", "cuda_direct": CSRC / "cuda", "triton": PACKAGE / "kernels" / "triton", "cudnn": PACKAGE / "ops"}
+ROOMS = {
+    "cuda": CSRC / "cuda",
+    "cuda_direct": CSRC / "cuda",
+    "triton": PACKAGE / "kernels" / "triton",
+    "cudnn": PACKAGE / "ops",
+}
 
 
 def fingerprint(op: str, backend: str) -> str:

@@ -146,6 +146,20 @@ def test_hopper_kernels_are_made_of_hoppers_instructions() -> None:
         assert len(products) <= 8 + 2  # a stage's products without a wait between them: none was serialised
 
 
+def test_the_direct_convolution_is_made_of_hoppers_widest_products() -> None:
+    """A tap's products without a wait between them; accumulators leave through transposed stores, 16 bytes at a time."""
+    rows = [row for row in report() if row["kernel"] == "sm90_conv_direct_kernel"]
+    assert len(rows) == 2
+    for row in rows:
+        names = instructions(row)
+        for wanted in ("HGMMA.64x256x16", "UTMALDG.3D", "UTMALDG.4D.IM2COL", "USETMAXREG", "LDSM.16.MT88.4", "STSM.16.MT88.4"):
+            assert any(name.startswith(wanted) for name in names), wanted
+        assert not [name for name in names if name.startswith(("STL", "LDL", "HMMA"))]
+        assert {name for name in names if name.startswith("STG")} == {"STG.E.128"}
+        products = [name for name in names if name.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
+        assert len(products) == 4 + 2
+
+
 def test_few_channels_are_multiplied_by_tensor_cores() -> None:
     """Products of a warp, no local memory among them; x and weights copied past the registers."""
     rows = [row for row in report() if row["kernel"] in ("conv_rows_kernel", "conv_rows_backward_kernel")]

@@ -81,7 +81,7 @@ def run(x, weight, bias, residual, case, act):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact_on_small_integers(device, dtype, name):
+def test_direct_is_exact(device, dtype, name):
     case = CASES[name]
     args, exact = integers(case, dtype, device)
     for act in ("relu", "none"):

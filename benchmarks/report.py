@@ -26,7 +26,7 @@ TUNED = ROOT / "fastres" / "tuned"
 COMPILED = RESULTS / "compile"  # what the compile lane reported, a file for each backend
 MARKED = re.compile(r"(<!-- results:([a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ON_GPUS = {"gpu-networks": acceptance.networks, "gpu-kernels": acceptance.kernels}  # of the acceptance runs on GPUs
-COLUMNS = ("cpu", "onednn", "triton", "cuda", "cuda_direct", "cudnn", "torch")
+COLUMNS = ("cpu", "onednn", "triton", "cuda", "cuda_wide", "cudnn", "torch")
 LEGEND = (
     "fastres: median of a call. Others: their time over that of fastres in the same run,"
     " so above 1 fastres is faster. Ready after: preparation and first call."
@@ -143,7 +143,7 @@ def _support(op: str, backend: str, validated: dict, measured: dict, compiled: d
     archs = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ())) if devices else []
     parts = ["interpreted"] if backend == "triton" else []
     parts += [f"validated on {', '.join(archs)}"] if archs else []
-    library = backend.removesuffix("_direct")  # in which its kernels are compiled
+    library = backend.removesuffix("_wide")  # in which its kernels are compiled
     parts += ["compiled"] if any(arch.rstrip("af") not in archs for arch in compiled.get(library, ())) else []
     return ", ".join([*parts, f"measured on {', '.join(devices)}" if devices else "unmeasured"])
 

@@ -13,7 +13,7 @@ ROOT = benchmarks.ROOT
 CSRC, PACKAGE = ROOT / "csrc", ROOT / "fastres"
 ROOMS = {
     "cuda": CSRC / "cuda",
-    "cuda_direct": CSRC / "cuda",
+    "cuda_wide": CSRC / "cuda",
     "triton": PACKAGE / "kernels" / "triton",
     "cudnn": PACKAGE / "ops",
 }
@@ -29,8 +29,8 @@ def fingerprint(op: str, backend: str) -> str:
 
 def files(op: str, backend: str) -> list[Path]:
     """Everything in this repository that decides what the backend's kernels of an op compute, in order."""
-    if backend == "cuda_direct":
-        found = closure([ROOMS[backend] / "conv_direct.cpp"], included)
+    if backend == "cuda_wide":
+        found = closure([ROOMS[backend] / "conv_wide.cpp"], included)
     elif backend == "cuda":
         stem = module(op).replace("_add_conv_bn", "")  # one kernel: what it adds is optional
         stems = (stem, "conv") if stem == "conv_bn_act" else (stem,)  # which has the kernels for few input channels

@@ -146,14 +146,16 @@ def test_hopper_kernels_are_made_of_hoppers_instructions() -> None:
         assert len(products) <= 8 + 2  # a stage's products without a wait between them: none was serialised
 
 
-def test_the_direct_convolution_is_made_of_hoppers_widest_products() -> None:
-    """A tap's products without a wait between them; accumulators leave through transposed stores, 16 bytes at a time."""
-    rows = [row for row in report() if row["kernel"] == "sm90_conv_direct_kernel"]
-    assert len(rows) == 2
+def test_the_wide_convolution_is_made_of_hoppers_widest_products() -> None:
+    """Copies to all blocks of a cluster; a tap's products without a wait between them; accumulators leave through transposed
+    stores, 16 bytes at a time."""
+    rows = [row for row in report() if row["kernel"] == "sm90_conv_wide_kernel"]
+    assert len(rows) == 4
     for row in rows:
         names = instructions(row)
-        for wanted in ("HGMMA.64x256x16", "UTMALDG.3D", "UTMALDG.4D.IM2COL", "USETMAXREG", "LDSM.16.MT88.4", "STSM.16.MT88.4"):
-            assert any(name.startswith(wanted) for name in names), wanted
+        wanted = ["HGMMA.64x256x16", "UTMALDG.3D", "UTMALDG.4D.IM2COL.MULTICAST", "USETMAXREG", "UCGABAR"]
+        for start in (*wanted, "LDSM.16.MT88.4", "STSM.16.MT88.4"):
+            assert any(name.startswith(start) for name in names), start
         assert not [name for name in names if name.startswith(("STL", "LDL", "HMMA"))]
         assert {name for name in names if name.startswith("STG")} == {"STG.E.128"}
         products = [name for name in names if name.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]

@@ -11,7 +11,7 @@ from fastres.ops import REGISTRY
 
 pytestmark = pytest.mark.cuda
 CALLS = [(name, b.name) for name, op in REGISTRY.items() for b in op.backends if b.name in GPU_KERNELS]
-WINDOWS = {"cuda_direct": 3}  # pixels; it has none of one
+WINDOWS = {"cuda_wide": 3}  # pixels: x is read whole
 every_kernel = pytest.mark.parametrize(("name", "backend"), CALLS)
 
 

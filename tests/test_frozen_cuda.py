@@ -56,10 +56,8 @@ def test_one_backend(backend):
     given = subject("resnet50", size=64)
     forced = {"conv_bn_add_act": backend} if backend == "cudnn" else {"conv_bn_act": backend, "conv_bn_add_act": backend}
     model = given.model
-    if backend == "cuda":  # whose channels are whole vectors: behind the stem
+    if backend in ("cuda", "cuda_wide"):  # whose channels are whole vectors: behind the stem
         model, given = nn.Sequential(model.layer1, model.layer2), given._replace(x=images((4, 64, 16, 16), given.x))
-    if backend == "cuda_direct":  # whose windows are larger than a pixel
-        model, given = subject("resnet18", size=64).model.layer1, given._replace(x=images((4, 64, 16, 16), given.x))
     with fastres.use(**forced):
         frozen = fastres.freeze(model, given.x)
     judged(frozen, model, given.x)

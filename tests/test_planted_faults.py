@@ -21,7 +21,7 @@ pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[1]
 FP32 = "torch.float32"
 SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
-DIRECT = "cuda/sm90_conv_direct_kernel.cu"
+WIDE = "cuda/sm90_conv_wide_kernel.cu"
 FEW, FEW_ROWS, FEW_BACKWARD = "cuda/conv_kernel.cu", "cuda/device/conv_rows.cuh", "cuda/conv_backward_kernel.cu"
 JOINED = "conv_bn_add_conv_bn_act.py"
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
@@ -106,21 +106,23 @@ CUDA = [
     Fault("the ReLU comes before the residual", SM90, "if (p.with_residual) v += to_float(result.v[k]);",
           "if (p.with_residual) v = gpu_relu(v) + to_float(result.v[k]);",
           "test_exact_on_small_integers", {"name": "one tile", **HALF}),
-    Fault("a slice is given up by one warpgroup", DIRECT, "s.x_empty[i].init(4 * kGroups)", "s.x_empty[i].init(4)",
-          "test_direct_is_exact", {"name": "several tiles of each block, several slices", **HALF}),
-    Fault("a tap is given up while products read it", DIRECT, "wait_for_products<1>();", "wait_for_products<2>();",
-          "test_direct_is_exact", {"name": "several tiles of each block, several slices", **HALF}),
-    Fault("the second warpgroup reads the first one's places", DIRECT, "group * kGroupPlaces * kRowBytes, stage", "0, stage",
-          "test_direct_is_exact", {"name": "few channels", **HALF}),
-    Fault("the lines between images are counted as pixels", DIRECT, "line = 0, pixel_row -= p.rows - p.images.height;",
-          "line = 0;", "test_direct_is_exact", {"name": "few channels", **HALF}),
-    Fault("columns between rows are stored", DIRECT, "column < p.images.width && line", "line",
-          "test_direct_is_exact", {"name": "one row, one column", **HALF}),
-    Fault("the dilation of rows is forgotten", DIRECT, "down * h.dilation * p.columns", "down * p.columns",
-          "test_direct_is_exact", {"name": "dilated", **HALF}),
-    Fault("the ReLU comes before the residual", DIRECT, "if (p.residual != nullptr) v += to_float(value.v[k]);",
+    Fault("a slice is given up by one block of a cluster", WIDE, "init(4 * kGroups * p.cluster)", "init(4 * kGroups)",
+          "test_wide_is_exact", {"name": "1x1, four blocks share x", **HALF}),
+    Fault("all blocks of a cluster load the first boxes", WIDE, "rank_in_cluster() * p.share * p.box", "0",
+          "test_wide_is_exact", {"name": "1x1, four blocks share x", **HALF}),
+    Fault("a tap is given up while products read it", WIDE, "wait_for_products<1>();", "wait_for_products<2>();",
+          "test_wide_is_exact", {"name": "several tiles of each block, several slices, two blocks share x", **HALF}),
+    Fault("the second warpgroup reads the first one's places", WIDE, "s.x[slice.index] + group * kGroupPlaces * kRowBytes", "s.x[slice.index]",
+          "test_wide_is_exact", {"name": "few channels", **HALF}),
+    Fault("the lines between images are counted as pixels", WIDE, "line = 0, pixel_row -= p.rows - p.out.height;", "line = 0;",
+          "test_wide_is_exact", {"name": "few channels", **HALF}),
+    Fault("columns between rows are stored", WIDE, "column < p.out.width && line", "line",
+          "test_wide_is_exact", {"name": "one row, one column", **HALF}),
+    Fault("the dilation of rows is forgotten", WIDE, "down * h.dilation * p.columns", "down * p.columns",
+          "test_wide_is_exact", {"name": "dilated", **HALF}),
+    Fault("the ReLU comes before the residual", WIDE, "if (p.residual != nullptr) v += to_float(value.v[k]);",
           "if (p.residual != nullptr) v = gpu_relu(v) + to_float(value.v[k]);",
-          "test_direct_is_exact", {"name": "part of a tile", **HALF}),
+          "test_wide_is_exact", {"name": "part of a tile", **HALF}),
     Fault("values beside a run are left to weights of zero", FEW, "two &= cut.last", "two &= ~0u",
           "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "stem", **HALF}),
     Fault("the value that aligns a run is left to a weight of zero", FEW, "two &= cut.first", "two &= ~0u",

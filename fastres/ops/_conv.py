@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres.errors import must, must_type
 from fastres.kernels import inplace
 from fastres.kernels.layout import memory_format, why_not_dense
-from fastres.ops import _check, _conv_cpu, _conv_cuda, _conv_cudnn, _conv_direct, _fold
+from fastres.ops import _check, _conv_cpu, _conv_cuda, _conv_cudnn, _conv_wide, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
 from fastres.ops._op import Backend, Sample
@@ -232,10 +232,10 @@ def why_not_cuda(
     return own or _why_not_folded(x, residual)
 
 
-def why_not_direct(
+def why_not_wide(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ):  # fmt: skip
-    return _conv_direct.why_not(x, weight, stride, padding, dilation, groups) or _why_not_folded(x, residual)
+    return _conv_wide.why_not(x, weight, stride, padding, dilation, groups) or _why_not_folded(x, residual)
 
 
 def run_cpu(x, residual, *rest):
@@ -245,7 +245,7 @@ def run_cpu(x, residual, *rest):
 
 
 def backends(with_residual: bool) -> list[Backend]:
-    """Native CPU, oneDNN, native CUDA by tap and direct, cuDNN and Triton; an op without residual passes None in its place."""
+    """Native CPU, oneDNN, two native CUDA kernels, cuDNN and Triton; an op without residual passes None in its place."""
 
     def adapt(function: Callable) -> Callable:
         return function if with_residual else lambda x, *rest: function(x, None, *rest)
@@ -254,7 +254,7 @@ def backends(with_residual: bool) -> list[Backend]:
         Backend("cpu", adapt(why_not_cpu), lambda: adapt(run_cpu)),
         Backend("onednn", adapt(why_not_onednn), lambda: adapt(run_onednn)),
         Backend("cuda", adapt(why_not_cuda), lambda: adapt(_conv_cuda.run)),  # first on an H200: 2026-11-27
-        Backend("cuda_direct", adapt(why_not_direct), lambda: adapt(_conv_direct.run)),
+        Backend("cuda_wide", adapt(why_not_wide), lambda: adapt(_conv_wide.run)),
         Backend("cudnn", adapt(why_not_cudnn), lambda: adapt(_conv_cudnn.run)),
         Backend(
             "triton", adapt(why_not_triton_conv), lambda config=None: adapt(load_triton(config)), adapt(triton_configs)

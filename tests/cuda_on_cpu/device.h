@@ -1,5 +1,5 @@
-// Included ahead of a *_kernel.cu, makes it C++ that g++ compiles: blocks run one after the other, the threads of a block as
-// fibers that change at __syncthreads and where they wait. Shared memory is a static variable.
+// Included ahead of a *_kernel.cu, makes it C++ that g++ compiles: clusters of blocks, mostly of one, run one after the other,
+// their threads as fibers that change at __syncthreads and where they wait. Shared memory is a static variable.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,7 +29,12 @@ void __syncthreads();
 
 namespace cuda_on_cpu {
 
-cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread);
+cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread, unsigned cluster = 1);
+
+constexpr unsigned kMaxFibers = 4096;  // threads of a cluster
+// The number of this thread, and of its block, in the cluster.
+unsigned fiber();
+unsigned rank();
 
 // Lets the other threads run until the condition holds.
 void wait_until(const std::function<bool()>& condition);

@@ -18,16 +18,17 @@ namespace cuda_on_cpu {
 namespace {
 
 constexpr size_t kStack = 128 << 10;
-constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 1024;  // of a block
 
 struct Fiber {
   ucontext_t context;  // of the first entry; jumps, which save no signal mask, are much faster
   jmp_buf barrier;
-  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
+  std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStack);
   bool started, done, at_barrier;
 };
 
-std::vector<Fiber> fibers(kMaxThreads);
+std::vector<Fiber> fibers(kMaxFibers);
+unsigned first_block;  // of the cluster
 jmp_buf scheduler;
 Fiber* current;
 const std::function<void()>* body;
@@ -44,17 +45,33 @@ void leave() {
   if (_setjmp(current->barrier) == 0) _longjmp(scheduler, 1);
 }
 
+unsigned threads_of_block() { return blockDim.x * blockDim.y * blockDim.z; }
+
 // Lets a thread run to where it waits next, or to its end.
-void resume(unsigned thread) {
+void resume(unsigned number) {
+  const unsigned thread = number % threads_of_block();
   threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
-  current = &fibers[thread];
+  blockIdx = {first_block + number / threads_of_block(), 0, 0};
+  current = &fibers[number];
   if (_setjmp(scheduler) != 0) return;
   if (current->started) _longjmp(current->barrier, 1);
   current->started = true;
   setcontext(&current->context);
 }
 
-void run_block(unsigned threads, unsigned seed) {
+// Lets a block's threads pass a barrier that all have reached; returns those that have not ended.
+unsigned pass_barrier(Fiber* block, unsigned threads) {
+  unsigned left = 0, waiting = 0;
+  for (Fiber* fiber = block; fiber < block + threads; ++fiber) left += !fiber->done, waiting += fiber->at_barrier;
+  if (waiting == 0 || waiting < left) return left;
+  if (left < threads) throw std::runtime_error("a barrier that only some threads of the block reach");
+  for (Fiber* fiber = block; fiber < block + threads; ++fiber) fiber->at_barrier = false;
+  progress = true;
+  return left;
+}
+
+void run_cluster(unsigned blocks, unsigned threads_of_each, unsigned seed) {
+  const unsigned threads = blocks * threads_of_each;
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = fibers[t];
     getcontext(&fiber.context);
@@ -65,18 +82,14 @@ void run_block(unsigned threads, unsigned seed) {
   // The order of the threads changes from round to round and from block to block: results that depend on it differ.
   for (unsigned round = seed, left = threads; left > 0; ++round) {
     progress = false;
-    unsigned waiting = 0;
     left = 0;
     for (unsigned i = 0; i < threads; ++i) {
       Fiber& fiber = fibers[round % 2 ? threads - 1 - i : i];
       if (!fiber.done && !fiber.at_barrier) resume(&fiber - fibers.data());
-      left += !fiber.done;
-      waiting += fiber.at_barrier;
     }
-    if (waiting > 0 && waiting == left) {
-      if (left < threads) throw std::runtime_error("a barrier that only some threads of the block reach");
-      for (Fiber& fiber : fibers) fiber.at_barrier = false;
-    } else if (!progress && !works.empty()) {
+    for (unsigned block = 0; block < blocks; ++block)
+      left += pass_barrier(fibers.data() + block * threads_of_each, threads_of_each);
+    if (!progress && !works.empty()) {
       works.front()();
       works.pop_front();
     } else if (!progress && left > 0) {
@@ -88,15 +101,19 @@ void run_block(unsigned threads, unsigned seed) {
 
 }  // namespace
 
-cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread) {
+cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread, unsigned cluster) {
   const unsigned threads = block.x * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || grid.x == 0 || grid.y != 1 || grid.z != 1) return cudaErrorInvalidValue;
+  if (cluster == 0 || grid.x % cluster != 0 || cluster * threads > kMaxFibers) return cudaErrorInvalidValue;
   gridDim = grid;
   blockDim = block;
   body = &thread;
-  for (blockIdx = {0, 0, 0}; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads, blockIdx.x);
+  for (first_block = 0; first_block < grid.x; first_block += cluster) run_cluster(cluster, threads, first_block / cluster);
   return cudaSuccess;
 }
+
+unsigned fiber() { return static_cast<unsigned>(current - fibers.data()); }
+unsigned rank() { return blockIdx.x - first_block; }
 
 void wait_until(const std::function<bool()>& condition) {
   while (!condition()) leave();

@@ -1,5 +1,5 @@
-// Hopper's widest product, 64 x 256, and what turns its accumulators round: stores of transposed matrices.
-// Names and fragments follow PTX.
+// Hopper's widest product, 64 x 256, what turns its accumulators round, stores of transposed matrices, and clusters of blocks,
+// which share what one of them loads. Names and fragments follow PTX.
 #pragma once
 
 #include "cuda/device/mma.cuh"
@@ -7,7 +7,59 @@
 
 namespace fastres::cuda::sm90 {
 
+// Launches clusters of blocks that may begin while the kernel before them in the stream ends, for which they wait themselves.
+template <typename Params>
+cudaError_t launch_clusters_behind(void (*kernel)(Params), unsigned blocks, unsigned threads, unsigned cluster,
+                                   const Params& params, size_t shared_bytes, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{dim3(blocks), dim3(threads), shared_bytes, stream, attributes, 2};
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+// How many of these clusters the device runs at a time: fewer than its multiprocessors would hold, which lie in groups.
+template <typename Params>
+cudaError_t clusters_at_once(int* count, void (*kernel)(Params), unsigned threads, unsigned cluster, size_t shared_bytes) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  const cudaLaunchConfig_t config{dim3(cluster), dim3(threads), shared_bytes, nullptr, &attribute, 1};
+  return cudaOccupancyMaxActiveClusters(count, reinterpret_cast<const void*>(kernel), &config);
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ __forceinline__ int rank_in_cluster() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// Until all threads of the cluster, of so many blocks, have come.
+__device__ __forceinline__ void sync_cluster(int) {
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrives once at the barrier that another block, or this one, has in this place.
+__device__ __forceinline__ void arrive_at(Barrier& barrier, int rank) {
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
+               "[there]; }" ::"r"(shared_address(&barrier)), "r"(rank)
+               : "memory");
+}
+
+// load_pixels, to this place in all of the so many blocks of the cluster, each of which waits at its own barrier.
+__device__ __forceinline__ void load_pixels_everywhere(void* to, const TileMap& map, Barrier& barrier, int channel, int x, int y,
+                                                       int image, int right, int down, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(channel), "r"(x), "r"(y), "r"(image), "h"(static_cast<uint16_t>(right)),
+      "h"(static_cast<uint16_t>(down)), "h"(static_cast<uint16_t>((1 << blocks) - 1))
+      : "memory");
+}
 
 // acc (64 x 256) = a (64 x 16) times the transpose of b (256 x 16), plus acc where accumulate is not 0. Of warp w, lane l
 // holds in acc[4 j + 2 i + k] row 16 w + l / 4 + 8 i, column 8 j + 2 (l % 4) + k. Operands may begin at any row of 128 bytes:

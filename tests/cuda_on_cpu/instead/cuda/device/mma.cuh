@@ -10,7 +10,7 @@
 
 namespace fastres::cuda {
 
-constexpr unsigned kWarps = 32;  // of a block, at most
+constexpr unsigned kWarps = cuda_on_cpu::kMaxFibers / 32;
 
 // Of NaN at the start of each block: what a block reads it must have written.
 inline uint8_t* dynamic_memory() {
@@ -29,8 +29,8 @@ struct Copies {
   std::vector<std::vector<std::function<void()>>> groups;
 };
 inline Copies& copies() {
-  static Copies of[1024];
-  return of[threadIdx.x];
+  static Copies of[cuda_on_cpu::kMaxFibers];
+  return of[cuda_on_cpu::fiber()];
 }
 
 inline void copy_16_bytes(void* to, const void* from, bool inside) {
@@ -57,7 +57,7 @@ const T* gather(const T& own) {
     unsigned steps[32];
   };
   static Warp warps[kWarps];
-  Warp& warp = warps[threadIdx.x / 32];
+  Warp& warp = warps[cuda_on_cpu::fiber() / 32];
   const unsigned lane = threadIdx.x % 32, step = warp.steps[lane];
   warp.values[step % 2][lane] = own;
   warp.steps[lane] = step + 1;

@@ -41,10 +41,16 @@ inline cudaError_t make_image_map(TileMap* map, DType, const void* base, const I
   return cudaSuccess;
 }
 
+// Each block of a cluster has its own, so many bytes after that of the one before.
+inline ptrdiff_t shared_period;
 template <typename T>
 T& shared_memory() {
-  alignas(1024) static T memory;
-  return memory;
+  struct alignas(1024) Memory {
+    T memory;
+  };
+  static Memory of[8];
+  shared_period = sizeof(Memory);
+  return of[cuda_on_cpu::rank()].memory;
 }
 
 struct Barrier {
@@ -97,12 +103,17 @@ void for_box(const TileMap& map, void* shared, int column, Row row, F f) {
   }
 }
 
+// In the shared memories of so many blocks of the cluster, `first` the first of them, relative to this one.
 template <typename Row>
-void load_box(void* to, const TileMap& map, Barrier& barrier, int column, Row row) {
-  cuda_on_cpu::beside([=, &barrier, &map] {
-    for_box(map, to, column, row, [](uint16_t* place, const uint16_t* from) { *place = from ? *from : 0; });
-    barrier.arrived(map.box_rows * kRowBytes);
-  });
+void load_box(void* to, const TileMap& map, Barrier& barrier, int column, Row row, int first = 0, int blocks = 1) {
+  for (int block = first; block < first + blocks; ++block) {
+    const ptrdiff_t away = block * shared_period;
+    cuda_on_cpu::beside([=, &barrier, &map] {
+      for_box(map, static_cast<uint8_t*>(to) + away, column, row,
+              [](uint16_t* place, const uint16_t* from) { *place = from ? *from : 0; });
+      reinterpret_cast<Barrier*>(reinterpret_cast<uint8_t*>(&barrier) + away)->arrived(map.box_rows * kRowBytes);
+    });
+  }
 }
 
 inline int64_t row_offset(const TileMap& map, int tap, int64_t row) {
@@ -115,15 +126,16 @@ inline void load_tile(void* to, const TileMap& map, Barrier& barrier, int column
 
 // The window's first tap goes along a line between the corners, then to the next line, then to the next image.
 inline void load_pixels(void* to, const TileMap& map, Barrier& barrier, int channel, int x, int y, int image, int right,
-                        int down) {
-  load_box(to, map, barrier, channel, [=, &map](int r) -> int64_t {
+                        int down, int first = 0, int blocks = 1) {
+  const auto pixel = [=, &map](int r) -> int64_t {
     const Span &h = map.window.h, &w = map.window.w;
     const int along = (x + w.padding) / w.stride + r, line = (y + h.padding) / h.stride + along / w.out(map.x.width);
     const int column = along % w.out(map.x.width) * w.stride - w.padding + right;
     const int row = line % h.out(map.x.height) * h.stride - h.padding + down, n = image + line / h.out(map.x.height);
     const bool inside = column >= 0 && column < map.x.width && row >= 0 && row < map.x.height && n < map.x.count;
     return inside ? ((int64_t{n} * map.x.height + row) * map.x.width + column) * map.x.channels : -1;
-  });
+  };
+  load_box(to, map, barrier, channel, pixel, first, blocks);
 }
 
 inline std::vector<std::function<void()>>& stores() {
@@ -155,8 +167,8 @@ struct Products {
   std::vector<std::vector<std::function<void()>>> groups;
 };
 inline Products& products() {
-  static Products of[1024];
-  return of[threadIdx.x];
+  static Products of[cuda_on_cpu::kMaxFibers];
+  return of[cuda_on_cpu::fiber()];
 }
 
 inline void begin_products() {}

@@ -29,4 +29,37 @@ inline void store_transposed(void* row, const uint32_t (&m)[4]) {
 
 inline void sync_warp() { gather(0); }
 
+template <typename Params>
+cudaError_t launch_clusters_behind(void (*kernel)(Params), unsigned blocks, unsigned threads, unsigned cluster,
+                                   const Params& params, size_t, cudaStream_t) {
+  return cuda_on_cpu::run(dim3(blocks), dim3(threads), [&] { kernel(params); }, cluster);
+}
+
+// Two clusters: they walk tiles even over small tensors.
+template <typename Params>
+cudaError_t clusters_at_once(int* count, void (*)(Params), unsigned, unsigned, size_t) {
+  *count = 2;
+  return cudaSuccess;
+}
+
+inline int rank_in_cluster() { return static_cast<int>(cuda_on_cpu::rank()); }
+
+// Until all threads of the cluster, of so many blocks, have come.
+inline void sync_cluster(int blocks) {
+  static unsigned come, rounds;
+  const unsigned round = rounds;
+  if (++come == blocks * blockDim.x) come = 0, ++rounds;
+  cuda_on_cpu::wait_until([=] { return rounds != round; });
+}
+
+inline void arrive_at(Barrier& barrier, int rank) {
+  const ptrdiff_t away = (rank - rank_in_cluster()) * shared_period;
+  reinterpret_cast<Barrier*>(reinterpret_cast<uint8_t*>(&barrier) + away)->arrive();
+}
+
+inline void load_pixels_everywhere(void* to, const TileMap& map, Barrier& barrier, int channel, int x, int y, int image,
+                                   int right, int down, int blocks) {
+  load_pixels(to, map, barrier, channel, x, y, image, right, down, -rank_in_cluster(), blocks);
+}
+
 }  // namespace fastres::cuda::sm90

@@ -1,5 +1,5 @@
-// Binding of the direct convolution with folded weights: checks, output, launch, registration.
-#include "cuda/conv_direct.h"
+// Binding of the convolution by Hopper's widest products: checks, output, launch, registration.
+#include "cuda/conv_wide.h"
 
 #include "cuda/host.h"
 #include "cuda/launch.h"
@@ -17,19 +17,22 @@ void check_tensor(const char* param, const Tensor& t, const Tensor& x) {
   FASTRES_CHECK(is_aligned(t.data_ptr()), kOp, param, "aligned to 16 bytes", "the address " << t.data_ptr());
 }
 
-// One direction of the window: one that moves by one pixel and gives as many outputs as it takes in.
-Span span(int64_t kernel, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int d) {
-  FASTRES_CHECK(dilation.size() == 2 && dilation[d] >= 1 && dilation[d] <= 127, kOp, "dilation", "two integers from 1 to 127",
-                show(dilation));
-  FASTRES_CHECK(kernel > 0 && (kernel - 1) * dilation[d] <= 127, kOp, "weight", "of at most 128 pixels, dilated",
-                (kernel - 1) * dilation[d] + 1);
-  FASTRES_CHECK(padding.size() == 2 && 2 * padding[d] == (kernel - 1) * dilation[d], kOp, "padding",
-                "half of what the window reaches, " << (kernel - 1) * dilation[d] << " pixels", show(padding));
-  return {static_cast<int>(kernel), 1, static_cast<int>(padding[d]), static_cast<int>(dilation[d])};
+// One direction of the window; the TMA unit holds its corners in 8 bits with a sign, shifts in 8 without.
+Span span(int64_t kernel, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int d) {
+  const auto within = [&](const char* param, IntHeaderOnlyArrayRef values, int64_t least, int64_t most) {
+    FASTRES_CHECK(values.size() == 2 && values[d] >= least && values[d] <= most, kOp, param,
+                  "two integers from " << least << " to " << most, show(values));
+    return static_cast<int>(values[d]);
+  };
+  const int dilated = within("dilation", dilation, 1, 255);
+  FASTRES_CHECK(kernel > 0 && (kernel - 1) * dilated <= 127, kOp, "weight", "of at most 128 pixels, dilated",
+                (kernel - 1) * dilated + 1);
+  return {static_cast<int>(kernel), within("stride", stride, 1, 8), within("padding", padding, 0, 127), dilated};
 }
 
-Tensor sm90_conv_direct(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,
-                        IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, const Text& act) {
+Tensor sm90_conv_wide(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,
+                      IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation,
+                      const Text& act) {
   check_cuda(kOp, "x", x);
   FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, kOp, "x",
                 "float16 or bfloat16", show(x.scalar_type()));
@@ -42,19 +45,18 @@ Tensor sm90_conv_direct(const Tensor& x, const Tensor& weight, const Tensor& bia
                 "contiguous, (C_out, KH, KW, " << x.size(1) << ")", show(weight.sizes()));
   FASTRES_CHECK(x.size(1) % 8 == 0 && weight.size(0) > 0 && weight.size(0) % 8 == 0, kOp, "weight",
                 "of multiples of 8 channels in and out", show(weight.sizes()));
-  FASTRES_CHECK(weight.size(1) * weight.size(2) >= kLeastDirectTaps, kOp, "weight",
-                "of at least " << kLeastDirectTaps << " taps", show(weight.sizes()));
-  ConvDirectParams params{};
+  ConvWideParams params{};
   params.dtype = dtype_of(x);
   params.relu = is_relu(kOp, act);
-  params.window = {span(weight.size(1), padding, dilation, 0), span(weight.size(2), padding, dilation, 1)};
-  const int64_t pixels = (x.size(2) + params.window.h.padding) * (x.size(3) + params.window.w.padding);
-  FASTRES_CHECK(x.size(0) * pixels < INT32_MAX / 2, kOp, "x", "of less than 2^30 pixels, padded", show(x.sizes()));
+  params.window = {span(weight.size(1), stride, padding, dilation, 0), span(weight.size(2), stride, padding, dilation, 1)};
+  const Span &h = params.window.h, &w = params.window.w;
+  FASTRES_CHECK(x.size(0) * (x.size(2) + 2 * h.padding) * (x.size(3) + 2 * w.padding) < 1 << 30, kOp, "x",
+                "of less than 2^30 pixels, padded", show(x.sizes()));
   params.x = {static_cast<int>(x.size(0)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
               static_cast<int>(x.size(1))};
-  FASTRES_CHECK(sm90_conv_direct_fits(params.x, params.window), kOp, "x",
-                "of rows short enough that those under a window fit in shared memory", show(x.sizes()));
-  const std::array<int64_t, 4> sizes{x.size(0), weight.size(0), x.size(2), x.size(3)};
+  FASTRES_CHECK(params.x.height + h.padding + h.last() > 0 && params.x.width + w.padding + w.last() > 0, kOp, "weight",
+                "no larger than x's padded size", show(weight.sizes()));
+  const std::array<int64_t, 4> sizes{x.size(0), weight.size(0), h.out(params.x.height), w.out(params.x.width)};
   const Launch launch(kOp, x);
   const Tensor y = empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
   const Tensor values = channel_vector(kOp, "bias", bias, y, ScalarType::Float);
@@ -70,7 +72,7 @@ Tensor sm90_conv_direct(const Tensor& x, const Tensor& weight, const Tensor& bia
   params.weight = weight.data_ptr();
   params.bias = static_cast<const float*>(values.data_ptr());
   params.y = y.data_ptr();
-  launch(launch_sm90_conv_direct, params);
+  launch(launch_sm90_conv_wide, params);
   return y;
 }
 
@@ -79,8 +81,8 @@ Tensor sm90_conv_direct(const Tensor& x, const Tensor& weight, const Tensor& bia
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def(
-      "sm90_conv_direct(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] padding, int[] dilation, str act) -> "
-      "Tensor");
+      "sm90_conv_wide(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
+      "str act) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) { m.impl("sm90_conv_direct", TORCH_BOX(&fastres::cuda::sm90_conv_direct)); }
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) { m.impl("sm90_conv_wide", TORCH_BOX(&fastres::cuda::sm90_conv_wide)); }

@@ -1,6 +1,5 @@
-"""The direct convolution for sm_90a, executed on the CPU: its line of places, rings, barriers and transposed stores."""
+"""The convolution by Hopper's widest products, executed on the CPU: lines of places, rings, clusters, transposed stores."""
 
-import functools
 from typing import NamedTuple
 
 import _cuda_on_cpu
@@ -9,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close_to_truth
 
-from fastres.ops import REGISTRY, _conv_direct
+from fastres.ops import REGISTRY, _conv_wide
 
 CL = torch.channels_last
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Case(NamedTuple):
-    """Images, channels, height, width, channels out; kernel, dilation; residual."""
+    """Images, channels, height, width, channels out; kernel, stride, dilation; padding, the window's half if None; residual."""
 
     n: int
     c: int
@@ -24,24 +23,37 @@ class Case(NamedTuple):
     w: int
     k: int
     kernel: tuple[int, int] = (3, 3)
+    stride: int = 1
     dilation: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | None = None
     residual: bool = True
 
     @property
-    def padding(self):
-        return [(k - 1) * d // 2 for k, d in zip(self.kernel, self.dilation, strict=True)]
+    def geometry(self):
+        half = tuple((k - 1) * d // 2 for k, d in zip(self.kernel, self.dilation, strict=True))
+        return (self.stride, self.stride), self.padding or half, self.dilation
 
 
-CASES = {
+ONE = (1, 1)
+CASES = {  # of these, where nothing else stands, x is read whole
     "part of a tile": Case(1, 64, 8, 16, 64),
-    "several tiles of each block, several slices": Case(9, 136, 17, 19, 128, residual=False),
+    "several tiles of each block, several slices, two blocks share x": Case(9, 136, 17, 19, 128, residual=False),
     "tails of channels, images that end inside a chunk": Case(5, 40, 7, 7, 72),
     "one row, one column": Case(70, 8, 1, 1, 8),
     "few channels": Case(3, 8, 29, 23, 8),
     "5x5": Case(4, 16, 11, 13, 64, (5, 5), residual=False),
     "7x1": Case(4, 16, 20, 20, 64, (7, 1)),
+    "3x3, four blocks share x": Case(3, 72, 9, 8, 256),
     "dilated": Case(3, 24, 19, 13, 64, dilation=(2, 3)),
     "the widest": Case(1, 64, 12, 62, 64),
+    "wider, by tap": Case(1, 64, 9, 90, 64),
+    "1x1, by tap": Case(3, 200, 17, 19, 64, ONE),
+    "1x1 of one step, many tiles, two blocks share x": Case(12, 64, 17, 19, 128, ONE, residual=False),
+    "1x1, four blocks share x": Case(4, 136, 17, 19, 256, ONE),
+    "1x1 stride 2, by tap": Case(2, 64, 9, 9, 128, ONE, 2, residual=False),
+    "3x3 stride 2, by tap, partial depth": Case(3, 40, 15, 9, 72, stride=2),
+    "3x3 without padding, by tap": Case(2, 16, 12, 13, 64, padding=(0, 0)),
+    "7x7 stride 2, by tap": Case(1, 8, 15, 13, 64, (7, 7), 2, residual=False),
 }
 
 
@@ -53,7 +65,7 @@ def device(request):
         _cuda_on_cpu.load()
         return torch.device("cpu")
     x, weight = torch.empty(1, 8, 8, 8, dtype=torch.float16).contiguous(memory_format=CL), torch.empty(8, 8, 3, 3)
-    if reason := _conv_direct.why_not(x.cuda(), weight, (1, 1), (1, 1), (1, 1), 1):
+    if reason := _conv_wide.why_not(x.cuda(), weight, (1, 1), (1, 1), (1, 1), 1):
         pytest.skip(reason)
     return torch.device("cuda")
 
@@ -66,7 +78,7 @@ def integers(case, dtype, device):
         return torch.randint(-most, most + 1, size, generator=generator).double()
 
     x, weight, bias = draw(3, case.n, case.c, case.h, case.w), draw(2, case.k, case.c, *case.kernel), draw(4, case.k)
-    y = F.conv2d(x, weight, bias, 1, case.padding, case.dilation)
+    y = F.conv2d(x, weight, bias, *case.geometry)
     residual = draw(9, *y.shape) if case.residual else None
     exact = y if residual is None else y + residual
     x, weight, residual, exact = (None if t is None else t.to(device, dtype) for t in (x, weight, residual, exact))
@@ -76,12 +88,12 @@ def integers(case, dtype, device):
 
 def run(x, weight, bias, residual, case, act):
     packed = weight.permute(0, 2, 3, 1).contiguous()
-    return torch.ops.fastres_C.sm90_conv_direct(x, packed, bias, residual, case.padding, case.dilation, act)
+    return torch.ops.fastres_C.sm90_conv_wide(x, packed, bias, residual, *case.geometry, act)
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_direct_is_exact(device, dtype, name):
+def test_wide_is_exact(device, dtype, name):
     case = CASES[name]
     args, exact = integers(case, dtype, device)
     for act in ("relu", "none"):
@@ -96,7 +108,7 @@ def test_special_values(device, dtype):
     case = CASES["tails of channels, images that end inside a chunk"]
     (x, weight, bias, residual), _ = integers(case, dtype, device)
     x[0, 3, 2, 6], x[1, 2, 6, 0], residual[1, 5, 4, 3], residual[2, 7, 1, 1] = torch.nan, torch.inf, torch.inf, -torch.inf
-    z = F.conv2d(x.float(), weight.float(), bias, 1, case.padding) + residual.float()
+    z = F.conv2d(x.float(), weight.float(), bias, *case.geometry) + residual.float()
     for act in ("relu", "none"):
         y, expected = run(x, weight, bias, residual, case, act), (z.relu() if act == "relu" else z).to(dtype)
         nan = expected.isnan()
@@ -132,15 +144,15 @@ def test_the_backend_keeps_the_budget(device, dtype, name):
             a.contiguous(memory_format=CL) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args
         ]
         parts = (args[0], args[1], args[2]) if name == "conv_bn_add_act" else (args[0], None, args[1])
-        if _conv_direct.why_not_arguments(parts[0], parts[2], *args[-5:-1]):
+        if _conv_wide.why_not_arguments(parts[0], parts[2], *args[-5:-1]):
             continue
         memory = torch.empty(args[0].numel() + 8, dtype=dtype, device=device)  # shifted by an element: not aligned
         x = torch.as_strided(memory, args[0].shape, args[0].stride(), 1).copy_(args[0])
-        y = _conv_direct.run(x, *parts[1:], *args[-11:])
+        y = _conv_wide.run(x, *parts[1:], *args[-11:])
         exact = op.reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
         assert_close_to_truth(y, op.reference(*args), exact, dtype, sample.label)
         taken.append(sample.label)
-    assert taken == ["3x3", "3x3 dilated"]
+    assert {"1x1", "1x1 stride 2", "3x3", "3x3 stride 2", "3x3 dilated"} <= set(taken)
 
 
 @pytest.mark.compile
@@ -148,7 +160,6 @@ def test_what_is_unsafe_raises():
     _cuda_on_cpu.load()
     case = CASES["tails of channels, images that end inside a chunk"]
     (x, weight, bias, residual), _ = integers(case, torch.float16, torch.device("cpu"))
-    wide = torch.zeros(1, 40, 3, 90, dtype=torch.float16).contiguous(memory_format=CL)
     wrong = [
         ((x.float(), weight, bias, residual, case, "relu"), "x must be float16 or bfloat16"),
         ((x.contiguous(), weight, bias, residual, case, "relu"), "x must be of 4 dimensions .* channels_last"),
@@ -156,13 +167,13 @@ def test_what_is_unsafe_raises():
         ((x, weight[:, :8], bias, residual, case, "relu"), "weight must be contiguous"),
         ((x, weight.float(), bias, residual, case, "relu"), "weight must be of x's dtype"),
         ((x, weight[:12], bias[:12], None, case, "relu"), "weight must be of multiples of 8 channels"),
-        ((x, weight[..., :1], bias, None, case._replace(kernel=(3, 1)), "relu"), "weight must be of at least 5 taps"),
         ((x, weight, bias[:-1], residual, case, "relu"), r"bias must be of size \(72,\)"),
         ((x, weight, bias, residual[1:], case, "relu"), "residual must be of the sizes of x"),
         ((x, weight, bias, residual.contiguous(), case, "relu"), "residual must be dense and channels_last"),
-        ((x, weight, bias, residual, case._replace(kernel=(5, 3)), "relu"), "padding must be half of what the window"),
-        ((x, weight, bias, residual, case._replace(dilation=(0, 1)), "relu"), "dilation must be two integers from 1"),
-        ((wide, weight, bias, None, case, "relu"), "x must be of rows short enough"),
+        ((x, weight, bias, residual, case._replace(stride=9), "relu"), "stride must be two integers from 1 to 8"),
+        ((x, weight, bias, residual, case._replace(padding=(1, 128)), "relu"), "padding must be two integers from 0"),
+        ((x, weight, bias, residual, case._replace(dilation=(1, 80)), "relu"), "weight must be of at most 128 pixels"),
+        ((x, weight, bias, residual, case._replace(dilation=(9, 9), padding=ONE), "relu"), "weight must be no larger"),
         ((x, weight, bias, residual, case, "gelu"), "act must be 'relu' or 'none'"),
     ]
     assert run(x, weight, bias, residual, case, "relu").shape == residual.shape
@@ -174,16 +185,9 @@ def test_what_is_unsafe_raises():
 @pytest.mark.none
 def test_refusals_say_why():
     x, weight = torch.empty(2, 64, 8, 8, dtype=torch.float16).contiguous(memory_format=CL), torch.empty(64, 64, 3, 3)
-    one, two, zero = (1, 1), (2, 2), (0, 0)
-    refuse = functools.partial(_conv_direct.why_not_arguments, x, weight)
-    assert refuse(one, one, one, 1) is None and refuse(one, two, two, 1) is None
-    assert "on cpu" in _conv_direct.why_not(x, weight, one, one, one, 1)
-    assert "groups=2" in refuse(one, one, one, 2)
-    for geometry in ((two, one, one), (one, zero, one), (one, one, two)):
-        assert "keep the image's size" in refuse(*geometry, 1)
-    assert "at least 5 taps" in _conv_direct.why_not_arguments(x, weight[..., :1, :1], one, zero, one, 1)
-    wide = torch.empty(2, 64, 4, 63, dtype=torch.float16).contiguous(memory_format=CL)
-    assert "63 wide" in _conv_direct.why_not_arguments(wide, weight, one, one, one, 1)
-    assert _conv_direct.why_not_arguments(wide[..., :62].contiguous(memory_format=CL), weight, one, one, one, 1) is None
+    one = (1, 1)
+    assert _conv_wide.why_not_arguments(x, weight, one, one, one, 1) is None
+    assert "on cpu" in _conv_wide.why_not(x, weight, one, one, one, 1)
+    assert "groups=2" in _conv_wide.why_not_arguments(x, weight, one, one, one, 2)
     many = torch.empty(1, 8, 1, 1, dtype=torch.float16).expand(2**28, 8, 1, 1)
-    assert "less than 2^30" in _conv_direct.why_not_arguments(many, torch.empty(8, 8, 3, 3), one, one, one, 1)
+    assert "less than 2^30" in _conv_wide.why_not_arguments(many, torch.empty(8, 8, 3, 3), one, one, one, 1)

@@ -135,6 +135,11 @@ def wished(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
     return None
 
 
+def why_not_proven(op: str, backend: Backend, device: torch.device) -> str | None:
+    """Why a kernel for GPUs is not chosen on a device, unless it is forced; None for all other backends."""
+    return tune.why_not_validated(op, backend.name, device) if backend.name in GPU_KERNELS else None
+
+
 def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choice:
     """Choose the backend for one call.
 
@@ -153,10 +158,7 @@ def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choic
         others = {other: "another backend is forced" for other in by_name if other != name}
         return Choice(op, by_name[name], source, others)
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    refusals = {backend.name: backend.why_not(*args) for backend in backends}
-    for name in by_name:
-        if name in GPU_KERNELS and refusals[name] is None:
-            refusals[name] = tune.why_not_validated(op, name, device)
+    refusals = {backend.name: backend.why_not(*args) or why_not_proven(op, backend, device) for backend in backends}
     tuned, config = tune.choice(op, args, device)
     if tuned is not None and tuned in by_name and refusals[tuned] is None:
         chosen, source, legal = tuned, "tuned", by_name[tuned].configs

@@ -14,7 +14,7 @@ from tolerances import assert_close_to_truth
 from torch import nn
 
 import fastres
-from fastres import timing, tuner
+from fastres import timing, tune, tuner
 from fastres.dispatch import Backend
 from fastres.frozen import base, calls, choose, device, layers, make
 from fastres.frozen.record import record
@@ -117,6 +117,26 @@ def test_every_candidate_is_judged_and_the_fastest_of_those_that_pass_runs(monke
         found = {c.backend: c for c in step.choice.candidates}
         assert step.choice.kernel == "torch + bn_act" and found["torch"].seconds == 8.0
         assert "error" in found["a"].failure and "error" in found["b"].failure and found["a"].seconds is None
+
+
+def test_a_kernel_that_is_not_proven_here_is_not_even_tried(monkeypatch):
+    """It might not come back; what explain tells of it is why."""
+    op, model, x = REGISTRY["conv_bn_act"], small(), images((2, 3, 32, 32))
+
+    def never(*args):
+        raise AssertionError("it ran")
+
+    others = (backend for backend in op.backends if backend.name != "cuda_wide")
+    monkeypatch.setattr(op, "backends", (Backend("cuda_wide", lambda *args: None, lambda: never), *others))
+    monkeypatch.setattr(tune, "why_not_validated", lambda op, backend, device: f"{backend} is not validated here")
+    frozen = frozen_of(model, x)
+    steps = [step for step in frozen.plan(x.shape).steps if step.call.op is op]
+    assert steps
+    for step in steps:
+        found = {c.backend: c for c in step.choice.candidates}
+        assert found["cuda_wide"].failure == "cuda_wide is not validated here" and step.choice.kernel != "cuda_wide"
+    with fastres.use(conv_bn_act="cuda_wide"), pytest.raises(AssertionError, match="it ran"):
+        frozen_of(model, x)(x)
 
 
 def test_a_forced_backend_is_the_only_one():

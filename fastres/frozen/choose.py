@@ -1,4 +1,5 @@
-"""The kernel of a call: of the backends that keep the error budget on its shape, on this device, the fastest."""
+"""The kernel of a call: of the backends that the device's architecture has validated and that keep the error budget on its
+shape, the fastest."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -45,10 +46,10 @@ def choose(call: Call, op: Op, args: tuple[Any, ...], device: torch.device) -> C
     Raises:
         UnsupportedError: a backend is forced that cannot run the call.
     """
-    ways = _ways(call, op, args)
+    ways, unproven = _ways(call, op, args, device)
     if len(ways) == 1:
         kernel, run = next(iter(ways.items()))
-        return Choice(kernel, run)
+        return Choice(kernel, run, unproven)
     count = len(call.inputs)
     truth = tuner.Truth(op, (*map(_some, args[:count]), *args[count:]))
     found = [
@@ -61,16 +62,18 @@ def choose(call: Call, op: Op, args: tuple[Any, ...], device: torch.device) -> C
         times = timing.interleaved(calls, device, seconds=SECONDS, batches=(5, 50))
     tried = tuple(replace(c, seconds=times[c.backend].p20) if c.backend in times else c for c in found)
     kernel = tuner.fastest(tried).backend
-    return Choice(kernel, ways[kernel], tried)
+    return Choice(kernel, ways[kernel], (*tried, *unproven))
 
 
-def _ways(call: Call, op: Op, args: tuple[Any, ...]) -> dict[str, Run]:
-    """Functions that compute a call, by name, in order of preference."""
+def _ways(call: Call, op: Op, args: tuple[Any, ...], device: torch.device) -> tuple[dict[str, Run], tuple[Candidate, ...]]:
+    """Functions that compute a call, by name, in order of preference; kernels that could, but are not proven here."""
     if dispatch.wished(op.name, op.backends) is not None:
         forced = dispatch.choose(op.name, op.backends, args)
-        return call.plain if forced.backend.name == TORCH else {forced.backend.name: forced.load()}
-    kernels = {b.name: b.load() for b in op.backends if b.name != TORCH and b.why_not(*args) is None}
-    return kernels | call.plain
+        return call.plain if forced.backend.name == TORCH else {forced.backend.name: forced.load()}, ()
+    able = [b for b in op.backends if b.name != TORCH and b.why_not(*args) is None]
+    doubts = {b.name: dispatch.why_not_proven(op.name, b, device) for b in able}
+    unproven = tuple(Candidate(name, failure=doubt) for name, doubt in doubts.items() if doubt)
+    return {b.name: b.load() for b in able if doubts[b.name] is None} | call.plain, unproven
 
 
 def _some(tensor: Tensor) -> Tensor:

@@ -180,46 +180,63 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
 
 
 def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """``layers`` as one node, or None where they must run one by one."""
-    if not torch.is_grad_enabled() or not _joins(chain, x, residual):
+    """``layers`` as one node where the input is small, or None where they must run one by one."""
+    if not torch.is_grad_enabled():
+        return None
+    return _linked([link for conv, bn, act in chain for link in ((conv, None), (bn, act))], x, residual, False)
+
+
+def bn_act_convolve(bn: nn.BatchNorm2d, act: Act, conv: nn.Conv2d, x: Tensor, remakes: bool) -> Tensor:
+    """``conv(act(bn(x)))`` in training; ``remakes``: what goes into the convolution is made again in backward, not kept."""
+    y = _linked([(bn, act), (conv, None)], x, None, True) if remakes and torch.is_grad_enabled() else None
+    return convolve(conv, bn_act(bn, act, x)) if y is None else y
+
+
+def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None, remakes: bool) -> Tensor | None:
+    """Convolutions and batch norms, these with their activations, in a row as one node of autograd, see ``_chain``; None where
+    they must run one by one."""
+    if not _joins(links, x) or (x.numel() > MOST_IN_ONE_NODE and not remakes):
         return None
     tensors: list[Any] = [x, None if residual is x else residual]
-    for conv, bn, _ in chain:
-        convolution, norm = conv._parameters, bn._parameters
-        tensors += (convolution["weight"], convolution["bias"], norm["weight"], norm["bias"])
+    for module, _ in links:
+        tensors += (module._parameters["weight"], module._parameters["bias"])
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
         return None
-    if dtype is None and any(weight.dtype != x.dtype for weight in tensors[2 :: _chain.TENSORS]):
+    if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in tensors[2:]):
         return None
-    steps: Any = [
-        _chain.Layer((conv.stride, conv.padding, conv.dilation, conv.groups), bn.eps, _name(act)) for conv, bn, act in chain
-    ]
+    norms = [module for module, _ in links if type(module) is nn.BatchNorm2d]
     try:
-        y, found = _chain.run(_chain.Chain(steps, residual is x, dtype), tensors)
-        buffers = [_statistics(bn)[:2] for _, bn, _ in chain]
+        chain = _chain.Chain([_link(*link) for link in links], residual is x, dtype, remakes)
+        y, found = _chain.run(chain, tensors)
+        buffers = [_statistics(bn)[:2] for bn in norms]
         for (z, _, _), given in zip(found, buffers, strict=True):
             _running.check_running("bn_act", z, *given)
     except _WRONG:
         return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
-    for (_, bn, _), (z, mean, var), given in zip(chain, found, buffers, strict=True):
+    for bn, (z, mean, var), given in zip(norms, found, buffers, strict=True):
         _running.update_running(z, *given, mean, var, _momentum(bn))
         _count(bn)
     return y
 
 
-def _joins(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> bool:
-    """Whether layers may be one node: plain modules in training, and a small input that nothing but autograd follows."""
+def _link(module: Any, act: Act) -> _chain.Convolution | _chain.Norm:
+    if type(module) is nn.BatchNorm2d:
+        return _chain.Norm(module.eps, _name(act))
+    return _chain.Convolution((module.stride, module.padding, module.dilation, module.groups))
+
+
+def _joins(links: Sequence[tuple[Any, Act]], x: Tensor) -> bool:
+    """Whether links may be one node: plain modules in training, and an input that nothing but autograd follows."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_followed(x) or is_interposed():
         return False
-    if x.numel() > MOST_IN_ONE_NODE or x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
+    if x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
         return False
     return all(
-        type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.training and _is_relu(act)
-        and why_not(conv, bn, act) is None
-        for conv, bn, act in chain
-    )  # fmt: skip
+        (type(module) is nn.Conv2d or (type(module) is nn.BatchNorm2d and module.training)) and _is_relu(act)
+        for module, act in links
+    ) and why_not(*[each for link in links for each in link]) is None  # fmt: skip
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Convolutions and batch norms in a row as one node of autograd, y = act(bn(conv(...act(bn(conv(x)))))[+ residual]).
 
-The ops and their gradients are those of the pages; what is saved is what they save. One node instead of two a layer spares
-the host about a third of its time, which decides where layers are small. The gradient of a residual that is x itself is
-added in place. With create_graph the chain is run again, op by op, and differentiated.
+The ops and their gradients are those of the pages; what is saved is what they save, but where a chain remakes what its batch
+norms hand to its convolutions: backward then makes it again, from what the batch norm saved, to the same bits. One node instead
+of two a layer spares the host about a third of its time, which decides where layers are small. The gradient of a residual that
+is x itself is added in place. With create_graph the chain is run again, op by op, and differentiated.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,35 +12,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.ops.bn_act import BN_ACT_TRAIN
+from fastres.ops.bn_act import BN_ACT_TRAIN, train_again
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.conv import CONV, why_not_fast
 
 
-class Layer(NamedTuple):
-    """What a layer does beside its tensors: stride, padding, dilation and groups of the convolution, eps and act."""
+class Convolution(NamedTuple):
+    """What a convolution does beside its tensors: stride, padding, dilation and groups."""
 
     geometry: tuple
+
+
+class Norm(NamedTuple):
+    """What a batch norm and the activation behind it do beside their tensors."""
+
     eps: float
     act: str
 
 
 class Chain(NamedTuple):
-    """The layers; whether x is the residual too; the dtype that autocast asks of convolutions, None where it is off."""
+    """The links, the last of which adds the residual; whether that is x; the dtype that autocast asks of convolutions, None
+    where it is off; whether backward makes the inputs of convolutions again."""
 
-    layers: Sequence[Layer]
+    links: Sequence[Convolution | Norm]
     adds_x: bool
     dtype: torch.dtype | None
+    remakes: bool
 
 
-Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each layer: the batch norm's input, mean and var
-TENSORS = 4  # of a layer: weight and bias of the convolution, of the batch norm
+Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var
+TENSORS = 2  # of a link: weight and bias
 
 
 class _Step:
     """An op's context, as its formula knows it from autograd, and where its saved tensors lie among the node's."""
 
     saved_tensors: tuple
+    eps: float  # of a batch norm
+    act: str
+    remade = False  # whether its first saved tensor is made again
 
     def __init__(self, formula: Callable, needs: tuple[bool, ...], others: int) -> None:
         self.formula, self.needs_input_grad, self.others = formula, needs, others
@@ -50,16 +61,20 @@ class _Step:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
-    def backward(self, saved: tuple, grad_y: Tensor) -> tuple:
-        self.saved_tensors = saved[self.first : self.last]
+    def backward(self, saved: tuple, grad_y: Tensor, x: Tensor | None) -> tuple:
+        self.saved_tensors = saved[self.first : self.last] if x is None else (x, *saved[self.first + 1 : self.last])
         grads = self.formula(self, grad_y, *(None,) * self.others)  # outputs that have no gradient
         self.saved_tensors = ()
         return grads
 
+    def output(self, saved: tuple) -> Tensor:
+        """Of a batch norm, what it made."""
+        return train_again(*saved[self.first : self.last], self.eps, self.act)
+
     def part_of(self, saved: list) -> None:
         """Leave to the node what is saved: autograd sees to it that an output does not keep itself alive."""
         self.first, self.last = len(saved), len(saved) + len(self.saved_tensors)
-        saved += self.saved_tensors
+        saved += (None, *self.saved_tensors[1:]) if self.remade else self.saved_tensors
         self.saved_tensors = ()
 
 
@@ -90,43 +105,46 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
     """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, as ``_record`` does."""
     x, residual, *parameters = tensors
     value, statistics = x, []
-    for index, layer in enumerate(chain.layers):
-        weight, bias, scale, shift = parameters[TENSORS * index : TENSORS * index + TENSORS]
-        inputs = _cast(chain, value), _cast(chain, weight), _cast(chain, bias)
-        z, by_op = _convolve(*inputs, layer.geometry)
-        if told is not None:
-            told(CONV if by_op else None, (*inputs, *layer.geometry), z)
-        last = index == len(chain.layers) - 1
+    for index, link in enumerate(chain.links):
+        weight, bias = parameters[TENSORS * index : TENSORS * index + TENSORS]
+        if isinstance(link, Convolution):
+            inputs = _cast(chain, value), _cast(chain, weight), _cast(chain, bias)
+            value, by_op = _convolve(*inputs, link.geometry)
+            if told is not None:
+                told(CONV if by_op else None, (*inputs, *link.geometry), (value,))
+            continue
+        last = index == len(chain.links) - 1
         added = (x if chain.adds_x else residual) if last else None
         op = BN_ACT_TRAIN if added is None else BN_ADD_ACT_TRAIN
-        args = (z, *(() if added is None else (added,)), scale, shift, layer.eps, layer.act)
+        args = (value, *(() if added is None else (added,)), weight, bias, *link)
         outputs = op(*args)
         if told is not None:
             told(op, args, outputs)
-        value, mean, var = outputs[:3]
-        statistics.append((z, mean, var))
+        statistics.append((value, *outputs[1:3]))
+        value = outputs[0]
     return value, statistics
 
 
 class _Recorder:
-    """Makes the steps of the gradient while the layers run; ``needed`` says of each tensor whether its own is asked for."""
+    """Makes the steps of the gradient while the links run; ``needed`` says of each tensor whether its own is asked for."""
 
-    def __init__(self, needed: Sequence[bool]) -> None:
+    def __init__(self, needed: Sequence[bool], remakes: bool) -> None:
         self.flows, self.needs_residual, *self.needed = needed  # flows: whether a gradient is asked for before this step
+        self.remakes = remakes
         self.steps: list[_Step] = []
 
     def __call__(self, op: Any, args: tuple, outputs: Any) -> None:
-        layer, is_norm = divmod(len(self.steps), 2)
-        one, other = self.needed[TENSORS * layer + 2 * is_norm :][:2]
+        one, other = self.needed[TENSORS * len(self.steps) :][:TENSORS]
         residual = (self.needs_residual,) if op is BN_ADD_ACT_TRAIN else ()
         needs = self.flows, *residual, one, other
         self.flows = any(needs)
-        step: Any = _Step(_torch_gradients if op is None else op.backward, needs, len(outputs) - 1 if is_norm else 0)
+        step: Any = _Step(_torch_gradients if op is None else op.backward, needs, len(outputs) - 1)
         if op is None:
             step.geometry = args[3:]
             step.save_for_backward(*args[:2])
         else:
             op.setup_context(step, args, outputs)
+        step.remade = self.remakes and op in (CONV, None) and len(self.steps) > 0
         self.steps.append(step)
 
 
@@ -135,7 +153,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, chain: Chain, statistics: Statistics, *tensors: Any) -> Any:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         x, residual, *parameters = ctx.needs_input_grad[2:]
-        recorder = _Recorder((x, x if chain.adds_x else residual, *parameters))
+        recorder = _Recorder((x, x if chain.adds_x else residual, *parameters), chain.remakes)
         y, found = compose(chain, tensors, recorder)
         statistics += found
         saved = [*tensors]
@@ -150,7 +168,7 @@ class _Node(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, chain = ctx.saved_tensors, ctx.chain
-        tensors = saved[: 2 + TENSORS * len(chain.layers)]
+        tensors = saved[: 2 + TENSORS * len(chain.links)]
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, *_differentiate_twice(chain, tensors, ctx.needs_input_grad[2:], grad)
         found: list[Any] = [None] * len(tensors)
@@ -158,11 +176,11 @@ class _Node(torch.autograd.Function):
             step = ctx.steps[index]
             if not any(step.needs_input_grad):
                 break
-            layer, is_norm = divmod(index, 2)
-            grad, *others = step.backward(saved, grad)
-            if len(step.needs_input_grad) == TENSORS:
+            x = _cast(chain, ctx.steps[index - 1].output(saved)) if step.remade else None
+            grad, *others = step.backward(saved, grad, x)
+            if len(step.needs_input_grad) == 2 + TENSORS:  # x, the residual and its own
                 found[1], *others = others
-            at = 2 + TENSORS * layer + 2 * is_norm
+            at = 2 + TENSORS * index
             found[at : at + 2] = (_of_dtype(tensors[at], others[0]), _of_dtype(tensors[at + 1], others[1]))
         else:
             found[0] = _of_dtype(tensors[0], grad)
@@ -190,6 +208,6 @@ def _differentiate_twice(chain: Chain, tensors: tuple, needs: tuple, grad_y: Ten
 
 
 def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Tensor, Statistics]:
-    """``compose`` as one node: y, and each layer's batch norm's input, mean and var."""
+    """``compose`` as one node: y, and each batch norm's input, mean and var."""
     statistics: Statistics = []
     return _Node.apply(chain, statistics, *tensors), statistics

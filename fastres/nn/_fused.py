@@ -5,6 +5,7 @@ no hooks, no patched forward) it runs the fused op on their parameters; otherwis
 would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says which.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,15 +169,28 @@ def conv_bn_add_conv_bn_act(
         return None  # as above
 
 
-def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
+def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None, remakes: bool = False) -> Tensor:
     """``conv_bn_act`` of each layer in turn, the residual added by the last; one node of autograd for all in training,
-    where the input is small."""
+    where the input is small; ``remakes`` as in ``bn_act_convolve``."""
+    if remakes and torch.is_grad_enabled():
+        return bn_act(*chain[-1][1:], up_to_norm(chain, x, True), residual)
     y = in_one_node(chain, x, residual)
     if y is not None:
         return y
     for layer in chain[:-1]:
         x = conv_bn_act(*layer, x)
     return conv_bn_act(*chain[-1], x, residual)
+
+
+def up_to_norm(chain: Sequence[Layer], x: Tensor, remakes: bool) -> Tensor:
+    """``layers`` but for the last batch norm and what follows it, see ``bn_act_convolve``."""
+    *first, (last, _, _) = chain
+    if not remakes:
+        return convolve(last, layers(first, x) if first else x)
+    x = convolve(chain[0][0], x)
+    for (_, bn, act), (conv, _, _) in itertools.pairwise(chain):
+        x = bn_act_convolve(bn, act, conv, x, True)
+    return x
 
 
 def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
@@ -195,7 +209,7 @@ def bn_act_convolve(bn: nn.BatchNorm2d, act: Act, conv: nn.Conv2d, x: Tensor, re
 def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None, remakes: bool) -> Tensor | None:
     """Convolutions and batch norms, these with their activations, in a row as one node of autograd, see ``_chain``; None where
     they must run one by one."""
-    if not _joins(links, x) or (x.numel() > MOST_IN_ONE_NODE and not remakes):
+    if not _joins(links, x, remakes):
         return None
     tensors: list[Any] = [x, None if residual is x else residual]
     for module, _ in links:
@@ -227,9 +241,12 @@ def _link(module: Any, act: Act) -> _chain.Convolution | _chain.Norm:
     return _chain.Convolution((module.stride, module.padding, module.dilation, module.groups))
 
 
-def _joins(links: Sequence[tuple[Any, Act]], x: Tensor) -> bool:
-    """Whether links may be one node: plain modules in training, and an input that nothing but autograd follows."""
+def _joins(links: Sequence[tuple[Any, Act]], x: Tensor, large: bool) -> bool:
+    """Whether links may be one node: plain modules in training, and an input, a small one unless ``large``, that nothing but
+    autograd follows."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_followed(x) or is_interposed():
+        return False
+    if x.numel() > MOST_IN_ONE_NODE and not large:
         return False
     if x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
         return False

@@ -19,8 +19,11 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
     return pool(_fused.conv_bn_act(conv, bn, act, x))
 
 
-def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
-    """The layers of a block, and its shortcut added before the last act; downsample may be None."""
+def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any, remakes: bool = False) -> Tensor:
+    """The layers of a block, and its shortcut added before the last act; downsample may be None. ``remakes``: in training
+    what a layer hands to the next one is not kept, see ``_fused.bn_act_convolve``."""
+    if remakes and torch.is_grad_enabled():
+        return block_in_two(layers, x, x, downsample, False, True)[0]
     if downsample is None:
         return _fused.layers(layers, x, x)
     if type(downsample) is ZeroPadShortcut:
@@ -29,23 +32,23 @@ def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
 
 
 def block_in_two(
-    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any, apart: bool
+    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any, apart: bool, remakes: bool
 ) -> tuple[Tensor, Tensor]:
     """``block`` in training, between blocks that keep a value in two tensors of one memory, one for their convolutions and
     one for their shortcut: each gets its part of the gradient, and no pass is spent on adding them.
 
     What comes in and, without ``apart``, what goes out is one tensor twice; so it is where it cannot be two.
     """
-    *first, (conv, bn, act) = layers
+    _, bn, act = layers[-1]
     steps, shortcut_bn = projection(downsample), None
-    if downsample is None or type(downsample) is ZeroPadShortcut:
+    added_as_it_is = downsample is None or type(downsample) is ZeroPadShortcut
+    if added_as_it_is:
         shortcut = shortcut if downsample is None else downsample(shortcut)
-        y = _fused.in_one_node(layers, x, shortcut)
+        y = None if remakes else _fused.in_one_node(layers, x, shortcut)
         if y is not None:
             return _twice(y)
-        z = _fused.convolve(conv, _fused.layers(first, x))
-    else:
-        z = _fused.convolve(conv, _fused.layers(first, x))
+    z = _fused.up_to_norm(layers, x, remakes)
+    if not added_as_it_is:
         if steps is None or must_be_called(downsample):
             shortcut = run(downsample, shortcut)
         else:

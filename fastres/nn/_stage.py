@@ -11,7 +11,8 @@ from fastres.nn.blocks import BasicBlock, Bottleneck
 from fastres.nn.shortcut import ZeroPadShortcut
 from fastres.ops._op import is_interposed
 
-Parts = tuple[Sequence[_fused.Layer], nn.Module | None]  # the layers of a block, and its shortcut where it is not the identity
+# The layers of a block, its shortcut where it is not the identity, and whether it remakes what its layers hand to each other.
+Parts = tuple[Sequence[_fused.Layer], nn.Module | None, bool]
 # Where it pays: a GPU moves a tenth less around batch norm. A CPU's steps take as long either way (ResNet-50, batch 8: 0.96 to
 # 1.00 of the time in fp32 and bf16, AMD EPYC, 2 threads, 2026-11-27), and a gradient more would be alive.
 DEVICES = {"cuda"}
@@ -56,7 +57,7 @@ def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):
         apart = own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
         if own is not None and (apart or shortcut is not x):
-            x, shortcut = _sequence.block_in_two(own[0], x, shortcut, own[1], apart)
+            x, shortcut = _sequence.block_in_two(own[0], x, shortcut, own[1], apart, own[2])
         else:
             x = shortcut = block(x)
     return x
@@ -79,14 +80,14 @@ def _open(block: Any) -> Parts | None:
     if _sequence.must_be_called(block):
         return None
     if type(block).forward is _FORWARD.get(type(block)):
-        return block._layers(), block.downsample
+        return block._layers(), block.downsample, block.remakes
     return vars(type(block))[PARTS](block) if PARTS in vars(type(block)) else None
 
 
 def _hides_input(parts: Parts) -> bool:
     """Whether a block reads its input by ops alone: the first convolution is plain, the shortcut the identity, zero padding, or
     a plain projection."""
-    layers, downsample = parts
+    layers, downsample, _ = parts
     if not _is_plain_convolution(layers[0][0]):
         return False
     if downsample is None or type(downsample) is ZeroPadShortcut:

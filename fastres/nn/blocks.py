@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastres.errors import must
 from fastres.nn import _sequence
 from fastres.nn._fused import Layer, layers
-from fastres.nn._module import FusedModule
+from fastres.nn._module import FusedBlock
 from fastres.nn.conv import conv1x1, conv3x3
 
 Norm = Callable[..., Any]
@@ -22,7 +22,7 @@ def check_basic(groups: int, base_width: int, dilation: int, name: str = "BasicB
         raise NotImplementedError(f"Dilation > 1 not supported in {name}")
 
 
-class BasicBlock(FusedModule):
+class BasicBlock(FusedBlock):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 5 left): drop-in for torchvision's.
 
     Equivalent to ``relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))``, with torchvision's attributes and
@@ -61,13 +61,13 @@ class BasicBlock(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self._layers(), x, self.downsample)
+        return _sequence.block(self._layers(), x, self.downsample, self.remakes)
 
     def _layers(self) -> list[Layer]:
         return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
 
 
-class Bottleneck(FusedModule):
+class Bottleneck(FusedBlock):
     """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2016, figure 5 right): drop-in for torchvision's.
 
     Equivalent to ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))``, with
@@ -109,7 +109,7 @@ class Bottleneck(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self._layers(), x, self.downsample)
+        return _sequence.block(self._layers(), x, self.downsample, self.remakes)
 
     def _layers(self) -> list[Layer]:
         first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
@@ -130,7 +130,7 @@ class PlainBlock(BasicBlock):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers(self._layers(), x)
+        return layers(self._layers(), x, remakes=self.remakes)
 
 
 class PlainBottleneck(Bottleneck):
@@ -147,7 +147,7 @@ class PlainBottleneck(Bottleneck):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers(self._layers(), x)
+        return layers(self._layers(), x, remakes=self.remakes)
 
 
 def _no_shortcut(block: str, downsample: object) -> None:

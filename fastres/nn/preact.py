@@ -5,10 +5,14 @@ networks, a projection takes the activated input; the resizing of option A takes
 identity would.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from fastres.nn._fused import bn_act, conv_bn_act, convolve
-from fastres.nn._module import FusedModule
+from fastres.nn._fused import bn_act, bn_act_convolve, conv_bn_act, convolve
+from fastres.nn._module import FusedBlock
 from fastres.nn.blocks import Norm, check_basic
 from fastres.nn.conv import conv1x1, conv3x3
 from fastres.nn.shortcut import ZeroPadShortcut
@@ -20,7 +24,21 @@ def _identity(downsample: nn.Module | None, x: Tensor, activated: Tensor) -> Ten
     return downsample(x if isinstance(downsample, ZeroPadShortcut) else activated)
 
 
-class PreActBasicBlock(FusedModule):
+def _remaking(block: Any, layers: Sequence[tuple[Any, Any]], x: Tensor) -> Tensor:
+    """A block in training that keeps what a batch norm makes only where a projection takes it too."""
+    relu, downsample, activated = block.relu, block.downsample, x
+    if downsample is not None and not isinstance(downsample, ZeroPadShortcut):
+        (bn, conv), *layers = layers
+        activated = bn_act(bn, relu, x)
+        out = convolve(conv, activated)
+    else:
+        out = x
+    for bn, conv in layers:
+        out = bn_act_convolve(bn, relu, conv, out, True)
+    return out + _identity(downsample, x, activated)
+
+
+class PreActBasicBlock(FusedBlock):
     """Two times BN-ReLU-conv3x3, and a clean identity.
 
     Equivalent to ``conv2(relu(bn2(conv1(a)))) + x`` with ``a = relu(bn1(x))``; with a projection,
@@ -59,12 +77,14 @@ class PreActBasicBlock(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.remakes and torch.is_grad_enabled():
+            return _remaking(self, [(self.bn1, self.conv1), (self.bn2, self.conv2)], x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         return convolve(self.conv2, out) + _identity(self.downsample, x, activated)
 
 
-class PreActBottleneck(FusedModule):
+class PreActBottleneck(FusedBlock):
     """BN-ReLU before a 1x1, a 3x3 and a 1x1 convolution, and a clean identity.
 
     Equivalent to ``conv3(relu(bn3(conv2(relu(bn2(conv1(a))))))) + x`` with ``a = relu(bn1(x))``; with a
@@ -99,6 +119,8 @@ class PreActBottleneck(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.remakes and torch.is_grad_enabled():
+            return _remaking(self, [(self.bn1, self.conv1), (self.bn2, self.conv2), (self.bn3, self.conv3)], x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         out = conv_bn_act(self.conv2, self.bn3, self.relu, out)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastres import functional
 from fastres.errors import UnsupportedError, must, must_type
+from fastres.nn._module import FusedBlock
 from fastres.optimize.convert import Conversion, cast, to_channels_last
-from fastres.optimize.sites import Site, check_skip, follows_layout, sites, unwrap
+from fastres.optimize.sites import Site, check_skip, follows_layout, matches, remaking_blocks, sites, unwrap
 from fastres.optimize.swap import STATE, State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
 from fastres.optimize.whole import Whole, forget_all
@@ -30,6 +31,7 @@ def optimize(
     channels_last: bool | str = "auto",
     dtype: torch.dtype | None = None,
     verify: Tensor | tuple[Any, ...] | None = None,
+    memory: str | None = None,
 ) -> Model:
     """Make a model run fused steps wherever its layers allow, in training and in evaluation.
 
@@ -52,15 +54,19 @@ def optimize(
             The originals are kept, in this model but not in its copies, for ``restore``.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
             its error against float64 is within twice that of plain PyTorch at the same dtype, plus a floor.
+        memory: ``"low"`` keeps less for backward in training: what a batch norm inside a residual block hands to the next
+            convolution is made again in backward, to the same bits, from the convolution's output, which is kept anyway. The
+            blocks of ``fastres.nn`` inside the model do so too; ``explain`` says how many. Layers that must be called (hooks,
+            other norms, batch norm in evaluation), ``torch.compile`` and torch.func keep what they always do.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
-        UnsupportedError: strict, and something is refused (all refusals are listed); or the model is compiled,
-            scripted, traced or sharded. The model is unchanged.
+        UnsupportedError: strict, and something is refused (all refusals are listed); memory is ``"low"``, and no block
+            can keep less; or the model is compiled, scripted, traced or sharded. The model is unchanged.
         VerificationError: the swap missed the budget; the model is restored.
     """
     network = unwrap(model, "optimize")
-    _check_options(mode, channels_last, dtype, strict=strict, inplace=inplace)
+    _check_options(mode, channels_last, dtype, memory, strict=strict, inplace=inplace)
     if not inplace:
         model = copy.deepcopy(model)
         network = unwrap(model, "optimize")
@@ -68,11 +74,14 @@ def optimize(
     found = sites(network, patterns)
     if strict:
         _refuse_any(found)
+    if memory is not None and not remaking_blocks(network, found, patterns):
+        what = "a residual block of two or more layers of nn.Conv2d and nn.BatchNorm2d that is optimised or of fastres.nn"
+        raise UnsupportedError(f"fastres.optimize: memory='low' needs {what}, and the model has none (leave memory out)")
     modes = [(module, module.training) for module in model.modules()]
     if mode is not None:
         model.train(mode == "training")
     try:
-        verdict = _apply(network, found, patterns, channels_last, dtype, verify)
+        verdict = _apply(network, found, patterns, channels_last, dtype, verify, memory is not None)
     except Exception:
         _restore(network)
         for module, training in modes:
@@ -108,17 +117,18 @@ def _apply(
     channels_last: bool | str,
     dtype: torch.dtype | None,
     verify: Tensor | tuple[Any, ...] | None,
+    remakes: bool,
 ) -> dict[str, float] | None:
     """Convert, swap, and compare if asked to; the errors found then."""
     reference = None if verify is None else Reference(network, verify, dtype)
-    _swap(network, found, patterns, *_convert(network, found, channels_last, dtype))
+    _swap(network, found, patterns, *_convert(network, found, channels_last, dtype), remakes)
     if reference is None:
         return None
     vars(network)[STATE].verified = verdict = reference.judge(network)
     return verdict
 
 
-def _check_options(mode: object, channels_last: object, dtype: object, **flags: object) -> None:
+def _check_options(mode: object, channels_last: object, dtype: object, memory: object, **flags: object) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise must_type("optimize", name, "a bool", flag)
@@ -126,6 +136,8 @@ def _check_options(mode: object, channels_last: object, dtype: object, **flags: 
         raise must("optimize", "mode", "None, 'training' or 'inference'", repr(mode))
     if channels_last not in (True, False, "auto"):
         raise must("optimize", "channels_last", "True, False or 'auto'", repr(channels_last))
+    if memory not in (None, "low"):
+        raise must("optimize", "memory", "None or 'low'", repr(memory))
     wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
     if dtype is not None and not wide:
         raise must("optimize", "dtype", "None or a floating torch.dtype of at least 16 bits", dtype)
@@ -170,17 +182,21 @@ def _swap(
     patterns: tuple[str, ...],
     channels_last: bool,
     conversions: list[Conversion],
+    remakes: bool,
 ) -> None:
     """Swap the sites, and the network itself: it carries what concerns the whole."""
     for site in found:
         if site.status == "skipped":
             unswap(site.module)
         elif site.status in ("fusable", "fused"):
-            _install(site.module, State(channels_last))
+            _install(site.module, State(channels_last, remakes=remakes))
+    for name, block in network.named_modules():
+        if isinstance(block, FusedBlock):
+            block.remakes = remakes and not matches(name, patterns)
     for module in network.modules():
         if module is not network and is_stage(module):
             _install(module, State(channels_last))
-    own = State(channels_last, Whole())
+    own = State(channels_last, Whole(), remakes)
     own.conversions, own.skip = conversions, patterns
     _install(network, own)
 
@@ -193,6 +209,7 @@ def _install(module: nn.Module, state: State) -> None:
 def _restore(network: nn.Module) -> None:
     for module in list(network.modules()):
         state = state_of(module)
+        vars(module).pop("remakes", None)
         if state is not None:
             unswap(module)
             for conversion in reversed(state.conversions):

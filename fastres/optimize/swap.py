@@ -24,8 +24,9 @@ STATE = "_fastres"
 class State:
     """What a swapped module carries: its options, and its plans, which copies and pickles leave behind."""
 
-    def __init__(self, channels_last: bool = False, whole: Whole | None = None) -> None:
+    def __init__(self, channels_last: bool = False, whole: Whole | None = None, remakes: bool = False) -> None:
         self.channels_last = channels_last
+        self.remakes = remakes  # of a residual block: whether what its layers hand to each other is made again in backward
         self.whole = whole  # of the network itself; its modules have None
         self.children: tuple[nn.Module | None, ...] | None = None  # the plans hold for these children
         self.training = self.evaluation = Plan()
@@ -37,16 +38,18 @@ class State:
         return self.fresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_state, (self.channels_last, self.whole is not None)
+        return _rebuild_state, (self.channels_last, self.whole is not None, self.remakes)
 
     def fresh(self) -> "State":
         """The same options, with nothing planned yet."""
-        return State(self.channels_last, None if self.whole is None else Whole())
+        return State(self.channels_last, None if self.whole is None else Whole(), self.remakes)
 
     def prepare(self, module: nn.Module) -> None:
         """Plan both modes anew."""
         base = original_class(module)
         self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
+        if self.remakes and self.training.block is not None:
+            self.training.run = self.training.block.run_remaking
         self.children = tuple(module._modules.values())
 
     def current(self, module: nn.Module) -> Plan:
@@ -88,7 +91,7 @@ def swapped_class(base: Any) -> Any:
     def parts(self: nn.Module) -> Any:
         state = self.__dict__.get(STATE)
         block = None if state is None else state.current(self).block
-        return None if block is None else block.parts(self)
+        return None if block is None else (*block.parts(self), state.remakes)
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         if mode != self.training:
@@ -131,8 +134,8 @@ def is_stage(module: nn.Module) -> bool:
     return any(map(operator.and_, states, states[1:]))
 
 
-def _rebuild_state(channels_last: bool, is_whole: bool) -> State:
-    return State(channels_last, Whole() if is_whole else None)
+def _rebuild_state(channels_last: bool, is_whole: bool, remakes: bool = False) -> State:
+    return State(channels_last, Whole() if is_whole else None, remakes)
 
 
 def forget(module: nn.Module) -> None:

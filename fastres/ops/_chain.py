@@ -69,7 +69,8 @@ class _Step:
 
     def output(self, saved: tuple) -> Tensor:
         """Of a batch norm, what it made."""
-        return train_again(*saved[self.first : self.last], self.eps, self.act)
+        x, weight, bias, mean, var = saved[self.first : self.last]
+        return train_again(x, weight, bias, mean, var, self.eps, self.act)
 
     def part_of(self, saved: list) -> None:
         """Leave to the node what is saved: autograd sees to it that an output does not keep itself alive."""
@@ -176,8 +177,10 @@ class _Node(torch.autograd.Function):
             step = ctx.steps[index]
             if not any(step.needs_input_grad):
                 break
-            x = _cast(chain, ctx.steps[index - 1].output(saved)) if step.remade else None
-            grad, *others = step.backward(saved, grad, x)
+            x = ctx.steps[index - 1].output(saved) if step.remade else None
+            grad, *others = step.backward(saved, grad, _cast(chain, x))
+            if step.remade:
+                grad = _of_dtype(x, grad)
             if len(step.needs_input_grad) == 2 + TENSORS:  # x, the residual and its own
                 found[1], *others = others
             at = 2 + TENSORS * index

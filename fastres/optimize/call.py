@@ -209,7 +209,8 @@ def _install(module: nn.Module, state: State) -> None:
 def _restore(network: nn.Module) -> None:
     for module in list(network.modules()):
         state = state_of(module)
-        vars(module).pop("remakes", None)
+        if isinstance(module, FusedBlock):
+            vars(module).pop("remakes", None)
         if state is not None:
             unswap(module)
             for conversion in reversed(state.conversions):

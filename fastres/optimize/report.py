@@ -249,12 +249,12 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
     subject = copy.deepcopy(model)
     for name, module in subject.named_modules():
         state = state_of(module)
-        if state is not None:
-            state.training = _observed(state.training, name, where)
-            state.evaluation = _observed(state.evaluation, name, where)
-        elif type(module).__module__.startswith("fastres."):
+        if type(module).__module__.startswith("fastres."):
             module.register_forward_pre_hook(lambda *_, name=name: where.append((name, None)))
             module.register_forward_hook(lambda *_: where.pop() and None, always_call=True)
+        elif state is not None:
+            state.training = _observed(state.training, name, where)
+            state.evaluation = _observed(state.evaluation, name, where)
 
     def heard(choice: Choice, apart: str | None) -> None:
         if where:

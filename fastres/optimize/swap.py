@@ -45,9 +45,10 @@ class State:
         return State(self.channels_last, None if self.whole is None else Whole(), self.remakes)
 
     def prepare(self, module: nn.Module) -> None:
-        """Plan both modes anew."""
+        """Plan both modes anew; what is fastres's own runs fused steps as it is."""
         base = original_class(module)
-        self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
+        if not base.__module__.startswith("fastres."):
+            self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
         if self.remakes and self.training.block is not None:
             self.training.run = self.training.block.run_remaking
         self.children = tuple(module._modules.values())
@@ -90,7 +91,9 @@ def swapped_class(base: Any) -> Any:
 
     def parts(self: nn.Module) -> Any:
         state = self.__dict__.get(STATE)
-        block = None if state is None else state.current(self).block
+        if state is None:
+            return None
+        block = state.current(self).block
         return None if block is None else (*block.parts(self), state.remakes)
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:

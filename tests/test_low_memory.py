@@ -1,19 +1,18 @@
 """optimize(memory="low"): less is kept for backward, by just what batch norms hand to convolutions, and no bit changes."""
 
 import copy
-import functools
 import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
-from _modules import lively
+from _modules import lively, saved
 from torch import nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fastres
 import fastres.nn as fnn
+from fastres.kernels import native
 from fastres.models import cifar, resnet18, resnet50, vgg16_bn
 from fastres.nn import _fused, _stage
 from fastres.ops.bn_act import BN_ACT_TRAIN, samples_train, train_again
@@ -74,23 +73,6 @@ def assert_same_bits(found, expected):
         assert torch.equal(found[what], expected[what]), what
 
 
-def saved(model, x, amp=False):
-    """Bytes that a forward keeps for backward, parameters and buffers aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept, alive = {}, []
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)  # so that no address is used twice
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        y = model(x)
-    return sum(kept.values()), y
-
-
 def handed_on(model, x, amp=False):
     """Bytes of what the batch norms inside blocks hand to convolutions."""
     found, hooks = [], []
@@ -103,14 +85,12 @@ def handed_on(model, x, amp=False):
         elif isinstance(block.downsample, nn.Conv2d):
             layers.pop(0)
         for name in layers:
-            size = lambda _, args, y: found.append(y.numel() * (2 if amp else y.element_size()))
-            hook = getattr(block, name).register_forward_hook(size)
-            hooks.append(hook)
+            hooks.append(getattr(block, name).register_forward_hook(lambda _, args, y: found.append(y)))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
         copy.deepcopy(model)(x)
     for hook in hooks:
         hook.remove()
-    return found
+    return [y.numel() * (2 if amp else y.element_size()) for y in found]
 
 
 @pytest.fixture(params=["one node", "op by op"])
@@ -140,11 +120,11 @@ def test_three_steps_of_pytorchs_kernels_have_the_same_bits(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_what_batch_norms_hand_to_convolutions_is_not_kept(name, amp, monkeypatch):
     block, x = make(name), images()
-    least = saved(block, x, amp)[0]
+    least = saved(block, x, amp)
     monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)  # where what autocast casts, and a residual, are not kept twice
     made = handed_on(block, x, amp)
     assert len(made) == MADE.get(name, 1)
-    before, after = saved(block, x, amp)[0], saved(low(block), x, amp)[0]
+    before, after = saved(block, x, amp), saved(low(block), x, amp)
     assert before - after == sum(made) and after < least
 
 
@@ -156,7 +136,7 @@ def test_networks_keep_less_to_the_same_bits(make_network, size, most, usual):
     torch.manual_seed(0)
     network, x = make_network(), images(channels=3, size=size, batch=4)
     other = low(network)
-    before, after = saved(network, x)[0], saved(other, x)[0]
+    before, after = saved(network, x), saved(other, x)
     assert before - after == sum(handed_on(network, x)) and after < most * before
     network, other = network.train(), low(network)
     assert_same_bits(train(other, x, 1), train(network, x, 1))
@@ -167,37 +147,162 @@ def test_blocks_in_a_row_whose_gradients_are_kept_apart_have_the_same_bits(monke
     torch.manual_seed(0)
     network, x = lively(cifar.resnet(14, shortcut="B")), images(channels=3, size=32)
     other = low(network)
-    assert saved(other, x)[0] < 0.8 * saved(network, x)[0]
+    assert saved(other, x) < 0.8 * saved(network, x)
     assert_same_bits(train(low(network), x), train(network, x))
 
 
-def test_others_networks_keep_less_to_the_same_bits():
-    timm = pytest.importorskip("timm")
-    from _torchvision import torchvision
-
-    for make_network in (
-        lambda: torchvision.models.resnet18(num_classes=10),
-        lambda: torchvision.models.resnext50_32x4d(num_classes=10),
-        lambda: timm.create_model("resnet26", num_classes=10),
-        lambda: timm.create_model("resnet10t", num_classes=10),
-    ):
-        torch.manual_seed(0)
-        network, x = fastres.optimize(lively(make_network())), images(channels=3, size=64, batch=2)
-        other = fastres.optimize(network, memory="low", inplace=False)
-        assert saved(other, x)[0] < 0.9 * saved(network, x)[0]
-        assert_same_bits(train(copy.deepcopy(other), x, 1), train(copy.deepcopy(network), x, 1))
-        note = next(note for note in fastres.explain(other).notes if "memory='low'" in note)
-        assert note.split()[1] == str(sum(hasattr(module, "conv2") for module in network.modules()))
+def on_the_cpu(model, x):
+    with save_on_cpu():
+        return model(x)
 
 
-def called(model, x):
-    return model(x)
+def in_a_checkpoint(model, x):
+    with set_checkpoint_early_stop(False):  # which would leave out the last statistics of the second forward
+        return checkpoint(model, x, use_reentrant=False)
 
 
 AROUND = {
-    "checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "checkpoint": in_a_checkpoint,
     "reentrant checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=True),
-    "saved on the CPU": lambda model, x: save_on_cpu()(called)(model, x) if False else _on_cpu(model, x),
+    "saved elsewhere": on_the_cpu,
     "compiled": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True)(x),
-    "functional": lambda model, x: torch.func.functional_call(model, dict(model.named_parameters()), (x,)),
+    "functional call": lambda model, x: torch.func.functional_call(model, dict(model.named_parameters()), (x,)),
 }
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_whatever_runs_the_model_gets_the_same_bits(around):
+    model, x = nn.Sequential(make("bottleneck, projection"), lively(fnn.Bottleneck(64, 16))), images()
+    assert_same_bits(train(low(model), x, 2, around=AROUND[around]), train(model, x, 2, around=AROUND[around]))
+
+
+def change(block, kind):
+    """Makes layers of a block unlike those that are one node; what was seen of them."""
+    seen = []
+    if kind == "hook of a batch norm":
+        block.bn1.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    elif kind == "hook of a convolution":
+        block.conv2.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    elif kind == "backward hook":
+        block.relu = nn.ReLU()  # in place it would write into what the hook's function returned
+        block.bn2.register_full_backward_hook(lambda module, gradients, _: seen.append(gradients[0].shape))
+    elif kind == "frozen statistics":
+        block.bn1.eval()
+    elif kind == "another activation":
+        block.relu = nn.GELU()
+    elif kind == "another norm":
+        block.bn2 = nn.GroupNorm(2, block.bn2.num_features)
+    elif kind == "frozen parameters":
+        for name in ("conv1.weight", "bn1.weight", "bn1.bias", "conv2.weight"):
+            block.get_parameter(name).requires_grad_(False)
+    elif kind == "no running statistics":
+        block.bn1 = nn.BatchNorm2d(block.bn1.num_features, track_running_stats=False, affine=False)
+    elif kind == "cumulative average":
+        block.bn2.momentum = None
+    elif kind == "biases":
+        block.conv2.bias = nn.Parameter(torch.linspace(-1, 1, block.conv2.out_channels))
+    return seen
+
+
+CHANGES = [
+    "hook of a batch norm", "hook of a convolution", "backward hook", "frozen statistics", "another activation", "another norm",
+    "frozen parameters", "no running statistics", "cumulative average", "biases",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("name", ["basic", "bottleneck, projection", "pre-activation"])
+def test_changed_layers_do_as_they_always_do(name, kind, monkeypatch):
+    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
+    block, other, x = make(name), low(make(name)), images()
+    theirs, ours = change(block, kind), change(other, kind)
+    assert_same_bits(train(other, x), train(block, x))
+    assert ours == theirs and len(ours) == (3 if "hook" in kind else 0)
+
+
+def test_a_second_derivative_is_the_same():
+    for name in ("basic", "bottleneck, projection", "pre-activation, option A"):
+        block, x = make(name, torch.float64), images(torch.float64)
+        found = []
+        for model in (low(block), block):
+            leaves = [x.clone().requires_grad_(), *model.parameters()]
+            first = torch.autograd.grad(model(leaves[0]).square().mean(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+            found.append([*first, *second])
+        for own, same in zip(*found, strict=True):
+            torch.testing.assert_close(own, same, rtol=1e-9, atol=1e-12)
+
+
+def test_backward_twice_and_parameters_written_in_between():
+    block, x = make("bottleneck"), images()
+    other = low(block)
+    y = other(x)
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    block(x).sum().backward()
+    assert all(torch.equal(2 * p.grad, q.grad) for p, q in zip(block.parameters(), other.parameters(), strict=True))
+    with torch.no_grad():
+        other.bn1.bias.add_(1)  # of which the convolution's input would be made
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_evaluation_and_no_gradients_are_as_ever():
+    for name in BLOCKS:
+        block, x = make(name), images()
+        other = low(block)
+        with torch.no_grad():
+            assert torch.equal(other(x), block(x))
+        for mode in (torch.inference_mode, torch.enable_grad):
+            with mode():
+                assert torch.equal(other.eval()(x), block.eval()(x))
+
+
+def test_the_option_goes_with_copies_and_pickles_and_ends_with_restore():
+    network, x = resnet18(num_classes=10), images(channels=3, size=64, batch=2)
+    keys, attributes = list(network.state_dict()), [set(vars(module)) for module in network.modules()]
+    before = saved(network, x)
+    fastres.optimize(network, memory="low", channels_last=False)
+    after = saved(network, x)
+    assert after < 0.9 * before and list(network.state_dict()) == keys
+    assert saved(copy.deepcopy(network), x) == after == saved(pickle.loads(pickle.dumps(network)), x)
+    fastres.optimize(network, memory="low", skip="layer1.*", channels_last=False)
+    assert after < saved(network, x) < before
+    fastres.optimize(network, channels_last=False)
+    assert saved(network, x) == before
+    fastres.restore(fastres.optimize(network, memory="low"))
+    assert saved(network, x) == before and [set(vars(module)) for module in network.modules()] == attributes
+
+
+@pytest.mark.parametrize("wrong", ["lo", "", True, 0, ["low"]])
+def test_other_values_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"fastres\.optimize: memory must be None or 'low', got "):
+        fastres.optimize(resnet18(num_classes=10), memory=wrong)
+
+
+@pytest.mark.parametrize("model, skip", [
+    (lambda: vgg16_bn(num_classes=10), ()),
+    (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), ()),
+    (lambda: resnet18(num_classes=10), ("layer*",)),
+    (lambda: fnn.BasicBlock(16, 16, norm_layer=lambda channels: nn.GroupNorm(2, channels)), ()),
+])  # fmt: skip
+def test_a_model_that_can_keep_no_less_is_refused_and_left_alone(model, skip):
+    model = model()
+    before = [(type(module), set(vars(module))) for module in model.modules()]
+    with pytest.raises(fastres.UnsupportedError, match="memory='low' needs a residual block"):
+        fastres.optimize(model, memory="low", skip=skip)
+    assert [(type(module), set(vars(module))) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_what_is_made_again_has_the_bits_of_the_first_time(backend, dtype, layout):
+    if backend == "cpu" and native.why_not("cpu_bn_act") is not None:
+        pytest.skip(native.why_not("cpu_bn_act"))
+    with fastres.use(backend):
+        for sample in samples_train(torch.device("cpu"), dtype):
+            x, weight, bias, *how = sample.args
+            x = x.contiguous(memory_format=layout)
+            y, mean, var = BN_ACT_TRAIN(x, weight, bias, *how)
+            assert torch.equal(train_again(x, weight, bias, mean, var, *how), y), sample.label

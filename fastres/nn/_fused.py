@@ -172,7 +172,7 @@ def conv_bn_add_conv_bn_act(
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None, remakes: bool = False) -> Tensor:
     """``conv_bn_act`` of each layer in turn, the residual added by the last; one node of autograd for all in training,
     where the input is small; ``remakes`` as in ``bn_act_convolve``."""
-    if remakes and torch.is_grad_enabled():
+    if remakes and trains(chain):
         return bn_act(*chain[-1][1:], up_to_norm(chain, x, True), residual)
     y = in_one_node(chain, x, residual)
     if y is not None:
@@ -182,14 +182,19 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None, re
     return conv_bn_act(*chain[-1], x, residual)
 
 
+def trains(chain: Sequence[Layer]) -> bool:
+    """Whether gradients flow and all batch norms are in training: else ``remakes`` changes nothing."""
+    return torch.is_grad_enabled() and all(bn.training for _, bn, _ in chain)
+
+
 def up_to_norm(chain: Sequence[Layer], x: Tensor, remakes: bool) -> Tensor:
     """``layers`` but for the last batch norm and what follows it, see ``bn_act_convolve``."""
     *first, (last, _, _) = chain
-    if not remakes:
+    if not remakes or not trains(chain):
         return convolve(last, layers(first, x) if first else x)
     x = convolve(chain[0][0], x)
     for (_, bn, act), (conv, _, _) in itertools.pairwise(chain):
-        x = bn_act_convolve(bn, act, conv, x, True)
+        x = bn_act_convolve(bn, act, conv, x)
     return x
 
 
@@ -200,9 +205,9 @@ def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> T
     return _linked([link for conv, bn, act in chain for link in ((conv, None), (bn, act))], x, residual, False)
 
 
-def bn_act_convolve(bn: nn.BatchNorm2d, act: Act, conv: nn.Conv2d, x: Tensor, remakes: bool) -> Tensor:
-    """``conv(act(bn(x)))`` in training; ``remakes``: what goes into the convolution is made again in backward, not kept."""
-    y = _linked([(bn, act), (conv, None)], x, None, True) if remakes and torch.is_grad_enabled() else None
+def bn_act_convolve(bn: nn.BatchNorm2d, act: Act, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv(act(bn(x)))`` where gradients flow; what goes into the convolution is made again in backward instead of kept."""
+    y = _linked([(bn, act), (conv, None)], x, None, True)
     return convolve(conv, bn_act(bn, act, x)) if y is None else y
 
 
@@ -211,19 +216,21 @@ def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None
     they must run one by one."""
     if not _joins(links, x, remakes):
         return None
-    tensors: list[Any] = [x, None if residual is x else residual]
-    for module, _ in links:
-        tensors += (module._parameters["weight"], module._parameters["bias"])
+    own = [module._parameters[name] for module, _ in links for name in ("weight", "bias")]
+    tensors: list[Any] = [x, None if residual is x else residual, *own]
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
         return None
-    if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in tensors[2:]):
+    if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
         return None
     norms = [module for module, _ in links if type(module) is nn.BatchNorm2d]
+    chain = [
+        _chain.Norm(m.eps, _name(act)) if type(m) is nn.BatchNorm2d
+        else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in links
+    ]  # fmt: skip
     try:
-        chain = _chain.Chain([_link(*link) for link in links], residual is x, dtype, remakes)
-        y, found = _chain.run(chain, tensors)
+        y, found = _chain.run(_chain.Chain(chain, residual is x, dtype, remakes), tensors)
         buffers = [_statistics(bn)[:2] for bn in norms]
         for (z, _, _), given in zip(found, buffers, strict=True):
             _running.check_running("bn_act", z, *given)
@@ -233,12 +240,6 @@ def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None
         _running.update_running(z, *given, mean, var, _momentum(bn))
         _count(bn)
     return y
-
-
-def _link(module: Any, act: Act) -> _chain.Convolution | _chain.Norm:
-    if type(module) is nn.BatchNorm2d:
-        return _chain.Norm(module.eps, _name(act))
-    return _chain.Convolution((module.stride, module.padding, module.dilation, module.groups))
 
 
 def _joins(links: Sequence[tuple[Any, Act]], x: Tensor, large: bool) -> bool:

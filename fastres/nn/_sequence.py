@@ -22,7 +22,7 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
 def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any, remakes: bool = False) -> Tensor:
     """The layers of a block, and its shortcut added before the last act; downsample may be None. ``remakes``: in training
     what a layer hands to the next one is not kept, see ``_fused.bn_act_convolve``."""
-    if remakes and torch.is_grad_enabled():
+    if remakes and _fused.trains(layers):
         return block_in_two(layers, x, x, downsample, False, True)[0]
     if downsample is None:
         return _fused.layers(layers, x, x)

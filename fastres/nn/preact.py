@@ -8,10 +8,9 @@ identity would.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastres.nn._fused import bn_act, bn_act_convolve, conv_bn_act, convolve
+from fastres.nn._fused import Layer, bn_act, bn_act_convolve, conv_bn_act, convolve, trains
 from fastres.nn._module import FusedBlock
 from fastres.nn.blocks import Norm, check_basic
 from fastres.nn.conv import conv1x1, conv3x3
@@ -24,17 +23,15 @@ def _identity(downsample: nn.Module | None, x: Tensor, activated: Tensor) -> Ten
     return downsample(x if isinstance(downsample, ZeroPadShortcut) else activated)
 
 
-def _remaking(block: Any, layers: Sequence[tuple[Any, Any]], x: Tensor) -> Tensor:
+def _remaking(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
     """A block in training that keeps what a batch norm makes only where a projection takes it too."""
-    relu, downsample, activated = block.relu, block.downsample, x
+    downsample, activated, out = block.downsample, x, x
     if downsample is not None and not isinstance(downsample, ZeroPadShortcut):
-        (bn, conv), *layers = layers
-        activated = bn_act(bn, relu, x)
+        (conv, bn, act), *layers = layers
+        activated = bn_act(bn, act, x)
         out = convolve(conv, activated)
-    else:
-        out = x
-    for bn, conv in layers:
-        out = bn_act_convolve(bn, relu, conv, out, True)
+    for conv, bn, act in layers:
+        out = bn_act_convolve(bn, act, conv, out)
     return out + _identity(downsample, x, activated)
 
 
@@ -77,11 +74,14 @@ class PreActBasicBlock(FusedBlock):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.remakes and torch.is_grad_enabled():
-            return _remaking(self, [(self.bn1, self.conv1), (self.bn2, self.conv2)], x)
+        if self.remakes and trains(layers := self._layers()):
+            return _remaking(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         return convolve(self.conv2, out) + _identity(self.downsample, x, activated)
+
+    def _layers(self) -> list[Layer]:
+        return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
 
 
 class PreActBottleneck(FusedBlock):
@@ -119,9 +119,13 @@ class PreActBottleneck(FusedBlock):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.remakes and torch.is_grad_enabled():
-            return _remaking(self, [(self.bn1, self.conv1), (self.bn2, self.conv2), (self.bn3, self.conv3)], x)
+        if self.remakes and trains(layers := self._layers()):
+            return _remaking(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         out = conv_bn_act(self.conv2, self.bn3, self.relu, out)
         return self.conv3(out) + _identity(self.downsample, x, activated)
+
+    def _layers(self) -> list[Layer]:
+        first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
+        return [*first, (self.conv3, self.bn3, self.relu)]

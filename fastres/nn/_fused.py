@@ -5,7 +5,6 @@ no hooks, no patched forward) it runs the fused op on their parameters; otherwis
 would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says which.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.ops import _chain, _running
+from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
+from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 
@@ -47,6 +48,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 # The class that a module had before optimize put one on top, whose forward does the same: that one's attribute.
 ORIGINAL = "_fastres_original"
+
+
+# Of a block: the mark by which optimize(memory="low") asks not to keep what its layers hand on.
+REMAKES = "_fastres_remakes"
 
 
 def original_class(module: nn.Module) -> Any:
@@ -169,11 +174,9 @@ def conv_bn_add_conv_bn_act(
         return None  # as above
 
 
-def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None, remakes: bool = False) -> Tensor:
+def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``conv_bn_act`` of each layer in turn, the residual added by the last; one node of autograd for all in training,
-    where the input is small; ``remakes`` as in ``bn_act_convolve``."""
-    if remakes and trains(chain):
-        return bn_act(*chain[-1][1:], up_to_norm(chain, x, True), residual)
+    where the input is small."""
     y = in_one_node(chain, x, residual)
     if y is not None:
         return y
@@ -182,39 +185,17 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None, re
     return conv_bn_act(*chain[-1], x, residual)
 
 
-def trains(chain: Sequence[Layer]) -> bool:
-    """Whether gradients flow and all batch norms are in training: else ``remakes`` changes nothing."""
-    return torch.is_grad_enabled() and all(bn.training for _, bn, _ in chain)
-
-
-def up_to_norm(chain: Sequence[Layer], x: Tensor, remakes: bool) -> Tensor:
-    """``layers`` but for the last batch norm and what follows it, see ``bn_act_convolve``."""
-    *first, (last, _, _) = chain
-    if not remakes or not trains(chain):
-        return convolve(last, layers(first, x) if first else x)
-    x = convolve(chain[0][0], x)
-    for (_, bn, act), (conv, _, _) in itertools.pairwise(chain):
-        x = bn_act_convolve(bn, act, conv, x)
-    return x
-
-
 def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
     """``layers`` as one node where the input is small, or None where they must run one by one."""
     if not torch.is_grad_enabled():
         return None
-    return _linked([link for conv, bn, act in chain for link in ((conv, None), (bn, act))], x, residual, False)
+    return _linked([link for conv, bn, act in chain for link in ((conv, None), (bn, act))], x, residual)
 
 
-def bn_act_convolve(bn: nn.BatchNorm2d, act: Act, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``conv(act(bn(x)))`` where gradients flow; what goes into the convolution is made again in backward instead of kept."""
-    y = _linked([(bn, act), (conv, None)], x, None, True)
-    return convolve(conv, bn_act(bn, act, x)) if y is None else y
-
-
-def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None, remakes: bool) -> Tensor | None:
+def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None, made: Made | None = None) -> Tensor | None:
     """Convolutions and batch norms, these with their activations, in a row as one node of autograd, see ``_chain``; None where
     they must run one by one."""
-    if not _joins(links, x, remakes):
+    if not _joins(links, x, made is not None):
         return None
     own = [module._parameters[name] for module, _ in links for name in ("weight", "bias")]
     tensors: list[Any] = [x, None if residual is x else residual, *own]
@@ -230,7 +211,7 @@ def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None
         else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in links
     ]  # fmt: skip
     try:
-        y, found = _chain.run(_chain.Chain(chain, residual is x, dtype, remakes), tensors)
+        y, found = _chain.run(_chain.Chain(chain, residual is x, dtype, made), tensors)
         buffers = [_statistics(bn)[:2] for bn in norms]
         for (z, _, _), given in zip(found, buffers, strict=True):
             _running.check_running("bn_act", z, *given)
@@ -257,8 +238,13 @@ def _joins(links: Sequence[tuple[Any, Act]], x: Tensor, large: bool) -> bool:
     ) and why_not(*[each for link in links for each in link]) is None  # fmt: skip
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide."""
+def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
+    """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide. Where it is
+    known how x was made, backward makes it again instead of keeping it."""
+    if made is not None and made.version == x._version:
+        y = _linked([(conv, None)], x, None, made)
+        if y is not None:
+            return y
     if type(conv) is not nn.Conv2d or type(x) is not Tensor or torch.compiler.is_compiling() or is_followed(x):
         return conv(x)
     weight: Any = conv._parameters["weight"]
@@ -314,30 +300,39 @@ def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: 
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual))
 
 
-def in_two(
-    bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor, residual_bn: nn.BatchNorm2d | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """``bn_act`` with a residual, or ``bn_add_bn_act``, in training as two tensors of one memory, see ``Op.in_two``; None
-    where they must run as ever.
+def in_training(
+    bn: nn.BatchNorm2d,
+    act: Act,
+    x: Tensor,
+    residual: Tensor | None = None,
+    residual_bn: nn.BatchNorm2d | None = None,
+    apart: bool = False,
+) -> tuple[Tensor, Tensor, Made] | None:
+    """``bn_act`` or ``bn_add_bn_act`` in training, twice, and how it was made; ``apart``, as two tensors of one memory, see
+    ``Op.in_two``. None where they must run as ever.
     """
-    norms = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
+    norms: list[Any] = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
     if bn is residual_bn or not all(norm.training and _fuses(value, None, norm, act, None) for norm, value in norms):
         return None
-    affine = [(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm, _ in norms]
-    arguments = x, residual, *(value for each in affine for value in each), _name(act)
+    affine = [(norm._parameters["weight"], norm._parameters["bias"], float(norm.eps)) for norm, _ in norms]
+    inputs = (x,) if residual is None else (x, residual)
+    arguments = *inputs, *(value for each in affine for value in each), _name(act)
+    plain = BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN
+    op = plain if residual_bn is None else BN_ADD_BN_ACT_TRAIN
     try:
         for norm, value in norms:
             _running.check_running("bn_act", value, *_statistics(norm)[:2])
-        found = (BN_ADD_ACT_TRAIN if residual_bn is None else BN_ADD_BN_ACT_TRAIN).in_two(*arguments)
+        found = op.in_two(*arguments) if apart else op(*arguments)
     except _WRONG:
         return None  # as above; nothing has been updated yet
     if found is None:
         return None
-    y, again, *statistics = found
-    for (norm, value), mean, var in zip(norms, statistics[0:4:2], statistics[1:4:2], strict=False):
+    y, again, *statistics = found if apart else (found[0], *found)
+    statistics = statistics[: 2 * len(norms)]
+    for (norm, value), mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
         _running.update_running(value, *_statistics(norm)[:2], mean, var, _momentum(norm))
         _count(norm)
-    return y, again
+    return y, again, Made(op, arguments, tuple(statistics), y._version)
 
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The bases of modules that run fused steps."""
+"""The base of modules that run fused steps."""
 
 from torch import nn
 
@@ -16,10 +16,3 @@ class FusedModule(nn.Module):
         if mode != self.training:
             functional.forget_folds(self.parameters())
         return super().train(mode)
-
-
-class FusedBlock(FusedModule):
-    """A module of several layers; ``remakes``: in training what a batch norm hands to the next convolution is made again in
-    backward instead of being kept, as ``optimize(memory="low")`` asks."""
-
-    remakes = False

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from fastres.errors import must
 from fastres.nn import _sequence
-from fastres.nn._fused import Layer, layers
-from fastres.nn._module import FusedBlock
+from fastres.nn._fused import Layer
+from fastres.nn._module import FusedModule
 from fastres.nn.conv import conv1x1, conv3x3
 
 Norm = Callable[..., Any]
@@ -22,7 +22,7 @@ def check_basic(groups: int, base_width: int, dilation: int, name: str = "BasicB
         raise NotImplementedError(f"Dilation > 1 not supported in {name}")
 
 
-class BasicBlock(FusedBlock):
+class BasicBlock(FusedModule):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 5 left): drop-in for torchvision's.
 
     Equivalent to ``relu(bn2(conv2(relu(bn1(conv1(x))))) + downsample(x))``, with torchvision's attributes and
@@ -61,13 +61,13 @@ class BasicBlock(FusedBlock):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self._layers(), x, self.downsample, self.remakes)
+        return _sequence.block(self, self._layers(), x, self.downsample)
 
     def _layers(self) -> list[Layer]:
         return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
 
 
-class Bottleneck(FusedBlock):
+class Bottleneck(FusedModule):
     """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2016, figure 5 right): drop-in for torchvision's.
 
     Equivalent to ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + downsample(x))``, with
@@ -109,7 +109,7 @@ class Bottleneck(FusedBlock):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self._layers(), x, self.downsample, self.remakes)
+        return _sequence.block(self, self._layers(), x, self.downsample)
 
     def _layers(self) -> list[Layer]:
         first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
@@ -130,7 +130,7 @@ class PlainBlock(BasicBlock):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers(self._layers(), x, remakes=self.remakes)
+        return _sequence.plain_block(self, self._layers(), x)
 
 
 class PlainBottleneck(Bottleneck):
@@ -147,7 +147,7 @@ class PlainBottleneck(Bottleneck):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers(self._layers(), x, remakes=self.remakes)
+        return _sequence.plain_block(self, self._layers(), x)
 
 
 def _no_shortcut(block: str, downsample: object) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastres.nn._fused import Layer, bn_act, bn_act_convolve, conv_bn_act, convolve, trains
-from fastres.nn._module import FusedBlock
+from fastres.nn import _sequence
+from fastres.nn._fused import Layer, bn_act, conv_bn_act, convolve
+from fastres.nn._module import FusedModule
 from fastres.nn.blocks import Norm, check_basic
 from fastres.nn.conv import conv1x1, conv3x3
 from fastres.nn.shortcut import ZeroPadShortcut
@@ -24,18 +25,19 @@ def _identity(downsample: nn.Module | None, x: Tensor, activated: Tensor) -> Ten
 
 
 def _remaking(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
-    """A block in training that keeps what a batch norm makes only where a projection takes it too."""
-    downsample, activated, out = block.downsample, x, x
-    if downsample is not None and not isinstance(downsample, ZeroPadShortcut):
-        (conv, bn, act), *layers = layers
-        activated = bn_act(bn, act, x)
-        out = convolve(conv, activated)
+    """A block in training that makes again in backward what its batch norms hand on."""
+    out, handed = x, []
     for conv, bn, act in layers:
-        out = bn_act_convolve(bn, act, conv, out)
-    return out + _identity(downsample, x, activated)
+        y, made = _sequence.bn_act_made(bn, act, out)
+        handed.append((y, made))
+        out = convolve(conv, y, made)
+    activated, made = handed[0]
+    if type(block.downsample) is nn.Conv2d:
+        return out + convolve(block.downsample, activated, made)
+    return out + _identity(block.downsample, x, activated)
 
 
-class PreActBasicBlock(FusedBlock):
+class PreActBasicBlock(FusedModule):
     """Two times BN-ReLU-conv3x3, and a clean identity.
 
     Equivalent to ``conv2(relu(bn2(conv1(a)))) + x`` with ``a = relu(bn1(x))``; with a projection,
@@ -74,7 +76,8 @@ class PreActBasicBlock(FusedBlock):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.remakes and trains(layers := self._layers()):
+        layers = self._layers()
+        if _sequence.remakes(self, layers):
             return _remaking(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
@@ -84,7 +87,7 @@ class PreActBasicBlock(FusedBlock):
         return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
 
 
-class PreActBottleneck(FusedBlock):
+class PreActBottleneck(FusedModule):
     """BN-ReLU before a 1x1, a 3x3 and a 1x1 convolution, and a clean identity.
 
     Equivalent to ``conv3(relu(bn3(conv2(relu(bn2(conv1(a))))))) + x`` with ``a = relu(bn1(x))``; with a
@@ -119,7 +122,8 @@ class PreActBottleneck(FusedBlock):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.remakes and trains(layers := self._layers()):
+        layers = self._layers()
+        if _sequence.remakes(self, layers):
             return _remaking(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)

@@ -1,9 +1,9 @@
 """Convolutions and batch norms in a row as one node of autograd, y = act(bn(conv(...act(bn(conv(x)))))[+ residual]).
 
-The ops and their gradients are those of the pages; what is saved is what they save, but where a chain remakes what its batch
-norms hand to its convolutions: backward then makes it again, from what the batch norm saved, to the same bits. One node instead
-of two a layer spares the host about a third of its time, which decides where layers are small. The gradient of a residual that
-is x itself is added in place. With create_graph the chain is run again, op by op, and differentiated.
+The ops and their gradients are those of the pages; what is saved is what they save. One node instead of two a layer spares
+the host about a third of its time, which decides where layers are small. The gradient of a residual that is x itself is
+added in place. With create_graph the chain is run again, op by op, and differentiated. Where it is known how x was made, for
+a convolution x is not kept but made again (``_made``).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.ops.bn_act import BN_ACT_TRAIN, train_again
+from fastres.ops._made import Made
+from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.conv import CONV, why_not_fast
 
@@ -32,12 +33,12 @@ class Norm(NamedTuple):
 
 class Chain(NamedTuple):
     """The links, the last of which adds the residual; whether that is x; the dtype that autocast asks of convolutions, None
-    where it is off; whether backward makes the inputs of convolutions again."""
+    where it is off; how x was made, None where it is kept."""
 
     links: Sequence[Convolution | Norm]
     adds_x: bool
     dtype: torch.dtype | None
-    remakes: bool
+    made: Made | None = None
 
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var
@@ -48,9 +49,6 @@ class _Step:
     """An op's context, as its formula knows it from autograd, and where its saved tensors lie among the node's."""
 
     saved_tensors: tuple
-    eps: float  # of a batch norm
-    act: str
-    remade = False  # whether its first saved tensor is made again
 
     def __init__(self, formula: Callable, needs: tuple[bool, ...], others: int) -> None:
         self.formula, self.needs_input_grad, self.others = formula, needs, others
@@ -61,21 +59,16 @@ class _Step:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
-    def backward(self, saved: tuple, grad_y: Tensor, x: Tensor | None) -> tuple:
-        self.saved_tensors = saved[self.first : self.last] if x is None else (x, *saved[self.first + 1 : self.last])
+    def backward(self, saved: Sequence, grad_y: Tensor) -> tuple:
+        self.saved_tensors = tuple(saved[self.first : self.last])
         grads = self.formula(self, grad_y, *(None,) * self.others)  # outputs that have no gradient
         self.saved_tensors = ()
         return grads
 
-    def output(self, saved: tuple) -> Tensor:
-        """Of a batch norm, what it made."""
-        x, weight, bias, mean, var = saved[self.first : self.last]
-        return train_again(x, weight, bias, mean, var, self.eps, self.act)
-
     def part_of(self, saved: list) -> None:
         """Leave to the node what is saved: autograd sees to it that an output does not keep itself alive."""
         self.first, self.last = len(saved), len(saved) + len(self.saved_tensors)
-        saved += (None, *self.saved_tensors[1:]) if self.remade else self.saved_tensors
+        saved += self.saved_tensors
         self.saved_tensors = ()
 
 
@@ -129,9 +122,8 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
 class _Recorder:
     """Makes the steps of the gradient while the links run; ``needed`` says of each tensor whether its own is asked for."""
 
-    def __init__(self, needed: Sequence[bool], remakes: bool) -> None:
+    def __init__(self, needed: Sequence[bool]) -> None:
         self.flows, self.needs_residual, *self.needed = needed  # flows: whether a gradient is asked for before this step
-        self.remakes = remakes
         self.steps: list[_Step] = []
 
     def __call__(self, op: Any, args: tuple, outputs: Any) -> None:
@@ -145,7 +137,6 @@ class _Recorder:
             step.save_for_backward(*args[:2])
         else:
             op.setup_context(step, args, outputs)
-        step.remade = self.remakes and op in (CONV, None) and len(self.steps) > 0
         self.steps.append(step)
 
 
@@ -154,12 +145,17 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, chain: Chain, statistics: Statistics, *tensors: Any) -> Any:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         x, residual, *parameters = ctx.needs_input_grad[2:]
-        recorder = _Recorder((x, x if chain.adds_x else residual, *parameters), chain.remakes)
+        recorder = _Recorder((x, x if chain.adds_x else residual, *parameters))
         y, found = compose(chain, tensors, recorder)
         statistics += found
         saved = [*tensors]
         for step in recorder.steps:
             step.part_of(saved)
+        made = chain.made
+        if made is not None:
+            saved[0] = saved[recorder.steps[0].first] = None
+            saved += made.tensors()
+            chain = chain._replace(made=made.with_tensors((None,) * len(made.tensors())))
         ctx.save_for_backward(*saved)
         ctx.chain, ctx.steps = chain, recorder.steps
         return y
@@ -169,6 +165,8 @@ class _Node(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, chain = ctx.saved_tensors, ctx.chain
+        if chain.made is not None:
+            saved = _with_x(saved, chain, ctx.steps)
         tensors = saved[: 2 + TENSORS * len(chain.links)]
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, *_differentiate_twice(chain, tensors, ctx.needs_input_grad[2:], grad)
@@ -177,10 +175,7 @@ class _Node(torch.autograd.Function):
             step = ctx.steps[index]
             if not any(step.needs_input_grad):
                 break
-            x = ctx.steps[index - 1].output(saved) if step.remade else None
-            grad, *others = step.backward(saved, grad, _cast(chain, x))
-            if step.remade:
-                grad = _of_dtype(x, grad)
+            grad, *others = step.backward(saved, grad)
             if len(step.needs_input_grad) == 2 + TENSORS:  # x, the residual and its own
                 found[1], *others = others
             at = 2 + TENSORS * index
@@ -193,6 +188,15 @@ class _Node(torch.autograd.Function):
         return None, None, *found
 
 
+def _with_x(saved: Sequence, chain: Chain, steps: list[_Step]) -> list:
+    """What was saved, and x made again from the last of it."""
+    made: Any = chain.made
+    x = made.with_tensors(saved[-len(made.tensors()) :]).again()
+    found = [x, *saved[1:]]
+    found[steps[0].first] = _cast(chain, x)
+    return found
+
+
 def _of_dtype(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """The gradient in its tensor's dtype, from which autocast may have cast it."""
     if tensor is None or grad is None:
@@ -200,7 +204,7 @@ def _of_dtype(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
-def _differentiate_twice(chain: Chain, tensors: tuple, needs: tuple, grad_y: Tensor) -> list[Tensor | None]:
+def _differentiate_twice(chain: Chain, tensors: Sequence, needs: tuple, grad_y: Tensor) -> list[Tensor | None]:
     # One may be made of another, as a residual of x: each by a name of its own, through which nothing else leads.
     tensors = tuple(t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True))
     inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]

@@ -98,17 +98,6 @@ def backward_train(ctx, grad_y, grad_mean, grad_var):
     return *gradients(ctx, grad_y), None, None
 
 
-def train_again(x, weight, bias, mean, var, eps, act):
-    """y of ``bn_act_train`` once more, to the bit, from what it saved.
-
-    Kernels end as those of ``bn_act`` do, with the statistics that they return; PyTorch's two ways round differently.
-    """
-    chosen = BN_ACT_TRAIN.backend(x, weight, bias, eps, act)
-    if chosen != "torch" and chosen == BN_ACT.backend(x, weight, bias, mean, var, eps, act):
-        return BN_ACT(x, weight, bias, mean, var, eps, act)
-    return BN_ACT_TRAIN(x, weight, bias, eps, act)[0]
-
-
 def samples(device, dtype):
     return _bn.samples(device, dtype, lambda x, r, w, b, mean, var, eps, act: (x, w, b, mean, var, eps, act))
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastres import functional
 from fastres.errors import UnsupportedError, must, must_type
-from fastres.nn._module import FusedBlock
+from fastres.nn import _fused
 from fastres.optimize.convert import Conversion, cast, to_channels_last
-from fastres.optimize.sites import Site, check_skip, follows_layout, matches, remaking_blocks, sites, unwrap
+from fastres.optimize.sites import Site, check_skip, follows_layout, remaking_blocks, sites, unwrap
 from fastres.optimize.swap import STATE, State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
 from fastres.optimize.whole import Whole, forget_all
@@ -185,18 +185,19 @@ def _swap(
     remakes: bool,
 ) -> None:
     """Swap the sites, and the network itself: it carries what concerns the whole."""
+    for module in network.modules():
+        vars(module).pop(_fused.REMAKES, None)
+    for block in remaking_blocks(network, found, patterns) if remakes else ():
+        vars(block)[_fused.REMAKES] = True
     for site in found:
         if site.status == "skipped":
             unswap(site.module)
         elif site.status in ("fusable", "fused"):
-            _install(site.module, State(channels_last, remakes=remakes))
-    for name, block in network.named_modules():
-        if isinstance(block, FusedBlock):
-            block.remakes = remakes and not matches(name, patterns)
+            _install(site.module, State(channels_last))
     for module in network.modules():
         if module is not network and is_stage(module):
             _install(module, State(channels_last))
-    own = State(channels_last, Whole(), remakes)
+    own = State(channels_last, Whole())
     own.conversions, own.skip = conversions, patterns
     _install(network, own)
 
@@ -209,8 +210,7 @@ def _install(module: nn.Module, state: State) -> None:
 def _restore(network: nn.Module) -> None:
     for module in list(network.modules()):
         state = state_of(module)
-        if isinstance(module, FusedBlock):
-            vars(module).pop("remakes", None)
+        vars(module).pop(_fused.REMAKES, None)
         if state is not None:
             unswap(module)
             for conversion in reversed(state.conversions):

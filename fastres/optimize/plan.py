@@ -54,7 +54,7 @@ class Block:
     def run_remaking(self, _: None, module: nn.Module, x: Any) -> Any:
         """In training, without keeping what the layers hand to each other."""
         layers, downsample = self.parts(module)
-        return _sequence.block(layers, x, downsample, remakes=True)
+        return _sequence.block(module, layers, x, downsample)
 
 
 @dataclass

@@ -15,11 +15,12 @@ from fastres.dispatch import Choice
 from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
+from fastres.nn import _fused
 from fastres.nn._fused import MOST_IN_ONE_NODE
 from fastres.ops import REGISTRY
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends
 from fastres.optimize.plan import Plan, Step
-from fastres.optimize.sites import Site, follows_layout, matches, remaking_blocks, sites, unwrap
+from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
 from fastres.optimize.swap import state_of
 from fastres.optimize.verify import unseen_randomness
 
@@ -221,10 +222,9 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     if model.training:
         notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda; the rest is fused")
         notes.append(f"inputs of up to {MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
-        remaking = [block for block in remaking_blocks(model, found) if _remakes(block)]
+        remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
         if remaking:
-            what = "make again in backward what their batch norms hand to their convolutions"
-            notes.append(f"memory='low': {len(remaking)} blocks {what}; the rest is kept")
+            notes.append(f"memory='low': {remaking} blocks make again in backward what their batch norms hand on")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)
@@ -235,11 +235,6 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
             reason = follows_layout(model)
             notes.append("inputs keep their memory format" + (f": {reason}" if reason else ""))
     return notes
-
-
-def _remakes(block: Any) -> bool:
-    state = state_of(block)
-    return bool(block.remakes if state is None else state.remakes)
 
 
 def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:

@@ -10,14 +10,14 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastres.errors import UnsupportedError, must, must_type
-from fastres.nn import _fused
+from fastres.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, _fused
 from fastres.nn._fused import original_class
-from fastres.nn._module import FusedBlock
 from fastres.optimize.plan import Plan, Step, plan
 from fastres.optimize.swap import state_of
 from fastres.optimize.trace import is_trusted
 
 _OTHER_RANKS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d)
+_BLOCKS = (BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck)
 _LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
 
 
@@ -174,7 +174,7 @@ def remaking_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = (
     own = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, FusedBlock) and original_class(module).forward.__module__.startswith("fastres.")
+        if isinstance(module, _BLOCKS) and original_class(module).forward.__module__.startswith("fastres.")
         and not matches(name, skip) and any(type(child) is nn.BatchNorm2d for child in module.children())
     ]  # fmt: skip
     return swapped + own

@@ -24,9 +24,8 @@ STATE = "_fastres"
 class State:
     """What a swapped module carries: its options, and its plans, which copies and pickles leave behind."""
 
-    def __init__(self, channels_last: bool = False, whole: Whole | None = None, remakes: bool = False) -> None:
+    def __init__(self, channels_last: bool = False, whole: Whole | None = None) -> None:
         self.channels_last = channels_last
-        self.remakes = remakes  # of a residual block: whether what its layers hand to each other is made again in backward
         self.whole = whole  # of the network itself; its modules have None
         self.children: tuple[nn.Module | None, ...] | None = None  # the plans hold for these children
         self.training = self.evaluation = Plan()
@@ -38,18 +37,18 @@ class State:
         return self.fresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_state, (self.channels_last, self.whole is not None, self.remakes)
+        return _rebuild_state, (self.channels_last, self.whole is not None)
 
     def fresh(self) -> "State":
         """The same options, with nothing planned yet."""
-        return State(self.channels_last, None if self.whole is None else Whole(), self.remakes)
+        return State(self.channels_last, None if self.whole is None else Whole())
 
     def prepare(self, module: nn.Module) -> None:
         """Plan both modes anew; what is fastres's own runs fused steps as it is."""
         base = original_class(module)
         if not base.__module__.startswith("fastres."):
             self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
-        if self.remakes and self.training.block is not None:
+        if _fused.REMAKES in module.__dict__ and self.training.block is not None:
             self.training.run = self.training.block.run_remaking
         self.children = tuple(module._modules.values())
 
@@ -91,10 +90,8 @@ def swapped_class(base: Any) -> Any:
 
     def parts(self: nn.Module) -> Any:
         state = self.__dict__.get(STATE)
-        if state is None:
-            return None
-        block = state.current(self).block
-        return None if block is None else (*block.parts(self), state.remakes)
+        block = None if state is None else state.current(self).block
+        return None if block is None else block.parts(self)
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         if mode != self.training:
@@ -137,8 +134,8 @@ def is_stage(module: nn.Module) -> bool:
     return any(map(operator.and_, states, states[1:]))
 
 
-def _rebuild_state(channels_last: bool, is_whole: bool, remakes: bool = False) -> State:
-    return State(channels_last, Whole() if is_whole else None, remakes)
+def _rebuild_state(channels_last: bool, is_whole: bool) -> State:
+    return State(channels_last, Whole() if is_whole else None)
 
 
 def forget(module: nn.Module) -> None:

@@ -1,0 +1,50 @@
+"""How a batch norm in training made a tensor, so that backward can make it again instead of keeping it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.ops._op import Op
+from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
+from fastres.ops.bn_add_act import BN_ADD_ACT, BN_ADD_ACT_TRAIN
+from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
+
+_GIVEN = {BN_ACT_TRAIN: BN_ACT, BN_ADD_ACT_TRAIN: BN_ADD_ACT, BN_ADD_BN_ACT_TRAIN: BN_ADD_BN_ACT}
+
+
+class Made(NamedTuple):
+    """A call: the op, its arguments, the mean and var of each batch norm in it; the version of what it made."""
+
+    op: Op
+    args: tuple[Any, ...]
+    statistics: tuple[Tensor | None, ...]
+    version: int
+
+    def tensors(self) -> list[Tensor | None]:
+        return [value if isinstance(value, Tensor) else None for value in (*self.args, *self.statistics)]
+
+    def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "Made":
+        """The same call with these in the places of ``tensors()``; with none of them all that is left are numbers."""
+        pairs = zip(self.args, tensors, strict=False)
+        args = [tensor if arg is None or isinstance(arg, Tensor) else arg for arg, tensor in pairs]
+        return self._replace(args=tuple(args), statistics=tensors[len(args) :])
+
+    def again(self) -> Tensor:
+        """What it made, to the bit; differentiable where gradients are recorded.
+
+        Kernels end as those of the op that is given the statistics, which spares a pass; PyTorch's two ways round differently.
+        """
+        given, args = _GIVEN[self.op], self._args_of_given()
+        chosen = self.op.backend(*self.args)
+        if torch.is_grad_enabled() or chosen == "torch" or chosen != given.backend(*args):
+            return self.op(*self.args)[0]
+        return given(*args)
+
+    def _args_of_given(self) -> list[Any]:
+        """Statistics stand before the eps of their batch norm."""
+        found: list[Any] = []
+        statistics = iter(self.statistics)
+        for arg in self.args:
+            found += (next(statistics), next(statistics), arg) if isinstance(arg, float) else (arg,)
+        return found

@@ -35,57 +35,49 @@ def optimize(
 ) -> Model:
     """Make a model run fused steps wherever its layers allow, in training and in evaluation.
 
-    Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped
-    in place: each module gets a subclass of its own class, so parameters, buffers, hooks, state-dict keys,
-    optimizers and ``isinstance`` stay. What is not recognised is left alone; ``fastres.explain`` says why,
-    ``fastres.restore`` undoes all. Calling it again changes the options.
+    Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped in place: each
+    module gets a subclass of its own class, so parameters, buffers, hooks, state-dict keys, optimizers and ``isinstance`` stay.
+    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes all. Calling it again changes the options.
 
     Args:
         model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped.
-        mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The
-            swapped modules serve both; evaluation folds batch norm only where autograd is off.
+        mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The swapped
+            modules serve both; evaluation folds batch norm only where autograd is off.
         strict: raise if any batch norm of the model would stay outside a fused step.
         inplace: False optimises a deep copy and leaves the model alone.
         skip: glob patterns of module names to be left alone with all inside them, such as ``"layer4.*"``.
         channels_last: whether swapped modules bring their input to channels_last and 4-D weights are stored so, which
-            spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16
-            and on CUDA in half precision, for networks whose code follows the layout.
+            spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16 and
+            on CUDA in half precision, for networks whose code follows the layout.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
             The originals are kept, in this model but not in its copies, for ``restore``.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
             its error against float64 is within twice that of plain PyTorch at the same dtype, plus a floor.
-        memory: ``"low"`` keeps less for backward in training: what a batch norm inside a residual block hands to the next
-            convolution is made again in backward, to the same bits, from the convolution's output, which is kept anyway. The
-            blocks of ``fastres.nn`` inside the model do so too; ``explain`` says how many. Layers that must be called (hooks,
-            other norms, batch norm in evaluation), ``torch.compile`` and torch.func keep what they always do.
+        memory: ``"low"`` keeps less for backward in training: what batch norms of residual blocks, also of ``fastres.nn``'s,
+            hand to convolutions, every other output of blocks in a row included, is made again from what is kept anyway, to
+            the same bits. Layers that must be called (hooks, other norms) and ``torch.compile`` keep what they always do.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
-        UnsupportedError: strict, and something is refused (all refusals are listed); memory is ``"low"``, and no block
-            can keep less; or the model is compiled, scripted, traced or sharded. The model is unchanged.
+        UnsupportedError: strict, and something is refused (all refusals are listed); memory="low", and no block can keep
+            less; or the model is compiled, scripted, traced or sharded. The model is unchanged.
         VerificationError: the swap missed the budget; the model is restored.
     """
-    network = unwrap(model, "optimize")
+    unwrap(model, "optimize")
     _check_options(mode, channels_last, dtype, memory, strict=strict, inplace=inplace)
-    if not inplace:
-        model = copy.deepcopy(model)
-        network = unwrap(model, "optimize")
+    model = model if inplace else copy.deepcopy(model)
+    network = unwrap(model, "optimize")
     patterns = check_skip(network, skip)
     found = sites(network, patterns)
-    if strict:
-        _refuse_any(found)
-    if memory is not None and not remaking_blocks(network, found, patterns):
-        what = "a residual block of two or more layers of nn.Conv2d and nn.BatchNorm2d that is optimised or of fastres.nn"
-        raise UnsupportedError(f"fastres.optimize: memory='low' needs {what}, and the model has none (leave memory out)")
+    blocks = _accept(network, found, patterns, strict, memory)
     modes = [(module, module.training) for module in model.modules()]
     if mode is not None:
         model.train(mode == "training")
     try:
-        verdict = _apply(network, found, patterns, channels_last, dtype, verify, memory is not None)
+        _mark(network, blocks)
+        verdict = _apply(network, found, patterns, channels_last, dtype, verify)
     except Exception:
-        _restore(network)
-        for module, training in modes:
-            module.training = training
+        _restore(network, modes)
         raise
     _log.info("%s", _summary(network, found, verdict))
     return model
@@ -117,11 +109,10 @@ def _apply(
     channels_last: bool | str,
     dtype: torch.dtype | None,
     verify: Tensor | tuple[Any, ...] | None,
-    remakes: bool,
 ) -> dict[str, float] | None:
     """Convert, swap, and compare if asked to; the errors found then."""
     reference = None if verify is None else Reference(network, verify, dtype)
-    _swap(network, found, patterns, *_convert(network, found, channels_last, dtype), remakes)
+    _swap(network, found, patterns, *_convert(network, found, channels_last, dtype))
     if reference is None:
         return None
     vars(network)[STATE].verified = verdict = reference.judge(network)
@@ -150,6 +141,29 @@ def _refuse_any(found: list[Site]) -> None:
         raise UnsupportedError(f"fastres.optimize: strict, and {len(refusals)} modules cannot be fused:\n{lines}")
     if not any(site.status in ("fusable", "fused", "fastres") for site in found):
         raise UnsupportedError("fastres.optimize: strict, and the model holds nothing that can be fused")
+
+
+def _accept(
+    network: nn.Module, found: list[Site], patterns: tuple[str, ...], strict: bool, memory: str | None
+) -> list[nn.Module]:
+    """The blocks that are to keep less; refuse what cannot be done as asked."""
+    if strict:
+        _refuse_any(found)
+    if memory is None:
+        return []
+    blocks = remaking_blocks(network, found, patterns)
+    if not blocks:
+        what = "residual blocks of two or more layers of nn.Conv2d and nn.BatchNorm2d"
+        raise UnsupportedError(f"fastres.optimize: memory='low' needs {what} to optimise, and finds none (leave memory out)")
+    return blocks
+
+
+def _mark(network: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Let these blocks, and no others, keep less."""
+    for module in network.modules():
+        vars(module).pop(_fused.REMAKES, None)
+    for block in blocks:
+        vars(block)[_fused.REMAKES] = True
 
 
 def _wants_channels_last(network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None) -> bool:
@@ -182,13 +196,8 @@ def _swap(
     patterns: tuple[str, ...],
     channels_last: bool,
     conversions: list[Conversion],
-    remakes: bool,
 ) -> None:
     """Swap the sites, and the network itself: it carries what concerns the whole."""
-    for module in network.modules():
-        vars(module).pop(_fused.REMAKES, None)
-    for block in remaking_blocks(network, found, patterns) if remakes else ():
-        vars(block)[_fused.REMAKES] = True
     for site in found:
         if site.status == "skipped":
             unswap(site.module)
@@ -207,10 +216,12 @@ def _install(module: nn.Module, state: State) -> None:
     state.prepare(module)
 
 
-def _restore(network: nn.Module) -> None:
+def _restore(network: nn.Module, modes: Sequence[tuple[nn.Module, bool]] = ()) -> None:
+    _mark(network, ())
+    for module, training in modes:
+        module.training = training
     for module in list(network.modules()):
         state = state_of(module)
-        vars(module).pop(_fused.REMAKES, None)
         if state is not None:
             unswap(module)
             for conversion in reversed(state.conversions):

@@ -129,12 +129,12 @@ def test_what_batch_norms_hand_to_convolutions_is_not_kept(name, amp, monkeypatc
     assert before - after == sum(made) and after < least
 
 
-def outputs(model, x, names):
+def outputs(model, x, names, amp):
     """Bytes of the outputs of these blocks."""
     found, model = [], copy.deepcopy(model)
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda _, args, y: found.append(y.nbytes))
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
         model(x)
     return found
 
@@ -160,9 +160,9 @@ NETWORKS = {  # size of images, the blocks whose outputs are not kept, what of e
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart, amp", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_keep_less_to_the_same_bits(name, apart, monkeypatch):
+def test_networks_keep_less_to_the_same_bits(name, apart, amp, monkeypatch):
     monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
     if apart:
         monkeypatch.setattr(_stage, "DEVICES", {"cuda", "cpu"})
@@ -170,10 +170,11 @@ def test_networks_keep_less_to_the_same_bits(name, apart, monkeypatch):
     torch.manual_seed(0)
     network, x = lively(make_network()), images(channels=3, size=size, batch=4)
     other = low(network)
-    before, after = saved(network, x), saved(other, x)
-    assert before - after == sum(handed_on(network, x)) + sum(outputs(network, x, names.split()))
-    assert after < most * before
-    assert_same_bits(train(low(network), x, 2), train(network, x, 2))
+    before, after = saved(network, x, amp), saved(other, x, amp)
+    if not (amp and name == "pre-activation"):  # whose values of float32 are cast for some convolutions alone
+        assert before - after == sum(handed_on(network, x, amp)) + sum(outputs(network, x, names.split(), amp))
+    assert amp or after < most * before  # autocast's copies of weights are kept by either
+    assert_same_bits(train(low(network), x, 2, amp), train(network, x, 2, amp))
 
 
 def on_the_cpu(model, x):
@@ -335,7 +336,7 @@ def test_what_is_made_again_has_the_bits_of_the_first_time(name, layout, dtype, 
         for sample in op.samples(torch.device("cpu"), dtype):
             args = [laid(arg, layout) for arg in sample.args]
             y, *statistics = op(*args)
-            statistics = statistics[: 2 * sum(isinstance(arg, float) for arg in args)]
+            statistics = statistics[: 2 * sum(name.endswith("eps") for name in op.parameters)]
             made = Made(op, tuple(args), tuple(statistics), y._version)
             bare = made.with_tensors((None,) * len(made.tensors()))
             assert not any(isinstance(value, torch.Tensor) for value in (*bare.args, *bare.statistics))

@@ -314,7 +314,7 @@ def in_training(
     norms: list[Any] = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
     if bn is residual_bn or not all(norm.training and _fuses(value, None, norm, act, None) for norm, value in norms):
         return None
-    affine = [(norm._parameters["weight"], norm._parameters["bias"], float(norm.eps)) for norm, _ in norms]
+    affine = [(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm, _ in norms]
     inputs = (x,) if residual is None else (x, residual)
     arguments = *inputs, *(value for each in affine for value in each), _name(act)
     plain = BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN

@@ -85,7 +85,8 @@ def block_in_two(
             shortcut = _fused.convolve(shortcut_conv, shortcut, None if before else made)
     found = _fused.in_training(bn, act, z, shortcut, shortcut_bn, apart) if apart or again else None
     if found is not None:
-        of_what_is_kept = shortcut_bn is not None or (downsample is None and made is None)
+        is_kept = made is None and downsample is None and shortcut.dtype == z.dtype  # by the first convolution
+        of_what_is_kept = shortcut_bn is not None or is_kept
         return Value(*found) if again and of_what_is_kept else Value(*found[:2])
     if shortcut_bn is None:
         return _twice(_fused.bn_act(bn, act, z, shortcut))

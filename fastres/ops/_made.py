@@ -33,18 +33,20 @@ class Made(NamedTuple):
     def again(self) -> Tensor:
         """What it made, to the bit; differentiable where gradients are recorded.
 
-        Kernels end as those of the op that is given the statistics, which spares a pass; PyTorch's two ways round differently.
+        With the statistics given a pass is spared. Not all calls may: PyTorch's two ways round differently, and on a GPU kernels
+        that write a mask are compiled apart from those that do not. They are repeated as they were.
         """
-        given, args = _GIVEN[self.op], self._args_of_given()
-        chosen = self.op.backend(*self.args)
-        if torch.is_grad_enabled() or chosen == "torch" or chosen != given.backend(*args):
-            return self.op(*self.args)[0]
-        return given(*args)
+        if not torch.is_grad_enabled():
+            given, args = _GIVEN[self.op], self._args_of_given()
+            chosen = self.op.backend(*self.args)
+            if chosen == given.backend(*args) and (chosen == "cpu" or (chosen != "torch" and given is BN_ACT)):
+                return given(*args)
+        return self.op(*self.args)[0]
 
     def _args_of_given(self) -> list[Any]:
         """Statistics stand before the eps of their batch norm."""
         found: list[Any] = []
         statistics = iter(self.statistics)
-        for arg in self.args:
-            found += (next(statistics), next(statistics), arg) if isinstance(arg, float) else (arg,)
+        for name, arg in zip(self.op.parameters, self.args, strict=True):
+            found += (next(statistics), next(statistics), arg) if name.endswith("eps") else (arg,)
         return found

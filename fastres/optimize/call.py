@@ -35,8 +35,8 @@ def optimize(
 ) -> Model:
     """Make a model run fused steps wherever its layers allow, in training and in evaluation.
 
-    Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped in place: each
-    module gets a subclass of its own class, so parameters, buffers, hooks, state-dict keys, optimizers and ``isinstance`` stay.
+    Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped in place:
+    each module gets a subclass of its own class, so parameters, buffers, hooks, keys, optimizers and ``isinstance`` stay.
     What is not recognised is left alone; ``explain`` says why, ``restore`` undoes all. Calling it again changes the options.
 
     Args:

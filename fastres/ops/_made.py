@@ -33,8 +33,8 @@ class Made(NamedTuple):
     def again(self) -> Tensor:
         """What it made, to the bit; differentiable where gradients are recorded.
 
-        With the statistics given a pass is spared. Not all calls may: PyTorch's two ways round differently, and on a GPU kernels
-        that write a mask are compiled apart from those that do not. They are repeated as they were.
+        With the statistics given a pass is spared. Not every call may: PyTorch's two ways round differently, and on a GPU
+        kernels that write a mask are compiled apart from those that do not. These calls are repeated as they were.
         """
         if not torch.is_grad_enabled():
             given, args = _GIVEN[self.op], self._args_of_given()

@@ -247,8 +247,8 @@ def test_changed_layers_do_as_they_always_do(name, kind, monkeypatch):
 
 
 def test_a_second_derivative_is_the_same():
-    for name in ("basic", "bottleneck, projection", "pre-activation, option A"):
-        block, x = make(name, torch.float64), images(torch.float64)
+    for block in (make("bottleneck, projection"), make("pre-activation, option A"), lively(in_a_row())):
+        block, x = block.double(), images(torch.float64)
         found = []
         for model in (low(block), block):
             leaves = [x.clone().requires_grad_(), *model.parameters()]
@@ -257,6 +257,40 @@ def test_a_second_derivative_is_the_same():
             found.append([*first, *second])
         for own, same in zip(*found, strict=True):
             torch.testing.assert_close(own, same, rtol=1e-9, atol=1e-12)
+
+
+def in_a_row():
+    torch.manual_seed(1)
+    projection = fnn.BasicBlock(16, 32, 2, fnn.shortcut("B", 16, 32, 2))
+    return _stage.Stage(fnn.BasicBlock(16, 16), fnn.BasicBlock(16, 16), fnn.BasicBlock(16, 16), projection)
+
+
+def test_a_value_that_a_hook_writes_into_is_kept():
+    stage, other, seen = lively(in_a_row()), low(lively(in_a_row())), []
+    for model in (stage, other):
+        model[3].conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0].mul_(2)) and None)
+    assert_same_bits(train(other, images(), 2), train(stage, images(), 2))
+    assert len(seen) == 4
+
+
+def test_blocks_of_one_layer_and_calls_of_other_shortcuts_do_as_they_always_do():
+    class Called(nn.Conv2d):
+        pass
+
+    class OneLayer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)) + x)
+
+    torch.manual_seed(1)
+    called = nn.Sequential(Called(16, 16, 1), nn.BatchNorm2d(16))
+    model = lively(_stage.Stage(fnn.BasicBlock(16, 16), OneLayer(), fnn.BasicBlock(16, 16, 1, called), fnn.BasicBlock(16, 16)))
+    same = fastres.optimize(model, inplace=False, channels_last=False)
+    assert_same_bits(train(low(model), images(), 2), train(same, images(), 2))
+    assert any("memory='low': 3 blocks" in note for note in fastres.explain(low(model)).notes)
 
 
 def test_backward_twice_and_parameters_written_in_between():

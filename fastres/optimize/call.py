@@ -55,7 +55,7 @@ def optimize(
             its error against float64 is within twice that of plain PyTorch at the same dtype, plus a floor.
         memory: ``"low"`` keeps less for backward in training: what batch norms of residual blocks, also of ``fastres.nn``'s,
             hand to convolutions, every other output of blocks in a row included, is made again from what is kept anyway, to
-            the same bits. Layers that must be called (hooks, other norms) and ``torch.compile`` keep what they always do.
+            the same bits. All is kept with ``torch.compile``, batch norm in evaluation, layers with hooks, other norms.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.

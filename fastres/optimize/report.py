@@ -224,7 +224,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
         notes.append(f"inputs of up to {MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
         remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
         if remaking:
-            notes.append(f"memory='low': {remaking} blocks make again in backward what their batch norms hand on")
+            notes.append(f"memory='low': {remaking} blocks, op by op, make again in backward what their batch norms hand on")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)

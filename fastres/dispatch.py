@@ -58,10 +58,10 @@ _caches: list[dict[Any, Any]] = []
 _known: dict[str, set[str]] = {}
 
 
-def register(op: str, backends: Sequence[Backend], cache: dict[Any, Any]) -> None:
-    """Tell the dispatcher of an op, its backends and its cache of choices, to be emptied when the rules change."""
+def register(op: str, backends: Sequence[Backend], *caches: dict[Any, Any]) -> None:
+    """Tell the dispatcher of an op, its backends and its caches of choices, to be emptied when the rules change."""
     _known[op] = {backend.name for backend in backends}
-    _caches.append(cache)
+    _caches.extend(caches)
 
 
 def forget() -> None:

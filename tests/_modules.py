@@ -130,6 +130,24 @@ def step(forward, module, x, context=contextlib.nullcontext):
     return found | dict(module.named_buffers())
 
 
+def saved(model, x, amp=False):
+    """Bytes that a forward keeps for backward, parameters and buffers aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # so that no address is used twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        model(x)
+    return sum(kept.values())
+
+
 def inference(forward, module, x, context=contextlib.nullcontext):
     """The output without gradients, by name."""
     with torch.no_grad(), context():

@@ -212,6 +212,15 @@ def test_windows_that_do_not_fit_raise(device, name):
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_given_the_statistics_of_training_batch_norm_makes_the_same_bits(device, dtype, layout):
+    for sample in REGISTRY["bn_act_train"].samples(device, dtype):
+        x, weight, bias, eps, act = laid_out(sample.args, layout)
+        y, mean, var = run("bn_act_train", x, weight, bias, eps, act)
+        assert torch.equal(run("bn_act", x, weight, bias, mean, var, eps, act)[0], y), sample.label
+
+
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_backward_takes_the_mask_of_forward(device, dtype, layout):
     """Also where the output rounds to zero: the gradient passes exactly where the stored y is positive."""
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

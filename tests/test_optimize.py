@@ -1,11 +1,12 @@
 """optimize on whole networks and on every form it recognises: same keys, same answers within budget, exactly undone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from _modules import judge, lively, steady, step
+from _modules import judge, lively, saved, steady, step
 from _torchvision import NETWORKS, torchvision
 from tolerances import assert_close_to_truth
 from torch import nn
@@ -284,3 +285,31 @@ def test_a_cast_parameter_that_was_trained_keeps_its_training():
     fastres.restore(model)
     assert model[0].weight.dtype == torch.float32 and torch.equal(model[0].weight, torch.full((4, 3, 1, 1), 0.5))
     assert torch.equal(model[0].bias, bias.float())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "timm:resnet26", "timm:resnet10t"])
+def test_others_blocks_keep_less_to_the_same_bits(name):
+    if name.startswith("timm:"):
+        torch.manual_seed(0)
+        model = lively(pytest.importorskip("timm").create_model(name.removeprefix("timm:"), num_classes=100))
+    else:
+        model = network(name)
+    model, x = fastres.optimize(model), images(2, 3, 64, 64)
+    low = fastres.optimize(model, memory="low", inplace=False)
+    assert saved(low, x) < 0.92 * saved(model, x)
+    own, theirs = step(run, low, x), step(run, model, x)
+    assert own.keys() == theirs.keys() and all(torch.equal(own[what], theirs[what]) for what in own)
+    (note,) = [note for note in fastres.explain(low).notes if "memory='low'" in note]
+    assert f": {sum(hasattr(module, 'conv2') for module in model.modules())} blocks" in note
+    assert not any("memory=" in note for note in fastres.explain(model).notes)
+
+
+def test_blocks_that_keep_less_do_so_in_copies_and_pickles_and_in_new_plans():
+    model, x = network("resnet18"), images(2, 3, 64, 64)
+    before = saved(fastres.optimize(model, inplace=False), x)
+    after = saved(fastres.optimize(model, memory="low"), x)
+    assert after < 0.9 * before
+    assert saved(copy.deepcopy(model), x) == after == saved(pickle.loads(pickle.dumps(model)), x)
+    model.layer1[0].relu = nn.ReLU()
+    assert saved(model, x) == after
+    assert saved(fastres.optimize(model), x) == before

@@ -18,7 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.ops import _chain, _running
+from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
+from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 
@@ -46,6 +48,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 # The class that a module had before optimize put one on top, whose forward does the same: that one's attribute.
 ORIGINAL = "_fastres_original"
+
+
+# Of a block: the mark by which optimize(memory="low") asks not to keep what its layers hand on.
+REMAKES = "_fastres_remakes"
 
 
 def original_class(module: nn.Module) -> Any:
@@ -180,50 +186,65 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
 
 
 def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """``layers`` as one node, or None where they must run one by one."""
-    if not torch.is_grad_enabled() or not _joins(chain, x, residual):
+    """``layers`` as one node where the input is small, or None where they must run one by one."""
+    if not torch.is_grad_enabled():
         return None
-    tensors: list[Any] = [x, None if residual is x else residual]
-    for conv, bn, _ in chain:
-        convolution, norm = conv._parameters, bn._parameters
-        tensors += (convolution["weight"], convolution["bias"], norm["weight"], norm["bias"])
+    return _linked([link for conv, bn, act in chain for link in ((conv, None), (bn, act))], x, residual)
+
+
+def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None, made: Made | None = None) -> Tensor | None:
+    """Convolutions and batch norms, these with their activations, in a row as one node of autograd, see ``_chain``; None where
+    they must run one by one."""
+    if not _joins(links, x, made is not None):
+        return None
+    own = [module._parameters[name] for module, _ in links for name in ("weight", "bias")]
+    tensors: list[Any] = [x, None if residual is x else residual, *own]
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
         return None
-    if dtype is None and any(weight.dtype != x.dtype for weight in tensors[2 :: _chain.TENSORS]):
+    if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
         return None
-    steps: Any = [
-        _chain.Layer((conv.stride, conv.padding, conv.dilation, conv.groups), bn.eps, _name(act)) for conv, bn, act in chain
-    ]
+    norms = [module for module, _ in links if type(module) is nn.BatchNorm2d]
+    chain = [
+        _chain.Norm(m.eps, _name(act)) if type(m) is nn.BatchNorm2d
+        else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in links
+    ]  # fmt: skip
     try:
-        y, found = _chain.run(_chain.Chain(steps, residual is x, dtype), tensors)
-        buffers = [_statistics(bn)[:2] for _, bn, _ in chain]
+        y, found = _chain.run(_chain.Chain(chain, residual is x, dtype, made), tensors)
+        buffers = [_statistics(bn)[:2] for bn in norms]
         for (z, _, _), given in zip(found, buffers, strict=True):
             _running.check_running("bn_act", z, *given)
     except _WRONG:
         return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
-    for (_, bn, _), (z, mean, var), given in zip(chain, found, buffers, strict=True):
+    for bn, (z, mean, var), given in zip(norms, found, buffers, strict=True):
         _running.update_running(z, *given, mean, var, _momentum(bn))
         _count(bn)
     return y
 
 
-def _joins(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> bool:
-    """Whether layers may be one node: plain modules in training, and a small input that nothing but autograd follows."""
+def _joins(links: Sequence[tuple[Any, Act]], x: Tensor, large: bool) -> bool:
+    """Whether links may be one node: plain modules in training, and an input, a small one unless ``large``, that nothing but
+    autograd follows."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_followed(x) or is_interposed():
         return False
-    if x.numel() > MOST_IN_ONE_NODE or x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
+    if x.numel() > MOST_IN_ONE_NODE and not large:
+        return False
+    if x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
         return False
     return all(
-        type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.training and _is_relu(act)
-        and why_not(conv, bn, act) is None
-        for conv, bn, act in chain
-    )  # fmt: skip
+        (type(module) is nn.Conv2d or (type(module) is nn.BatchNorm2d and module.training)) and _is_relu(act)
+        for module, act in links
+    ) and why_not(*[each for link in links for each in link]) is None  # fmt: skip
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide."""
+def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
+    """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide. Where it is
+    known how x was made, backward makes it again instead of keeping it."""
+    if made is not None and made.version == x._version:
+        y = _linked([(conv, None)], x, None, made)
+        if y is not None:
+            return y
     if type(conv) is not nn.Conv2d or type(x) is not Tensor or torch.compiler.is_compiling() or is_followed(x):
         return conv(x)
     weight: Any = conv._parameters["weight"]
@@ -279,30 +300,39 @@ def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: 
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual))
 
 
-def in_two(
-    bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor, residual_bn: nn.BatchNorm2d | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """``bn_act`` with a residual, or ``bn_add_bn_act``, in training as two tensors of one memory, see ``Op.in_two``; None
-    where they must run as ever.
+def in_training(
+    bn: nn.BatchNorm2d,
+    act: Act,
+    x: Tensor,
+    residual: Tensor | None = None,
+    residual_bn: nn.BatchNorm2d | None = None,
+    apart: bool = False,
+) -> tuple[Tensor, Tensor, Made] | None:
+    """``bn_act`` or ``bn_add_bn_act`` in training, twice, and how it was made; ``apart``, as two tensors of one memory, see
+    ``Op.in_two``. None where they must run as ever.
     """
-    norms = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
+    norms: list[Any] = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
     if bn is residual_bn or not all(norm.training and _fuses(value, None, norm, act, None) for norm, value in norms):
         return None
     affine = [(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm, _ in norms]
-    arguments = x, residual, *(value for each in affine for value in each), _name(act)
+    inputs = (x,) if residual is None else (x, residual)
+    arguments = *inputs, *(value for each in affine for value in each), _name(act)
+    plain = BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN
+    op = plain if residual_bn is None else BN_ADD_BN_ACT_TRAIN
     try:
         for norm, value in norms:
             _running.check_running("bn_act", value, *_statistics(norm)[:2])
-        found = (BN_ADD_ACT_TRAIN if residual_bn is None else BN_ADD_BN_ACT_TRAIN).in_two(*arguments)
+        found = op.in_two(*arguments) if apart else op(*arguments)
     except _WRONG:
         return None  # as above; nothing has been updated yet
     if found is None:
         return None
-    y, again, *statistics = found
-    for (norm, value), mean, var in zip(norms, statistics[0:4:2], statistics[1:4:2], strict=False):
+    y, again, *statistics = found if apart else (found[0], *found)
+    statistics = statistics[: 2 * len(norms)]
+    for (norm, value), mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
         _running.update_running(value, *_statistics(norm)[:2], mean, var, _momentum(norm))
         _count(norm)
-    return y, again
+    return y, again, Made(op, arguments, tuple(statistics), y._version)
 
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:

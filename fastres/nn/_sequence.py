@@ -1,13 +1,14 @@
 """Runs of plain modules as fused steps: the tail of a stem, and what an ``nn.Sequential`` holds."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastres.nn import _fused
 from fastres.nn.shortcut import ZeroPadShortcut
+from fastres.ops._made import Made
 
 
 def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
@@ -19,8 +20,26 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
     return pool(_fused.conv_bn_act(conv, bn, act, x))
 
 
-def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
+class Value(NamedTuple):
+    """What goes from block to block: for the convolutions and for the shortcut, the same or two tensors of one memory; how it
+    was made, None where it is kept anyway."""
+
+    x: Tensor
+    shortcut: Tensor
+    made: Made | None = None
+
+
+def remakes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
+    """Whether what the layers hand on is to be made again in backward: where all batch norms are in training."""
+    if _fused.REMAKES not in block.__dict__ or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return all(bn.training for _, bn, _ in layers)
+
+
+def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
     """The layers of a block, and its shortcut added before the last act; downsample may be None."""
+    if remakes(owner, layers):
+        return block_in_two(owner, layers, Value(x, x), downsample, False).x
     if downsample is None:
         return _fused.layers(layers, x, x)
     if type(downsample) is ZeroPadShortcut:
@@ -28,41 +47,71 @@ def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
     return conv_bn_add_act(*layers[-1], _fused.layers(layers[:-1], x), downsample, x)
 
 
+def plain_block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor) -> Tensor:
+    """The layers of a block without shortcut."""
+    if remakes(owner, layers):
+        _, bn, act = layers[-1]
+        return _fused.bn_act(bn, act, _up_to_norm(layers, Value(x, x), True))
+    return _fused.layers(layers, x)
+
+
 def block_in_two(
-    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any, apart: bool
-) -> tuple[Tensor, Tensor]:
+    owner: nn.Module, layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart: bool
+) -> Value:
     """``block`` in training, between blocks that keep a value in two tensors of one memory, one for their convolutions and
     one for their shortcut: each gets its part of the gradient, and no pass is spent on adding them.
 
-    What comes in and, without ``apart``, what goes out is one tensor twice; so it is where it cannot be two.
+    What comes in and, without ``apart``, what goes out is one tensor twice; so it is where it cannot be two. Of blocks that
+    make values again every other output is kept, of which, and of the convolution's, the next one is made.
     """
-    *first, (conv, bn, act) = layers
+    again = remakes(owner, layers)
+    made = value.made if again else None
+    shortcut, (_, bn, act) = value.shortcut, layers[-1]
     steps, shortcut_bn = projection(downsample), None
-    if downsample is None or type(downsample) is ZeroPadShortcut:
+    added_as_it_is = downsample is None or type(downsample) is ZeroPadShortcut
+    if added_as_it_is:
         shortcut = shortcut if downsample is None else downsample(shortcut)
-        y = _fused.in_one_node(layers, x, shortcut)
+        y = None if again else _fused.in_one_node(layers, value.x, shortcut)
         if y is not None:
             return _twice(y)
-        z = _fused.convolve(conv, _fused.layers(first, x))
-    else:
-        z = _fused.convolve(conv, _fused.layers(first, x))
+    z = _up_to_norm(layers, value, again)
+    if not added_as_it_is:
         if steps is None or must_be_called(downsample):
             shortcut = run(downsample, shortcut)
         else:
             *before, shortcut_conv, shortcut_bn = steps
             for step in before:
                 shortcut = step(shortcut)
-            shortcut = _fused.convolve(shortcut_conv, shortcut)
-    both = _fused.in_two(bn, act, z, shortcut, shortcut_bn) if apart else None
-    if both is not None:
-        return both
+            shortcut = _fused.convolve(shortcut_conv, shortcut, None if before else made)
+    found = _fused.in_training(bn, act, z, shortcut, shortcut_bn, apart) if apart or again else None
+    if found is not None:
+        is_kept = made is None and downsample is None and shortcut.dtype == z.dtype  # by the first convolution
+        of_what_is_kept = shortcut_bn is not None or is_kept
+        return Value(*found) if again and of_what_is_kept else Value(*found[:2])
     if shortcut_bn is None:
         return _twice(_fused.bn_act(bn, act, z, shortcut))
     return _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut))
 
 
-def _twice(y: Tensor) -> tuple[Tensor, Tensor]:
-    return y, y
+def _twice(y: Tensor) -> Value:
+    return Value(y, y)
+
+
+def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> Tensor:
+    """The layers but for the last batch norm and what follows it; ``again``: what they hand on is not kept."""
+    *first, (conv, _, _) = layers
+    x, _, made = value
+    if not again:
+        return _fused.convolve(conv, _fused.layers(first, x) if first else x)
+    for layer in first:
+        x, made = bn_act_made(*layer[1:], _fused.convolve(layer[0], x, made))
+    return _fused.convolve(conv, x, made)
+
+
+def bn_act_made(bn: Any, act: Any, x: Tensor) -> tuple[Tensor, Made | None]:
+    """``act(bn(x))`` and how it was made, None where the modules must be called."""
+    found = _fused.in_training(bn, act, x)
+    return (_fused.bn_act(bn, act, x), None) if found is None else (found[0], found[2])
 
 
 def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, shortcut: Tensor) -> Tensor:

@@ -48,18 +48,23 @@ def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     The output of a block is read twice by the next one, by its first convolution and by its shortcut, and autograd adds the
     two gradients in a pass of its own. Where nobody else can get hold of that output (plain blocks without hooks, in
     training, nothing following the call) it exists as two tensors of one memory, and the backward of the block's end reads
-    both gradients instead of their sum. Everywhere else the blocks are called one by one.
+    both gradients instead of their sum. Blocks that make values again in backward tell the next one how they made their output.
+    Everywhere else the blocks are called one by one.
     """
     blocks = list(blocks)
-    parts = [_open(block) for block in blocks] if _is_plain_training(x) else [None] * len(blocks)
-    shortcut = x
+    plain = _is_plain_training(x)
+    divides = plain and x.device.type in DEVICES
+    opened = plain and (divides or any(_fused.REMAKES in block.__dict__ for block in blocks))
+    parts = [_open(block) if opened else None for block in blocks]
+    value = _sequence.Value(x, x)
     for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):
-        apart = own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
-        if own is not None and (apart or shortcut is not x):
-            x, shortcut = _sequence.block_in_two(own[0], x, shortcut, own[1], apart)
+        apart = divides and own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
+        if own is not None and (apart or value.shortcut is not value.x or _sequence.remakes(block, own[0])):
+            value = _sequence.block_in_two(block, own[0], value, own[1], apart)
         else:
-            x = shortcut = block(x)
-    return x
+            y = block(value.x)
+            value = _sequence.Value(y, y)
+    return value.x
 
 
 def _is_plain_training(x: Any) -> bool:
@@ -68,7 +73,6 @@ def _is_plain_training(x: Any) -> bool:
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.device.type in DEVICES
         and not is_interposed()
         and not _fused.is_followed(x)
     )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastres.errors import must
 from fastres.nn import _sequence
-from fastres.nn._fused import Layer, layers
+from fastres.nn._fused import Layer
 from fastres.nn._module import FusedModule
 from fastres.nn.conv import conv1x1, conv3x3
 
@@ -61,7 +61,7 @@ class BasicBlock(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self._layers(), x, self.downsample)
+        return _sequence.block(self, self._layers(), x, self.downsample)
 
     def _layers(self) -> list[Layer]:
         return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
@@ -109,7 +109,7 @@ class Bottleneck(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self._layers(), x, self.downsample)
+        return _sequence.block(self, self._layers(), x, self.downsample)
 
     def _layers(self) -> list[Layer]:
         first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
@@ -130,7 +130,7 @@ class PlainBlock(BasicBlock):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers(self._layers(), x)
+        return _sequence.plain_block(self, self._layers(), x)
 
 
 class PlainBottleneck(Bottleneck):
@@ -147,7 +147,7 @@ class PlainBottleneck(Bottleneck):
         super().__init__(inplanes, planes, stride, None, *args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layers(self._layers(), x)
+        return _sequence.plain_block(self, self._layers(), x)
 
 
 def _no_shortcut(block: str, downsample: object) -> None:

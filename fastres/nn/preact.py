@@ -5,9 +5,13 @@ networks, a projection takes the activated input; the resizing of option A takes
 identity would.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor, nn
 
-from fastres.nn._fused import bn_act, conv_bn_act, convolve
+from fastres.nn import _sequence
+from fastres.nn._fused import Layer, bn_act, conv_bn_act, convolve
 from fastres.nn._module import FusedModule
 from fastres.nn.blocks import Norm, check_basic
 from fastres.nn.conv import conv1x1, conv3x3
@@ -18,6 +22,19 @@ def _identity(downsample: nn.Module | None, x: Tensor, activated: Tensor) -> Ten
     if downsample is None:
         return x
     return downsample(x if isinstance(downsample, ZeroPadShortcut) else activated)
+
+
+def _remaking(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
+    """A block in training that makes again in backward what its batch norms hand on."""
+    out, handed = x, []
+    for conv, bn, act in layers:
+        y, made = _sequence.bn_act_made(bn, act, out)
+        handed.append((y, made))
+        out = convolve(conv, y, made)
+    activated, made = handed[0]
+    if type(block.downsample) is nn.Conv2d:
+        return out + convolve(block.downsample, activated, made)
+    return out + _identity(block.downsample, x, activated)
 
 
 class PreActBasicBlock(FusedModule):
@@ -59,9 +76,15 @@ class PreActBasicBlock(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        layers = self._layers()
+        if _sequence.remakes(self, layers):
+            return _remaking(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         return convolve(self.conv2, out) + _identity(self.downsample, x, activated)
+
+    def _layers(self) -> list[Layer]:
+        return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
 
 
 class PreActBottleneck(FusedModule):
@@ -99,7 +122,14 @@ class PreActBottleneck(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        layers = self._layers()
+        if _sequence.remakes(self, layers):
+            return _remaking(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         out = conv_bn_act(self.conv2, self.bn3, self.relu, out)
         return self.conv3(out) + _identity(self.downsample, x, activated)
+
+    def _layers(self) -> list[Layer]:
+        first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
+        return [*first, (self.conv3, self.bn3, self.relu)]

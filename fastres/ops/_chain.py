@@ -2,7 +2,8 @@
 
 The ops and their gradients are those of the pages; what is saved is what they save. One node instead of two a layer spares
 the host about a third of its time, which decides where layers are small. The gradient of a residual that is x itself is
-added in place. With create_graph the chain is run again, op by op, and differentiated.
+added in place. With create_graph the chain is run again, op by op, and differentiated. Where it is known how x was made, for
+a convolution x is not kept but made again (``_made``).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,29 +12,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.ops._made import Made
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.conv import CONV, why_not_fast
 
 
-class Layer(NamedTuple):
-    """What a layer does beside its tensors: stride, padding, dilation and groups of the convolution, eps and act."""
+class Convolution(NamedTuple):
+    """What a convolution does beside its tensors: stride, padding, dilation and groups."""
 
     geometry: tuple
+
+
+class Norm(NamedTuple):
+    """What a batch norm and the activation behind it do beside their tensors."""
+
     eps: float
     act: str
 
 
 class Chain(NamedTuple):
-    """The layers; whether x is the residual too; the dtype that autocast asks of convolutions, None where it is off."""
+    """The links, the last of which adds the residual; whether that is x; the dtype that autocast asks of convolutions, None
+    where it is off; how x was made, None where it is kept."""
 
-    layers: Sequence[Layer]
+    links: Sequence[Convolution | Norm]
     adds_x: bool
     dtype: torch.dtype | None
+    made: Made | None = None
 
 
-Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each layer: the batch norm's input, mean and var
-TENSORS = 4  # of a layer: weight and bias of the convolution, of the batch norm
+Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var
+TENSORS = 2  # of a link: weight and bias
 
 
 class _Step:
@@ -50,8 +59,8 @@ class _Step:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
-    def backward(self, saved: tuple, grad_y: Tensor) -> tuple:
-        self.saved_tensors = saved[self.first : self.last]
+    def backward(self, saved: Sequence, grad_y: Tensor) -> tuple:
+        self.saved_tensors = tuple(saved[self.first : self.last])
         grads = self.formula(self, grad_y, *(None,) * self.others)  # outputs that have no gradient
         self.saved_tensors = ()
         return grads
@@ -90,38 +99,39 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
     """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, as ``_record`` does."""
     x, residual, *parameters = tensors
     value, statistics = x, []
-    for index, layer in enumerate(chain.layers):
-        weight, bias, scale, shift = parameters[TENSORS * index : TENSORS * index + TENSORS]
-        inputs = _cast(chain, value), _cast(chain, weight), _cast(chain, bias)
-        z, by_op = _convolve(*inputs, layer.geometry)
-        if told is not None:
-            told(CONV if by_op else None, (*inputs, *layer.geometry), z)
-        last = index == len(chain.layers) - 1
+    for index, link in enumerate(chain.links):
+        weight, bias = parameters[TENSORS * index : TENSORS * index + TENSORS]
+        if isinstance(link, Convolution):
+            inputs = _cast(chain, value), _cast(chain, weight), _cast(chain, bias)
+            value, by_op = _convolve(*inputs, link.geometry)
+            if told is not None:
+                told(CONV if by_op else None, (*inputs, *link.geometry), (value,))
+            continue
+        last = index == len(chain.links) - 1
         added = (x if chain.adds_x else residual) if last else None
         op = BN_ACT_TRAIN if added is None else BN_ADD_ACT_TRAIN
-        args = (z, *(() if added is None else (added,)), scale, shift, layer.eps, layer.act)
+        args = (value, *(() if added is None else (added,)), weight, bias, *link)
         outputs = op(*args)
         if told is not None:
             told(op, args, outputs)
-        value, mean, var = outputs[:3]
-        statistics.append((z, mean, var))
+        statistics.append((value, *outputs[1:3]))
+        value = outputs[0]
     return value, statistics
 
 
 class _Recorder:
-    """Makes the steps of the gradient while the layers run; ``needed`` says of each tensor whether its own is asked for."""
+    """Makes the steps of the gradient while the links run; ``needed`` says of each tensor whether its own is asked for."""
 
     def __init__(self, needed: Sequence[bool]) -> None:
         self.flows, self.needs_residual, *self.needed = needed  # flows: whether a gradient is asked for before this step
         self.steps: list[_Step] = []
 
     def __call__(self, op: Any, args: tuple, outputs: Any) -> None:
-        layer, is_norm = divmod(len(self.steps), 2)
-        one, other = self.needed[TENSORS * layer + 2 * is_norm :][:2]
+        one, other = self.needed[TENSORS * len(self.steps) :][:TENSORS]
         residual = (self.needs_residual,) if op is BN_ADD_ACT_TRAIN else ()
         needs = self.flows, *residual, one, other
         self.flows = any(needs)
-        step: Any = _Step(_torch_gradients if op is None else op.backward, needs, len(outputs) - 1 if is_norm else 0)
+        step: Any = _Step(_torch_gradients if op is None else op.backward, needs, len(outputs) - 1)
         if op is None:
             step.geometry = args[3:]
             step.save_for_backward(*args[:2])
@@ -141,6 +151,11 @@ class _Node(torch.autograd.Function):
         saved = [*tensors]
         for step in recorder.steps:
             step.part_of(saved)
+        made = chain.made
+        if made is not None:
+            saved[0] = saved[recorder.steps[0].first] = None
+            saved += made.tensors()
+            chain = chain._replace(made=made.with_tensors((None,) * len(made.tensors())))
         ctx.save_for_backward(*saved)
         ctx.chain, ctx.steps = chain, recorder.steps
         return y
@@ -150,7 +165,9 @@ class _Node(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, chain = ctx.saved_tensors, ctx.chain
-        tensors = saved[: 2 + TENSORS * len(chain.layers)]
+        if chain.made is not None:
+            saved = _with_x(saved, chain, ctx.steps)
+        tensors = saved[: 2 + TENSORS * len(chain.links)]
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, *_differentiate_twice(chain, tensors, ctx.needs_input_grad[2:], grad)
         found: list[Any] = [None] * len(tensors)
@@ -158,11 +175,10 @@ class _Node(torch.autograd.Function):
             step = ctx.steps[index]
             if not any(step.needs_input_grad):
                 break
-            layer, is_norm = divmod(index, 2)
             grad, *others = step.backward(saved, grad)
-            if len(step.needs_input_grad) == TENSORS:
+            if len(step.needs_input_grad) == 2 + TENSORS:  # x, the residual and its own
                 found[1], *others = others
-            at = 2 + TENSORS * layer + 2 * is_norm
+            at = 2 + TENSORS * index
             found[at : at + 2] = (_of_dtype(tensors[at], others[0]), _of_dtype(tensors[at + 1], others[1]))
         else:
             found[0] = _of_dtype(tensors[0], grad)
@@ -172,6 +188,15 @@ class _Node(torch.autograd.Function):
         return None, None, *found
 
 
+def _with_x(saved: Sequence, chain: Chain, steps: list[_Step]) -> list:
+    """What was saved, and x made again from the last of it."""
+    made: Any = chain.made
+    x = made.with_tensors(saved[-len(made.tensors()) :]).again()
+    found = [x, *saved[1:]]
+    found[steps[0].first] = _cast(chain, x)
+    return found
+
+
 def _of_dtype(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """The gradient in its tensor's dtype, from which autocast may have cast it."""
     if tensor is None or grad is None:
@@ -179,7 +204,7 @@ def _of_dtype(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
-def _differentiate_twice(chain: Chain, tensors: tuple, needs: tuple, grad_y: Tensor) -> list[Tensor | None]:
+def _differentiate_twice(chain: Chain, tensors: Sequence, needs: tuple, grad_y: Tensor) -> list[Tensor | None]:
     # One may be made of another, as a residual of x: each by a name of its own, through which nothing else leads.
     tensors = tuple(t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True))
     inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
@@ -190,6 +215,6 @@ def _differentiate_twice(chain: Chain, tensors: tuple, needs: tuple, grad_y: Ten
 
 
 def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Tensor, Statistics]:
-    """``compose`` as one node: y, and each layer's batch norm's input, mean and var."""
+    """``compose`` as one node: y, and each batch norm's input, mean and var."""
     statistics: Statistics = []
     return _Node.apply(chain, statistics, *tensors), statistics

@@ -69,7 +69,8 @@ class Op:
         self.differentiable = backward is not None
         self.setup_context, self.backward = setup_context, backward
         self._choices: dict[tuple, Callable] = {}
-        dispatch.register(name, self.backends, self._choices)
+        self._names: dict[tuple, str] = {}
+        dispatch.register(name, self.backends, self._choices, self._names)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, self._from_dispatcher, "CompositeExplicitAutograd")
 
@@ -133,6 +134,18 @@ class Op:
             self._choices.clear()
         self._choices[key] = run
         return run
+
+    def backend(self, *args: Any) -> str:
+        """The name of the backend that these arguments get."""
+        key, plain, _ = _signature(args)
+        name = self._names.get(key) if plain else None
+        if name is None:
+            name = self.explain(*args).backend.name
+            if plain:
+                if len(self._names) >= _MAX_CHOICES:
+                    self._names.clear()
+                self._names[key] = name
+        return name
 
     def falls_back(self, *args: Any) -> bool:
         """Whether no kernel is chosen for these arguments; raises what the op's check does."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastres import functional
 from fastres.errors import UnsupportedError, must, must_type
+from fastres.nn import _fused
 from fastres.optimize.convert import Conversion, cast, to_channels_last
-from fastres.optimize.sites import Site, check_skip, follows_layout, sites, unwrap
+from fastres.optimize.sites import Site, check_skip, follows_layout, remaking_blocks, sites, unwrap
 from fastres.optimize.swap import STATE, State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
 from fastres.optimize.whole import Whole, forget_all
@@ -30,53 +31,53 @@ def optimize(
     channels_last: bool | str = "auto",
     dtype: torch.dtype | None = None,
     verify: Tensor | tuple[Any, ...] | None = None,
+    memory: str | None = None,
 ) -> Model:
     """Make a model run fused steps wherever its layers allow, in training and in evaluation.
 
-    Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped
-    in place: each module gets a subclass of its own class, so parameters, buffers, hooks, state-dict keys,
-    optimizers and ``isinstance`` stay. What is not recognised is left alone; ``fastres.explain`` says why,
-    ``fastres.restore`` undoes all. Calling it again changes the options.
+    Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped in place:
+    each module gets a subclass of its own class, so parameters, buffers, hooks, keys, optimizers and ``isinstance`` stay.
+    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes all. Calling it again changes the options.
 
     Args:
         model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped.
-        mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The
-            swapped modules serve both; evaluation folds batch norm only where autograd is off.
+        mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The swapped
+            modules serve both; evaluation folds batch norm only where autograd is off.
         strict: raise if any batch norm of the model would stay outside a fused step.
         inplace: False optimises a deep copy and leaves the model alone.
         skip: glob patterns of module names to be left alone with all inside them, such as ``"layer4.*"``.
         channels_last: whether swapped modules bring their input to channels_last and 4-D weights are stored so, which
-            spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16
-            and on CUDA in half precision, for networks whose code follows the layout.
+            spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16 and
+            on CUDA in half precision, for networks whose code follows the layout.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
             The originals are kept, in this model but not in its copies, for ``restore``.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
             its error against float64 is within twice that of plain PyTorch at the same dtype, plus a floor.
+        memory: ``"low"`` keeps less for backward in training: what batch norms of residual blocks, also of ``fastres.nn``'s,
+            hand to convolutions, every other output of blocks in a row included, is made again from what is kept anyway, to
+            the same bits. All is kept with ``torch.compile``, batch norm in evaluation, layers with hooks, other norms.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
-        UnsupportedError: strict, and something is refused (all refusals are listed); or the model is compiled,
-            scripted, traced or sharded. The model is unchanged.
+        UnsupportedError: strict, and something is refused (all refusals are listed); memory="low", and no block can keep
+            less; or the model is compiled, scripted, traced or sharded. The model is unchanged.
         VerificationError: the swap missed the budget; the model is restored.
     """
+    unwrap(model, "optimize")
+    _check_options(mode, channels_last, dtype, memory, strict=strict, inplace=inplace)
+    model = model if inplace else copy.deepcopy(model)
     network = unwrap(model, "optimize")
-    _check_options(mode, channels_last, dtype, strict=strict, inplace=inplace)
-    if not inplace:
-        model = copy.deepcopy(model)
-        network = unwrap(model, "optimize")
     patterns = check_skip(network, skip)
     found = sites(network, patterns)
-    if strict:
-        _refuse_any(found)
+    blocks = _accept(network, found, patterns, strict, memory)
     modes = [(module, module.training) for module in model.modules()]
     if mode is not None:
         model.train(mode == "training")
     try:
+        _mark(network, blocks)
         verdict = _apply(network, found, patterns, channels_last, dtype, verify)
     except Exception:
-        _restore(network)
-        for module, training in modes:
-            module.training = training
+        _restore(network, modes)
         raise
     _log.info("%s", _summary(network, found, verdict))
     return model
@@ -118,7 +119,7 @@ def _apply(
     return verdict
 
 
-def _check_options(mode: object, channels_last: object, dtype: object, **flags: object) -> None:
+def _check_options(mode: object, channels_last: object, dtype: object, memory: object, **flags: object) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise must_type("optimize", name, "a bool", flag)
@@ -126,6 +127,8 @@ def _check_options(mode: object, channels_last: object, dtype: object, **flags: 
         raise must("optimize", "mode", "None, 'training' or 'inference'", repr(mode))
     if channels_last not in (True, False, "auto"):
         raise must("optimize", "channels_last", "True, False or 'auto'", repr(channels_last))
+    if memory not in (None, "low"):
+        raise must("optimize", "memory", "None or 'low'", repr(memory))
     wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
     if dtype is not None and not wide:
         raise must("optimize", "dtype", "None or a floating torch.dtype of at least 16 bits", dtype)
@@ -138,6 +141,29 @@ def _refuse_any(found: list[Site]) -> None:
         raise UnsupportedError(f"fastres.optimize: strict, and {len(refusals)} modules cannot be fused:\n{lines}")
     if not any(site.status in ("fusable", "fused", "fastres") for site in found):
         raise UnsupportedError("fastres.optimize: strict, and the model holds nothing that can be fused")
+
+
+def _accept(
+    network: nn.Module, found: list[Site], patterns: tuple[str, ...], strict: bool, memory: str | None
+) -> list[nn.Module]:
+    """The blocks that are to keep less; refuse what cannot be done as asked."""
+    if strict:
+        _refuse_any(found)
+    if memory is None:
+        return []
+    blocks = remaking_blocks(network, found, patterns)
+    if not blocks:
+        what = "residual blocks of two or more layers of nn.Conv2d and nn.BatchNorm2d"
+        raise UnsupportedError(f"fastres.optimize: memory='low' needs {what} to optimise, and finds none (leave memory out)")
+    return blocks
+
+
+def _mark(network: nn.Module, blocks: Sequence[nn.Module]) -> None:
+    """Let these blocks, and no others, keep less."""
+    for module in network.modules():
+        vars(module).pop(_fused.REMAKES, None)
+    for block in blocks:
+        vars(block)[_fused.REMAKES] = True
 
 
 def _wants_channels_last(network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None) -> bool:
@@ -190,7 +216,10 @@ def _install(module: nn.Module, state: State) -> None:
     state.prepare(module)
 
 
-def _restore(network: nn.Module) -> None:
+def _restore(network: nn.Module, modes: Sequence[tuple[nn.Module, bool]] = ()) -> None:
+    _mark(network, ())
+    for module, training in modes:
+        module.training = training
     for module in list(network.modules()):
         state = state_of(module)
         if state is not None:

@@ -51,6 +51,11 @@ class Block:
         ]
         return layers, None if self.downsample is None else found[self.downsample]
 
+    def run_remaking(self, _: None, module: nn.Module, x: Any) -> Any:
+        """In training, without keeping what the layers hand to each other."""
+        layers, downsample = self.parts(module)
+        return _sequence.block(module, layers, x, downsample)
+
 
 @dataclass
 class Plan:

@@ -15,6 +15,7 @@ from fastres.dispatch import Choice
 from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
+from fastres.nn import _fused
 from fastres.nn._fused import MOST_IN_ONE_NODE
 from fastres.ops import REGISTRY
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends
@@ -221,6 +222,9 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     if model.training:
         notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda; the rest is fused")
         notes.append(f"inputs of up to {MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
+        remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
+        if remaking:
+            notes.append(f"memory='low': {remaking} blocks, op by op, make again in backward what their batch norms hand on")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)
@@ -240,12 +244,12 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
     subject = copy.deepcopy(model)
     for name, module in subject.named_modules():
         state = state_of(module)
-        if state is not None:
-            state.training = _observed(state.training, name, where)
-            state.evaluation = _observed(state.evaluation, name, where)
-        elif type(module).__module__.startswith("fastres."):
+        if type(module).__module__.startswith("fastres."):
             module.register_forward_pre_hook(lambda *_, name=name: where.append((name, None)))
             module.register_forward_hook(lambda *_: where.pop() and None, always_call=True)
+        elif state is not None:
+            state.training = _observed(state.training, name, where)
+            state.evaluation = _observed(state.evaluation, name, where)
 
     def heard(choice: Choice, apart: str | None) -> None:
         if where:

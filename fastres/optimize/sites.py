@@ -10,13 +10,14 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastres.errors import UnsupportedError, must, must_type
-from fastres.nn import _fused
+from fastres.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, _fused
 from fastres.nn._fused import original_class
 from fastres.optimize.plan import Plan, Step, plan
 from fastres.optimize.swap import state_of
 from fastres.optimize.trace import is_trusted
 
 _OTHER_RANKS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d)
+_BLOCKS = (BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck)
 _LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
 
 
@@ -164,6 +165,19 @@ def _outside(module: nn.Module, made: Plan) -> dict[str, str]:
             reason = _fused.why_not(child) or (None if made.steps else made.reason)
             left[name] = reason or "no convolution before it or activation after it can join it"
     return left
+
+
+def remaking_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = ()) -> list[nn.Module]:
+    """The blocks that can make again in backward what their layers hand to each other: swapped ones and those of fastres."""
+    blocks = {site.module: site.plans[True].block for site in found if site.status in ("fusable", "fused")}
+    swapped = [module for module, block in blocks.items() if block is not None and len(block.layers) > 1]
+    own = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BLOCKS) and original_class(module).forward.__module__.startswith("fastres.")
+        and not matches(name, skip) and any(type(child) is nn.BatchNorm2d for child in module.children())
+    ]  # fmt: skip
+    return swapped + own
 
 
 def follows_layout(model: nn.Module) -> str | None:

@@ -44,9 +44,12 @@ class State:
         return State(self.channels_last, None if self.whole is None else Whole())
 
     def prepare(self, module: nn.Module) -> None:
-        """Plan both modes anew."""
+        """Plan both modes anew; what is fastres's own runs fused steps as it is."""
         base = original_class(module)
-        self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
+        if not base.__module__.startswith("fastres."):
+            self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
+        if _fused.REMAKES in module.__dict__ and self.training.block is not None:
+            self.training.run = self.training.block.run_remaking
         self.children = tuple(module._modules.values())
 
     def current(self, module: nn.Module) -> Plan:

@@ -65,7 +65,7 @@ def of_optimize() -> Iterator[Case]:
         ("optimize(None)", lambda: fastres.optimize(None), "model"), ("optimize(tensor)", lambda: fastres.optimize(x), "model"),
         ("optimize(verify=3)", lambda: fastres.optimize(model(), verify=3), "verify"), ("optimize(verify='x')", lambda: fastres.optimize(model(), verify="x"), "verify"),
         ("optimize(dtype=int8)", lambda: fastres.optimize(model(), dtype=torch.int8), "dtype"), ("optimize(dtype='fp16')", lambda: fastres.optimize(model(), dtype="fp16"), "dtype"),
-        ("optimize(skip=3)", lambda: fastres.optimize(model(), skip=3), "skip"), ("restore(None)", lambda: fastres.restore(None), "model"),
+        ("optimize(memory='lo')", lambda: fastres.optimize(model(), memory="lo"), "memory"), ("optimize(skip=3)", lambda: fastres.optimize(model(), skip=3), "skip"), ("restore(None)", lambda: fastres.restore(None), "model"),
         ("refresh(3)", lambda: fastres.refresh(3), "model"), ("explain(None)", lambda: fastres.explain(None), "target"),
         ("explain('none')", lambda: fastres.explain("none"), "target"), ("explain of too few", lambda: fastres.explain("add_act", x), "args"),
         ("explain of a function without ops", lambda: fastres.explain(torch.relu, x), "target"),

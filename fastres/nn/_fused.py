@@ -30,7 +30,7 @@ _WRONG = (ArgumentError, ArgumentTypeError)
 # saved until its end, and memory that is not free must be fresh: ResNet-50 with batch 8 in float32 would take a thirtieth
 # longer (AMD EPYC, 2 threads, 2026-11-25).
 MOST_IN_ONE_NODE = 2**20
-_FUSIBLE = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
+_FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -62,6 +62,10 @@ def _why_not_module(module: nn.Module) -> str | None:
         return f"{kind.__name__} has hooks, which must fire"
     if "forward" in module.__dict__:
         return f"{kind.__name__} has a forward of its own on the instance"
+    if kind.forward is not _FUSIBLE[kind]:
+        return f"the forward of {kind.__name__} was replaced on the class"
+    if (kind is nn.Conv2d or kind is nn.BatchNorm2d) and "weight" not in module._parameters:
+        return f"{kind.__name__} keeps its weight elsewhere, as a replica of DataParallel does"
     return None
 
 
@@ -226,10 +230,14 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide."""
     if type(conv) is not nn.Conv2d or type(x) is not Tensor or torch.compiler.is_compiling() or is_followed(x):
         return conv(x)
-    weight: Any = conv._parameters["weight"]
+    return conv(x) if why_not(conv) is not None else convolve_plain(conv, x)
+
+
+def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``convolve`` where nobody waits for the module's call, which takes twice the host's time."""
+    operands: Any = x, conv._parameters["weight"], conv._parameters["bias"]
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
-    if why_not(conv) is None and functional.why_not_fast_conv2d(x, weight.shape, *geometry) is None:
-        operands: Any = x, weight, conv._parameters["bias"]
+    if functional.why_not_fast_conv2d(x, operands[1].shape, *geometry) is None:
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -237,8 +245,8 @@ def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
         try:
             return functional.conv2d(*operands, *geometry)
         except _WRONG:
-            pass  # as above
-    return conv(x)
+            operands = x, conv._parameters["weight"], conv._parameters["bias"]  # as above
+    return torch.conv2d(*operands, *geometry)
 
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -17,15 +17,14 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
-from fastres.ops import _chain, _running
+from fastres.nn import _norm
+from fastres.ops import _chain
 from fastres.ops._op import is_interposed
-from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
-from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 
 Act = nn.Module | str | None
 Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
 _transforms = torch._C._are_functorch_transforms_active
-_WRONG = (ArgumentError, ArgumentTypeError)
+WRONG = (ArgumentError, ArgumentTypeError)
 # Values of an input up to which a block's layers are one node of autograd: it spares the host's time, but keeps all that it
 # saved until its end, and memory that is not free must be fresh: ResNet-50 with batch 8 in float32 would take a thirtieth
 # longer (AMD EPYC, 2 threads, 2026-11-25).
@@ -86,7 +85,7 @@ def _is_relu(act: Act) -> bool:
     return not isinstance(act, nn.Module) or type(act) is nn.ReLU
 
 
-def _fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
+def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
     """Whether a call may be one op: each module is of the kind its place asks for, and nothing must see it called."""
     return (
         type(bn) is nn.BatchNorm2d
@@ -122,7 +121,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
     if y is not None:
         return y
     buffers = bn._buffers
-    if not bn.training and _fuses(x, conv, bn, act, None) and buffers["running_mean"] is not None:
+    if not bn.training and fuses(x, conv, bn, act, None) and buffers["running_mean"] is not None:
         convolution, norm = conv._parameters, bn._parameters
         inputs = (x,) if residual is None else (x, residual)
         run: Callable[..., Tensor] = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
@@ -130,9 +129,9 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
             return run(
                 *inputs, convolution["weight"], convolution["bias"], buffers["running_mean"], buffers["running_var"],
                 norm["weight"], norm["bias"], False, 0.0, bn.eps,
-                conv.stride, conv.padding, conv.dilation, conv.groups, _name(act),
+                conv.stride, conv.padding, conv.dilation, conv.groups, name(act),
             )  # fmt: skip
-        except _WRONG:
+        except WRONG:
             pass  # the modules below raise PyTorch's own error, or accept what the op does not
     return bn_act(bn, act, convolve(conv, x), residual)
 
@@ -152,23 +151,23 @@ def conv_bn_add_conv_bn_act(
     shortcut: Tensor,
 ) -> Tensor | None:
     """``act(bn(conv(x)) + shortcut_bn(shortcut_conv(shortcut)))`` in evaluation, or None where a module must be called."""
-    if not (_fuses(x, conv, bn, act, None) and _fuses(shortcut, shortcut_conv, shortcut_bn, None, None)):
+    if not (fuses(x, conv, bn, act, None) and fuses(shortcut, shortcut_conv, shortcut_bn, None, None)):
         return None
     if (shortcut_conv.kernel_size, shortcut_conv.padding, shortcut_conv.groups) != ((1, 1), (0, 0), 1):
         return None
     main, own = conv._parameters, shortcut_conv._parameters
-    mean, var, weight, bias, training = _statistics(bn)
-    own_mean, own_var, own_weight, own_bias, own_training = _statistics(shortcut_bn)
+    mean, var, weight, bias, training = _norm.statistics(bn)
+    own_mean, own_var, own_weight, own_bias, own_training = _norm.statistics(shortcut_bn)
     if training or own_training:
         return None
     arguments: Any = (
         x, shortcut, main["weight"], main["bias"], mean, var, own["weight"], own["bias"], own_mean, own_var,
         weight, bias, own_weight, own_bias, bn.eps, shortcut_bn.eps,
-        conv.stride, conv.padding, conv.dilation, conv.groups, shortcut_conv.stride, _name(act),
+        conv.stride, conv.padding, conv.dilation, conv.groups, shortcut_conv.stride, name(act),
     )  # fmt: skip
     try:
         return functional.conv_bn_add_conv_bn_act(*arguments)
-    except _WRONG:
+    except WRONG:
         return None  # as above
 
 
@@ -185,7 +184,7 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
 
 def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
     """``layers`` as one node, or None where they must run one by one."""
-    if not torch.is_grad_enabled() or not _joins(chain, x, residual):
+    if not torch.is_grad_enabled() or not joins(chain, x) or x.numel() > MOST_IN_ONE_NODE:
         return None
     tensors: list[Any] = [x, None if residual is x else residual]
     for conv, bn, _ in chain:
@@ -198,32 +197,27 @@ def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> T
     if dtype is None and any(weight.dtype != x.dtype for weight in tensors[2 :: _chain.TENSORS]):
         return None
     steps: Any = [
-        _chain.Layer((conv.stride, conv.padding, conv.dilation, conv.groups), bn.eps, _name(act)) for conv, bn, act in chain
+        _chain.Layer((conv.stride, conv.padding, conv.dilation, conv.groups), bn.eps, name(act)) for conv, bn, act in chain
     ]
     try:
         y, found = _chain.run(_chain.Chain(steps, residual is x, dtype), tensors)
-        buffers = [_statistics(bn)[:2] for _, bn, _ in chain]
-        for (z, _, _), given in zip(found, buffers, strict=True):
-            _running.check_running("bn_act", z, *given)
-    except _WRONG:
+        _norm.update([(bn, *statistics) for (_, bn, _), statistics in zip(chain, found, strict=True)])
+    except WRONG:
         return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
-    for (_, bn, _), (z, mean, var), given in zip(chain, found, buffers, strict=True):
-        _running.update_running(z, *given, mean, var, _momentum(bn))
-        _count(bn)
     return y
 
 
-def _joins(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> bool:
-    """Whether layers may be one node: plain modules in training, and a small input that nothing but autograd follows."""
+def joins(chain: Sequence[Layer], x: Tensor) -> bool:
+    """Whether layers may run without a look at their modules in between: all are plain and in training, and nothing but
+    autograd follows the call."""
+    for conv, bn, act in chain:
+        if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or not bn.training or not _is_relu(act):
+            return False
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_followed(x) or is_interposed():
         return False
-    if x.numel() > MOST_IN_ONE_NODE or x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
+    if x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
         return False
-    return all(
-        type(conv) is nn.Conv2d and type(bn) is nn.BatchNorm2d and bn.training and _is_relu(act)
-        and why_not(conv, bn, act) is None
-        for conv, bn, act in chain
-    )  # fmt: skip
+    return why_not(*(module for layer in chain for module in layer)) is None
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -244,24 +238,24 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
             operands = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
         try:
             return functional.conv2d(*operands, *geometry)
-        except _WRONG:
+        except WRONG:
             operands = x, conv._parameters["weight"], conv._parameters["bias"]  # as above
     return torch.conv2d(*operands, *geometry)
 
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them."""
-    if _fuses(x, None, bn, act, None):
-        statistics, momentum = _statistics(bn), _momentum(bn)
+    if fuses(x, None, bn, act, None):
+        statistics, momentum = _norm.statistics(bn), _norm.momentum(bn)
         try:
             if residual is None:
-                y = functional.bn_act(x, *statistics, momentum, bn.eps, _name(act))
+                y = functional.bn_act(x, *statistics, momentum, bn.eps, name(act))
             else:
-                y = functional.bn_add_act(x, residual, *statistics, momentum, bn.eps, _name(act))
-        except _WRONG:
+                y = functional.bn_add_act(x, residual, *statistics, momentum, bn.eps, name(act))
+        except WRONG:
             pass  # as above; nothing has been updated yet
         else:
-            _count(bn)
+            _norm.count(bn)
             return y
     return add_act(act, bn(x), residual)
 
@@ -270,59 +264,33 @@ def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: 
     """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics."""
     if bn is residual_bn:  # its buffers take both batches in PyTorch's order
         return add_act(act, bn(x), bn(residual))
-    if _fuses(x, None, bn, act, None) and _fuses(residual, None, residual_bn, None, None):
-        *own, training = _statistics(bn)
-        *others, residual_training = _statistics(residual_bn)
+    if fuses(x, None, bn, act, None) and fuses(residual, None, residual_bn, None, None):
+        *own, training = _norm.statistics(bn)
+        *others, residual_training = _norm.statistics(residual_bn)
         if training == residual_training and x.dtype == residual.dtype:
-            updates = _momentum(bn), bn.eps, _momentum(residual_bn), residual_bn.eps
-            arguments: tuple[Any, ...] = (*own, *others, training, *updates, _name(act))
+            updates = _norm.momentum(bn), bn.eps, _norm.momentum(residual_bn), residual_bn.eps
+            arguments: tuple[Any, ...] = (*own, *others, training, *updates, name(act))
             try:
                 y = functional.bn_add_bn_act(x, residual, *arguments)
             except ArgumentError:
                 pass  # as above
             else:
-                _count(bn)
-                _count(residual_bn)
+                _norm.count(bn)
+                _norm.count(residual_bn)
                 return y
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual))
 
 
-def in_two(
-    bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor, residual_bn: nn.BatchNorm2d | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """``bn_act`` with a residual, or ``bn_add_bn_act``, in training as two tensors of one memory, see ``Op.in_two``; None
-    where they must run as ever.
-    """
-    norms = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
-    if bn is residual_bn or not all(norm.training and _fuses(value, None, norm, act, None) for norm, value in norms):
-        return None
-    affine = [(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm, _ in norms]
-    arguments = x, residual, *(value for each in affine for value in each), _name(act)
-    try:
-        for norm, value in norms:
-            _running.check_running("bn_act", value, *_statistics(norm)[:2])
-        found = (BN_ADD_ACT_TRAIN if residual_bn is None else BN_ADD_BN_ACT_TRAIN).in_two(*arguments)
-    except _WRONG:
-        return None  # as above; nothing has been updated yet
-    if found is None:
-        return None
-    y, again, *statistics = found
-    for (norm, value), mean, var in zip(norms, statistics[0:4:2], statistics[1:4:2], strict=False):
-        _running.update_running(value, *_statistics(norm)[:2], mean, var, _momentum(norm))
-        _count(norm)
-    return y, again
-
-
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
     """``pool(act(bn(x)))``."""
-    if _fuses(x, None, bn, act, pool):
+    if fuses(x, None, bn, act, pool):
         window = pool.kernel_size, pool.stride, pool.padding
         try:
-            y = functional.bn_act_maxpool(x, *_statistics(bn), _momentum(bn), bn.eps, _name(act), *window)
-        except _WRONG:
+            y = functional.bn_act_maxpool(x, *_norm.statistics(bn), _norm.momentum(bn), bn.eps, name(act), *window)
+        except WRONG:
             pass  # as above
         else:
-            _count(bn)
+            _norm.count(bn)
             return y
     return pool(bn_act(bn, act, x))
 
@@ -336,7 +304,7 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
         elif not isinstance(residual, Tensor):
             raise must_type("add_act", "residual", "a torch.Tensor", residual)
         elif x.dtype == residual.dtype and x.shape == residual.shape and _is_relu(act) and why_not(act) is None:
-            return functional.add_act(x, residual, _name(act))
+            return functional.add_act(x, residual, name(act))
         else:
             y = (x + residual).to(x.dtype)
     if act is None:
@@ -344,30 +312,5 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     return F.relu(y) if isinstance(act, str) else act(y)
 
 
-def _name(act: Act) -> str:
+def name(act: Act) -> str:
     return "none" if act is None else "relu"
-
-
-def _statistics(
-    bn: nn.BatchNorm2d,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]:
-    """running_mean, running_var, weight, bias and training, as ``nn.BatchNorm2d.forward`` passes them on."""
-    parameters, buffers = bn._parameters, bn._buffers
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    if bn.training and not bn.track_running_stats:
-        mean = var = None
-    return mean, var, parameters["weight"], parameters["bias"], bn.training or mean is None
-
-
-def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:
-    """The update's weight; the reciprocal of the batches counted, this one included, where momentum is None."""
-    if bn.momentum is not None:
-        return bn.momentum
-    counter = bn._buffers["num_batches_tracked"]
-    return 0.0 if counter is None or not bn.training else 1.0 / (counter + 1)
-
-
-def _count(bn: nn.BatchNorm2d) -> None:
-    counter = bn._buffers["num_batches_tracked"]
-    if bn.training and bn.track_running_stats and counter is not None:
-        counter.add_(1)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn import _fused
+from fastres.nn import _fused, _training
 from fastres.nn.shortcut import ZeroPadShortcut
 
 
@@ -21,6 +21,9 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
 
 def block(layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
     """The layers of a block, and its shortcut added before the last act; downsample may be None."""
+    both = at_once(layers, x, x, downsample, False)
+    if both is not None:
+        return both[0]
     if downsample is None:
         return _fused.layers(layers, x, x)
     if type(downsample) is ZeroPadShortcut:
@@ -36,6 +39,9 @@ def block_in_two(
 
     What comes in and, without ``apart``, what goes out is one tensor twice; so it is where it cannot be two.
     """
+    both = at_once(layers, x, shortcut, downsample, apart)
+    if both is not None:
+        return both
     *first, (conv, bn, act) = layers
     steps, shortcut_bn = projection(downsample), None
     if downsample is None or type(downsample) is ZeroPadShortcut:
@@ -53,12 +59,24 @@ def block_in_two(
             for step in before:
                 shortcut = step(shortcut)
             shortcut = _fused.convolve(shortcut_conv, shortcut)
-    both = _fused.in_two(bn, act, z, shortcut, shortcut_bn) if apart else None
+    both = _training.in_two(bn, act, z, shortcut, shortcut_bn) if apart else None
     if both is not None:
         return both
     if shortcut_bn is None:
         return _twice(_fused.bn_act(bn, act, z, shortcut))
     return _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut))
+
+
+def at_once(
+    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any, apart: bool
+) -> tuple[Tensor, Tensor] | None:
+    """``_training.block`` for the shortcuts it knows: the identity, zero padding and a plain projection; else None."""
+    if type(downsample) is ZeroPadShortcut:
+        return None
+    steps = projection(downsample)
+    if downsample is not None and (steps is None or len(steps) != 2 or must_be_called(downsample)):
+        return None
+    return _training.block(layers, x, shortcut, steps or (), apart)
 
 
 def _twice(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,74 @@
+"""Residual blocks in training, op by op: modules looked at once, statistics updated together, the output in two."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.nn import _fused
+from fastres.nn._norm import Batches, affine, update
+from fastres.ops.bn_act import BN_ACT_TRAIN
+from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
+from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
+
+
+def in_two(
+    bn: nn.BatchNorm2d, act: _fused.Act, x: Tensor, residual: Tensor, residual_bn: nn.BatchNorm2d | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """``bn_act`` with a residual, or ``bn_add_bn_act``, in training as two tensors of one memory, see ``Op.in_two``; None
+    where they must run as ever.
+    """
+    norms = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
+    if bn is residual_bn or not all(norm.training and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
+        return None
+    try:
+        return _end(norms, act, residual, True, [])
+    except _fused.WRONG:
+        return None  # as above; nothing has been updated yet
+
+
+def _end(
+    norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: _fused.Act, residual: Tensor, apart: bool, before: Batches
+) -> tuple[Tensor, Tensor] | None:
+    """The end of a block as one op, its output twice; ``apart``: as two tensors, or None where there is no gradient. The
+    statistics of the norms, and of those ``before``, are updated.
+    """
+    op = BN_ADD_ACT_TRAIN if len(norms) == 1 else BN_ADD_BN_ACT_TRAIN
+    arguments = norms[0][1], residual, *(value for norm, _ in norms for value in affine(norm)), _fused.name(act)
+    found = op.in_two(*arguments) if apart else op(*arguments)
+    if found is None:
+        return None
+    y, *statistics = found
+    again = statistics.pop(0) if apart else y
+    update([*before, *((*norm, *statistics[2 * index : 2 * index + 2]) for index, norm in enumerate(norms))])
+    return y, again
+
+
+def block(
+    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, projection: Sequence[Any], apart: bool
+) -> tuple[Tensor, Tensor] | None:
+    """A block in training op by op, its modules looked at once for all, its statistics updated together: the output twice, as
+    two tensors where ``apart``. None where a module must be called, or the input is small (``in_one_node``).
+
+    ``projection``: the convolution and the batch norm of its shortcut; none where the shortcut is added as it is.
+    """
+    every = [*layers, (*projection, None)] if projection else layers
+    if not _fused.joins(every, x) or x.numel() <= _fused.MOST_IN_ONE_NODE or len({bn for _, bn, _ in every}) < len(every):
+        return None
+    *first, (conv, bn, act) = layers
+    found: Batches = []
+    try:
+        for each, norm, between in first:
+            z = _fused.convolve_plain(each, x)
+            x, mean, var = BN_ACT_TRAIN(z, *affine(norm), _fused.name(between))
+            found.append((norm, z, mean, var))
+        norms = [(bn, _fused.convolve_plain(conv, x))]
+        if projection:
+            shortcut = _fused.convolve_plain(projection[0], shortcut)
+            norms.append((projection[1], shortcut))
+            if shortcut.dtype != norms[0][1].dtype:
+                return None
+        return _end(norms, act, shortcut, apart and torch.is_grad_enabled(), found)
+    except _fused.WRONG:
+        return None  # as above; nothing has been updated yet

@@ -10,6 +10,7 @@ Batches = list[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor]]  # of batch norms 
 # Where the updates of several batch norms are few launches: each takes the host longer than its kernel a GPU. A CPU has a call
 # of its own for each.
 TOGETHER = {"cuda"}
+_KEPT = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]:
@@ -36,8 +37,6 @@ def affine(bn: nn.BatchNorm2d) -> tuple[Any, Any, float]:
 
 def update(batches: Batches) -> None:
     """Update the running buffers and the counters of batch norms that ran in training; none where one cannot be."""
-    for bn, x, _, _ in batches:
-        _running.check_running("bn_act", x, *statistics(bn)[:2])
     values = [x.numel() // x.shape[1] for _, x, _, _ in batches]
     if len(batches) > 1 and batches[0][1].device.type in TOGETHER and min(values) > 1 and _are_alike(batches):
         buffers = [bn._buffers for bn, *_ in batches]
@@ -46,22 +45,30 @@ def update(batches: Batches) -> None:
         weight: Any = batches[0][0].momentum
         _running.update_together(running, [(mean, var) for *_, mean, var in batches], values, weight, counters)
         return
+    for bn, x, _, _ in batches:
+        _running.check_running("bn_act", x, *statistics(bn)[:2])
     for bn, x, mean, var in batches:
         _running.update_running(x, *statistics(bn)[:2], mean, var, momentum(bn))
         count(bn)
 
 
 def _are_alike(batches: Batches) -> bool:
-    """Whether batch norms keep statistics by one momentum, in plain buffers, none of which is another's."""
+    """Whether batch norms keep statistics by one momentum, in plain buffers laid as the batch's, none of which is another's."""
     common = batches[0][0].momentum
     places = set()
-    for bn, *_ in batches:
+    for bn, _, mean, _ in batches:
         if type(bn.momentum) is not float or bn.momentum != common or not bn.track_running_stats:
             return False
-        for buffer in bn._buffers.values():
-            if type(buffer) is not Tensor or buffer.requires_grad:
+        running_mean, running_var, counter = map(bn._buffers.get, _KEPT)
+        for buffer in (running_mean, running_var):
+            if type(buffer) is not Tensor or buffer.requires_grad or buffer.dtype != mean.dtype or buffer.device != mean.device:
+                return False
+            if buffer.shape != mean.shape or buffer.stride() != mean.stride():
                 return False
             places.add(buffer.data_ptr())
+        if type(counter) is not Tensor or counter.device != mean.device:
+            return False
+        places.add(counter.data_ptr())
     return len(places) == 3 * len(batches)
 
 

@@ -65,6 +65,10 @@ def _why_not_module(module: nn.Module) -> str | None:
         return f"the forward of {kind.__name__} was replaced on the class"
     if (kind is nn.Conv2d or kind is nn.BatchNorm2d) and "weight" not in module._parameters:
         return f"{kind.__name__} keeps its weight elsewhere, as a replica of DataParallel does"
+    if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
+    if kind is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
+        return "MaxPool2d has dilation, ceil_mode or return_indices"
     return None
 
 
@@ -72,7 +76,7 @@ def why_not(*modules: Act) -> str | None:
     """Why these modules cannot run as one op, or None: ``(conv, bn, act)``, ``(bn, act)``, ``(bn, act, pool)``."""
     for module in modules:
         if isinstance(module, nn.Module):
-            reason = _why_not_module(module) or _why_not_options(module)
+            reason = _why_not_module(module)
             if reason is not None:
                 return reason
     if _any_global_hook():
@@ -95,16 +99,6 @@ def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.M
         and not is_followed(x)
         and why_not(conv, bn, act, pool) is None
     )
-
-
-def _why_not_options(module: nn.Module) -> str | None:
-    if type(module) is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
-    if type(module) is nn.MaxPool2d and (
-        module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices
-    ):
-        return "MaxPool2d has dilation, ceil_mode or return_indices"
-    return None
 
 
 def is_followed(x: Tensor) -> bool:

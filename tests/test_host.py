@@ -97,6 +97,16 @@ def test_a_block_at_once_has_the_bits_of_its_layers_one_by_one(name, amp, optimi
     assert_same_bits(found, step(other, x, amp))
 
 
+def test_without_a_gradient_nothing_runs_twice(at_once):
+    stage, calls = fnn._stage.Stage(*(fnn.BasicBlock(16, 16) for _ in range(3))).to(memory_format=LAST), []
+    stage.requires_grad_(False)
+    counted = fastres.functional.why_not_fast_conv2d
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastres.functional, "why_not_fast_conv2d", lambda *args: calls.append(1) or counted(*args))
+        stage(images(16))
+    assert at_once == [True] * 3 and len(calls) == 6
+
+
 def watch(kind, block):
     """Something that must see a layer called; what it saw."""
     seen = []

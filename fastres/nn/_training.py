@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastres.nn import _fused
@@ -16,8 +15,8 @@ from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 def in_two(
     bn: nn.BatchNorm2d, act: _fused.Act, x: Tensor, residual: Tensor, residual_bn: nn.BatchNorm2d | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """``bn_act`` with a residual, or ``bn_add_bn_act``, in training as two tensors of one memory, see ``Op.in_two``; None
-    where they must run as ever.
+    """``bn_act`` with a residual, or ``bn_add_bn_act``, in training as two tensors of one memory, see ``Op.in_two``, or one
+    twice where there is no gradient; None where they must run as ever.
     """
     norms = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
     if bn is residual_bn or not all(norm.training and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
@@ -30,17 +29,18 @@ def in_two(
 
 def _end(
     norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: _fused.Act, residual: Tensor, apart: bool, before: Batches
-) -> tuple[Tensor, Tensor] | None:
-    """The end of a block as one op, its output twice; ``apart``: as two tensors, or None where there is no gradient. The
-    statistics of the norms, and of those ``before``, are updated.
+) -> tuple[Tensor, Tensor]:
+    """The end of a block as one op, its output twice; ``apart``: as two tensors where there is a gradient. The statistics of
+    the norms, and of those ``before``, are updated.
     """
     op = BN_ADD_ACT_TRAIN if len(norms) == 1 else BN_ADD_BN_ACT_TRAIN
     arguments = norms[0][1], residual, *(value for norm, _ in norms for value in affine(norm)), _fused.name(act)
-    found = op.in_two(*arguments) if apart else op(*arguments)
+    found = op.in_two(*arguments) if apart else None
     if found is None:
-        return None
-    y, *statistics = found
-    again = statistics.pop(0) if apart else y
+        y, *statistics = op(*arguments)
+        again = y
+    else:
+        y, again, *statistics = found
     update([*before, *((*norm, *statistics[2 * index : 2 * index + 2]) for index, norm in enumerate(norms))])
     return y, again
 
@@ -69,6 +69,6 @@ def block(
             norms.append((projection[1], shortcut))
             if shortcut.dtype != norms[0][1].dtype:
                 return None
-        return _end(norms, act, shortcut, apart and torch.is_grad_enabled(), found)
+        return _end(norms, act, shortcut, apart, found)
     except _fused.WRONG:
         return None  # as above; nothing has been updated yet

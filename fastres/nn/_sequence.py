@@ -71,7 +71,7 @@ def at_once(
     layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, downsample: Any, apart: bool
 ) -> tuple[Tensor, Tensor] | None:
     """``_training.block`` for the shortcuts it knows: the identity, zero padding and a plain projection; else None."""
-    if type(downsample) is ZeroPadShortcut:
+    if type(downsample) is ZeroPadShortcut or not getattr(layers[0][1], "training", False):
         return None
     steps = projection(downsample)
     if downsample is not None and (steps is None or len(steps) != 2 or must_be_called(downsample)):

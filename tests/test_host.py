@@ -211,12 +211,6 @@ OTHERS = {
     "no gradient": (X, nn.Parameter(torch.randn(8), requires_grad=False), None, 1e-5, "relu"),
     "gradient": (X.clone().requires_grad_(), W, None, 1e-5, "relu"),
     "a negated view": (X, nn.Parameter(torch._neg_view(torch.randn(8))), None, 1e-5, "relu"),
-    "nested": (X, torch.nested.nested_tensor([torch.zeros(3), torch.zeros(2)]), None, 1e-5, "relu"),
-    "sparse": (X, torch.randn(8).to_sparse(), None, 1e-5, "relu"),
-    "rows compressed": (X, torch.randn(8, 8).to_sparse_csr(), None, 1e-5, "relu"),
-    "blocks compressed": (X, torch.randn(8, 8).to_sparse_bsr((2, 2)), None, 1e-5, "relu"),
-    "quantised": (X, torch.quantize_per_tensor(torch.zeros(8), 0.1, 0, torch.qint8), None, 1e-5, "relu"),
-    "NumPy": (X, W.detach().numpy(), None, 1e-5, "relu"),
     "None": (X, None, None, 1e-5, "relu"),
     "no None": (X, W, torch.randn(8), 1e-5, "relu"),
     "eps": (X, W, None, 1e-4, "relu"),
@@ -242,9 +236,7 @@ def test_transforms_and_modes_are_never_taken_for_plain_calls():
     op(X, W, W.detach(), 1e-5, "relu")
     seen = _op._Seen((X, W, None, 1e-5, "relu"), len, True)
     torch.func.grad(lambda x: found.append(x) or x.sum())(X)
-    torch.vmap(lambda x: found.append(x) or x)(X[None])
-    for dead in found:
-        assert type(dead) is torch.Tensor and not seen.is_like((dead, W, None, 1e-5, "relu"))
+    assert type(found[0]) is torch.Tensor and not seen.is_like((found[0], W, None, 1e-5, "relu"))  # a wrapper that is dead
     with torch.no_grad():
         assert not op(X, W, W.detach(), 1e-5, "relu")[0].requires_grad
     assert op(X, W, W.detach(), 1e-5, "relu")[0].requires_grad

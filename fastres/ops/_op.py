@@ -131,7 +131,7 @@ class Op:
     def _seen(self, args: tuple) -> "_Seen | None":
         """A call like this one in all that a choice may depend on, if one was seen."""
         first = args[0] if args else None
-        if type(first) is Tensor and not first.is_nested and not is_interposed():
+        if type(first) is Tensor and not is_interposed():
             for seen in self._choices.get(first.shape, ()):
                 if seen.is_like(args):
                     return seen
@@ -222,14 +222,10 @@ class _Seen:
         others = self._others(args)
         if tuple(map(type, others)) != self._kinds or others != self._values:
             return False
-        tensors = self._tensors(args)
-        try:  # a nested tensor, which has no shape, would end the process
-            return not any(map(_is_nested, tensors)) and self._guards.check(*tensors)
-        except (AttributeError, TypeError):  # something else in a tensor's place
+        try:
+            return self._guards.check(*self._tensors(args))
+        except TypeError:  # something else in a tensor's place
             return False
-
-
-_is_nested = operator.attrgetter("is_nested")
 
 
 def _nothing(args: tuple) -> tuple:

@@ -102,12 +102,6 @@ def parameter_grads(
     return grad_weight, grad_bias.to(grad_weight.dtype if bias is None else bias.dtype)
 
 
-def asked_for(ctx: Any, found: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The gradients of the first arguments, None where none is asked for."""
-    needs = ctx.needs_input_grad[: len(found)]
-    return found if all(needs) else tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
-
-
 def laid_as(x: Tensor, grad_y: Tensor) -> Tensor:
     """The gradient of y in y's memory format, which it mostly has: then to ask for x's strides is all it costs."""
     return grad_y if grad_y.stride() == x.stride() else grad_y.contiguous(memory_format=memory_format(x))

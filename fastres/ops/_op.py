@@ -1,7 +1,6 @@
 """class Op: the one place that knows torch.library, autograd and the cost of a Python call."""
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch.nn import Parameter
 
 from fastres import dispatch
@@ -17,8 +15,6 @@ from fastres.dispatch import Backend, Choice
 
 _LIBRARY = torch.library.Library("fastres", "DEF")
 _MAX_CHOICES = 4096  # per op; emptied beyond, so that ever-changing shapes cannot grow memory without bound
-
-_MOST_SEEN = 4  # calls of one shape: with and without gradient, with a second part of it, frozen layers
 
 _SCALARS = frozenset((str, int, float, bool, tuple, type(None)))
 
@@ -72,7 +68,7 @@ class Op:
         self.backends = (*backends, Backend("torch", lambda *args: None, lambda: reference))
         self.differentiable = backward is not None
         self.setup_context, self.backward = setup_context, backward
-        self._choices: dict[tuple, Any] = {}  # functions by keys; some calls that were seen, by the shape of the first tensor
+        self._choices: dict[tuple, Callable] = {}
         dispatch.register(name, self.backends, self._choices)
         _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, self._from_dispatcher, "CompositeExplicitAutograd")
@@ -86,25 +82,18 @@ class Op:
         if backward is not None and setup_context is not None:
             torch.library.register_autograd(f"fastres::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
             self._function = _eager_function(name, setup_context, backward)
-            self._apply = _past_functorch(self._function)
         self._packet = getattr(torch.ops.fastres, name).default
         REGISTRY[name] = self
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._packet(*args)
-        seen = self._seen(args)
-        if seen is not None:
-            if seen.needs_grad and torch.is_grad_enabled():
-                return self._packet(*args) if self._function is None else self._apply(*args, seen.run)
-            return seen.run(*args)
         key, plain, needs_grad = _signature(args)
         if not plain or is_interposed():
             if not any(isinstance(arg, torch.fx.Proxy) for arg in args):
                 self.check(*args)
             return self._packet(*args)
         run = self._choices.get(key) or self._choose(key, args)
-        self._remember(args, run, needs_grad)
         if needs_grad and torch.is_grad_enabled():
             return self._packet(*args) if self._function is None else self._function.apply(*args, run)
         return run(*args)
@@ -118,33 +107,10 @@ class Op:
         """
         if torch.compiler.is_compiling() or is_interposed() or not torch.is_grad_enabled():
             return None
-        seen = self._seen(args)
-        if seen is not None:
-            return self._apply_in_two(*args, seen.run) if seen.needs_grad else None
         key, plain, needs_grad = _signature(args)
         if not plain or not needs_grad:
             return None
-        run = self._choices.get(key) or self._choose(key, args)
-        self._remember(args, run, needs_grad)
-        return self._function_in_two.apply(*args, run)
-
-    def _seen(self, args: tuple) -> "_Seen | None":
-        """A call like this one in all that a choice may depend on, if one was seen."""
-        first = args[0] if args else None
-        if type(first) is Tensor and not is_interposed():
-            for seen in self._choices.get(first.shape, ()):
-                if seen.is_like(args):
-                    return seen
-        return None
-
-    def _remember(self, args: tuple, run: Callable, needs_grad: bool) -> None:
-        seen = self._choices.setdefault(args[0].shape, [])
-        if len(seen) < _MOST_SEEN:
-            seen.append(_Seen(args, run, needs_grad))
-
-    @functools.cached_property
-    def _apply_in_two(self) -> Any:
-        return _past_functorch(self._function_in_two)
+        return self._function_in_two.apply(*args, self._choices.get(key) or self._choose(key, args))
 
     @functools.cached_property
     def _function_in_two(self) -> Any:
@@ -201,37 +167,6 @@ def _signature(args: tuple) -> tuple[tuple, bool, bool]:
     return tuple(key), plain, needs_grad
 
 
-class _Seen:
-    """A call, and how to know one like it: by the guards of PyTorch's compiler, in a tenth of the time that a key takes. They
-    compare types, devices, dtypes, shapes, strides, layouts, requires_grad and what else a tensor is dispatched by."""
-
-    def __init__(self, args: tuple, run: Callable, needs_grad: bool) -> None:
-        self.run, self.needs_grad, self._count = run, needs_grad, len(args)
-        tensors = [index for index, arg in enumerate(args) if isinstance(arg, Tensor)]
-        others = [index for index, arg in enumerate(args) if not isinstance(arg, Tensor)]
-        # Of at least two: of one index an itemgetter makes no tuple.
-        self._others = operator.itemgetter(*others, *others) if others else _nothing
-        self._values = self._others(args)
-        self._kinds = tuple(map(type, self._values))
-        self._tensors = operator.itemgetter(*tensors) if len(tensors) > 1 else lambda args: (args[tensors[0]],)
-        self._guards = TensorGuards(*self._tensors(args), dynamic_dims_sizes=None, dynamic_dims_strides=None)
-
-    def is_like(self, args: tuple) -> bool:
-        if len(args) != self._count:
-            return False
-        others = self._others(args)
-        if tuple(map(type, others)) != self._kinds or others != self._values:
-            return False
-        try:
-            return self._guards.check(*self._tensors(args))
-        except TypeError:  # something else in a tensor's place
-            return False
-
-
-def _nothing(args: tuple) -> tuple:
-    return ()
-
-
 class Once:
     """A check that a combination of arguments (dtypes, devices, shapes, strides, flags) need pass only once."""
 
@@ -258,11 +193,6 @@ _transforms = torch._C._are_functorch_transforms_active
 def is_interposed() -> bool:
     """Whether a mode or a functorch transform must see the call."""
     return bool(_dispatch_modes() or _function_modes() or _transforms())
-
-
-def _past_functorch(function: Any) -> Callable:
-    """Its ``apply`` for tensors that no transform of torch.func made, which spares a look at each."""
-    return super(torch.autograd.Function, function).apply
 
 
 def _eager_function(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:

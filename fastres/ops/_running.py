@@ -70,7 +70,7 @@ def update_together(
     found: Sequence[tuple[Tensor, Tensor]],
     values: Sequence[int],
     momentum: float,
-    counters: list[Tensor],
+    counters: Sequence[Tensor],
 ) -> None:
     """``update_running`` of several batch norms, whose buffers are plain tensors and all different, and their counters of
     batches: the same arithmetic in few launches.

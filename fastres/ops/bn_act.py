@@ -87,7 +87,7 @@ def gradients(ctx, grad_y: Tensor) -> tuple:
         return _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
     grad_y = _bn.laid_as(x, grad_y)
     found = BN_ACT_BACKWARD(grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training)
-    return _bn.asked_for(ctx, found)
+    return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
 
 
 def backward(ctx, grad_y):

@@ -117,7 +117,7 @@ def gradients(ctx, grad_y):
         return _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
     found = BN_ACT_MAXPOOL_BACKWARD(grad_y, x, weight, bias, mean, var, ctx.eps, ctx.act, ctx.training, *ctx.window)
-    return _bn.asked_for(ctx, found)
+    return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
 
 
 def backward(ctx, grad_y):

@@ -114,7 +114,7 @@ def gradients(ctx, grad_y, grad_y2):
         dz = ADD_ACT_BACKWARD(grad_y, mask_or_y, ctx.act)
         grad_x, grad_weight, grad_bias = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, ctx.eps, "none", False)
     found = grad_x, dz.to(ctx.residual_dtype), grad_weight, grad_bias.to(ctx.bias_dtype or grad_bias.dtype)
-    return _bn.asked_for(ctx, found)
+    return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))
 
 
 def backward(ctx, grad_y):

@@ -1,5 +1,5 @@
-"""What spares the host's time in training: blocks whose modules are looked at once, statistics updated together, calls known
-by PyTorch's guards. None of it changes a value, and nobody who waits for a call waits in vain.
+"""What spares the host's time in training: blocks whose modules are looked at once, statistics updated together. None of it
+changes a value, and nobody who waits for a call waits in vain.
 """
 
 import copy
@@ -12,7 +12,7 @@ import fastres
 import fastres.nn as fnn
 from fastres.experiments.twin import torch_twin
 from fastres.nn import _fused, _norm, _stage, _training
-from fastres.ops import REGISTRY, _op, _running
+from fastres.ops import _running
 
 LAST = torch.channels_last
 BLOCKS = {
@@ -195,60 +195,3 @@ def test_wrong_inputs_update_nothing():
     assert not block.bn1.running_mean.any() and block.bn1.num_batches_tracked == 0
     y = block(torch.randn(0, 16, 8, 8))
     assert y.shape == (0, 16, 8, 8) and not block.bn1.running_mean.any() and block.bn1.num_batches_tracked == 1
-
-
-X, W = torch.randn(2, 8, 4, 4), nn.Parameter(torch.randn(8))
-OTHERS = {
-    "dtype": (X.double(), W, None, 1e-5, "relu"),
-    "strides": (X.to(memory_format=LAST), W, None, 1e-5, "relu"),
-    "device": (X.to("meta"), W, None, 1e-5, "relu"),
-    "layout": (X.to_mkldnn(), W, None, 1e-5, "relu") if torch.backends.mkldnn.is_available() else (),
-    "shape": (X[:1], W, None, 1e-5, "relu"),
-    "a parameter's shape": (X, nn.Parameter(torch.randn(9)), None, 1e-5, "relu"),
-    "a parameter's strides": (X, nn.Parameter(torch.randn(16)[::2]), None, 1e-5, "relu"),
-    "a parameter's dtype": (X, nn.Parameter(torch.randn(8).double()), None, 1e-5, "relu"),
-    "type": (X, W.detach().requires_grad_(), None, 1e-5, "relu"),
-    "no gradient": (X, nn.Parameter(torch.randn(8), requires_grad=False), None, 1e-5, "relu"),
-    "gradient": (X.clone().requires_grad_(), W, None, 1e-5, "relu"),
-    "a negated view": (X, nn.Parameter(torch._neg_view(torch.randn(8))), None, 1e-5, "relu"),
-    "None": (X, None, None, 1e-5, "relu"),
-    "no None": (X, W, torch.randn(8), 1e-5, "relu"),
-    "eps": (X, W, None, 1e-4, "relu"),
-    "True": (X, W, None, True, "relu"),
-    "a tensor": (X, W, None, torch.tensor(1e-5), "relu"),
-    "act": (X, W, None, 1e-5, "none"),
-    "fewer": (X, W, None, 1e-5),
-    "more": (X, W, None, 1e-5, "relu", "relu"),
-}
-
-
-@pytest.mark.parametrize("what", OTHERS)
-def test_a_call_that_differs_is_not_taken_for_one_that_was_seen(what):
-    seen = _op._Seen((X, W, None, 1e-5, "relu"), len, True)
-    assert seen.is_like((torch.randn(2, 8, 4, 4), nn.Parameter(torch.randn(8)), None, 1e-5, "relu"))
-    assert not seen.is_like(OTHERS[what])
-    if what == "True":
-        assert not _op._Seen((X, W, None, 1.0, "relu"), len, True).is_like(OTHERS[what])
-
-
-def test_transforms_and_modes_are_never_taken_for_plain_calls():
-    op, found = REGISTRY["bn_act_train"], []
-    op(X, W, W.detach(), 1e-5, "relu")
-    seen = _op._Seen((X, W, None, 1e-5, "relu"), len, True)
-    torch.func.grad(lambda x: found.append(x) or x.sum())(X)
-    assert type(found[0]) is torch.Tensor and not seen.is_like((found[0], W, None, 1e-5, "relu"))  # a wrapper that is dead
-    with torch.no_grad():
-        assert not op(X, W, W.detach(), 1e-5, "relu")[0].requires_grad
-    assert op(X, W, W.detach(), 1e-5, "relu")[0].requires_grad
-
-
-def test_few_calls_are_remembered_and_a_new_choice_forgets_them():
-    op = REGISTRY["bn_act_train"]
-    for eps in range(1, 3 * _op._MOST_SEEN):
-        op(X, W, None, float(eps), "relu")
-    assert len(op._choices[X.shape]) == _op._MOST_SEEN
-    with fastres.use(bn_act="torch"):
-        assert X.shape not in op._choices
-        op(X, W, None, 1.0, "relu")
-        assert [seen.run for seen in op._choices[X.shape]] == [op.reference]
-    assert X.shape not in op._choices

@@ -29,6 +29,8 @@ PYTHON = [
           "test_stage.py::test_whoever_sees_a_value_sees_its_whole_gradient", {}),
     Fault("a convolution sees a part of a gradient", "nn/_stage.py", "is nn.Conv2d and _fused.why_not(module) is None", "is not None",
           "test_stage.py::test_whoever_sees_a_value_sees_its_whole_gradient", {}),
+    Fault("a forward replaced on the class is passed by", "nn/_fused.py", "if kind.forward is not _FUSIBLE[kind]:", "if False:",
+          "test_host.py::test_a_forward_replaced_on_the_class_is_called", {}),
     Fault("a plan survives a change of its network", "optimize/whole.py", "ids == self.ids and self.now() == self.marks",
           "True", "test_reliability.py::test_nothing_fails[R10]", {}),
 ]  # fmt: skip

@@ -17,22 +17,21 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
-from fastres.ops import _chain, _running
+from fastres.nn import _norm
+from fastres.ops import _chain
 from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
-from fastres.ops.bn_act import BN_ACT_TRAIN
-from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
-from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 
 Act = nn.Module | str | None
 Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
+Link = tuple[Any, Act]  # a convolution, or a batch norm with its activation
 _transforms = torch._C._are_functorch_transforms_active
-_WRONG = (ArgumentError, ArgumentTypeError)
+WRONG = (ArgumentError, ArgumentTypeError)
 # Values of an input up to which a block's layers are one node of autograd: it spares the host's time, but keeps all that it
 # saved until its end, and memory that is not free must be fresh: ResNet-50 with batch 8 in float32 would take a thirtieth
 # longer (AMD EPYC, 2 threads, 2026-11-25).
 MOST_IN_ONE_NODE = 2**20
-_FUSIBLE = frozenset((nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d))
+_FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -48,8 +47,6 @@ def has_hooks(module: nn.Module) -> bool:
 
 # The class that a module had before optimize put one on top, whose forward does the same: that one's attribute.
 ORIGINAL = "_fastres_original"
-
-
 # Of a block: the mark by which optimize(memory="low") asks not to keep what its layers hand on.
 REMAKES = "_fastres_remakes"
 
@@ -68,6 +65,14 @@ def _why_not_module(module: nn.Module) -> str | None:
         return f"{kind.__name__} has hooks, which must fire"
     if "forward" in module.__dict__:
         return f"{kind.__name__} has a forward of its own on the instance"
+    if kind.forward is not _FUSIBLE[kind]:
+        return f"the forward of {kind.__name__} was replaced on the class"
+    if (kind is nn.Conv2d or kind is nn.BatchNorm2d) and "weight" not in module._parameters:
+        return f"{kind.__name__} keeps its weight elsewhere, as a replica of DataParallel does"
+    if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
+    if kind is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
+        return "MaxPool2d has dilation, ceil_mode or return_indices"
     return None
 
 
@@ -75,7 +80,7 @@ def why_not(*modules: Act) -> str | None:
     """Why these modules cannot run as one op, or None: ``(conv, bn, act)``, ``(bn, act)``, ``(bn, act, pool)``."""
     for module in modules:
         if isinstance(module, nn.Module):
-            reason = _why_not_module(module) or _why_not_options(module)
+            reason = _why_not_module(module)
             if reason is not None:
                 return reason
     if _any_global_hook():
@@ -88,7 +93,7 @@ def _is_relu(act: Act) -> bool:
     return not isinstance(act, nn.Module) or type(act) is nn.ReLU
 
 
-def _fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
+def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
     """Whether a call may be one op: each module is of the kind its place asks for, and nothing must see it called."""
     return (
         type(bn) is nn.BatchNorm2d
@@ -98,16 +103,6 @@ def _fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.
         and not is_followed(x)
         and why_not(conv, bn, act, pool) is None
     )
-
-
-def _why_not_options(module: nn.Module) -> str | None:
-    if type(module) is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
-    if type(module) is nn.MaxPool2d and (
-        module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices
-    ):
-        return "MaxPool2d has dilation, ceil_mode or return_indices"
-    return None
 
 
 def is_followed(x: Tensor) -> bool:
@@ -124,7 +119,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
     if y is not None:
         return y
     buffers = bn._buffers
-    if not bn.training and _fuses(x, conv, bn, act, None) and buffers["running_mean"] is not None:
+    if not bn.training and fuses(x, conv, bn, act, None) and buffers["running_mean"] is not None:
         convolution, norm = conv._parameters, bn._parameters
         inputs = (x,) if residual is None else (x, residual)
         run: Callable[..., Tensor] = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
@@ -132,9 +127,9 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
             return run(
                 *inputs, convolution["weight"], convolution["bias"], buffers["running_mean"], buffers["running_var"],
                 norm["weight"], norm["bias"], False, 0.0, bn.eps,
-                conv.stride, conv.padding, conv.dilation, conv.groups, _name(act),
+                conv.stride, conv.padding, conv.dilation, conv.groups, name(act),
             )  # fmt: skip
-        except _WRONG:
+        except WRONG:
             pass  # the modules below raise PyTorch's own error, or accept what the op does not
     return bn_act(bn, act, convolve(conv, x), residual)
 
@@ -154,23 +149,23 @@ def conv_bn_add_conv_bn_act(
     shortcut: Tensor,
 ) -> Tensor | None:
     """``act(bn(conv(x)) + shortcut_bn(shortcut_conv(shortcut)))`` in evaluation, or None where a module must be called."""
-    if not (_fuses(x, conv, bn, act, None) and _fuses(shortcut, shortcut_conv, shortcut_bn, None, None)):
+    if not (fuses(x, conv, bn, act, None) and fuses(shortcut, shortcut_conv, shortcut_bn, None, None)):
         return None
     if (shortcut_conv.kernel_size, shortcut_conv.padding, shortcut_conv.groups) != ((1, 1), (0, 0), 1):
         return None
     main, own = conv._parameters, shortcut_conv._parameters
-    mean, var, weight, bias, training = _statistics(bn)
-    own_mean, own_var, own_weight, own_bias, own_training = _statistics(shortcut_bn)
+    mean, var, weight, bias, training = _norm.statistics(bn)
+    own_mean, own_var, own_weight, own_bias, own_training = _norm.statistics(shortcut_bn)
     if training or own_training:
         return None
     arguments: Any = (
         x, shortcut, main["weight"], main["bias"], mean, var, own["weight"], own["bias"], own_mean, own_var,
         weight, bias, own_weight, own_bias, bn.eps, shortcut_bn.eps,
-        conv.stride, conv.padding, conv.dilation, conv.groups, shortcut_conv.stride, _name(act),
+        conv.stride, conv.padding, conv.dilation, conv.groups, shortcut_conv.stride, name(act),
     )  # fmt: skip
     try:
         return functional.conv_bn_add_conv_bn_act(*arguments)
-    except _WRONG:
+    except WRONG:
         return None  # as above
 
 
@@ -187,17 +182,20 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
 
 def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
     """``layers`` as one node where the input is small, or None where they must run one by one."""
-    if not torch.is_grad_enabled():
-        return None
-    return _linked([link for conv, bn, act in chain for link in ((conv, None), (bn, act))], x, residual)
+    return _linked(links(chain), x, residual) if torch.is_grad_enabled() else None
 
 
-def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None, made: Made | None = None) -> Tensor | None:
-    """Convolutions and batch norms, these with their activations, in a row as one node of autograd, see ``_chain``; None where
-    they must run one by one."""
-    if not _joins(links, x, made is not None):
+def links(chain: Sequence[Layer]) -> list[Link]:
+    """The convolutions and batch norms of layers in a row, these with their activations."""
+    return [link for conv, bn, act in chain for link in ((conv, None), (bn, act))]
+
+
+def _linked(chain: Sequence[Link], x: Tensor, residual: Tensor | None, made: Made | None = None) -> Tensor | None:
+    """Links in a row as one node of autograd, see ``_chain``; None where they must run one by one, as where the input is large
+    and must be kept."""
+    if not joins(chain, x) or (made is None and x.numel() > MOST_IN_ONE_NODE):
         return None
-    own = [module._parameters[name] for module, _ in links for name in ("weight", "bias")]
+    own = [module._parameters[name] for module, _ in chain for name in ("weight", "bias")]
     tensors: list[Any] = [x, None if residual is x else residual, *own]
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -205,37 +203,32 @@ def _linked(links: Sequence[tuple[Any, Act]], x: Tensor, residual: Tensor | None
         return None
     if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
         return None
-    norms = [module for module, _ in links if type(module) is nn.BatchNorm2d]
-    chain = [
-        _chain.Norm(m.eps, _name(act)) if type(m) is nn.BatchNorm2d
-        else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in links
+    norms = [module for module, _ in chain if type(module) is nn.BatchNorm2d]
+    steps: Any = [
+        _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
+        else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in chain
     ]  # fmt: skip
     try:
-        y, found = _chain.run(_chain.Chain(chain, residual is x, dtype, made), tensors)
-        buffers = [_statistics(bn)[:2] for bn in norms]
-        for (z, _, _), given in zip(found, buffers, strict=True):
-            _running.check_running("bn_act", z, *given)
-    except _WRONG:
+        y, found = _chain.run(_chain.Chain(steps, residual is x, dtype, made), tensors)
+        if norms:
+            _norm.update([(bn, *statistics) for bn, statistics in zip(norms, found, strict=True)])
+    except WRONG:
         return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
-    for bn, (z, mean, var), given in zip(norms, found, buffers, strict=True):
-        _running.update_running(z, *given, mean, var, _momentum(bn))
-        _count(bn)
     return y
 
 
-def _joins(links: Sequence[tuple[Any, Act]], x: Tensor, large: bool) -> bool:
-    """Whether links may be one node: plain modules in training, and an input, a small one unless ``large``, that nothing but
-    autograd follows."""
+def joins(chain: Sequence[Link], x: Tensor) -> bool:
+    """Whether links may run without a look at their modules in between: all are plain and in training, and nothing but
+    autograd follows the call."""
+    for module, act in chain:
+        trains = type(module) is nn.BatchNorm2d and module.training
+        if not (type(module) is nn.Conv2d or trains) or not _is_relu(act):
+            return False
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_followed(x) or is_interposed():
-        return False
-    if x.numel() > MOST_IN_ONE_NODE and not large:
         return False
     if x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
         return False
-    return all(
-        (type(module) is nn.Conv2d or (type(module) is nn.BatchNorm2d and module.training)) and _is_relu(act)
-        for module, act in links
-    ) and why_not(*[each for link in links for each in link]) is None  # fmt: skip
+    return why_not(*(each for link in chain for each in link)) is None
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
@@ -247,34 +240,38 @@ def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
             return y
     if type(conv) is not nn.Conv2d or type(x) is not Tensor or torch.compiler.is_compiling() or is_followed(x):
         return conv(x)
-    weight: Any = conv._parameters["weight"]
+    return conv(x) if why_not(conv) is not None else convolve_plain(conv, x)
+
+
+def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``convolve`` where nobody waits for the module's call, which takes twice the host's time."""
+    operands: Any = x, conv._parameters["weight"], conv._parameters["bias"]
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
-    if why_not(conv) is None and functional.why_not_fast_conv2d(x, weight.shape, *geometry) is None:
-        operands: Any = x, weight, conv._parameters["bias"]
+    if functional.why_not_fast_conv2d(x, operands[1].shape, *geometry) is None:
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             operands = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
         try:
             return functional.conv2d(*operands, *geometry)
-        except _WRONG:
-            pass  # as above
-    return conv(x)
+        except WRONG:
+            operands = x, conv._parameters["weight"], conv._parameters["bias"]  # as above
+    return torch.conv2d(*operands, *geometry)
 
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them."""
-    if _fuses(x, None, bn, act, None):
-        statistics, momentum = _statistics(bn), _momentum(bn)
+    if fuses(x, None, bn, act, None):
+        statistics, momentum = _norm.statistics(bn), _norm.momentum(bn)
         try:
             if residual is None:
-                y = functional.bn_act(x, *statistics, momentum, bn.eps, _name(act))
+                y = functional.bn_act(x, *statistics, momentum, bn.eps, name(act))
             else:
-                y = functional.bn_add_act(x, residual, *statistics, momentum, bn.eps, _name(act))
-        except _WRONG:
+                y = functional.bn_add_act(x, residual, *statistics, momentum, bn.eps, name(act))
+        except WRONG:
             pass  # as above; nothing has been updated yet
         else:
-            _count(bn)
+            _norm.count(bn)
             return y
     return add_act(act, bn(x), residual)
 
@@ -283,68 +280,33 @@ def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: 
     """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics."""
     if bn is residual_bn:  # its buffers take both batches in PyTorch's order
         return add_act(act, bn(x), bn(residual))
-    if _fuses(x, None, bn, act, None) and _fuses(residual, None, residual_bn, None, None):
-        *own, training = _statistics(bn)
-        *others, residual_training = _statistics(residual_bn)
+    if fuses(x, None, bn, act, None) and fuses(residual, None, residual_bn, None, None):
+        *own, training = _norm.statistics(bn)
+        *others, residual_training = _norm.statistics(residual_bn)
         if training == residual_training and x.dtype == residual.dtype:
-            updates = _momentum(bn), bn.eps, _momentum(residual_bn), residual_bn.eps
-            arguments: tuple[Any, ...] = (*own, *others, training, *updates, _name(act))
+            updates = _norm.momentum(bn), bn.eps, _norm.momentum(residual_bn), residual_bn.eps
+            arguments: tuple[Any, ...] = (*own, *others, training, *updates, name(act))
             try:
                 y = functional.bn_add_bn_act(x, residual, *arguments)
             except ArgumentError:
                 pass  # as above
             else:
-                _count(bn)
-                _count(residual_bn)
+                _norm.count(bn)
+                _norm.count(residual_bn)
                 return y
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual))
 
 
-def in_training(
-    bn: nn.BatchNorm2d,
-    act: Act,
-    x: Tensor,
-    residual: Tensor | None = None,
-    residual_bn: nn.BatchNorm2d | None = None,
-    apart: bool = False,
-) -> tuple[Tensor, Tensor, Made] | None:
-    """``bn_act`` or ``bn_add_bn_act`` in training, twice, and how it was made; ``apart``, as two tensors of one memory, see
-    ``Op.in_two``. None where they must run as ever.
-    """
-    norms: list[Any] = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
-    if bn is residual_bn or not all(norm.training and _fuses(value, None, norm, act, None) for norm, value in norms):
-        return None
-    affine = [(norm._parameters["weight"], norm._parameters["bias"], norm.eps) for norm, _ in norms]
-    inputs = (x,) if residual is None else (x, residual)
-    arguments = *inputs, *(value for each in affine for value in each), _name(act)
-    plain = BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN
-    op = plain if residual_bn is None else BN_ADD_BN_ACT_TRAIN
-    try:
-        for norm, value in norms:
-            _running.check_running("bn_act", value, *_statistics(norm)[:2])
-        found = op.in_two(*arguments) if apart else op(*arguments)
-    except _WRONG:
-        return None  # as above; nothing has been updated yet
-    if found is None:
-        return None
-    y, again, *statistics = found if apart else (found[0], *found)
-    statistics = statistics[: 2 * len(norms)]
-    for (norm, value), mean, var in zip(norms, statistics[::2], statistics[1::2], strict=True):
-        _running.update_running(value, *_statistics(norm)[:2], mean, var, _momentum(norm))
-        _count(norm)
-    return y, again, Made(op, arguments, tuple(statistics), y._version)
-
-
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
     """``pool(act(bn(x)))``."""
-    if _fuses(x, None, bn, act, pool):
+    if fuses(x, None, bn, act, pool):
         window = pool.kernel_size, pool.stride, pool.padding
         try:
-            y = functional.bn_act_maxpool(x, *_statistics(bn), _momentum(bn), bn.eps, _name(act), *window)
-        except _WRONG:
+            y = functional.bn_act_maxpool(x, *_norm.statistics(bn), _norm.momentum(bn), bn.eps, name(act), *window)
+        except WRONG:
             pass  # as above
         else:
-            _count(bn)
+            _norm.count(bn)
             return y
     return pool(bn_act(bn, act, x))
 
@@ -358,7 +320,7 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
         elif not isinstance(residual, Tensor):
             raise must_type("add_act", "residual", "a torch.Tensor", residual)
         elif x.dtype == residual.dtype and x.shape == residual.shape and _is_relu(act) and why_not(act) is None:
-            return functional.add_act(x, residual, _name(act))
+            return functional.add_act(x, residual, name(act))
         else:
             y = (x + residual).to(x.dtype)
     if act is None:
@@ -366,30 +328,5 @@ def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
     return F.relu(y) if isinstance(act, str) else act(y)
 
 
-def _name(act: Act) -> str:
+def name(act: Act) -> str:
     return "none" if act is None else "relu"
-
-
-def _statistics(
-    bn: nn.BatchNorm2d,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool]:
-    """running_mean, running_var, weight, bias and training, as ``nn.BatchNorm2d.forward`` passes them on."""
-    parameters, buffers = bn._parameters, bn._buffers
-    mean, var = buffers["running_mean"], buffers["running_var"]
-    if bn.training and not bn.track_running_stats:
-        mean = var = None
-    return mean, var, parameters["weight"], parameters["bias"], bn.training or mean is None
-
-
-def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:
-    """The update's weight; the reciprocal of the batches counted, this one included, where momentum is None."""
-    if bn.momentum is not None:
-        return bn.momentum
-    counter = bn._buffers["num_batches_tracked"]
-    return 0.0 if counter is None or not bn.training else 1.0 / (counter + 1)
-
-
-def _count(bn: nn.BatchNorm2d) -> None:
-    counter = bn._buffers["num_batches_tracked"]
-    if bn.training and bn.track_running_stats and counter is not None:
-        counter.add_(1)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastres.nn import _fused
+from fastres.nn import _fused, _training
 from fastres.nn.shortcut import ZeroPadShortcut
 from fastres.ops._made import Made
 
@@ -40,6 +40,9 @@ def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsampl
     """The layers of a block, and its shortcut added before the last act; downsample may be None."""
     if remakes(owner, layers):
         return block_in_two(owner, layers, Value(x, x), downsample, False).x
+    both = at_once(layers, Value(x, x), downsample, False)
+    if both is not None:
+        return both.x
     if downsample is None:
         return _fused.layers(layers, x, x)
     if type(downsample) is ZeroPadShortcut:
@@ -65,6 +68,9 @@ def block_in_two(
     make values again every other output is kept, of which, and of the convolution's, the next one is made.
     """
     again = remakes(owner, layers)
+    both = None if again else at_once(layers, value, downsample, apart)
+    if both is not None:
+        return both
     made = value.made if again else None
     shortcut, (_, bn, act) = value.shortcut, layers[-1]
     steps, shortcut_bn = projection(downsample), None
@@ -83,7 +89,7 @@ def block_in_two(
             for step in before:
                 shortcut = step(shortcut)
             shortcut = _fused.convolve(shortcut_conv, shortcut, None if before else made)
-    found = _fused.in_training(bn, act, z, shortcut, shortcut_bn, apart) if apart or again else None
+    found = _training.in_training(bn, act, z, shortcut, shortcut_bn, apart) if apart or again else None
     if found is not None:
         is_kept = made is None and downsample is None and shortcut.dtype == z.dtype  # by the first convolution
         of_what_is_kept = shortcut_bn is not None or is_kept
@@ -91,6 +97,17 @@ def block_in_two(
     if shortcut_bn is None:
         return _twice(_fused.bn_act(bn, act, z, shortcut))
     return _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut))
+
+
+def at_once(layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart: bool) -> Value | None:
+    """``_training.block`` for the shortcuts it knows: the identity and a plain projection; else None."""
+    if type(downsample) is ZeroPadShortcut or not getattr(layers[0][1], "training", False):
+        return None
+    steps = projection(downsample)
+    if downsample is not None and (steps is None or len(steps) != 2 or must_be_called(downsample)):
+        return None
+    both = _training.block(layers, value.x, value.shortcut, steps or (), apart)
+    return None if both is None else Value(*both)
 
 
 def _twice(y: Tensor) -> Value:
@@ -110,7 +127,7 @@ def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> Te
 
 def bn_act_made(bn: Any, act: Any, x: Tensor) -> tuple[Tensor, Made | None]:
     """``act(bn(x))`` and how it was made, None where the modules must be called."""
-    found = _fused.in_training(bn, act, x)
+    found = _training.in_training(bn, act, x)
     return (_fused.bn_act(bn, act, x), None) if found is None else (found[0], found[2])
 
 

@@ -1,6 +1,7 @@
 """The running buffers of batch norm in training: what they must be, and their update."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,29 @@ def _update(
             return
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+
+
+def update_together(
+    running: Sequence[tuple[Tensor, Tensor]],
+    found: Sequence[tuple[Tensor, Tensor]],
+    values: Sequence[int],
+    momentum: float,
+    counters: list[Tensor],
+) -> None:
+    """``update_running`` of several batch norms, whose buffers are plain tensors and all different, and their counters of
+    batches: the same arithmetic in few launches.
+
+    Args:
+        running, found: of each batch norm the running mean and var, the batch's mean and var.
+        values: of each, how many values a channel the batch has, above 1.
+    """
+    torch._foreach_mul_([buffer for pair in running for buffer in pair], 1 - momentum)
+    torch._foreach_add_([mean for mean, _ in running], [mean for mean, _ in found], alpha=momentum)
+    for count in set(values):
+        alike = [index for index, value in enumerate(values) if value == count]
+        factor = momentum * (count / (count - 1))
+        torch._foreach_add_([running[index][1] for index in alike], [found[index][1] for index in alike], alpha=factor)
+    torch._foreach_add_(counters, 1)
 
 
 @functools.cache

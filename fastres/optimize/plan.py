@@ -51,8 +51,8 @@ class Block:
         ]
         return layers, None if self.downsample is None else found[self.downsample]
 
-    def run_remaking(self, _: None, module: nn.Module, x: Any) -> Any:
-        """In training, without keeping what the layers hand to each other."""
+    def run(self, _: None, module: nn.Module, x: Any) -> Any:
+        """The steps, by which the host looks at the modules once for all."""
         layers, downsample = self.parts(module)
         return _sequence.block(module, layers, x, downsample)
 
@@ -83,13 +83,14 @@ def plan(module: nn.Module, base: Any, training: bool) -> Plan:
     if not steps and not rejoined:
         return Plan(reason="it holds no run of layers that fuse")
     identities = rewriting.pass_identities()
-    block = _block(graph) if training else None
+    block = _block(graph, rewriting) if training else None
     _read_children_from_owner(graph)
     compiled = fx.GraphModule(nn.Module(), graph, "Plan")
-    return Plan(type(compiled).forward, steps, None, compiled, identities, rejoined=rejoined, block=block)
+    run = type(compiled).forward if block is None else block.run
+    return Plan(run, steps, None, compiled, identities, rejoined=rejoined, block=block)
 
 
-def _block(graph: fx.Graph) -> Block | None:
+def _block(graph: fx.Graph, rewriting: "_Rewriting") -> Block | None:
     """The residual block that these steps are: layers in a row, to whose last one x or its projection is added."""
     _, x, *steps = [node for node in graph.nodes if node.op not in ("get_attr", "output")]
     (result,) = next(node for node in graph.nodes if node.op == "output").args
@@ -97,6 +98,8 @@ def _block(graph: fx.Graph) -> Block | None:
     value, added, downsample = x, x, None
     for step in steps:
         if step.op == "call_module" and step.args == (x,) and added is x:
+            if step is not steps[-2] and not rewriting.only_reads(step):
+                return None  # a block calls it last
             added, downsample = step, step.target
             continue
         if step.target not in (_fused.conv_bn_act, _sequence.conv_bn_add_act):

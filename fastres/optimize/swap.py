@@ -48,8 +48,6 @@ class State:
         base = original_class(module)
         if not base.__module__.startswith("fastres."):
             self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
-        if _fused.REMAKES in module.__dict__ and self.training.block is not None:
-            self.training.run = self.training.block.run_remaking
         self.children = tuple(module._modules.values())
 
     def current(self, module: nn.Module) -> Plan:

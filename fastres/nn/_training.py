@@ -1,0 +1,83 @@
+"""Residual blocks in training, op by op: modules looked at once, statistics updated together, the output in two."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastres.nn import _fused
+from fastres.nn._norm import Batches, affine, update
+from fastres.ops._made import Made
+from fastres.ops.bn_act import BN_ACT_TRAIN
+from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
+from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
+
+
+def in_training(
+    bn: nn.BatchNorm2d,
+    act: _fused.Act,
+    x: Tensor,
+    residual: Tensor | None = None,
+    residual_bn: nn.BatchNorm2d | None = None,
+    apart: bool = False,
+) -> tuple[Tensor, Tensor, Made] | None:
+    """``bn_act`` or ``bn_add_bn_act`` in training, twice, and how it was made; ``apart``, as two tensors of one memory where
+    there is a gradient, see ``Op.in_two``. None where they must run as ever.
+    """
+    norms: list[Any] = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
+    if bn is residual_bn or not all(norm.training and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
+        return None
+    try:
+        return _end(norms, act, residual, apart, [])
+    except _fused.WRONG:
+        return None  # as above; nothing has been updated yet
+
+
+def _end(
+    norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: _fused.Act, residual: Tensor | None, apart: bool, before: Batches
+) -> tuple[Tensor, Tensor, Made]:
+    """One op, its output twice, and how it was made. The statistics of the norms, and of those ``before``, are updated."""
+    plain = BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN
+    op = plain if len(norms) == 1 else BN_ADD_BN_ACT_TRAIN
+    inputs = (norms[0][1],) if residual is None else (norms[0][1], residual)
+    arguments = *inputs, *(value for norm, _ in norms for value in affine(norm)), _fused.name(act)
+    found = op.in_two(*arguments) if apart else None
+    if found is None:
+        y, *statistics = op(*arguments)
+        again = y
+    else:
+        y, again, *statistics = found
+    statistics = statistics[: 2 * len(norms)]
+    update([*before, *((*norm, *statistics[2 * index : 2 * index + 2]) for index, norm in enumerate(norms))])
+    return y, again, Made(op, arguments, tuple(statistics), y._version)
+
+
+def block(
+    layers: Sequence[_fused.Layer], x: Tensor, shortcut: Tensor, projection: Sequence[Any], apart: bool
+) -> tuple[Tensor, Tensor] | None:
+    """A block in training op by op, its modules looked at once for all, its statistics updated together: the output twice, as
+    two tensors where ``apart``. None where a module must be called, or the input is small (``in_one_node``).
+
+    ``projection``: the convolution and the batch norm of its shortcut; none where the shortcut is added as it is.
+    """
+    every = [*layers, (*projection, None)] if projection else layers
+    if any(type(conv) is not nn.Conv2d for conv, _, _ in every) or len({bn for _, bn, _ in every}) < len(every):
+        return None
+    if not _fused.joins(_fused.links(every), x) or x.numel() <= _fused.MOST_IN_ONE_NODE:
+        return None
+    *first, (conv, bn, act) = layers
+    found: Batches = []
+    try:
+        for each, norm, between in first:
+            z = _fused.convolve_plain(each, x)
+            x, mean, var = BN_ACT_TRAIN(z, *affine(norm), _fused.name(between))
+            found.append((norm, z, mean, var))
+        norms = [(bn, _fused.convolve_plain(conv, x))]
+        if projection:
+            shortcut = _fused.convolve_plain(projection[0], shortcut)
+            norms.append((projection[1], shortcut))
+            if shortcut.dtype != norms[0][1].dtype:
+                return None
+        return _end(norms, act, shortcut, apart, found)[:2]
+    except _fused.WRONG:
+        return None  # as above; nothing has been updated yet

@@ -18,12 +18,21 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.py csrc/*/* csrc/*/*/*)
 demo: .venv/built
 	$(BIN)/python -m fastres demo
 
+# Two runs of pytest side by side: kernels that are compiled or interpreted, which is told once both have ended, and all the rest.
 test: .venv/built .venv/dev
-	@plain=failed; interpreter=failed; \
-	$(BIN)/python -m pytest tests && plain=passed; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter && interpreter=passed; \
-	echo "make test: plain tests $$plain, Triton interpreter tests $$interpreter"; \
-	test $$plain$$interpreter = passedpassed
+	@kernels() { \
+	  $(BIN)/python -m pytest tests -m compile && compiled=passed; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter && interpreted=passed; \
+	  echo "make test: compile lane $${compiled:-failed}, Triton interpreter lane $${interpreted:-failed}"; \
+	  test "$$compiled$$interpreted" = passedpassed; \
+	}; \
+	kernels > .venv/kernels.log 2>&1 & beside=$$!; \
+	trap "kill $$beside; exit 1" INT TERM; \
+	$(BIN)/python -m pytest tests -m "not compile" && rest=passed; \
+	wait $$beside && passed=passed; \
+	cat .venv/kernels.log; \
+	echo "make test: all other tests $${rest:-failed}"; \
+	test "$$rest$$passed" = passedpassed
 
 bench: .venv/built .venv/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only

@@ -1,6 +1,12 @@
 """Lanes: which are live here, and how many cases each one skipped and why."""
 
 import collections
+import gc
+import os
+
+# Threads of OpenMP that wait for work sleep: where more processes run than there are cores, as in `make test`, those that
+# turn round instead take the time of the others. Before torch, which starts them, and for all programs that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -38,6 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in LANES:
             if item.get_closest_marker(name) and lanes[name] != "live":
                 item.add_marker(pytest.mark.skip(reason=f"lane {name}: {lanes[name]}"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # modules and thousands of tests stay to the end: no collection need walk them again
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -18,12 +18,24 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.py csrc/*/* csrc/*/*/*)
 demo: .venv/built
 	$(BIN)/python -m fastres demo
 
+# Side by side, for machines of two cores: the kernels that are compiled and interpreted, whose output comes once the rest has
+# ended, and the rest. One after the other where there is one core.
 test: .venv/built .venv/dev
-	@plain=failed; interpreter=failed; \
-	$(BIN)/python -m pytest tests && plain=passed; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter && interpreter=passed; \
-	echo "make test: plain tests $$plain, Triton interpreter tests $$interpreter"; \
-	test $$plain$$interpreter = passedpassed
+	@kernels() { \
+	  $(BIN)/python -m pytest tests -m compile && compiled=passed; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest tests -m triton_interpreter && interpreted=passed; \
+	  echo "make test: tests of compiled kernels $${compiled:-failed}, of interpreted kernels $${interpreted:-failed}"; \
+	  test "$$compiled$$interpreted" = passedpassed; \
+	}; \
+	trap 'trap "" TERM; kill 0; exit 1' INT; \
+	kernels > .venv/kernels.log 2>&1 & beside=$$!; \
+	test "$$(nproc)" -gt 1 || { wait $$beside && these=passed; }; \
+	$(BIN)/python -m pytest tests -m "not compile" && rest=passed; \
+	echo "make test: waiting for the tests of kernels"; \
+	wait $$beside && these=passed; \
+	cat .venv/kernels.log; \
+	echo "make test: tests of kernels $${these:-failed}, all others $${rest:-failed}"; \
+	test "$$these$$rest" = passedpassed
 
 bench: .venv/built .venv/dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -37,7 +49,7 @@ reliability: .venv/built .venv/dev
 	PYTHONPATH=tests $(BIN)/python -m reliability
 	$(BIN)/python -m benchmarks.report
 
-# How much of the package the tests reach, by branches; about twice as long as they take.
+# How much of the package the tests reach, by branches; one lane after the other, and about twice as long as they take.
 coverage: .venv/built .venv/dev
 	$(BIN)/coverage run --branch --source=fastres -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/coverage run --append --branch --source=fastres -m pytest tests -m triton_interpreter

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import numpy
 import torch
 from tolerances import assert_close_to_truth
 from torch import nn
@@ -77,6 +78,24 @@ _PLAIN = {
     fnn.PlainBottleneck: plain_bottleneck,
     fnn.PreActBasicBlock: preact_basic,
     fnn.PreActBottleneck: preact_bottleneck,
+}
+
+# What no block of 16 channels takes.
+BAD_INPUTS = {
+    "rank 2": torch.zeros(2, 16),
+    "rank 3": torch.zeros(16, 9, 9),
+    "channels": torch.zeros(2, 3, 9, 9),
+    "float64": torch.zeros(2, 16, 9, 9).double(),
+    "float16": torch.zeros(2, 16, 9, 9).half(),
+    "int64": torch.zeros(2, 16, 9, 9).long(),
+    "bool": torch.zeros(2, 16, 9, 9).bool(),
+    "complex": torch.zeros(2, 16, 9, 9, dtype=torch.complex64),
+    "other device": torch.zeros(2, 16, 9, 9, device="meta"),
+    "no height": torch.zeros(2, 16, 0, 9),
+    "sparse": torch.zeros(2, 16, 9, 9).to_sparse(),
+    "None": None,
+    "list": [1.0],
+    "NumPy": numpy.zeros((2, 16, 9, 9), "float32"),
 }
 
 

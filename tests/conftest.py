@@ -1,6 +1,15 @@
 """Lanes: which are live here, and how many cases each one skipped and why."""
 
 import collections
+import contextlib
+import ctypes
+import gc
+import os
+from pathlib import Path
+
+# Threads of OpenMP that wait for work sleep: where more processes run than there are cores, as in `make test`, those that
+# turn round instead take the time of the others. Before torch, which starts them, and for all programs that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -8,6 +17,7 @@ import torch
 from fastres import env
 from fastres.kernels import native
 
+MOST = 2 << 30  # bytes that the process may keep from one test to the next
 LANES = ("none", "cpu", "triton_interpreter", "compile", "cuda")
 
 
@@ -38,6 +48,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name in LANES:
             if item.get_closest_marker(name) and lanes[name] != "live":
                 item.add_marker(pytest.mark.skip(reason=f"lane {name}: {lanes[name]}"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.collect()
+    gc.freeze()  # modules and thousands of tests stay to the end: no collection need walk them again
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What large networks leave in cycles and in the allocator, ten gigabytes in the end, goes back to the system."""
+    with contextlib.suppress(OSError, AttributeError):  # neither Linux nor glibc
+        if int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from _integers import emulated
 from _modules import lively
 from test_frozen import NETWORKS, Odd, images, small
 from torch import nn
@@ -18,7 +19,7 @@ import fastres
 from fastres import Calibration
 from fastres import nn as fnn
 from fastres.frozen import int8
-from fastres.frozen.calibrate import best_scale, result
+from fastres.frozen.calibrate import best_scale
 from fastres.ops import _conv_cpu
 
 REASON = _conv_cpu.lacks(torch.int8)
@@ -75,31 +76,6 @@ CASES = {
     "batch norm first": lambda: (Steps(lively(nn.BatchNorm2d(40)), nn.ReLU(), conv(40, 40, 1)), (2, 40, 6, 6)),
     "copied and padded": lambda: (Steps(conv(8, 20, 1), fnn.ZeroPadShortcut(20, 44, 2), conv(44, 8, 1)), (2, 8, 9, 9)),
 }  # fmt: skip
-
-
-def emulated(frozen, x):
-    """The plan's own arithmetic by PyTorch: each value the integer that the plan holds, in float64."""
-    scales, network = frozen.scales, frozen.network
-
-    def stored(value, real):
-        scale = scales.get(value)
-        return real if scale is None else (real / scale.scale + scale.zero).round().clamp(0, 255)
-
-    def real(value, held):
-        scale = scales.get(value)
-        return held if scale is None else (held - scale.zero) * scale.scale
-
-    values = {network.x: stored(network.x, x.double())}
-    for layer in network.layers:
-        exact = copy.copy(layer)
-        if layer.scale is not None:
-            exact.weight = layer.weight.double() * layer.scale.double().view(-1, 1, 1, 1)
-        elif layer.weight is not None:
-            exact.weight = layer.weight.double()
-        operands = {v: real(v, values[v]) for v in (layer.x, layer.residual) if v is not None}
-        values[layer.y] = stored(layer.y, result(exact, operands))
-    y = values[network.layers[-1].y]
-    return y.flatten(1) if network.flat else y
 
 
 @pytest.mark.parametrize("name", CASES)

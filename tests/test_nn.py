@@ -16,6 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastres.nn as fnn
+from fastres import functional
+from fastres.kernels import native
+from fastres.ops import _running
 
 resnet = torchvision.models.resnet
 FrozenBatchNorm2d = torchvision.ops.misc.FrozenBatchNorm2d
@@ -179,8 +182,12 @@ def test_checkpointing(training):
 
 @every_block
 @both_modes
-def test_compiles_to_one_graph(make, training):
+def test_compiles_to_one_graph(make, training, monkeypatch):
+    """As the first thing that a process does: nothing has been checked or loaded before."""
     torch.compiler.reset()
+    monkeypatch.setattr(functional.check_running, "_passed", set())
+    monkeypatch.setattr(native, "_refusals", None)
+    _running._native_update.cache_clear()
     block = lively(make()).train(training)
     compiled = {}
 

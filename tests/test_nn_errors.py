@@ -5,7 +5,7 @@ import copy
 import numpy
 import pytest
 import torch
-from _modules import compare, inference, lively, plainly
+from _modules import BAD_INPUTS, compare, inference, lively, plainly
 from _torchvision import torchvision
 from torch import nn
 
@@ -13,22 +13,6 @@ import fastres
 import fastres.nn as fnn
 
 MAKERS = [lambda: fnn.BasicBlock(16, 16), lambda: fnn.Bottleneck(16, 4), lambda: fnn.PreActBottleneck(16, 4)]
-BAD_INPUTS = {
-    "rank 2": torch.zeros(2, 16),
-    "rank 3": torch.zeros(16, 9, 9),
-    "channels": torch.zeros(2, 3, 9, 9),
-    "float64": torch.zeros(2, 16, 9, 9).double(),
-    "float16": torch.zeros(2, 16, 9, 9).half(),
-    "int64": torch.zeros(2, 16, 9, 9).long(),
-    "bool": torch.zeros(2, 16, 9, 9).bool(),
-    "complex": torch.zeros(2, 16, 9, 9, dtype=torch.complex64),
-    "other device": torch.zeros(2, 16, 9, 9, device="meta"),
-    "no height": torch.zeros(2, 16, 0, 9),
-    "sparse": torch.zeros(2, 16, 9, 9).to_sparse(),
-    "None": None,
-    "list": [1.0],
-    "NumPy": numpy.zeros((2, 16, 9, 9), "float32"),
-}
 
 
 @pytest.mark.parametrize("x", BAD_INPUTS.values(), ids=BAD_INPUTS)

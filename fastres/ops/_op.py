@@ -188,6 +188,9 @@ class Once:
         self._passed: set[tuple] = set()
 
     def __call__(self, *args: Any) -> None:
+        if torch.compiler.is_compiling():  # else what has passed would guard the graph, and break it once it is added to
+            self.check(*args)
+            return
         key, plain, _ = _signature(args)
         if plain and key in self._passed:
             return

@@ -56,8 +56,9 @@ def _update(
         running_var.mul_(1 - momentum).add_(var * (momentum * unbiased))
     else:
         momentum = float(momentum)  # a bool would fail half way
-        native_update = _native_update() if running_mean.device.type == "cpu" else None
-        if native_update is not None and _is_eager(running_mean, running_var, mean):
+        eager = running_mean.device.type == "cpu" and _is_eager(running_mean, running_var, mean)
+        native_update = _native_update() if eager else None
+        if native_update is not None:
             native_update(running_mean, running_var, mean, var, momentum, momentum * unbiased)
             torch.autograd.graph.increment_version((running_mean, running_var))
             return

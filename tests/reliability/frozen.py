@@ -7,8 +7,8 @@ import random
 
 import torch
 import torch.nn.functional as F
+from _integers import emulated
 from _modules import lively
-from test_int8 import emulated
 from torch import nn
 
 import fastres

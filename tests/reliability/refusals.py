@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import test_functional
 import torch
-from test_nn_errors import BAD_INPUTS
+from _modules import BAD_INPUTS
 from torch import nn
 
 import fastres

@@ -64,12 +64,14 @@ def calls(seed: int) -> list:
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds, after what the allocator keeps was given back."""
+    """Bytes of memory of its own that the process holds, after what the allocator keeps was given back. Pages of files, which
+    the system drops and reads again as it likes, are not among them.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/smaps_rollup", encoding="ascii") as file:
         fields = dict(line.split(":") for line in file.read().splitlines()[1:])
-    return sum(int(fields[name].split()[0]) for name in ("Private_Dirty", "Private_Clean")) * 1024
+    return sum(int(fields[name].split()[0]) for name in ("Anonymous", "Swap")) * 1024
 
 
 def steady(tally: Tally, count: int) -> None:

@@ -3,15 +3,12 @@
 from typing import NamedTuple
 
 import _cuda_on_cpu
+import _hopper
 import pytest
 import torch
-import torch.nn.functional as F
-from tolerances import assert_close_to_truth
+from _hopper import CL, DTYPES, integers
 
-from fastres.ops import REGISTRY, _conv_wide
-
-CL = torch.channels_last
-DTYPES = (torch.float16, torch.bfloat16)
+from fastres.ops import _conv_wide
 
 
 class Case(NamedTuple):
@@ -57,33 +54,9 @@ CASES = {  # of these, where nothing else stands, x is read whole
 }
 
 
-@pytest.fixture(
-    params=[pytest.param("cuda", marks=pytest.mark.cuda), pytest.param("emulated", marks=pytest.mark.compile)]
-)
+@pytest.fixture(params=_hopper.DEVICES)
 def device(request):
-    if request.param == "emulated":
-        _cuda_on_cpu.load()
-        return torch.device("cpu")
-    x, weight = torch.empty(1, 8, 8, 8, dtype=torch.float16).contiguous(memory_format=CL), torch.empty(8, 8, 3, 3)
-    if reason := _conv_wide.why_not(x.cuda(), weight, (1, 1), (1, 1), (1, 1), 1):
-        pytest.skip(reason)
-    return torch.device("cuda")
-
-
-def integers(case, dtype, device):
-    """x, weight, bias and residual of small integers: every order of additions gives the same, exactly."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(most, *size):
-        return torch.randint(-most, most + 1, size, generator=generator).double()
-
-    x, weight, bias = draw(3, case.n, case.c, case.h, case.w), draw(2, case.k, case.c, *case.kernel), draw(4, case.k)
-    y = F.conv2d(x, weight, bias, *case.geometry)
-    residual = draw(9, *y.shape) if case.residual else None
-    exact = y if residual is None else y + residual
-    x, weight, residual, exact = (None if t is None else t.to(device, dtype) for t in (x, weight, residual, exact))
-    residual = None if residual is None else residual.contiguous(memory_format=CL)
-    return (x.contiguous(memory_format=CL), weight, bias.float().to(device), residual), exact
+    return _hopper.device(request.param)
 
 
 def run(x, weight, bias, residual, case, act):
@@ -91,15 +64,15 @@ def run(x, weight, bias, residual, case, act):
     return torch.ops.fastres_C.sm90_conv_wide(x, packed, bias, residual, *case.geometry, act)
 
 
+def call_of(case):
+    return lambda *args: run(*args[:4], case, args[4])
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_is_exact(device, dtype, name):
     case = CASES[name]
-    args, exact = integers(case, dtype, device)
-    for act in ("relu", "none"):
-        y = run(*args, case, act)
-        assert torch.equal(y, exact.relu() if act == "relu" else exact)
-        assert y.is_contiguous(memory_format=CL)
+    _hopper.assert_exact(call_of(case), *integers(case, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,51 +81,19 @@ def test_special_values(device, dtype):
     case = CASES["tails of channels, images that end inside a chunk"]
     (x, weight, bias, residual), _ = integers(case, dtype, device)
     x[0, 3, 2, 6], x[1, 2, 6, 0], residual[1, 5, 4, 3], residual[2, 7, 1, 1] = torch.nan, torch.inf, torch.inf, -torch.inf
-    z = F.conv2d(x.float(), weight.float(), bias, *case.geometry) + residual.float()
-    for act in ("relu", "none"):
-        y, expected = run(x, weight, bias, residual, case, act), (z.relu() if act == "relu" else z).to(dtype)
-        nan = expected.isnan()
-        assert nan.any() and not nan.all() and torch.equal(y.isnan(), nan) and torch.equal(y[~nan], expected[~nan])
-    zero = torch.zeros_like
-    y = run(zero(x), zero(weight), zero(bias), torch.full_like(residual, -0.0), case, "relu")
-    assert torch.equal(y, zero(y)) and not y.signbit().any()
+    _hopper.assert_special_values_pass(call_of(case), case, (x, weight, bias, residual))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_around_is_not_touched(device, dtype):
-    """Neither read, being full of NaN, nor written."""
     case = CASES["tails of channels, images that end inside a chunk"]
-    (x, weight, bias, residual), exact = integers(case, dtype, device)
-
-    def inside(t):
-        memory = torch.full((t.numel() + 4096,), torch.nan, dtype=t.dtype, device=t.device)
-        return torch.as_strided(memory, t.shape, t.stride(), 2048).copy_(t), memory
-
-    (x, x_memory), (residual, residual_memory) = inside(x), inside(residual)
-    assert torch.equal(run(x, weight, bias, residual, case, "none"), exact)
-    for memory in (x_memory, residual_memory):
-        assert memory[:2048].isnan().all() and memory[-2048:].isnan().all()
+    _hopper.assert_memory_around_is_not_touched(call_of(case), *integers(case, dtype, device))
 
 
 @pytest.mark.parametrize("name", ["conv_bn_act", "conv_bn_add_act"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backend_keeps_the_budget(device, dtype, name):
-    """Fold, packing, alignment: every sample that it takes."""
-    op, taken = REGISTRY[name], []
-    for sample in op.samples(device, dtype):
-        args = [
-            a.contiguous(memory_format=CL) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args
-        ]
-        parts = (args[0], args[1], args[2]) if name == "conv_bn_add_act" else (args[0], None, args[1])
-        if _conv_wide.why_not_arguments(parts[0], parts[2], *args[-5:-1]):
-            continue
-        memory = torch.empty(args[0].numel() + 8, dtype=dtype, device=device)  # shifted by an element: not aligned
-        x = torch.as_strided(memory, args[0].shape, args[0].stride(), 1).copy_(args[0])
-        y = _conv_wide.run(x, *parts[1:], *args[-11:])
-        exact = op.reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-        assert_close_to_truth(y, op.reference(*args), exact, dtype, sample.label)
-        taken.append(sample.label)
-    assert {"1x1", "1x1 stride 2", "3x3", "3x3 stride 2", "3x3 dilated"} <= set(taken)
+    _hopper.assert_backend_keeps_the_budget(_conv_wide, name, dtype, device)
 
 
 @pytest.mark.compile

@@ -45,7 +45,7 @@ Tensor sm90_conv_wide(const Tensor& x, const Tensor& weight, const Tensor& bias,
                 "contiguous, (C_out, KH, KW, " << x.size(1) << ")", show(weight.sizes()));
   FASTRES_CHECK(x.size(1) % 8 == 0 && weight.size(0) > 0 && weight.size(0) % 8 == 0, kOp, "weight",
                 "of multiples of 8 channels in and out", show(weight.sizes()));
-  ConvWideParams params{};
+  ConvActParams params{};
   params.dtype = dtype_of(x);
   params.relu = is_relu(kOp, act);
   params.window = {span(weight.size(1), stride, padding, dilation, 0), span(weight.size(2), stride, padding, dilation, 1)};

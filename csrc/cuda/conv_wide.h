@@ -3,24 +3,11 @@
 
 #include <cuda_runtime_api.h>
 
-#include "common/types.h"
-#include "cuda/images.h"
+#include "cuda/conv_bn_act.h"
 
 namespace fastres::cuda {
 
-struct ConvWideParams {
-  DType dtype;  // float16 or bfloat16
-  bool relu;
-  Images x;  // NHWC; channels, here and of the output, are multiples of 8: pixels are aligned to 16 bytes
-  Window window;
-  int channels_out;
-  const void* x_data;
-  const void* weight;  // [channels_out, kernel h, kernel w, channels]
-  const float* bias;
-  const void* residual;  // or null
-  void* y;
-};
-
-cudaError_t launch_sm90_conv_wide(const ConvWideParams& params, cudaStream_t stream);
+// Of the params it takes no shortcut and no splits.
+cudaError_t launch_sm90_conv_wide(const ConvActParams& params, cudaStream_t stream);
 
 }  // namespace fastres::cuda

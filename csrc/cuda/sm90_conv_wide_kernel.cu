@@ -16,6 +16,7 @@
 // Invariants: places beyond the edges are read as zeros and never written; a warp lays out its own 16 channels by itself; no
 // block ends while another of its cluster may write to its memory.
 #include <algorithm>
+#include <atomic>
 
 #include "common/epilogue.h"
 #include "cuda/conv_wide.h"
@@ -348,7 +349,7 @@ bool is_same_size(const Span& s) { return s.stride == 1 && 2 * s.padding == (s.k
 
 // Without what it points to, and without tiles where it cannot be launched so.
 template <bool kWhole>
-Kernel plan(const ConvWideParams& c) {
+Kernel plan(const ConvActParams& c) {
   const Window& window = c.window;
   Kernel kernel{};
   kernel.window = window;
@@ -392,17 +393,21 @@ cudaError_t launch_typed(Kernel& kernel, cudaStream_t stream) {
   const auto entry = sm90_conv_wide_kernel<kWhole, scalar_t>;
   const void* function = reinterpret_cast<const void*>(entry);
   cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  int clusters = 0;
-  if (status == cudaSuccess) status = clusters_at_once(&clusters, entry, kBlockThreads, kernel.cluster, kBytes);
-  if (status == cudaSuccess && clusters == 0) status = cudaErrorInvalidConfiguration;
+  static std::atomic<int> known[kMostCluster + 1];  // by cluster; a device that runs fewer lets some wait
+  int clusters = known[kernel.cluster];
+  if (status == cudaSuccess && clusters == 0) {
+    status = clusters_at_once(&clusters, entry, kBlockThreads, kernel.cluster, kBytes);
+    if (status == cudaSuccess && clusters == 0) status = cudaErrorInvalidConfiguration;
+  }
   if (status != cudaSuccess) return status;
+  known[kernel.cluster] = clusters;
   kernel.clusters = std::min(kernel.tiles, clusters);
   const unsigned blocks = static_cast<unsigned>(kernel.clusters * kernel.cluster);
   return launch_clusters_behind(entry, blocks, kBlockThreads, kernel.cluster, kernel, kBytes, stream);
 }
 
 template <bool kWhole>
-cudaError_t launch(const ConvWideParams& c, Kernel& kernel, cudaStream_t stream) {
+cudaError_t launch(const ConvActParams& c, Kernel& kernel, cudaStream_t stream) {
   // Whole, the TMA unit walks the line of places: all windows of as many pixels as there are zeros on a side, and one more.
   const auto line = [](const Span& s) { return kWhole ? Span{s.padding + 1, 1, s.padding, 1} : s; };
   const Window window{line(c.window.h), line(c.window.w)};
@@ -420,7 +425,7 @@ cudaError_t launch(const ConvWideParams& c, Kernel& kernel, cudaStream_t stream)
 
 }  // namespace
 
-cudaError_t launch_sm90_conv_wide(const ConvWideParams& params, cudaStream_t stream) {
+cudaError_t launch_sm90_conv_wide(const ConvActParams& params, cudaStream_t stream) {
   const int multiprocessors = multiprocessor_count();
   if (multiprocessors == 0) return cudaErrorInvalidDevice;
   Kernel whole = plan<true>(params), by_tap = plan<false>(params);

@@ -14,6 +14,7 @@ from tolerances import assert_close_to_truth
 from torch import nn
 
 import fastres
+from fastres import nn as fnn
 from fastres import timing, tune, tuner
 from fastres.dispatch import Backend
 from fastres.frozen import base, calls, choose, device, layers, make
@@ -149,29 +150,45 @@ def test_a_forced_backend_is_the_only_one():
         frozen_of(small(), x)
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_a_projection_is_joined_where_that_is_faster(monkeypatch, faster):
-    op = REGISTRY["conv_bn_add_conv_bn_act"]
-    joined = Backend("one kernel", lambda *args: None, lambda: op.reference)
-    monkeypatch.setattr(op, "backends", (joined, *op.backends))
+PROJECTION, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
+
+
+def bottlenecks():
+    torch.manual_seed(0)
+    projected = fnn.Bottleneck(16, 8, 2, fnn.shortcut("B", 16, 32, 2))
+    return lively(nn.Sequential(projected, fnn.Bottleneck(32, 8))).eval(), images((2, 16, 9, 8))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "joined"),
+    [
+        ({PROJECTION: 0.5, CHAIN: 2.0}, ["0.downsample.0"]),
+        ({PROJECTION: 0.5, CHAIN: 0.6}, ["0.downsample.0", "1.conv2"]),
+        ({PROJECTION: 0.6, CHAIN: 0.5}, ["0.conv2", "1.conv2"]),
+        ({PROJECTION: 2.0, CHAIN: 2.0}, []),
+    ],
+)
+def test_layers_are_joined_where_that_is_faster(monkeypatch, seconds, joined):
+    """One kernel takes so long where the two layers, one after the other, take a second."""
+    for name in seconds:
+        op = REGISTRY[name]
+        monkeypatch.setattr(op, "backends", (Backend(name, lambda *args: None, lambda op=op: op.reference), *op.backends))
     real = timing.interleaved
 
     def interleaved(given, *args, **options):
-        if "one kernel" not in given:
+        if not seconds.keys() & given.keys():
             return real(given, *args, **options)
         for call in given.values():
             call()  # both ways run
-        return {name: timing.Timing(*[1.0 + ((name == "torch") == faster)] * 3, 5, 1, "") for name in given}
+        return {name: timing.Timing(*[seconds.get(name, 1.0)] * 3, 5, 1, "") for name in given}
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
-    torch.manual_seed(0)
-    model = with_statistics(NETWORKS["resnet18"]()[0])
-    x = images((2, 3, 64, 64))
+    model, x = bottlenecks()
     frozen = frozen_of(model, x)
-    found = [step for step in frozen.plan(x.shape).steps if step.call.shortcut is not None]
-    assert [step.call.shortcut.name for step in found] == [f"layer{n}.0.downsample.0" for n in (2, 3, 4)] * faster
+    assert [step.call.also.name for step in frozen.plan(x.shape).steps if step.call.also is not None] == joined
     check(frozen, model, x)
-    assert ("conv+add+conv+relu" in str(fastres.explain(frozen))) == faster
+    words = {"0.downsample.0": "conv+conv+add+relu", "1.conv2": "conv+relu+conv+add+relu"}
+    assert all((words[name] in str(fastres.explain(frozen))) == (name in joined) for name in words)
 
 
 def test_the_model_is_left_alone_and_later_changes_of_it_do_not_reach_the_plan():

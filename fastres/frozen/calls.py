@@ -23,7 +23,6 @@ from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL
 from fastres.ops.bn_add_act import BN_ADD_ACT
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
-from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT
 
 EPS = 2.0**-10  # of batch norms whose variance is 1 - EPS, exactly
 TORCH = "torch"
@@ -41,7 +40,7 @@ class Call:
     inputs: tuple[Value, ...]
     rest: tuple[Any, ...]
     plain: dict[str, Run]  # PyTorch's ways, with the same arguments
-    shortcut: Layer | None = None  # whose convolution it does too
+    also: Layer | None = None  # whose work it does too
 
 
 def constants(layers: Iterable[Layer]) -> dict[Layer, Constants]:
@@ -85,21 +84,6 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
     if layer.kind == "linear":
         return Call(layer, None, inputs, (*own, act), {TORCH: _with(layer, _linear)})
     return Call(layer, None, inputs, (), {TORCH: functools.partial(_PLAIN[layer.kind], layer)})
-
-
-def joined(last: Call, shortcut: Call) -> Call:
-    """The call that does a convolution and the one that makes its residual; its ``plain`` ways are the caller's."""
-    (*main, act), own = last.rest, shortcut.rest
-    inputs, rest = (last.inputs[0], *shortcut.inputs), (*main, *own[:8], act)
-    return Call(last.layer, CONV_BN_ADD_CONV_BN_ACT, inputs, rest, {}, shortcut.layer)
-
-
-def can_join(last: Layer, shortcut: Layer | None) -> bool:
-    """Whether a layer made the residual of another so that one call could do both; nobody else may read it."""
-    if shortcut is None or last.kind != "conv" or shortcut.kind != "conv":
-        return False
-    plain = shortcut.residual is None and not shortcut.relu
-    return plain and shortcut.kernel == (1, 1) and shortcut.padding == (0, 0)
 
 
 # ---- PyTorch's ways --------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fastres.errors import UnsupportedError
-from fastres.frozen import calls, choose
+from fastres.frozen import calls, choose, join
 from fastres.frozen.base import Frozen
 from fastres.frozen.calls import Call
 from fastres.frozen.choose import Choice
 from fastres.frozen.graph import Graphs
+from fastres.frozen.join import Way
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.program import Size, sized
 from fastres.frozen.record import Value
@@ -115,34 +116,27 @@ class GraphFrozen(Frozen):
         return Plan(shape, steps, sizes, x, replay, y)
 
     def _steps(self, batch: int, sizes: dict[Value, Size]) -> list[Step]:
-        """A kernel for every layer, and one for two where a projection and the convolution that adds it are faster so."""
-        made = {layer.y: layer for layer in self.network.layers}
+        """A kernel for every layer, and one for two where that is faster."""
+        makers = {layer.y: layer for layer in self.network.layers}
         readers = [value for layer in self.network.layers for value in (layer.x, layer.residual)]
         steps: dict[Layer, Step] = {}
         for layer in self.network.layers:
-            own = self._constants.get(layer, ())
-            call = calls.call(layer, own, sizes[layer.x][0], self.device)
-            steps[layer] = step = Step(call, self._chosen(call, batch, sizes))
-            shortcut = made.get(layer.residual) if layer.residual is not None else None
-            if shortcut is not None and calls.can_join(layer, shortcut) and readers.count(layer.residual) == 1:
-                joined = self._joined(step, steps[shortcut], batch, sizes)
-                if joined is not None:
-                    del steps[shortcut]
-                    steps[layer] = joined
-        found = list(steps.values())
-        last = {value: step for step in found for value in step.call.inputs}
-        for value, step in last.items():
+            call = calls.call(layer, self._constants.get(layer, ()), sizes[layer.x][0], self.device)
+            last = Step(call, self._chosen(call, batch, sizes))
+            found = [self._joined(way, last, steps[first], batch, sizes) for way, first in join.ways(layer, makers, readers)
+                     if first in steps]  # fmt: skip
+            best = max((step for step in found if step is not None), key=lambda step: step.choice.gain, default=None)
+            if best is not None:
+                del steps[best.call.also]
+            steps[layer] = best or last
+        made = list(steps.values())
+        for value, step in {value: step for step in made for value in step.call.inputs}.items():
             step.dead.append(value)
-        return found
+        return made
 
-    def _joined(self, last: Step, shortcut: Step, batch: int, sizes: dict[Value, Size]) -> Step | None:
-        call = calls.joined(last.call, shortcut.call)
-
-        def in_two(x: Tensor, source: Tensor, *rest: Any) -> Tensor:
-            *main, act = rest[:11] + rest[-1:]
-            return last.choice.run(x, shortcut.choice.run(source, *rest[11:19], (0, 0), (1, 1), 1, "none"), *main, act)
-
-        call.plain[calls.TORCH] = in_two
+    def _joined(self, way: Way, last: Step, first: Step, batch: int, sizes: dict[Value, Size]) -> Step | None:
+        """One step for two, if a kernel of it is faster than both."""
+        call = way.call(last.call, first.call, last.choice.run, first.choice.run)
         choice = self._chosen(call, batch, sizes)
         return None if choice.kernel == calls.TORCH else Step(call, choice)
 

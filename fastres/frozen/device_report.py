@@ -31,7 +31,7 @@ def report(network: Frozen, x: Tensor | None) -> PlanReport:
 def _step(step: Step, plan: Plan) -> StepReport:
     layer, choice = step.call.layer, step.choice
     tried = {c.backend: c.failure or 1e3 * (c.seconds or 0.0) for c in choice.candidates}
-    op = operation(layer) if step.call.shortcut is None else operation(layer).replace("add", "add+conv")
+    op = "+".join(operation(done) for done in (step.call.also, layer) if done is not None)
     sizes = plan.sizes[layer.x], plan.sizes[layer.y]
     return StepReport(layer.name, op, choice.kernel, *sizes, plan.shape[0], tried=tried)
 

@@ -110,7 +110,7 @@ def fake(x, weight, stride, padding, dilation):
     return y.contiguous(memory_format=memory_format(x))
 
 
-def _why_not_folded(x, residual) -> str | None:
+def why_not_folded(x, residual) -> str | None:
     if residual is not None and residual.dtype != x.dtype:
         return f"residual must have x's dtype, got {residual.dtype} beside {x.dtype}"
     if residual is not None and not residual.is_contiguous(memory_format=memory_format(x)):
@@ -131,7 +131,7 @@ def why_not_onednn(x, residual, weight, *rest) -> str | None:
     padding, dilation = rest[-4:-2]
     if any(p > d * (k - 1) for p, d, k in zip(padding, dilation, weight.shape[2:], strict=True)):
         return "a window may lie wholly in the padding, where oneDNN with packed weights can end the process"
-    return _why_not_folded(x, residual)
+    return why_not_folded(x, residual)
 
 
 class _Packings:
@@ -178,7 +178,7 @@ _pointwise = torch.ops.mkldnn._convolution_pointwise.default if torch.backends.m
 
 
 def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
-    reason = why_not_triton(x) or why_not_tf32(x) or _why_not_folded(x, residual)
+    reason = why_not_triton(x) or why_not_tf32(x) or why_not_folded(x, residual)
     return reason or triton_module("conv_bn_act").why_not(x, weight, *rest)
 
 
@@ -216,26 +216,26 @@ def run_triton(
 
 
 def why_not_cpu(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
-    return _why_not_folded(x, residual) or _conv_cpu.why_not(x, weight, dilation, groups)
+    return why_not_folded(x, residual) or _conv_cpu.why_not(x, weight, dilation, groups)
 
 
 def why_not_cudnn(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ):  # fmt: skip
-    return _conv_cudnn.why_not(x, residual, weight, groups, act) or _why_not_folded(x, residual)
+    return _conv_cudnn.why_not(x, residual, weight, groups, act) or why_not_folded(x, residual)
 
 
 def why_not_cuda(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ):  # fmt: skip
     own = _conv_cuda.why_not(x, weight, stride, padding, dilation, groups, residual is not None)
-    return own or _why_not_folded(x, residual)
+    return own or why_not_folded(x, residual)
 
 
 def why_not_wide(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ):  # fmt: skip
-    return _conv_wide.why_not(x, weight, stride, padding, dilation, groups) or _why_not_folded(x, residual)
+    return _conv_wide.why_not(x, weight, stride, padding, dilation, groups) or why_not_folded(x, residual)
 
 
 def run_cpu(x, residual, *rest):

@@ -16,6 +16,9 @@ from fastres.kernels.layout import aligned, memory_format
 from fastres.ops import _conv_rows, _fold
 
 OP = "sm90_conv_act"
+CHAIN = "sm90_conv_act_conv_act"
+CHAIN_CHANNELS = (64, 128)  # of x and between two convolutions
+CHAIN_REACH = 8192  # of a window along the padded rows, in pixels times channels: what shared memory holds beyond a tile
 DTYPES = (torch.float16, torch.bfloat16)
 ARCH = "90a"
 
@@ -86,3 +89,42 @@ def run_joined(main: tuple[Any, ...], own: tuple[Any, ...], act: str) -> Tensor:
     w, b = packed(x, tuple(parameters), eps)
     second = (aligned(shortcut), *packed(x, tuple(others), own_eps))
     return native.op(OP)(aligned(x), w, b, None, *second, stride, padding, dilation, own_stride, act)
+
+
+def why_not_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, last_weight: Tensor) -> str | None:
+    """Why no kernel can run a convolution and one of 1x1 in one launch, beyond what all folded backends ask."""
+    if x.device.type != "cuda":
+        return f"it runs on cuda, the tensors are on {x.device.type}"
+    reason = why_not_device(x.device) or native.why_not(CHAIN)
+    return reason or why_not_chain_arguments(x, weight, stride, padding, dilation, groups, last_weight)
+
+
+def why_not_chain_arguments(
+    x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, last_weight: Tensor
+) -> str | None:
+    """What it asks of the arguments, on any device."""
+    if reason := why_not_arguments(x, weight, stride, padding, dilation, groups):
+        return reason
+    channels = x.shape[1]
+    if channels not in CHAIN_CHANNELS or weight.shape[0] != channels or last_weight.shape[0] % channels:
+        shapes = f"{channels} to {weight.shape[0]} to {last_weight.shape[0]}"
+        return f"it takes 64 or 128 channels, as many between the convolutions and multiples of them out, got {shapes}"
+    window = list(zip(weight.shape[2:], padding, dilation, strict=True))
+    if stride != (1, 1) or any(2 * p != (k - 1) * d for k, p, d in window):
+        geometry = f"{tuple(weight.shape[2:])}, stride {stride}, padding {padding}, dilation {dilation}"
+        return f"its windows keep the image's size, got {geometry}"
+    height, width = (size + p for size, p in zip(x.shape[2:], padding, strict=True))
+    (rows, _, down), (columns, _, right) = window
+    reach = (rows - 1) * down * width + (columns - 1) * right
+    if reach * channels > CHAIN_REACH:
+        return f"with {channels} channels its windows reach over at most {CHAIN_REACH // channels} pixels of rows, got {reach}"
+    if x.shape[0] * height * width >= 2**30:
+        return f"x must have less than 2^30 pixels, padded, got {tuple(x.shape)}"
+    return None
+
+
+def run_chain(x: Tensor, first: tuple[Any, ...], residual: Tensor, last: tuple[Any, ...], last_act: str) -> Tensor:
+    """One launch; first and last are the parameters and eps of each convolution, the first with its geometry and act."""
+    w, b = packed(x, first[:6], first[6])
+    last_w, last_b = packed(x, last[:6], last[6])
+    return native.op(CHAIN)(aligned(x), w, b, last_w, last_b, aligned(residual), first[9], first[11], last_act)

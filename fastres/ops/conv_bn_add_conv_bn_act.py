@@ -45,14 +45,14 @@ def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], str
     return (x, *main), (shortcut, *own, *_AT_ONE), act
 
 
-def _composed(run: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
-    """The two convolutions one after the other."""
-    (x, *main), (shortcut, *own), act = _apart(args)
-    return run(x, run(shortcut, None, *own, "none"), *main, act)
+def composed(own: Callable[..., Tensor], main: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Two functions, with the arguments of ``conv_bn_act`` and of ``conv_bn_add_act``, the first of them for the shortcut."""
+    (x, *of_main), (shortcut, *of_own), act = _apart(args)
+    return main(x, own(shortcut, *of_own, "none"), *of_main, act)
 
 
 def reference(*args):
-    return _composed(_conv.reference, args)
+    return composed(CONV_BN_ACT.reference, CONV_BN_ADD_ACT.reference, *args)
 
 
 def check(*args):
@@ -88,7 +88,8 @@ def backward(ctx, grad_y):
     flags, own_flags = ctx.flags
 
     def again(*tensors):
-        return _composed(_conv.differentiable, (*tensors[:8], *flags, *tensors[8:], *own_flags))
+        args = *tensors[:8], *flags, *tensors[8:], *own_flags
+        return composed(lambda x, *rest: _conv.differentiable(x, None, *rest), _conv.differentiable, *args)
 
     grads = _conv.recompute_gradients(ctx, grad_y, again)
     return *grads[:8], *[None] * len(flags), *grads[8:], *[None] * len(own_flags)
@@ -139,7 +140,7 @@ def may_join(device: torch.device) -> bool:
 
 
 def fallback(*args):
-    return _composed(lambda x, r, *rest: CONV_BN_ACT(x, *rest) if r is None else CONV_BN_ADD_ACT(x, r, *rest), args)
+    return composed(CONV_BN_ACT, CONV_BN_ADD_ACT, *args)
 
 
 class Ends:

@@ -101,6 +101,26 @@ __device__ __forceinline__ void store_transposed(void* row, const uint32_t (&m)[
 // What the warp's lanes wrote to shared memory, all of them see.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
+// The same for the four warps of a warpgroup, of this number in the block.
+__device__ __forceinline__ void sync_group(int number) {
+  asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");
+}
+
+// The way back of load_pixels, without a shift; what lies beyond the images is not written.
+__device__ __forceinline__ void store_pixels(const TileMap& map, const void* from, int channel, int x, int y, int image) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.im2col_no_offs.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(channel), "r"(x), "r"(y), "r"(image)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until of this thread's groups of stores at most kLeft have yet to read shared memory.
+template <int kLeft>
+__device__ __forceinline__ void wait_for_stores_but() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
+}
+
 #endif  // sm_90a
 
 }  // namespace fastres::cuda::sm90

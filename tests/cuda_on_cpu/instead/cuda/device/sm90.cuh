@@ -124,17 +124,20 @@ inline void load_tile(void* to, const TileMap& map, Barrier& barrier, int column
   load_box(to, map, barrier, column, [=, &map](int r) { return row_offset(map, tap, row + r); });
 }
 
-// The window's first tap goes along a line between the corners, then to the next line, then to the next image.
+// The window's first tap goes along a line between the corners, then to the next line, then to the next image: where the pixel
+// lies that is so many after one, shifted; negative outside of the images.
+inline int64_t pixel_offset(const TileMap& map, int x, int y, int image, int after, int right = 0, int down = 0) {
+  const Span &h = map.window.h, &w = map.window.w;
+  const int along = (x + w.padding) / w.stride + after, line = (y + h.padding) / h.stride + along / w.out(map.x.width);
+  const int column = along % w.out(map.x.width) * w.stride - w.padding + right;
+  const int row = line % h.out(map.x.height) * h.stride - h.padding + down, n = image + line / h.out(map.x.height);
+  const bool inside = column >= 0 && column < map.x.width && row >= 0 && row < map.x.height && n < map.x.count;
+  return inside ? ((int64_t{n} * map.x.height + row) * map.x.width + column) * map.x.channels : -1;
+}
+
 inline void load_pixels(void* to, const TileMap& map, Barrier& barrier, int channel, int x, int y, int image, int right,
                         int down, int first = 0, int blocks = 1) {
-  const auto pixel = [=, &map](int r) -> int64_t {
-    const Span &h = map.window.h, &w = map.window.w;
-    const int along = (x + w.padding) / w.stride + r, line = (y + h.padding) / h.stride + along / w.out(map.x.width);
-    const int column = along % w.out(map.x.width) * w.stride - w.padding + right;
-    const int row = line % h.out(map.x.height) * h.stride - h.padding + down, n = image + line / h.out(map.x.height);
-    const bool inside = column >= 0 && column < map.x.width && row >= 0 && row < map.x.height && n < map.x.count;
-    return inside ? ((int64_t{n} * map.x.height + row) * map.x.width + column) * map.x.channels : -1;
-  };
+  const auto pixel = [=, &map](int r) { return pixel_offset(map, x, y, image, r, right, down); };
   load_box(to, map, barrier, channel, pixel, first, blocks);
 }
 

@@ -29,6 +29,40 @@ inline void store_transposed(void* row, const uint32_t (&m)[4]) {
 
 inline void sync_warp() { gather(0); }
 
+// Until all threads of a warpgroup have come.
+inline void sync_group(int) {
+  static unsigned come[cuda_on_cpu::kMaxFibers / 128], rounds[cuda_on_cpu::kMaxFibers / 128];
+  const unsigned group = cuda_on_cpu::fiber() / 128, round = rounds[group];
+  if (++come[group] == 128) come[group] = 0, ++rounds[group];
+  cuda_on_cpu::wait_until([=] { return rounds[group] != round; });
+}
+
+// The stores that each thread has issued; other threads run on before they read.
+inline std::vector<std::vector<std::function<void()>>>& groups_of_stores() {
+  static std::vector<std::vector<std::function<void()>>> of[cuda_on_cpu::kMaxFibers];
+  auto& own = of[cuda_on_cpu::fiber()];
+  if (own.empty()) own.emplace_back();
+  return own;
+}
+
+inline void store_pixels(const TileMap& map, const void* from, int channel, int x, int y, int image) {
+  groups_of_stores().back().push_back([=, &map] {
+    const auto pixel = [=, &map](int r) { return pixel_offset(map, x, y, image, r); };
+    for_box(map, const_cast<void*>(from), channel, pixel, [](const uint16_t* place, uint16_t* to) {
+      if (to) *to = *place;
+    });
+  });
+}
+inline void commit_stores() { groups_of_stores().emplace_back(); }
+
+template <int kLeft>
+void wait_for_stores_but() {
+  cuda_on_cpu::pause(3);
+  auto& groups = groups_of_stores();
+  for (; groups.size() > kLeft + 1; groups.erase(groups.begin()))
+    for (auto& store : groups.front()) store();
+}
+
 template <typename Params>
 cudaError_t launch_clusters_behind(void (*kernel)(Params), unsigned blocks, unsigned threads, unsigned cluster,
                                    const Params& params, size_t, cudaStream_t) {

@@ -1,0 +1,95 @@
+// Binding of two convolutions in one launch: checks, output, launch, registration.
+#include "cuda/conv_bn_act_conv_bn_add_act.h"
+
+#include "cuda/host.h"
+#include "cuda/launch.h"
+
+namespace fastres::cuda {
+namespace {
+
+constexpr const char* kOp = "conv_bn_act_conv_bn_add_act";
+
+// A matrix or an image as the TMA unit takes it.
+void check_tensor(const char* param, const Tensor& t, const Tensor& x) {
+  FASTRES_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), kOp, param,
+                "on the device of x, " << show_device(x), show_device(t));
+  FASTRES_CHECK(t.scalar_type() == x.scalar_type(), kOp, param, "of x's dtype " << show(x.scalar_type()),
+                show(t.scalar_type()));
+  FASTRES_CHECK(is_aligned(t.data_ptr()), kOp, param, "aligned to 16 bytes", "the address " << t.data_ptr());
+}
+
+// One direction of a window that keeps the image's size.
+Span span(int64_t kernel, IntHeaderOnlyArrayRef dilation, int d) {
+  FASTRES_CHECK(dilation.size() == 2 && dilation[d] >= 1 && dilation[d] <= 127, kOp, "dilation", "two integers from 1 to 127",
+                show(dilation));
+  const int64_t reach = (kernel - 1) * dilation[d];
+  FASTRES_CHECK(kernel % 2 == 1 && reach <= 127, kOp, "weight", "of an odd number of pixels, of at most 128, dilated",
+                kernel << ", dilated " << reach + 1);
+  return {static_cast<int>(kernel), 1, static_cast<int>(reach / 2), static_cast<int>(dilation[d])};
+}
+
+Tensor sm90_conv_act_conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& last_weight,
+                       const Tensor& last_bias, const Tensor& residual, IntHeaderOnlyArrayRef dilation, const Text& act,
+                       const Text& last_act) {
+  check_cuda(kOp, "x", x);
+  FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, kOp, "x",
+                "float16 or bfloat16", show(x.scalar_type()));
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && is_dense(x, Format::channels_last), kOp, "x",
+                "of 4 dimensions (N, C, H, W), not empty, dense and channels_last",
+                show(x.sizes()) << ", strides " << show(x.strides()));
+  const int64_t channels = x.size(1);
+  FASTRES_CHECK(channels == 64 || channels == 128, kOp, "x", "of 64 or 128 channels", channels);
+  check_tensor("x", x, x);
+  check_tensor("weight", weight, x);
+  FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(0) == channels && weight.size(3) == channels, kOp,
+                "weight", "contiguous, (" << channels << ", KH, KW, " << channels << ")", show(weight.sizes()));
+  check_tensor("last_weight", last_weight, x);
+  FASTRES_CHECK(last_weight.dim() == 4 && last_weight.is_contiguous() && last_weight.size(3) == channels &&
+                    last_weight.size(1) * last_weight.size(2) == 1 && last_weight.size(0) > 0 &&
+                    last_weight.size(0) % channels == 0,
+                kOp, "last_weight", "contiguous, (a multiple of " << channels << ", 1, 1, " << channels << ")",
+                show(last_weight.sizes()));
+  ConvActConvActParams params{};
+  params.window = {span(weight.size(1), dilation, 0), span(weight.size(2), dilation, 1)};
+  const Span &h = params.window.h, &w = params.window.w;
+  FASTRES_CHECK(x.size(0) * (x.size(2) + h.padding) * (x.size(3) + w.padding) < 1 << 30, kOp, "x",
+                "of less than 2^30 pixels, padded", show(x.sizes()));
+  const int64_t reach = int64_t{h.kernel - 1} * h.dilation * (x.size(3) + w.padding) + int64_t{w.kernel - 1} * w.dilation;
+  FASTRES_CHECK(reach * channels <= 8192, kOp, "x", "narrow: a window may reach over " << 8192 / channels << " pixels",
+                reach << " pixels of rows of " << x.size(3));
+  const std::array<int64_t, 4> sizes{x.size(0), last_weight.size(0), x.size(2), x.size(3)};
+  const Launch launch(kOp, x);
+  const Tensor y = empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
+  check_like(kOp, "residual", residual, y);
+  FASTRES_CHECK(is_dense(residual, Format::channels_last), kOp, "residual", "dense and channels_last",
+                "strides " << show(residual.strides()));
+  check_tensor("residual", residual, x);
+  const Tensor values = channel_vector(kOp, "bias", bias, x, ScalarType::Float);
+  const Tensor last_values = channel_vector(kOp, "last_bias", last_bias, y, ScalarType::Float);
+  params.dtype = dtype_of(x);
+  params.relu = is_relu(kOp, act);
+  params.last_relu = is_relu(kOp, last_act);
+  params.x = {static_cast<int>(x.size(0)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
+              static_cast<int>(channels)};
+  params.channels_out = static_cast<int>(last_weight.size(0));
+  params.x_data = x.data_ptr();
+  params.weight = weight.data_ptr();
+  params.bias = static_cast<const float*>(values.data_ptr());
+  params.last_weight = last_weight.data_ptr();
+  params.last_bias = static_cast<const float*>(last_values.data_ptr());
+  params.residual = residual.data_ptr();
+  params.y = y.data_ptr();
+  launch(launch_sm90_conv_act_conv_act, params);
+  return y;
+}
+
+}  // namespace
+}  // namespace fastres::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
+  m.def(
+      "sm90_conv_act_conv_act(Tensor x, Tensor weight, Tensor bias, Tensor last_weight, Tensor last_bias, Tensor residual, "
+      "int[] dilation, str act, str last_act) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) { m.impl("sm90_conv_act_conv_act", TORCH_BOX(&fastres::cuda::sm90_conv_act_conv_act)); }

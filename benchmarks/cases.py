@@ -15,7 +15,7 @@ from fastres import functional
 from fastres.ops import REGISTRY
 
 TRAIN = {"training": True}
-JOINED = "conv_bn_add_conv_bn_act"
+JOINED, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Case:
             drawn = torch.randn(size, generator=generator, device=device).to(dtype)
             return drawn.contiguous(memory_format=torch.channels_last)
 
-        if self.op == JOINED:
+        if self.op in (JOINED, CHAIN):
             return self.two_convolutions(shape, image, generator, device)
         channels, found = shape[1], [image(*shape)]
         if self.residual:
@@ -60,10 +60,11 @@ class Case:
     def two_convolutions(
         self, shape: tuple[int, ...], image: Callable[..., Tensor], generator: torch.Generator, device: torch.device
     ) -> tuple[Tensor, ...]:
-        """x, the shortcut of twice its size and half its channels, then weight, mean, var, weight and bias of both."""
+        """x, the shortcut of twice its size and half its channels or the residual, then weight, mean, var, weight and bias of
+        both."""
         n, channels, height, width = shape
-        found = [image(*shape), image(n, channels // 2, 2 * height, 2 * width)]
-        for depth, kernel in ((channels, self.convolution), (channels // 2, 1)):
+        found = [image(*shape), image(*shape) if self.op == CHAIN else image(n, channels // 2, 2 * height, 2 * width)]
+        for depth, kernel in ((channels, self.convolution), (found[1].shape[1], 1)):
             found.append(image(channels, depth, kernel, kernel) / (depth * kernel * kernel) ** 0.5)
             mean, var, weight, bias = torch.randn(4, channels, generator=generator, device=device)
             found += [mean * 0.1, var.abs() + 0.5, weight.abs() + 0.3, bias * 0.1]
@@ -86,11 +87,8 @@ class Case:
             return (*tensors, "relu")
         if self.op == "conv":
             return (*tensors, None, (1, 1), (1, 1), (1, 1), 1)
-        if self.op == JOINED:
-            x, shortcut, (w, *norm), (own, *own_norm) = *tensors[:2], tensors[2:7], tensors[7:]
-            pad = self.convolution // 2
-            main, other = ((t, None, *v[2:], *v[:2], 1e-5) for t, v in ((w, norm), (own, own_norm)))
-            return (x, shortcut, *main, (1, 1), (pad, pad), (1, 1), 1, *other, (2, 2), "relu")
+        if self.op in (JOINED, CHAIN):
+            return _of_two(self.op, self.convolution, tensors)
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
         if self.convolution:
             pad = self.convolution // 2
@@ -113,6 +111,26 @@ def _convolution(kernel: int, residual: bool) -> tuple[Callable, Callable]:
         *shortcut, w, mean, var, weight, bias = rest
         y = F.batch_norm(F.conv2d(x, w, padding=pad), mean, var, weight, bias)
         return F.relu(y + shortcut[0] if residual else y)
+
+    return fused, eager
+
+
+def _of_two(op: str, kernel: int, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The arguments of an op of two convolutions."""
+    x, other, (w, *norm), (last, *last_norm) = *tensors[:2], tensors[2:7], tensors[7:]
+    geometry = (1, 1), (kernel // 2,) * 2, (1, 1), 1
+    first, second = ((t, None, *v[2:], *v[:2], 1e-5) for t, v in ((w, norm), (last, last_norm)))
+    return (x, other, *first, *geometry, *(("relu", *second) if op == CHAIN else (*second, (2, 2))), "relu")
+
+
+def _chain(kernel: int) -> tuple[Callable, Callable]:
+    def fused(*tensors: Tensor) -> Tensor:
+        return REGISTRY[CHAIN](*_of_two(CHAIN, kernel, tensors))
+
+    def eager(x: Tensor, residual: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
+        norm, last, last_norm = rest[:4], rest[4], rest[5:]
+        y = F.relu(F.batch_norm(F.conv2d(x, w, padding=kernel // 2), *norm))
+        return F.relu(F.batch_norm(F.conv2d(y, last), *last_norm) + residual)
 
     return fused, eager
 
@@ -174,6 +192,7 @@ def _all() -> list[Case]:
         name = "conv_bn_add_act" if residual else "conv_bn_act"
         found.append(Case(name, False, *_convolution(kernel, residual), (name,), residual, kernel))
     found += [Case(JOINED, False, *_joined(kernel), (JOINED,), convolution=kernel) for kernel in (1, 3)]
+    found.append(Case(CHAIN, False, *_chain(3), (CHAIN,), convolution=3))
     return found
 
 

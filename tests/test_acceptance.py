@@ -95,16 +95,22 @@ def test_a_convolution_task_is_that_convolution():
     assert tasks.named(REGISTRY["conv_bn_act"], args)["name"] == "conv_bn_act 7x7/2 3→8"
 
 
-def test_a_joined_convolution_is_held_against_two_ops():
-    task = {"do": "kernel", "name": "conv_bn_add_conv_bn_act", "batch": 2, "dtype": "fp32"}
-    task["convolution"] = [8, 16, 3, 1, 5, 4, 2]
+@pytest.mark.parametrize(
+    ("name", "sizes", "shape", "label"),
+    [
+        ("conv_bn_add_conv_bn_act", [8, 16, 3, 1, 5, 4, 2], (2, 4, 10, 10), "3x3/1 8→16, 1x1/2 4→16"),
+        ("conv_bn_act_conv_bn_add_act", [8, 16, 3, 1, 5, 24], (2, 24, 5, 5), "3x3/1 8→16, 1x1/1 16→24"),
+    ],
+)
+def test_two_convolutions_are_held_against_two_ops(name, sizes, shape, label):
+    task = {"do": "kernel", "name": name, "batch": 2, "dtype": "fp32", "convolution": sizes}
     worker = tasks.Worker(CPU)
     worker.peaks["fp32"] = 1e9, 1e12
     rows = worker.perform(task)
     assert {row["rival"] for row in rows} == {"two ops", "torch"} and all(row["of_roof"] > 0 for row in rows)
-    assert {row["name"] for row in rows} == {"conv_bn_add_conv_bn_act 3x3/1 8→16, 1x1/2 4→16"}
-    op, args = REGISTRY[task["name"]], tasks.convolution(task, torch.float32, CPU)
-    assert args[1].shape == (2, 4, 10, 10)
+    assert {row["name"] for row in rows} == {f"{name} {label}"}
+    op, args = REGISTRY[name], tasks.convolution(task, torch.float32, CPU)
+    assert args[1].shape == shape
     for name, run_ in tasks.two_ops(op, args).items():
         assert tuner.judge(op, run_, args) is None, name
 

@@ -162,6 +162,23 @@ def test_the_wide_convolution_is_made_of_hoppers_widest_products() -> None:
         assert len(products) == 4 + 2
 
 
+def test_two_convolutions_in_one_launch_keep_what_is_between_them() -> None:
+    """Residuals come and outputs go by the TMA unit alone; what is between is turned round into shared memory, and read as an
+    operand; no product waits for another."""
+    rows = [row for row in report() if row["kernel"] == "sm90_conv_act_conv_act_kernel"]
+    assert len(rows) == 4
+    shapes = set()
+    for row in rows:
+        names = instructions(row)
+        for start in ("UTMALDG.3D", "UTMALDG.4D.IM2COL", "UTMASTG.4D.IM2COL", "USETMAXREG", "LDSM.16.MT88.4", "STSM.16.MT88.4"):
+            assert any(name.startswith(start) for name in names), start
+        assert not [name for name in names if name.startswith(("STL", "LDL", "HMMA", "STG"))]
+        products = [name for name in names if name.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
+        shapes |= {name[:15] for name in products if name.startswith("HGMMA")}
+        assert len(products) <= 2 * (8 + 2)
+    assert shapes == {"HGMMA.64x256x16", "HGMMA.64x128x16"}
+
+
 def test_few_channels_are_multiplied_by_tensor_cores() -> None:
     """Products of a warp, no local memory among them; x and weights copied past the registers."""
     rows = [row for row in report() if row["kernel"] in ("conv_rows_kernel", "conv_rows_backward_kernel")]

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FP32 = "torch.float32"
 SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
 WIDE = "cuda/sm90_conv_wide_kernel.cu"
+CHAIN = "cuda/sm90_conv_bn_act_conv_bn_add_act_kernel.cu"
 FEW, FEW_ROWS, FEW_BACKWARD = "cuda/conv_kernel.cu", "cuda/device/conv_rows.cuh", "cuda/conv_backward_kernel.cu"
 JOINED = "conv_bn_add_conv_bn_act.py"
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
@@ -123,6 +124,22 @@ CUDA = [
     Fault("the ReLU comes before the residual", WIDE, "if (p.residual != nullptr) v += to_float(value.v[k]);",
           "if (p.residual != nullptr) v = gpu_relu(v) + to_float(value.v[k]);",
           "test_wide_is_exact", {"name": "part of a tile", **HALF}),
+    Fault("the second convolution reads what is not there yet", CHAIN, "publish_shared();\n    sync_group(number);\n  }",
+          "publish_shared();\n  }", "test_chain_is_exact", {"name": "part of a tile", **HALF}),
+    Fault("a part is filled before it is stored", CHAIN, "wait_for_stores_but<kLeft>();", "", "test_chain_is_exact",
+          {"name": "128 channels, several tiles of each block", **HALF}),
+    Fault("a part's residual is not waited for", CHAIN, "s.part_full[number][buffer.index].wait(buffer.parity);", "",
+          "test_chain_is_exact", {"name": "128 channels, several tiles of each block", **HALF}),
+    Fault("a slice is given up by one group", CHAIN, "s.x_empty[i].init(4 * kGroups)", "s.x_empty[i].init(4)",
+          "test_chain_is_exact", {"name": "several tiles of each block, images that end inside a part", **HALF}),
+    Fault("the second group reads the first one's middle", CHAIN, "s.middle[number][slice], slice == 0",
+          "s.middle[0][slice], slice == 0", "test_chain_is_exact", {"name": "dilated", **HALF}),
+    Fault("the second half has the bias of the first", CHAIN, "bias[64 * half + row + 8 * i]", "bias[row + 8 * i]",
+          "test_chain_is_exact", {"name": "128 channels", **HALF}),
+    Fault("lines between images are counted as pixels", CHAIN, "y >= p.height; y -= p.rows", "y >= p.height; y -= p.height",
+          "test_chain_is_exact", {"name": "one row, one column", **HALF}),
+    Fault("what is between the convolutions is not activated", CHAIN, "lay_out<false>(acc, part, bias, p.relu,",
+          "lay_out<false>(acc, part, bias, false,", "test_chain_is_exact", {"name": "part of a tile", **HALF}),
     Fault("values beside a run are left to weights of zero", FEW, "two &= cut.last", "two &= ~0u",
           "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "stem", **HALF}),
     Fault("the value that aligns a run is left to a weight of zero", FEW, "two &= cut.first", "two &= ~0u",

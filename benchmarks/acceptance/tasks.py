@@ -4,6 +4,7 @@ Nothing here knows a GPU but the lists of tasks: on the CPU the same code runs t
 """
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ from torch import Tensor
 import fastres
 from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import CASES, JOINED
+from benchmarks.cases import CASES, CHAIN, JOINED
 from fastres import info, tuner
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare, prepared
 from fastres.experiments.subject import DTYPES, Subject, load
 from fastres.ops import REGISTRY, _fold
+from fastres.ops import conv_bn_act_conv_bn_add_act as chain
+from fastres.ops import conv_bn_add_conv_bn_act as projection
 from fastres.ops._op import Op
 
 Task = dict[str, Any]
@@ -45,6 +48,8 @@ PROJECTED = [
     (64, 256, 1, 1, 56, 64, 1), (128, 512, 1, 1, 28, 256, 2), (256, 1024, 1, 1, 14, 512, 2), (512, 2048, 1, 1, 7, 1024, 2),
     (128, 128, 3, 1, 28, 64, 2),
 ]  # fmt: skip
+# 3x3, then 1x1 to so many channels with an addition: the last ones of the blocks of the first two stages.
+CHAINED = [(64, 64, 3, 1, 56, 256), (128, 128, 3, 1, 28, 512)]
 INNER = [
     (256, 64, 1, 1, 56), (64, 64, 3, 1, 56), (512, 128, 1, 1, 28), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14),
     (512, 512, 3, 1, 7), (1024, 256, 1, 1, 14), (2048, 512, 1, 1, 7), (3, 64, 7, 2, 224), (128, 128, 3, 2, 56),
@@ -52,7 +57,8 @@ INNER = [
 ]  # fmt: skip
 STEM = [(3, 64, 7, 2, 224)]  # the first one, in training
 CONVOLUTIONS = {
-    "conv_bn_add_act": BLOCK_ENDS, JOINED: PROJECTED, "conv_bn_act": INNER, "conv": STEM, "conv_backward_weight": STEM,
+    "conv_bn_add_act": BLOCK_ENDS, CHAIN: CHAINED, JOINED: PROJECTED, "conv_bn_act": INNER, "conv": STEM,
+    "conv_backward_weight": STEM,
 }  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
@@ -222,39 +228,38 @@ class Worker:
 
 
 def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """What a joined convolution is held against: its two ops as they are chosen, and cuDNN's fused call behind PyTorch's
-    convolution and batch norm of the shortcut, which has no ReLU and so no fused call."""
+    """What an op of two convolutions is held against: its two ops as they are chosen, and cuDNN's fused calls; a projected
+    shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
     assert op.fallback is not None
-    found: dict[str, Callable] = {"two ops": op.fallback}
-    x, shortcut, *main = args[:13]
+    first: Callable = REGISTRY["conv_bn_act"].reference if op.name == JOINED else cudnn_relu
+    composed = projection.composed if op.name == JOINED else chain.composed
     cudnn = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
-    projected = REGISTRY["conv_bn_act"].reference
-    residual = projected(shortcut, *args[13:21], (0, 0), (1, 1), 1, "none")
-    if cudnn.why_not(x, residual, *main, args[-1]) is None:
-        last = cudnn.load()
-
-        def by_cudnn(x: Tensor, shortcut: Tensor, *rest: Any) -> Tensor:
-            *_, act = rest
-            return last(x, projected(shortcut, *rest[11:19], (0, 0), (1, 1), 1, "none"), *rest[:11], act)
-
-        found["cudnn"] = by_cudnn
+    found: dict[str, Callable] = {"two ops": op.fallback}
+    if args[0].is_cuda and composed(first, cudnn.why_not, *args) is None:
+        found["cudnn"] = functools.partial(composed, first, cudnn.load())
     return found
 
 
-def cudnn_alone(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
+def cudnn_relu(x: Tensor, *rest: Any) -> Tensor:
     """cuDNN's fused convolution without residual, as a mark to be held against: fastres has no use for it, since it turns NaN
-    into 0; its weights are folded beforehand."""
-    x = args[0]
-    if op.name != "conv_bn_act" or not x.is_cuda or args[-1] != "relu" or x.shape[1] % 8:
-        return {}
-    weight, bias = _fold.fold(args[1:7], args[7])
-    weight, bias = weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype)
-    return {"cudnn": lambda x, *rest: torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *args[8:12])}
+    into 0."""
+
+    def finish(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype)
+
+    weight, bias = _fold.folded(rest[:6], rest[6], ("cudnn_relu", x.dtype), finish)
+    return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *rest[7:11])
+
+
+def cudnn_alone(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
+    """cuDNN's mark beside the backends of an op of one convolution."""
+    fits = op.name == "conv_bn_act" and args[0].is_cuda and args[-1] == "relu" and args[0].shape[1] % 8 == 0
+    return {"cudnn": cudnn_relu} if fits else {}
 
 
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:
-    """Arguments of a convolution of a residual network; at the end of a block with the shortcut's values."""
-    channels, out, kernel, stride, side, *of_shortcut = task["convolution"]
+    """Arguments of a convolution of a residual network; at the end of a block with the other one's values."""
+    channels, out, kernel, stride, side, *of_other = task["convolution"]
     padding, generator = kernel // 2, torch.Generator(place).manual_seed(0)
     out_side = (side + 2 * padding - kernel) // stride + 1
 
@@ -270,8 +275,14 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
     residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
     norm = torch.rand(4, out, generator=generator, device=place) + 0.5
     geometry = (stride, stride), (padding, padding), (1, 1), 1
+    if task["name"] == CHAIN:
+        (last_out,) = of_other
+        last = image(last_out, out, 1, 1) / out**0.5
+        last_norm = torch.rand(4, last_out, generator=generator, device=place) + 0.5
+        images = image(task["batch"], channels, side, side), image(task["batch"], last_out, out_side, out_side)
+        return (*images, weight, None, *norm, 1e-5, *geometry, "relu", last, None, *last_norm, 1e-5, "relu")
     if task["name"] == JOINED:
-        depth, step = of_shortcut
+        depth, step = of_other
         shortcut, own = image(task["batch"], depth, out_side * step, out_side * step), image(out, depth, 1, 1) / depth**0.5
         x, main, other = image(task["batch"], channels, side, side), (weight, None, *norm), (own, None, *norm.flip(0))
         return (x, shortcut, *main, 1e-5, *geometry, *other, 1e-5, (step, step), "relu")
@@ -291,4 +302,6 @@ def named(op: Op, args: tuple) -> Row:
     name = f"{op.name} {kernel[0]}x{kernel[1]}/{found['stride'][0]} {channels}→{out}"
     if op.name == JOINED:
         name += f", 1x1/{found['shortcut_stride'][0]} {found['shortcut_weight'].shape[1]}→{out}"
+    if op.name == CHAIN:
+        name += f", 1x1/1 {out}→{found['last_weight'].shape[0]}"
     return {"name": name, "shape": list(x.shape)}

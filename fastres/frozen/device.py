@@ -126,12 +126,13 @@ class GraphFrozen(Frozen):
             found = [self._joined(way, last, steps[first], batch, sizes) for way, first in join.ways(layer, makers, readers)
                      if first in steps]  # fmt: skip
             best = max((step for step in found if step is not None), key=lambda step: step.choice.gain, default=None)
-            if best is not None:
+            if best is not None and best.call.also is not None:
                 del steps[best.call.also]
             steps[layer] = best or last
         made = list(steps.values())
-        for value, step in {value: step for step in made for value in step.call.inputs}.items():
-            step.dead.append(value)
+        last_readers = {value: step for step in made for value in step.call.inputs}
+        for value, reader in last_readers.items():
+            reader.dead.append(value)
         return made
 
     def _joined(self, way: Way, last: Step, first: Step, batch: int, sizes: dict[Value, Size]) -> Step | None:

@@ -1,5 +1,6 @@
 """Ways in which one call of an op does what two layers do, the first of which makes an operand of the last."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class Way(NamedTuple):
     def call(self, last: Call, first: Call, run_last: Run, run_first: Run) -> Call:
         """The call that does what both do, beside those one after the other."""
         inputs, rest = self.arguments(last, first)
-        return Call(last.layer, self.op, inputs, rest, {TORCH: lambda *args: self.composed(run_first, run_last, *args)}, first.layer)
+        apart: dict[str, Run] = {TORCH: functools.partial(self.composed, run_first, run_last)}
+        return Call(last.layer, self.op, inputs, rest, apart, first.layer)
 
 
 def _may_project(last: Layer, first: Layer) -> bool:

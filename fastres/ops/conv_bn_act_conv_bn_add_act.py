@@ -1,10 +1,10 @@
 """conv_bn_act_conv_bn_add_act: y = act(batch_norm(conv2d(middle)) + residual), middle = act(batch_norm(conv2d(x))), in
 evaluation: the last two convolutions of a bottleneck block, 3x3 and 1x1 (He et al. 2016, figure 5).
 
-x, weight, its batch norm and act as in ``conv_bn_act``; last_weight (K2, K, 1, 1), of stride 1 without padding, its batch norm and
-last_act as in ``conv_bn_add_act``; residual has y's shape (N, K2, OH, OW). Both batch norms are folded; a kernel keeps middle,
-rounded to x's dtype, on the chip. Accumulates in fp32, rounds each output once. For backward the inputs are saved and the
-plain composition runs again. Bytes moved: x, both weights, residual and y.
+x, weight, its batch norm and act as in ``conv_bn_act``; last_weight (K2, K, 1, 1), of stride 1 without padding, its batch norm
+and last_act as in ``conv_bn_add_act``; residual has y's shape (N, K2, OH, OW). Both batch norms are folded; a kernel keeps
+middle, rounded to x's dtype, on the chip. Accumulates in fp32, rounds each output once. For backward the inputs are saved and
+the plain composition runs again. Bytes moved: x, both weights, residual and y.
 
 Where no kernel is chosen, ``conv_bn_act`` and ``conv_bn_add_act`` one after the other are faster than the plain composition.
 """
@@ -131,7 +131,8 @@ def fallback(*args):
 
 def why_not_cuda(*args) -> str | None:
     (x, weight, *first), (residual, last_weight, *_) = _apart(args)
-    reason = _conv_cuda.why_not_chain(x, weight, *first[6:10], last_weight)
+    stride, padding, dilation, groups, _ = first[6:]
+    reason = _conv_cuda.why_not_chain(x, weight, stride, padding, dilation, groups, last_weight)
     return reason or _conv.why_not_folded(x, residual)
 
 

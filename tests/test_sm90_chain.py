@@ -12,6 +12,7 @@ from tolerances import assert_close_to_truth
 
 from fastres.ops import REGISTRY, _conv_cuda
 from fastres.ops import conv_bn_act_conv_bn_add_act as chain
+from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
 
 
 class Case(NamedTuple):
@@ -72,9 +73,10 @@ def act(x, name):
     return x.relu() if name == "relu" else x
 
 
-def run(x, weight, bias, last, last_bias, residual, case):
-    weight, last = (t.permute(0, 2, 3, 1).contiguous() for t in (weight, last))
-    return torch.ops.fastres_C.sm90_conv_act_conv_act(x, weight, bias, last, last_bias, residual, case.dilation, *case.acts)
+def run(x, weight, bias, last, last_bias, residual, case, following=()):
+    weight, last, *following = (t.permute(0, 2, 3, 1).contiguous() if t.dim() == 4 else t for t in (weight, last, *following))
+    op = torch.ops.fastres_C.sm90_conv_act_conv_act_conv_act if following else torch.ops.fastres_C.sm90_conv_act_conv_act
+    return op(x, weight, bias, last, last_bias, residual, *following, case.dilation, *case.acts, *["relu"] * bool(following))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -84,6 +86,21 @@ def test_chain_is_exact(device, dtype, name):
     args, exact = integers(case, dtype, device)
     y = run(*args, case)
     assert torch.equal(y, exact) and y.is_contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize("name", ["one row, one column", "dilated", "7x1", "128 channels, three tiles"])
+def test_a_chain_of_three_is_exact(device, name):
+    """The first convolution of the next block, from what is held of the end of this one."""
+    case = CASES.get(name) or Case(2, 128, 9, 15, 192, acts=("relu", "none"))
+    args, y = integers(case, torch.float16, device)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randint(-1, 2, (case.c, case.k, 1, 1), generator=generator).double()
+    weight *= torch.rand(weight.shape, generator=generator) < 0.1
+    bias = torch.randint(-4, 5, (case.c,), generator=generator).double()
+    z = F.conv2d(y.double().cpu(), weight, bias).relu().to(y)
+    found = run(*args, case, (weight.to(y), bias.float().to(device)))
+    assert torch.equal(found[0], y) and torch.equal(found[1], z)
+    assert all(t.is_contiguous(memory_format=CL) for t in found)
 
 
 def test_special_values_of_a_chain(device):
@@ -105,16 +122,18 @@ def test_memory_around_a_chain_is_not_touched(device):
     _hopper.assert_memory_around_is_not_touched(call, (x, weight, bias, residual), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_chain_keeps_the_budget(device, dtype):
+@pytest.mark.parametrize(("page", "dtype"), [(chain, torch.float16), (long_chain, torch.bfloat16)])
+def test_a_chain_keeps_the_budget(device, page, dtype):
     """Fold, packing, alignment: every sample of the op that the kernel takes."""
-    op, taken = REGISTRY[chain.NAME], []
+    op, cuda, taken = REGISTRY[page.NAME], page.run_cuda, []
     for sample in op.samples(device, dtype):
         args = [a.contiguous(memory_format=CL) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in sample.args]
         if _conv_cuda.why_not_chain_arguments(args[0], args[2], *args[9:13], args[14]):
             continue
+        found, plain = cuda(*args), op.reference(*args)
         exact = op.reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
-        assert_close_to_truth(chain.run_cuda(*args), op.reference(*args), exact, dtype, sample.label)
+        for outputs in zip(found, plain, exact, strict=True) if isinstance(found, tuple) else [(found, plain, exact)]:
+            assert_close_to_truth(*outputs, dtype, sample.label)
         taken.append(sample.label)
     assert taken == ["3x3 of 64 channels", "3x3 of 128 channels", "3x3 dilated"]
 
@@ -138,7 +157,10 @@ def test_what_is_unsafe_in_a_chain_raises():
         ({"case": case._replace(dilation=(1, 80))}, "weight must be of an odd number of pixels, of at most 128"),
         ({"case": case._replace(dilation=(0, 1))}, "dilation must be two integers from 1"),
         ({"bias": right["bias"][:-1]}, r"bias must be of size \(64,\)"),
-        ({"last": last[:32]}, "last_weight must be contiguous, .a multiple of 64"),
+        ({"last": last[:32]}, "last_weight must be of a multiple of 64 channels out"),
+        ({"following": (last[:32], right["bias"][:32])}, "next_weight must be of 64 channels out"),
+        ({"following": (weight, right["bias"])}, "next_weight must be contiguous"),
+        ({"following": (last, right["bias"][:-1])}, r"next_bias must be of size \(64,\)"),
         ({"last": weight}, "last_weight must be contiguous"),
         ({"last_bias": right["last_bias"][:-1]}, r"last_bias must be of size \(64,\)"),
         ({"residual": residual[:, :, 1:]}, "residual must be of the sizes of x"),

@@ -1,4 +1,4 @@
-// Binding of two convolutions in one launch: checks, output, launch, registration.
+// Binding of two and of three convolutions in one launch: checks, outputs, launch, registration.
 #include "cuda/conv_bn_act_conv_bn_add_act.h"
 
 #include "cuda/host.h"
@@ -28,9 +28,22 @@ Span span(int64_t kernel, IntHeaderOnlyArrayRef dilation, int d) {
   return {static_cast<int>(kernel), 1, static_cast<int>(reach / 2), static_cast<int>(dilation[d])};
 }
 
-Tensor sm90_conv_act_conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& last_weight,
-                       const Tensor& last_bias, const Tensor& residual, IntHeaderOnlyArrayRef dilation, const Text& act,
-                       const Text& last_act) {
+// A weight of one pixel, of so many channels in.
+void check_pointwise(const char* param, const Tensor& weight, const Tensor& x, int64_t channels) {
+  check_tensor(param, weight, x);
+  FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(3) == channels && weight.size(1) * weight.size(2) == 1,
+                kOp, param, "contiguous, (C_out, 1, 1, " << channels << ")", show(weight.sizes()));
+}
+
+// The last convolution's input is the first one's output, that of the next is y.
+struct Next {
+  const Tensor &weight, &bias;
+  const Text& act;
+};
+
+std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& last_weight,
+                               const Tensor& last_bias, const Tensor& residual, IntHeaderOnlyArrayRef dilation, const Text& act,
+                               const Text& last_act, const Next* next) {
   check_cuda(kOp, "x", x);
   FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, kOp, "x",
                 "float16 or bfloat16", show(x.scalar_type()));
@@ -43,12 +56,9 @@ Tensor sm90_conv_act_conv_act(const Tensor& x, const Tensor& weight, const Tenso
   check_tensor("weight", weight, x);
   FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(0) == channels && weight.size(3) == channels, kOp,
                 "weight", "contiguous, (" << channels << ", KH, KW, " << channels << ")", show(weight.sizes()));
-  check_tensor("last_weight", last_weight, x);
-  FASTRES_CHECK(last_weight.dim() == 4 && last_weight.is_contiguous() && last_weight.size(3) == channels &&
-                    last_weight.size(1) * last_weight.size(2) == 1 && last_weight.size(0) > 0 &&
-                    last_weight.size(0) % channels == 0,
-                kOp, "last_weight", "contiguous, (a multiple of " << channels << ", 1, 1, " << channels << ")",
-                show(last_weight.sizes()));
+  check_pointwise("last_weight", last_weight, x, channels);
+  FASTRES_CHECK(last_weight.size(0) > 0 && last_weight.size(0) % 64 == 0, kOp, "last_weight",
+                "of a multiple of 64 channels out", last_weight.size(0));
   ConvActConvActParams params{};
   params.window = {span(weight.size(1), dilation, 0), span(weight.size(2), dilation, 1)};
   const Span &h = params.window.h, &w = params.window.w;
@@ -66,6 +76,18 @@ Tensor sm90_conv_act_conv_act(const Tensor& x, const Tensor& weight, const Tenso
   check_tensor("residual", residual, x);
   const Tensor values = channel_vector(kOp, "bias", bias, x, ScalarType::Float);
   const Tensor last_values = channel_vector(kOp, "last_bias", last_bias, y, ScalarType::Float);
+  Tensor z, next_values;
+  if (next != nullptr) {
+    check_pointwise("next_weight", next->weight, x, y.size(1));
+    FASTRES_CHECK(next->weight.size(0) == channels, kOp, "next_weight", "of " << channels << " channels out",
+                  next->weight.size(0));
+    z = empty_activation(x.sizes(), Format::channels_last, x);
+    next_values = channel_vector(kOp, "next_bias", next->bias, z, ScalarType::Float);
+    params.next_weight = next->weight.data_ptr();
+    params.next_bias = static_cast<const float*>(next_values.data_ptr());
+    params.next_relu = is_relu(kOp, next->act);
+    params.z = z.data_ptr();
+  }
   params.dtype = dtype_of(x);
   params.relu = is_relu(kOp, act);
   params.last_relu = is_relu(kOp, last_act);
@@ -80,7 +102,22 @@ Tensor sm90_conv_act_conv_act(const Tensor& x, const Tensor& weight, const Tenso
   params.residual = residual.data_ptr();
   params.y = y.data_ptr();
   launch(launch_sm90_conv_act_conv_act, params);
-  return y;
+  return {y, z};
+}
+
+Tensor sm90_conv_act_conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& last_weight,
+                              const Tensor& last_bias, const Tensor& residual, IntHeaderOnlyArrayRef dilation, const Text& act,
+                              const Text& last_act) {
+  return std::get<0>(run(x, weight, bias, last_weight, last_bias, residual, dilation, act, last_act, nullptr));
+}
+
+std::tuple<Tensor, Tensor> sm90_conv_act_conv_act_conv_act(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                           const Tensor& last_weight, const Tensor& last_bias,
+                                                           const Tensor& residual, const Tensor& next_weight,
+                                                           const Tensor& next_bias, IntHeaderOnlyArrayRef dilation,
+                                                           const Text& act, const Text& last_act, const Text& next_act) {
+  const Next next{next_weight, next_bias, next_act};
+  return run(x, weight, bias, last_weight, last_bias, residual, dilation, act, last_act, &next);
 }
 
 }  // namespace
@@ -90,6 +127,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def(
       "sm90_conv_act_conv_act(Tensor x, Tensor weight, Tensor bias, Tensor last_weight, Tensor last_bias, Tensor residual, "
       "int[] dilation, str act, str last_act) -> Tensor");
+  m.def(
+      "sm90_conv_act_conv_act_conv_act(Tensor x, Tensor weight, Tensor bias, Tensor last_weight, Tensor last_bias, "
+      "Tensor residual, Tensor next_weight, Tensor next_bias, int[] dilation, str act, str last_act, str next_act) "
+      "-> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) { m.impl("sm90_conv_act_conv_act", TORCH_BOX(&fastres::cuda::sm90_conv_act_conv_act)); }
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) {
+  m.impl("sm90_conv_act_conv_act", TORCH_BOX(&fastres::cuda::sm90_conv_act_conv_act));
+  m.impl("sm90_conv_act_conv_act_conv_act", TORCH_BOX(&fastres::cuda::sm90_conv_act_conv_act_conv_act));
+}

@@ -33,14 +33,19 @@ Constants = tuple[Any, ...]
 
 @dataclass(eq=False)
 class Call:
-    """What a layer computes: ``op(*inputs, *rest)``, or, without an op, a function of PyTorch's."""
+    """What a layer computes: ``op(*inputs, *rest)``, or, without an op, a function of PyTorch's; or several layers, after one
+    of which it is named."""
 
     layer: Layer
     op: Op | None
     inputs: tuple[Value, ...]
     rest: tuple[Any, ...]
     plain: dict[str, Run]  # PyTorch's ways, with the same arguments
-    also: Layer | None = None  # whose work it does too
+    layers: tuple[Layer, ...] = ()  # whose work it does, in their order
+    outputs: tuple[Value, ...] = ()  # what it gives: a tensor, or a tuple of them
+
+    def __post_init__(self) -> None:
+        self.layers, self.outputs = self.layers or (self.layer,), self.outputs or (self.layer.y,)
 
 
 def constants(layers: Iterable[Layer]) -> dict[Layer, Constants]:

@@ -82,8 +82,8 @@ def _ways(call: Call, op: Op, args: tuple[Any, ...], device: torch.device) -> tu
     return {b.name: b.load() for b in able if doubts[b.name] is None} | call.plain, unproven
 
 
-def _some(tensor: Tensor) -> Tensor:
-    """The images at both ends of a batch."""
-    if len(tensor) <= 2 * _JUDGED:
-        return tensor
-    return torch.cat([tensor[:_JUDGED], tensor[-_JUDGED:]])
+def _some(found: Any) -> Any:
+    """The images at both ends of a batch; of each where there are several."""
+    if isinstance(found, tuple):
+        return tuple(map(_some, found))
+    return found if len(found) <= 2 * _JUDGED else torch.cat([found[:_JUDGED], found[-_JUDGED:]])

@@ -20,7 +20,7 @@ from fastres.frozen.calls import Call
 from fastres.frozen.choose import Choice
 from fastres.frozen.graph import Graphs
 from fastres.frozen.join import Way
-from fastres.frozen.layers import Layer, Network
+from fastres.frozen.layers import Network
 from fastres.frozen.program import Size, sized
 from fastres.frozen.record import Value
 from fastres.ops._op import _signature
@@ -44,7 +44,7 @@ class Step:
     choice: Choice
     dead: list[Value] = field(default_factory=list)
 
-    def run(self, values: dict[Value, Tensor]) -> Tensor:
+    def run(self, values: dict[Value, Tensor]) -> Any:
         return self.choice.run(*(values[value] for value in self.call.inputs), *self.call.rest)
 
 
@@ -116,30 +116,36 @@ class GraphFrozen(Frozen):
         return Plan(shape, steps, sizes, x, replay, y)
 
     def _steps(self, batch: int, sizes: dict[Value, Size]) -> list[Step]:
-        """A kernel for every layer, and one for two where that is faster."""
-        makers = {layer.y: layer for layer in self.network.layers}
+        """A kernel for every layer, and one for several where that is faster."""
         readers = [value for layer in self.network.layers for value in (layer.x, layer.residual)]
-        steps: dict[Layer, Step] = {}
-        for layer in self.network.layers:
+        steps: dict[int, Step] = {}  # by their places
+        makers: dict[Value, int] = {}
+        for place, layer in enumerate(self.network.layers):
             call = calls.call(layer, self._constants.get(layer, ()), sizes[layer.x][0], self.device)
-            last = Step(call, self._chosen(call, batch, sizes))
-            found = [self._joined(way, last, steps[first], batch, sizes) for way, first in join.ways(layer, makers, readers)
-                     if first in steps]  # fmt: skip
-            best = max((step for step in found if step is not None), key=lambda step: step.choice.gain, default=None)
-            if best is not None and best.call.also is not None:
-                del steps[best.call.also]
-            steps[layer] = best or last
-        made = list(steps.values())
+            step = Step(call, self._chosen(call, batch, sizes))
+            faster: list[tuple[Step, int, int]] = []  # with the places of the one before and of itself
+            for way in join.WAYS:
+                operand = way.operand_of(call)
+                before = None if operand is None else makers.get(operand)
+                if before is not None and way.joins(call, steps[before].call, readers):
+                    both = self._joined(way, step, steps[before], batch, sizes)
+                    if both.choice.kernel != calls.TORCH:
+                        faster.append((both, before, place if way.at_last else before))
+            if faster:
+                step, before, place = max(faster, key=lambda found: found[0].choice.gain)
+                del steps[before]
+            steps[place] = step
+            makers |= dict.fromkeys(step.call.outputs, place)
+        made = [steps[place] for place in sorted(steps)]
         last_readers = {value: step for step in made for value in step.call.inputs}
         for value, reader in last_readers.items():
             reader.dead.append(value)
         return made
 
-    def _joined(self, way: Way, last: Step, first: Step, batch: int, sizes: dict[Value, Size]) -> Step | None:
-        """One step for two, if a kernel of it is faster than both."""
+    def _joined(self, way: Way, last: Step, first: Step, batch: int, sizes: dict[Value, Size]) -> Step:
+        """One step for two."""
         call = way.call(last.call, first.call, last.choice.run, first.choice.run)
-        choice = self._chosen(call, batch, sizes)
-        return None if choice.kernel == calls.TORCH else Step(call, choice)
+        return Step(call, self._chosen(call, batch, sizes))
 
     def _chosen(self, call: Call, batch: int, sizes: dict[Value, Size]) -> Choice:
         """Calls of one op that differ in nothing but values get one kernel."""
@@ -158,7 +164,8 @@ class GraphFrozen(Frozen):
         for step in steps:
             if see is not None:
                 see(step, values)
-            values[step.call.layer.y] = step.run(values)
+            made = step.run(values)
+            values |= zip(step.call.outputs, made if isinstance(made, tuple) else (made,), strict=True)
             for value in step.dead:
                 del values[value]
         y = values[self.network.layers[-1].y]

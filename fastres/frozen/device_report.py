@@ -31,7 +31,7 @@ def report(network: Frozen, x: Tensor | None) -> PlanReport:
 def _step(step: Step, plan: Plan) -> StepReport:
     layer, choice = step.call.layer, step.choice
     tried = {c.backend: c.failure or 1e3 * (c.seconds or 0.0) for c in choice.candidates}
-    op = "+".join(operation(done) for done in (step.call.also, layer) if done is not None)
+    op = "+".join(map(operation, step.call.layers))
     sizes = plan.sizes[layer.x], plan.sizes[layer.y]
     return StepReport(layer.name, op, choice.kernel, *sizes, plan.shape[0], tried=tried)
 
@@ -41,7 +41,7 @@ def _activations(plan: Plan) -> int:
     live = {step.call.inputs[0] for step in plan.steps[:1]}
     most = 0
     for step in plan.steps:
-        live.add(step.call.layer.y)
+        live |= set(step.call.outputs)
         most = max(most, sum(_elements(plan, value) for value in live))
         live -= set(step.dead)
     return most

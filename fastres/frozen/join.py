@@ -1,41 +1,57 @@
-"""Ways in which one call of an op does what two layers do, the first of which makes an operand of the last."""
+"""Ways in which one call of an op does what two do, the first of which makes an operand of the last."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from fastres.frozen.calls import TORCH, Call, Run
 from fastres.frozen.layers import Layer
 from fastres.frozen.record import Value
 from fastres.ops import conv_bn_act_conv_bn_add_act as chain
+from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
 from fastres.ops import conv_bn_add_conv_bn_act as projection
 from fastres.ops._op import Op
 
-_AT_ONE = (1, 1), (1, 1), (0, 0)  # kernel, stride, padding
-
 
 class Way(NamedTuple):
-    """``suits(last, first)`` asks the layers; ``arguments(last, first)`` gives the inputs and the rest of their calls' one;
+    """``suits(last, first)`` asks two calls; ``arguments(last, first)`` gives the inputs and the rest of the one for both,
     ``composed(first, last, *args)`` runs a kernel of each on those."""
 
     op: Op
-    operand: str  # of the last layer, that the first makes
-    suits: Callable[[Layer, Layer], bool]
+    operand: str  # of the last call's layer, that the first call makes
+    suits: Callable[[Call, Call], bool]
     arguments: Callable[[Call, Call], tuple[tuple[Value, ...], tuple[Any, ...]]]
-    composed: Callable[..., Tensor]
+    composed: Callable[..., Any]
+    at_last: bool = True  # it runs in the last one's place, and nobody else may read the operand; else the first one's, for all
+
+    def operand_of(self, last: Call) -> Value | None:
+        return getattr(last.layer, self.operand)
+
+    def joins(self, last: Call, first: Call, readers: list[Value | None]) -> bool:
+        """Whether it can do what two calls do, the second of which reads the first one's output."""
+        return self.suits(last, first) and not (self.at_last and readers.count(self.operand_of(last)) > 1)
 
     def call(self, last: Call, first: Call, run_last: Run, run_first: Run) -> Call:
         """The call that does what both do, beside those one after the other."""
         inputs, rest = self.arguments(last, first)
         apart: dict[str, Run] = {TORCH: functools.partial(self.composed, run_first, run_last)}
-        return Call(last.layer, self.op, inputs, rest, apart, first.layer)
+        layer, outputs = (last.layer, last.outputs) if self.at_last else (first.layer, (*first.outputs, *last.outputs))
+        return Call(layer, self.op, inputs, rest, apart, (*first.layers, *last.layers), outputs)
 
 
-def _may_project(last: Layer, first: Layer) -> bool:
-    plain = first.residual is None and not first.relu
-    return last.kind == first.kind == "conv" and plain and (first.kernel, first.padding) == (_AT_ONE[0], _AT_ONE[2])
+def _is_pointwise(layer: Layer) -> bool:
+    """A convolution of 1x1 that keeps the image's size."""
+    return layer.kind == "conv" and (layer.kernel, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
+
+
+def _are_convolutions(*calls: Call) -> bool:
+    return all(len(call.layers) == 1 and call.layer.kind == "conv" for call in calls)
+
+
+def _may_project(last: Call, first: Call) -> bool:
+    layer = first.layer
+    plain = layer.residual is None and not layer.relu
+    return _are_convolutions(last, first) and plain and (layer.kernel, layer.padding) == ((1, 1), (0, 0))
 
 
 def _projected(last: Call, first: Call) -> tuple[tuple[Value, ...], tuple[Any, ...]]:
@@ -43,25 +59,22 @@ def _projected(last: Call, first: Call) -> tuple[tuple[Value, ...], tuple[Any, .
     return (last.inputs[0], *first.inputs), (*main, *own[:8], act)
 
 
-def _may_chain(last: Layer, first: Layer) -> bool:
-    added = last.residual is not None and first.residual is None
-    return last.kind == first.kind == "conv" and added and (last.kernel, last.stride, last.padding) == _AT_ONE
+def _may_chain(last: Call, first: Call) -> bool:
+    added = last.layer.residual is not None and first.layer.residual is None
+    return _are_convolutions(last, first) and added and _is_pointwise(last.layer)
 
 
 def _chained(last: Call, first: Call) -> tuple[tuple[Value, ...], tuple[Any, ...]]:
-    return (*first.inputs, last.inputs[1]), (*first.rest, *last.rest[:7], last.rest[-1])
+    return (*first.inputs, *last.inputs[1:]), (*first.rest, *last.rest[:7], last.rest[-1])
+
+
+def _may_prolong(last: Call, first: Call) -> bool:
+    chained = first.op is chain.CONV_BN_ACT_CONV_BN_ADD_ACT
+    return chained and _are_convolutions(last) and last.layer.residual is None and _is_pointwise(last.layer)
 
 
 WAYS = (
     Way(projection.CONV_BN_ADD_CONV_BN_ACT, "residual", _may_project, _projected, projection.composed),
     Way(chain.CONV_BN_ACT_CONV_BN_ADD_ACT, "x", _may_chain, _chained, chain.composed),
+    Way(long_chain.CONV_BN_ACT_CONV_BN_ADD_ACT_CONV_BN_ACT, "x", _may_prolong, _chained, long_chain.composed, at_last=False),
 )
-
-
-def ways(last: Layer, makers: dict[Value, Layer], readers: list[Value | None]) -> Iterator[tuple[Way, Layer]]:
-    """The ways that a layer could be joined to one before it, whose output nobody else reads, and that one."""
-    for way in WAYS:
-        operand = getattr(last, way.operand)
-        first = makers.get(operand)
-        if first is not None and readers.count(operand) == 1 and way.suits(last, first):
-            yield way, first

@@ -9,6 +9,7 @@ from fastres.ops import (
     conv,
     conv_bn_act,
     conv_bn_act_conv_bn_add_act,
+    conv_bn_act_conv_bn_add_act_conv_bn_act,
     conv_bn_add_act,
     conv_bn_add_conv_bn_act,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "conv",
     "conv_bn_act",
     "conv_bn_act_conv_bn_add_act",
+    "conv_bn_act_conv_bn_add_act_conv_bn_act",
     "conv_bn_add_act",
     "conv_bn_add_conv_bn_act",
 ]

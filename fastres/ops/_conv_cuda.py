@@ -16,7 +16,7 @@ from fastres.kernels.layout import aligned, memory_format
 from fastres.ops import _conv_rows, _fold
 
 OP = "sm90_conv_act"
-CHAIN = "sm90_conv_act_conv_act"
+CHAIN, CHAIN_OF_THREE = "sm90_conv_act_conv_act", "sm90_conv_act_conv_act_conv_act"
 CHAIN_CHANNELS = (64, 128)  # of x and between two convolutions
 CHAIN_REACH = 8192  # of a window along the padded rows, in pixels times channels: what shared memory holds beyond a tile
 DTYPES = (torch.float16, torch.bfloat16)
@@ -106,9 +106,9 @@ def why_not_chain_arguments(
     if reason := why_not_arguments(x, weight, stride, padding, dilation, groups):
         return reason
     channels = x.shape[1]
-    if channels not in CHAIN_CHANNELS or weight.shape[0] != channels or last_weight.shape[0] % channels:
+    if channels not in CHAIN_CHANNELS or weight.shape[0] != channels or last_weight.shape[0] % 64:
         shapes = f"{channels} to {weight.shape[0]} to {last_weight.shape[0]}"
-        return f"it takes 64 or 128 channels, as many between the convolutions and multiples of them out, got {shapes}"
+        return f"it takes 64 or 128 channels, as many between the convolutions and a multiple of 64 out, got {shapes}"
     window = list(zip(weight.shape[2:], padding, dilation, strict=True))
     if stride != (1, 1) or any(2 * p != (k - 1) * d for k, p, d in window):
         geometry = f"{tuple(weight.shape[2:])}, stride {stride}, padding {padding}, dilation {dilation}"
@@ -123,8 +123,13 @@ def why_not_chain_arguments(
     return None
 
 
-def run_chain(x: Tensor, first: tuple[Any, ...], residual: Tensor, last: tuple[Any, ...], last_act: str) -> Tensor:
-    """One launch; first and last are the parameters and eps of each convolution, the first with its geometry and act."""
-    w, b = packed(x, first[:6], first[6])
-    last_w, last_b = packed(x, last[:6], last[6])
-    return native.op(CHAIN)(aligned(x), w, b, last_w, last_b, aligned(residual), first[9], first[11], last_act)
+def run_chain(
+    x: Tensor, first: tuple[Any, ...], residual: Tensor, last: tuple[Any, ...], following: tuple[Any, ...] | None
+) -> Any:
+    """One launch; first is what ``conv_bn_act`` takes after x, last and following are parameters, eps and act of a convolution
+    of 1x1 each. The output of the last, and that of the following where there is one."""
+    *parameters, eps, _, _, dilation, _, act = first
+    tensors = aligned(x), *packed(x, tuple(parameters), eps), *packed(x, *last[:2]), aligned(residual)
+    if following is None:
+        return native.op(CHAIN)(*tensors, dilation, act, last[2])
+    return native.op(CHAIN_OF_THREE)(*tensors, *packed(x, *following[:2]), dilation, act, last[2], following[2])

@@ -28,7 +28,7 @@ SCHEMA = (
 )
 NAME = "conv_bn_act_conv_bn_add_act"
 _FIRST = 14  # arguments up to those of the last convolution: x, residual, then what ``conv_bn_act`` takes
-_AT_ONE = (1, 1), (0, 0), (1, 1), 1  # stride, padding, dilation and groups of the last
+AT_ONE = (1, 1), (0, 0), (1, 1), 1  # stride, padding, dilation and groups of the last
 _NAMES = {"x": "x", "x and weight": "last_weight"}
 _NAMES |= {name: f"last_{name}" for name in ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "act")}
 
@@ -37,7 +37,7 @@ def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the first convolution takes, and what the last takes after middle."""
     x, residual, *first = args[:_FIRST]
     *last, act = args[_FIRST:]
-    return (x, *first), (residual, *last, *_AT_ONE, act)
+    return (x, *first), (residual, *last, *AT_ONE, act)
 
 
 def composed(first: Callable[..., Tensor], last: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -66,7 +66,7 @@ def check(*args):
 
 def fake(*args):
     (x, weight, *first), (_, last_weight, *_) = _apart(args)
-    return _conv.fake(_conv.fake(x, weight, *first[6:9]), last_weight, *_AT_ONE[:3])
+    return _conv.fake(_conv.fake(x, weight, *first[6:9]), last_weight, *AT_ONE[:3])
 
 
 def setup_context(ctx, inputs, output):
@@ -136,9 +136,10 @@ def why_not_cuda(*args) -> str | None:
     return reason or _conv.why_not_folded(x, residual)
 
 
-def run_cuda(*args):
+def run_cuda(*args, following=None):
+    """``following``: parameters, eps and act of a convolution of y, whose output then comes too."""
     (x, *first), (residual, *last) = _apart(args)
-    return _conv_cuda.run_chain(x, tuple(first), residual, tuple(last[:7]), last[-1])
+    return _conv_cuda.run_chain(x, tuple(first), residual, (last[:6], last[6], last[-1]), following)
 
 
 CONV_BN_ACT_CONV_BN_ADD_ACT = Op(

@@ -91,6 +91,26 @@ __device__ __forceinline__ void wide_product(float (&acc)[128], uint64_t a, uint
 #undef FASTRES_8
 }
 
+// acc (64 x 32) = a (64 x 16) times the transpose of b (32 x 16), plus acc where accumulate is not 0: as wide_product.
+template <typename T>
+__device__ __forceinline__ void narrow_product(float (&acc)[16], uint64_t a, uint64_t b, int accumulate) {
+#define FASTRES_8(i) "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), \
+                     "+f"(acc[i + 5]), "+f"(acc[i + 6]), "+f"(acc[i + 7])
+#define FASTRES_PRODUCT(type)                                                                                       \
+  asm volatile(                                                                                                     \
+      "{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." type "." type            \
+      " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0; }"         \
+      : FASTRES_8(0), FASTRES_8(8)                                                                                  \
+      : "l"(a), "l"(b), "r"(accumulate))
+  if constexpr (std::is_same_v<T, __half>) {
+    FASTRES_PRODUCT("f16");
+  } else {
+    FASTRES_PRODUCT("bf16");
+  }
+#undef FASTRES_PRODUCT
+#undef FASTRES_8
+}
+
 // The way back of load_transposed: row l % 8 of matrix l / 8 goes to lane l's address, aligned to 16 bytes.
 __device__ __forceinline__ void store_transposed(void* row, const uint32_t (&m)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address_in_shared(row)),

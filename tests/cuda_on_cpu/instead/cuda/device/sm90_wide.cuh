@@ -11,6 +11,11 @@ void wide_product(float (&acc)[128], uint64_t a, uint64_t b, int accumulate) {
   product<T, 128>(acc, a, b, accumulate);
 }
 
+template <typename T>
+void narrow_product(float (&acc)[16], uint64_t a, uint64_t b, int accumulate) {
+  product<T, 16>(acc, a, b, accumulate);
+}
+
 inline void store_transposed(void* row, const uint32_t (&m)[4]) {
   if (reinterpret_cast<uintptr_t>(row) % 16) throw std::runtime_error("a row of a matrix that is not aligned to 16 bytes");
   struct Lane {

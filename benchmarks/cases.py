@@ -16,6 +16,8 @@ from fastres.ops import REGISTRY
 
 TRAIN = {"training": True}
 JOINED, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
+LONG_CHAIN = f"{CHAIN}_conv_bn_act"
+SEVERAL = (JOINED, CHAIN, LONG_CHAIN)  # convolutions in one op
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Case:
             drawn = torch.randn(size, generator=generator, device=device).to(dtype)
             return drawn.contiguous(memory_format=torch.channels_last)
 
-        if self.op in (JOINED, CHAIN):
-            return self.two_convolutions(shape, image, generator, device)
+        if self.op in SEVERAL:
+            return self.several_convolutions(shape, image, generator, device)
         channels, found = shape[1], [image(*shape)]
         if self.residual:
             found.append(image(*shape))
@@ -57,14 +59,15 @@ class Case:
             found += [vectors[0] * 0.1, vectors[1].abs() + 0.5, vectors[2].abs() + 0.3, vectors[3] * 0.1]
         return tuple(found)
 
-    def two_convolutions(
+    def several_convolutions(
         self, shape: tuple[int, ...], image: Callable[..., Tensor], generator: torch.Generator, device: torch.device
     ) -> tuple[Tensor, ...]:
         """x, the shortcut of twice its size and half its channels or the residual, then weight, mean, var, weight and bias of
-        both."""
+        each convolution."""
         n, channels, height, width = shape
-        found = [image(*shape), image(*shape) if self.op == CHAIN else image(n, channels // 2, 2 * height, 2 * width)]
-        for depth, kernel in ((channels, self.convolution), (found[1].shape[1], 1)):
+        found = [image(*shape), image(n, channels // 2, 2 * height, 2 * width) if self.op == JOINED else image(*shape)]
+        kernels = [(channels, self.convolution), (found[1].shape[1], 1)] + [(channels, 1)] * (self.op == LONG_CHAIN)
+        for depth, kernel in kernels:
             found.append(image(channels, depth, kernel, kernel) / (depth * kernel * kernel) ** 0.5)
             mean, var, weight, bias = torch.randn(4, channels, generator=generator, device=device)
             found += [mean * 0.1, var.abs() + 0.5, weight.abs() + 0.3, bias * 0.1]
@@ -87,8 +90,8 @@ class Case:
             return (*tensors, "relu")
         if self.op == "conv":
             return (*tensors, None, (1, 1), (1, 1), (1, 1), 1)
-        if self.op in (JOINED, CHAIN):
-            return _of_two(self.op, self.convolution, tensors)
+        if self.op in SEVERAL:
+            return _of_several(self.op, self.convolution, tensors)
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
         if self.convolution:
             pad = self.convolution // 2
@@ -115,22 +118,28 @@ def _convolution(kernel: int, residual: bool) -> tuple[Callable, Callable]:
     return fused, eager
 
 
-def _of_two(op: str, kernel: int, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """The arguments of an op of two convolutions."""
-    x, other, (w, *norm), (last, *last_norm) = *tensors[:2], tensors[2:7], tensors[7:]
+def _of_several(op: str, kernel: int, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The arguments of an op of several convolutions."""
+    x, other, *parameters = tensors
+    groups = [parameters[i : i + 5] for i in range(0, len(parameters), 5)]
+    first, *others = ((w, None, weight, bias, mean, var, 1e-5) for w, mean, var, weight, bias in groups)
     geometry = (1, 1), (kernel // 2,) * 2, (1, 1), 1
-    first, second = ((t, None, *v[2:], *v[:2], 1e-5) for t, v in ((w, norm), (last, last_norm)))
-    return (x, other, *first, *geometry, *(("relu", *second) if op == CHAIN else (*second, (2, 2))), "relu")
+    if op == JOINED:
+        return (x, other, *first, *geometry, *others[0], (2, 2), "relu")
+    return (x, other, *first, *geometry, "relu", *(argument for one in others for argument in (*one, "relu")))
 
 
-def _chain(kernel: int) -> tuple[Callable, Callable]:
+def _chain(op: str, kernel: int) -> tuple[Callable, Callable]:
+    """What comes out at the end."""
+
     def fused(*tensors: Tensor) -> Tensor:
-        return REGISTRY[CHAIN](*_of_two(CHAIN, kernel, tensors))
+        found = REGISTRY[op](*_of_several(op, kernel, tensors))
+        return found[-1] if isinstance(found, tuple) else found
 
-    def eager(x: Tensor, residual: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
-        norm, last, last_norm = rest[:4], rest[4], rest[5:]
-        y = F.relu(F.batch_norm(F.conv2d(x, w, padding=kernel // 2), *norm))
-        return F.relu(F.batch_norm(F.conv2d(y, last), *last_norm) + residual)
+    def eager(x: Tensor, residual: Tensor, *rest: Tensor) -> Tensor:
+        y = F.relu(F.batch_norm(F.conv2d(x, rest[0], padding=kernel // 2), *rest[1:5]))
+        y = F.relu(F.batch_norm(F.conv2d(y, rest[5]), *rest[6:10]) + residual)
+        return F.relu(F.batch_norm(F.conv2d(y, rest[10]), *rest[11:])) if op == LONG_CHAIN else y
 
     return fused, eager
 
@@ -192,7 +201,7 @@ def _all() -> list[Case]:
         name = "conv_bn_add_act" if residual else "conv_bn_act"
         found.append(Case(name, False, *_convolution(kernel, residual), (name,), residual, kernel))
     found += [Case(JOINED, False, *_joined(kernel), (JOINED,), convolution=kernel) for kernel in (1, 3)]
-    found.append(Case(CHAIN, False, *_chain(3), (CHAIN,), convolution=3))
+    found += [Case(name, False, *_chain(name, 3), (name,), convolution=3) for name in (CHAIN, LONG_CHAIN)]
     return found
 
 

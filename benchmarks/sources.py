@@ -45,9 +45,9 @@ def files(op: str, backend: str) -> list[Path]:
 
 
 def module(op: str) -> str:
-    """The stem of the files of an op: that of its forward; both convolutions share one."""
-    stem = family(op)
-    return "conv_bn_act" if stem == "conv_bn_add_act" else stem
+    """The stem of the files of an op: that of its forward; both convolutions share one, and so do both chains of them."""
+    shared = {"conv_bn_add_act": "conv_bn_act", "conv_bn_act_conv_bn_add_act_conv_bn_act": "conv_bn_act_conv_bn_add_act"}
+    return shared.get(family(op), family(op))
 
 
 def closure(start: list[Path], leads_to: Callable[[Path], list[Path]]) -> set[Path]:

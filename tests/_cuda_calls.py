@@ -68,13 +68,16 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     if name in ("conv", "conv_backward_weight"):
         return stem(name, x, draw)
     if base.startswith("conv"):
-        kernels = torch.randn(2, channels, channels, kernel, kernel, generator=generator).to(x.device) / channels**0.5 / kernel
-        weight_of_x, own = (torch.nn.Parameter(k, requires_grad=False) for k in kernels)
+        kernels = [torch.randn(channels, channels, k, k, generator=generator) / channels**0.5 / k for k in (kernel, 1)]
+        weight_of_x, own = (torch.nn.Parameter(k.to(x.device), requires_grad=False) for k in kernels)
         residual = [draw()] if "add" in base else []
         padding = (kernel // 2,) * 2
         args = [x, *residual, weight_of_x, None, weight, bias, mean, var, 1e-5, (1, 1), padding, (1, 1), 1]
+        other = [own, None, weight.flip(0), bias.flip(0), mean, var, 1e-3]
         if base == "conv_bn_add_conv_bn_act":
-            args += [own, None, weight.flip(0), bias.flip(0), mean, var, 1e-3, (1, 1)]
+            args += [*other, (1, 1)]
+        elif base.startswith("conv_bn_act_conv"):  # a chain of two or three
+            args += [act, *other] + [act, *other] * base.endswith("_conv_bn_act")
         return [*args, act]
     if base == "add_act":
         return [x, draw(), act]

@@ -134,7 +134,8 @@ def test_an_op_has_its_stem_in_every_room():
         assert (ROOT / f"fastres/ops/{stem}.py").is_file()
         names = {backend.name for backend in op.backends}
         for backend, room in (("cpu", f"csrc/cpu/{stem}.cpp"), ("cuda", f"csrc/cuda/{stem}_kernel.cu")):
-            shared = room.replace("_add_conv_bn", "").replace("_add_", "_")  # one kernel, what it adds is optional
+            room = room.replace("_add_act_conv_bn_act", "_add_act")  # one kernel, what follows is optional
+            shared = room.replace("_add_conv_bn", "").replace("_add_", "_")  # as is what it adds
             alone = [path.replace("cuda/", "cuda/sm90_") for path in (room, shared)]  # for one architecture
             if backend in names:
                 assert any((ROOT / path).is_file() for path in (room, shared, *alone)), f"{op.name}: {room} is missing"

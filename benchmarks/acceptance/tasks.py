@@ -16,13 +16,14 @@ from torch import Tensor
 import fastres
 from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import CASES, CHAIN, JOINED
+from benchmarks.cases import CASES, CHAIN, JOINED, LONG_CHAIN
 from fastres import info, tuner
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare, prepared
 from fastres.experiments.subject import DTYPES, Subject, load
 from fastres.ops import REGISTRY, _fold
 from fastres.ops import conv_bn_act_conv_bn_add_act as chain
+from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
 from fastres.ops import conv_bn_add_conv_bn_act as projection
 from fastres.ops._op import Op
 
@@ -48,7 +49,7 @@ PROJECTED = [
     (64, 256, 1, 1, 56, 64, 1), (128, 512, 1, 1, 28, 256, 2), (256, 1024, 1, 1, 14, 512, 2), (512, 2048, 1, 1, 7, 1024, 2),
     (128, 128, 3, 1, 28, 64, 2),
 ]  # fmt: skip
-# 3x3, then 1x1 to so many channels with an addition: the last ones of the blocks of the first two stages.
+# 3x3, then 1x1 to so many channels with an addition, the end of a block; then 1x1 to as many as at first, of the next block.
 CHAINED = [(64, 64, 3, 1, 56, 256), (128, 128, 3, 1, 28, 512)]
 INNER = [
     (256, 64, 1, 1, 56), (64, 64, 3, 1, 56), (512, 128, 1, 1, 28), (128, 128, 3, 1, 28), (256, 256, 3, 1, 14),
@@ -57,8 +58,8 @@ INNER = [
 ]  # fmt: skip
 STEM = [(3, 64, 7, 2, 224)]  # the first one, in training
 CONVOLUTIONS = {
-    "conv_bn_add_act": BLOCK_ENDS, CHAIN: CHAINED, JOINED: PROJECTED, "conv_bn_act": INNER, "conv": STEM,
-    "conv_backward_weight": STEM,
+    "conv_bn_add_act": BLOCK_ENDS, CHAIN: CHAINED, LONG_CHAIN: CHAINED, JOINED: PROJECTED,
+    "conv_bn_act": INNER, "conv": STEM, "conv_backward_weight": STEM,
 }  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
@@ -184,7 +185,7 @@ class Worker:
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)
-        peers = two_ops(op, args) if op.fallback is not None else cudnn_alone(op, args)
+        peers = apart(op, args) if op.fallback is not None else cudnn_alone(op, args)
         for name, run in peers.items():
             extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
         moved, flops = op.cost(*args)
@@ -227,16 +228,21 @@ class Worker:
         )  # fmt: skip
 
 
-def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """What an op of two convolutions is held against: its two ops as they are chosen, and cuDNN's fused calls; a projected
-    shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
+def apart(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
+    """What an op of several convolutions is held against: its ops one by one as they are chosen, and cuDNN's fused calls; a
+    projected shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
     assert op.fallback is not None
-    first: Callable = REGISTRY["conv_bn_act"].reference if op.name == JOINED else cudnn_relu
-    composed = projection.composed if op.name == JOINED else chain.composed
-    cudnn = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
-    found: dict[str, Callable] = {"two ops": op.fallback}
-    if args[0].is_cuda and composed(first, cudnn.why_not, *args) is None:
-        found["cudnn"] = functools.partial(composed, first, cudnn.load())
+    found: dict[str, Callable] = {"apart": op.fallback}
+    adding = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
+
+    def by_cudnn(last: Callable) -> Callable:
+        if op.name == JOINED:
+            return functools.partial(projection.composed, REGISTRY["conv_bn_act"].reference, last)
+        both = functools.partial(chain.composed, cudnn_relu, last)
+        return both if op.name == CHAIN else functools.partial(long_chain.composed, both, cudnn_relu)
+
+    if args[0].is_cuda and adding.why_not(args[0], args[1], *args[2:13], "relu") is None:
+        found["cudnn"] = by_cudnn(adding.load())
     return found
 
 
@@ -275,12 +281,13 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
     residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
     norm = torch.rand(4, out, generator=generator, device=place) + 0.5
     geometry = (stride, stride), (padding, padding), (1, 1), 1
-    if task["name"] == CHAIN:
-        (last_out,) = of_other
-        last = image(last_out, out, 1, 1) / out**0.5
-        last_norm = torch.rand(4, last_out, generator=generator, device=place) + 0.5
-        images = image(task["batch"], channels, side, side), image(task["batch"], last_out, out_side, out_side)
-        return (*images, weight, None, *norm, 1e-5, *geometry, "relu", last, None, *last_norm, 1e-5, "relu")
+    if task["name"] in (CHAIN, LONG_CHAIN):
+        images = image(task["batch"], channels, side, side), image(task["batch"], *of_other, out_side, out_side)
+        args = [*images, weight, None, *norm, 1e-5, *geometry, "relu"]
+        for k, depth in [(*of_other, out), (channels, *of_other)][: 2 if task["name"] == LONG_CHAIN else 1]:
+            own_norm = torch.rand(4, k, generator=generator, device=place) + 0.5
+            args += [image(k, depth, 1, 1) / depth**0.5, None, *own_norm, 1e-5, "relu"]
+        return tuple(args)
     if task["name"] == JOINED:
         depth, step = of_other
         shortcut, own = image(task["batch"], depth, out_side * step, out_side * step), image(out, depth, 1, 1) / depth**0.5
@@ -302,6 +309,6 @@ def named(op: Op, args: tuple) -> Row:
     name = f"{op.name} {kernel[0]}x{kernel[1]}/{found['stride'][0]} {channels}→{out}"
     if op.name == JOINED:
         name += f", 1x1/{found['shortcut_stride'][0]} {found['shortcut_weight'].shape[1]}→{out}"
-    if op.name == CHAIN:
-        name += f", 1x1/1 {out}→{found['last_weight'].shape[0]}"
+    for weight in [found[key] for key in ("last_weight", "next_weight") if key in found]:
+        name += f", 1x1/1 {weight.shape[1]}→{weight.shape[0]}"
     return {"name": name, "shape": list(x.shape)}

@@ -3,8 +3,8 @@ evaluation: the last two convolutions of a bottleneck block, 3x3 and 1x1 (He et 
 
 x, weight, its batch norm and act as in ``conv_bn_act``; last_weight (K2, K, 1, 1), of stride 1 without padding, its batch norm
 and last_act as in ``conv_bn_add_act``; residual has y's shape (N, K2, OH, OW). Both batch norms are folded; a kernel keeps
-middle, rounded to x's dtype, on the chip. Accumulates in fp32, rounds each output once. For backward the inputs are saved and
-the plain composition runs again. Bytes moved: x, both weights, residual and y.
+middle, rounded to x's dtype, on the chip. Accumulates in fp32, rounds each output once. No backward: nothing but a frozen
+network calls it. Bytes moved: x, both weights, residual and y.
 
 Where no kernel is chosen, ``conv_bn_act`` and ``conv_bn_add_act`` one after the other are faster than the plain composition.
 """
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastres.errors import ArgumentError, ArgumentTypeError, must, renamed
 from fastres.ops import _check, _conv, _conv_cuda
-from fastres.ops._bn import refuse_statistics_gradient
 from fastres.ops._op import Backend, Op, Sample
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
@@ -67,24 +66,6 @@ def check(*args):
 def fake(*args):
     (x, weight, *first), (_, last_weight, *_) = _apart(args)
     return _conv.fake(_conv.fake(x, weight, *first[6:9]), last_weight, *AT_ONE[:3])
-
-
-def setup_context(ctx, inputs, output):
-    tensors, last = inputs[:8], inputs[_FIRST : _FIRST + 6]
-    refuse_statistics_gradient(*tensors[-2:])
-    ctx.flags = tuple(inputs[8:_FIRST]), tuple(inputs[_FIRST + 6 :])
-    _conv.save(ctx, (*tensors, *last))
-
-
-def backward(ctx, grad_y):
-    flags, last_flags = ctx.flags
-
-    def again(*tensors):
-        args = *tensors[:8], *flags, *tensors[8:], *last_flags
-        return composed(lambda x, *rest: _conv.differentiable(x, None, *rest), _conv.differentiable, *args)
-
-    grads = _conv.recompute_gradients(ctx, grad_y, again)
-    return *grads[:8], *[None] * len(flags), *grads[8:], *[None] * len(last_flags)
 
 
 def samples(device, dtype):
@@ -151,7 +132,5 @@ CONV_BN_ACT_CONV_BN_ADD_ACT = Op(
     samples=samples,
     cost=cost,
     backends=[Backend("cuda", why_not_cuda, lambda: run_cuda)],
-    setup_context=setup_context,
-    backward=backward,
     fallback=fallback,
 )

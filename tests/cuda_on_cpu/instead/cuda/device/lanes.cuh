@@ -7,4 +7,6 @@ namespace fastres::cuda {
 
 inline uint32_t from_lane(uint32_t own, int lane) { return gather(own)[lane]; }
 
+inline int settled(int v) { return v; }
+
 }  // namespace fastres::cuda

@@ -7,7 +7,7 @@ gets the folded weights beside a batch norm that changes nothing.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fastres.ops.bn_act import BN_ACT
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL
 from fastres.ops.bn_add_act import BN_ADD_ACT
 from fastres.ops.conv_bn_act import CONV_BN_ACT
+from fastres.ops.conv_bn_act_maxpool import CONV_BN_ACT_MAXPOOL
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT
 
@@ -41,7 +42,7 @@ class Call:
     inputs: tuple[Value, ...]
     rest: tuple[Any, ...]
     plain: dict[str, Run]  # PyTorch's ways, with the same arguments
-    shortcut: Layer | None = None  # whose convolution it does too
+    before: Layer | None = None  # whose work it does too
 
 
 def constants(layers: Iterable[Layer]) -> dict[Layer, Constants]:
@@ -87,19 +88,58 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
     return Call(layer, None, inputs, (), {TORCH: functools.partial(_PLAIN[layer.kind], layer)})
 
 
-def joined(last: Call, shortcut: Call) -> Call:
-    """The call that does a convolution and the one that makes its residual; its ``plain`` ways are the caller's."""
-    (*main, act), own = last.rest, shortcut.rest
-    inputs, rest = (last.inputs[0], *shortcut.inputs), (*main, *own[:8], act)
-    return Call(last.layer, CONV_BN_ADD_CONV_BN_ACT, inputs, rest, {}, shortcut.layer)
+# ---- two layers in one call ------------------------------------------------------------------------
 
 
-def can_join(last: Layer, shortcut: Layer | None) -> bool:
-    """Whether a layer made the residual of another so that one call could do both; nobody else may read it."""
-    if shortcut is None or last.kind != "conv" or shortcut.kind != "conv":
-        return False
-    plain = shortcut.residual is None and not shortcut.relu
-    return plain and shortcut.kernel == (1, 1) and shortcut.padding == (0, 0)
+class Join(NamedTuple):
+    """A way to do a layer and the one before, which made the value between them, in one call of an op."""
+
+    op: Op
+    between: Callable[[Layer], Value | None]  # which of a layer's inputs it is
+    can_join: Callable[[Layer, Layer], bool]  # whether a layer and the one before could be done so, if nobody else reads it
+    call: Callable[[Call, Call], Constants]  # the inputs and the rest of the call that does the calls of both
+    in_two: Callable[[Run, Run, Constants], Run]  # the same by what runs each; with what the last call takes behind its inputs
+
+    def joined(self, last: Call, before: Call, run_last: Run, run_before: Run) -> Call:
+        """The call that does two; its one plain way does one after the other."""
+        inputs, rest = self.call(last, before)
+        return Call(last.layer, self.op, inputs, rest, {TORCH: self.in_two(run_last, run_before, last.rest)}, before.layer)
+
+
+def _is_projection(last: Layer, before: Layer) -> bool:
+    plain = last.kind == before.kind == "conv" and before.residual is None and not before.relu
+    return plain and before.kernel == (1, 1) and before.padding == (0, 0)
+
+
+def _with_projection(last: Call, before: Call) -> Constants:
+    *main, act = last.rest
+    return (last.inputs[0], *before.inputs), (*main, *before.rest[:8], act)
+
+
+def _projected_then_added(run_last: Run, run_before: Run, _: Constants) -> Run:
+    def run(x: Tensor, source: Tensor, *rest: Any) -> Tensor:
+        *main, act = rest[:11] + rest[-1:]
+        return run_last(x, run_before(source, *rest[11:19], (0, 0), (1, 1), 1, "none"), *main, act)
+
+    return run
+
+
+def _is_stem(last: Layer, before: Layer) -> bool:
+    return last.kind == "max_pool" and not last.ceil and before.kind == "conv" and before.residual is None
+
+
+def _with_pool(last: Call, before: Call) -> Constants:
+    return before.inputs, (*before.rest, *last.rest[-3:])
+
+
+def _convolved_then_pooled(run_last: Run, run_before: Run, pool: Constants) -> Run:
+    return lambda x, *rest: run_last(run_before(x, *rest[:-3]), *pool)
+
+
+JOINS = (
+    Join(CONV_BN_ADD_CONV_BN_ACT, lambda layer: layer.residual, _is_projection, _with_projection, _projected_then_added),
+    Join(CONV_BN_ACT_MAXPOOL, lambda layer: layer.x, _is_stem, _with_pool, _convolved_then_pooled),
+)
 
 
 # ---- PyTorch's ways --------------------------------------------------------------------------------

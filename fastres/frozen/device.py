@@ -16,7 +16,7 @@ from torch import Tensor
 from fastres.errors import UnsupportedError
 from fastres.frozen import calls, choose
 from fastres.frozen.base import Frozen
-from fastres.frozen.calls import Call
+from fastres.frozen.calls import Call, Join
 from fastres.frozen.choose import Choice
 from fastres.frozen.graph import Graphs
 from fastres.frozen.layers import Layer, Network
@@ -115,7 +115,7 @@ class GraphFrozen(Frozen):
         return Plan(shape, steps, sizes, x, replay, y)
 
     def _steps(self, batch: int, sizes: dict[Value, Size]) -> list[Step]:
-        """A kernel for every layer, and one for two where a projection and the convolution that adds it are faster so."""
+        """A kernel for every layer, and one for a layer and the one before where the two are faster so."""
         made = {layer.y: layer for layer in self.network.layers}
         readers = [value for layer in self.network.layers for value in (layer.x, layer.residual)]
         steps: dict[Layer, Step] = {}
@@ -123,26 +123,24 @@ class GraphFrozen(Frozen):
             own = self._constants.get(layer, ())
             call = calls.call(layer, own, sizes[layer.x][0], self.device)
             steps[layer] = step = Step(call, self._chosen(call, batch, sizes))
-            shortcut = made.get(layer.residual) if layer.residual is not None else None
-            if shortcut is not None and calls.can_join(layer, shortcut) and readers.count(layer.residual) == 1:
-                joined = self._joined(step, steps[shortcut], batch, sizes)
+            for join in calls.JOINS:
+                value = join.between(layer)
+                before = steps.get(made[value]) if value in made else None
+                if before is None or before.call.before is not None or readers.count(value) != 1:
+                    continue
+                joined = self._joined(join, step, before, batch, sizes) if join.can_join(layer, before.call.layer) else None
                 if joined is not None:
-                    del steps[shortcut]
+                    del steps[before.call.layer]
                     steps[layer] = joined
+                    break
         found = list(steps.values())
         last = {value: step for step in found for value in step.call.inputs}
         for value, step in last.items():
             step.dead.append(value)
         return found
 
-    def _joined(self, last: Step, shortcut: Step, batch: int, sizes: dict[Value, Size]) -> Step | None:
-        call = calls.joined(last.call, shortcut.call)
-
-        def in_two(x: Tensor, source: Tensor, *rest: Any) -> Tensor:
-            *main, act = rest[:11] + rest[-1:]
-            return last.choice.run(x, shortcut.choice.run(source, *rest[11:19], (0, 0), (1, 1), 1, "none"), *main, act)
-
-        call.plain[calls.TORCH] = in_two
+    def _joined(self, join: Join, last: Step, before: Step, batch: int, sizes: dict[Value, Size]) -> Step | None:
+        call = join.joined(last.call, before.call, last.choice.run, before.choice.run)
         choice = self._chosen(call, batch, sizes)
         return None if choice.kernel == calls.TORCH else Step(call, choice)
 

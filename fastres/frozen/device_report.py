@@ -29,11 +29,15 @@ def report(network: Frozen, x: Tensor | None) -> PlanReport:
 
 
 def _step(step: Step, plan: Plan) -> StepReport:
-    layer, choice = step.call.layer, step.choice
+    layer, choice, before = step.call.layer, step.choice, step.call.before
     tried = {c.backend: c.failure or 1e3 * (c.seconds or 0.0) for c in choice.candidates}
-    op = operation(layer) if step.call.shortcut is None else operation(layer).replace("add", "add+conv")
-    sizes = plan.sizes[layer.x], plan.sizes[layer.y]
-    return StepReport(layer.name, op, choice.kernel, *sizes, plan.shape[0], tried=tried)
+    name, op = layer.name, operation(layer)
+    if before is not None and before.y is layer.residual:
+        op = op.replace("add", f"add+{operation(before)}")
+    elif before is not None:
+        name, op = before.name, f"{operation(before)}+{op}"
+    sizes = plan.sizes[step.call.inputs[0]], plan.sizes[layer.y]
+    return StepReport(name, op, choice.kernel, *sizes, plan.shape[0], tried=tried)
 
 
 def _activations(plan: Plan) -> int:

@@ -8,6 +8,7 @@ from fastres.ops import (
     bn_add_bn_act,
     conv,
     conv_bn_act,
+    conv_bn_act_maxpool,
     conv_bn_add_act,
     conv_bn_add_conv_bn_act,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "bn_add_bn_act",
     "conv",
     "conv_bn_act",
+    "conv_bn_act_maxpool",
     "conv_bn_add_act",
     "conv_bn_add_conv_bn_act",
 ]

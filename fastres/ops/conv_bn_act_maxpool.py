@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres import dispatch
 from fastres.errors import ArgumentError, ArgumentTypeError, renamed
 from fastres.kernels.layout import memory_format
-from fastres.ops import _conv, _conv_rows
+from fastres.ops import _check, _conv, _conv_rows
 from fastres.ops._bn import refuse_statistics_gradient
 from fastres.ops._op import Backend, Op, Sample
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, check_window, output_shape, pool
@@ -42,6 +42,7 @@ def _pooled(x, weight, conv_stride, conv_padding, dilation):
 def check(x, weight, *args):
     *conv, kernel_size, stride, padding = args
     _conv.check(NAME, x, None, weight, *conv)
+    _check.tensors(NAME, x=x, mean=conv[3], var=conv[4])
     try:
         check_window(NAME, _pooled(x, weight, *conv[6:9]), kernel_size, stride, padding)
     except (ArgumentError, ArgumentTypeError) as error:

@@ -8,6 +8,9 @@ weight and y.
 Where no kernel is chosen, callers run a convolution and ``bn_act_maxpool``, or ``conv_bn_act`` and a pool.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,9 +37,14 @@ def reference(x, *args):
     return pool(z, kernel_size, stride, padding).contiguous(memory_format=memory_format(x))
 
 
-def _pooled(x, weight, conv_stride, conv_padding, dilation):
-    """What is pooled, without values."""
-    return x.new_empty(_conv.output_shape(x, weight, conv_stride, conv_padding, dilation), device="meta")
+class _Pooled(NamedTuple):
+    """What is pooled, without values: no operation makes it, which a recording would see."""
+
+    shape: tuple[int, ...]
+
+
+def _pooled(x, weight, conv_stride, conv_padding, dilation) -> _Pooled:
+    return _Pooled(_conv.output_shape(x, weight, conv_stride, conv_padding, dilation))
 
 
 def check(x, weight, *args):
@@ -100,10 +108,8 @@ def cost(x, weight, *args):
     *conv, kernel_size, stride, padding = args
     z = _pooled(x, weight, *conv[6:9])
     moved, flops = _conv.cost(x, weight, None, *conv[6:9])
-    written = 1
-    for size in output_shape(z, kernel_size, stride, padding):
-        written *= size
-    return moved + (written - z.numel()) * x.element_size(), flops
+    written = math.prod(output_shape(z, kernel_size, stride, padding)) - math.prod(z.shape)
+    return moved + written * x.element_size(), flops
 
 
 def fallback(x, weight, bias, bn_weight, bn_bias, mean, var, eps, *args):

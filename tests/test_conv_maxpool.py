@@ -52,7 +52,7 @@ def test_pooling_is_exact_on_small_integers(device, dtype, name):  # noqa: F811
     assert torch.equal(run(x, weight, None, case), pooled(exact - bias.double().cpu().view(-1, 1, 1)).to(y))
 
 
-@pytest.mark.parametrize("name", ["stem, rows that are not aligned", "strips of several rows, one unit", "for small images, odd"])
+@pytest.mark.parametrize("name", ["stem, rows that are not aligned", "a share within a unit", "for small images, odd"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pooling_keeps_what_is_not_finite(device, dtype, name):  # noqa: F811
     """NaN wins, in the first and the last window of a unit too; -0.0 and what the ReLU stops come out as 0.0."""
@@ -129,7 +129,8 @@ def test_refusals_of_the_pooled_kernel_say_why():
 
     def reason(dtype=torch.float16, **change):
         names = ("stride", "padding", "dilation", "groups", "act", "kernel_size", "pool_stride", "pool_padding")
-        return conv_bn_act_maxpool.why_not_arguments(x, dtype, weight, *(dict(zip(names, flags, strict=True)) | change).values())
+        given = dict(zip(names, flags, strict=True)) | change
+        return conv_bn_act_maxpool.why_not_arguments(x, dtype, weight, *given.values())
 
     assert reason() is None and "on cpu" in conv_bn_act_maxpool.why_not_cuda(*sample.args)
     assert "act='none'" in reason(act="none") and "float32" in reason(torch.float32)

@@ -53,7 +53,8 @@ INNER = [
 ]  # fmt: skip
 STEM = [(3, 64, 7, 2, 224)]  # the first one, with the pool behind it and in training
 CONVOLUTIONS = {
-    "conv_bn_add_act": BLOCK_ENDS, JOINED: PROJECTED, "conv_bn_act": INNER, POOLED_STEM: STEM, "conv": STEM, "conv_backward_weight": STEM,
+    "conv_bn_add_act": BLOCK_ENDS, JOINED: PROJECTED, "conv_bn_act": INNER, POOLED_STEM: STEM, "conv": STEM,
+    "conv_backward_weight": STEM,
 }  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
@@ -246,7 +247,7 @@ def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
 
 
 def convolved_then_pooled(args: tuple[Any, ...]) -> Callable:
-    """A stem as frozen networks run it in two: ReLU and batch norm in the convolution, the pool by a norm that changes nothing."""
+    """A stem as frozen networks run it in two: batch norm in the convolution, the pool behind a norm that changes nothing."""
     first, last = REGISTRY["conv_bn_act"], REGISTRY["bn_act_maxpool"]
     nothing = torch.zeros_like(args[5], dtype=torch.float32), torch.full_like(args[5], 1 - 2.0**-10, dtype=torch.float32)
     return lambda x, *rest: last(first(x, *rest[:-3]), None, None, *nothing, 2.0**-10, "none", *rest[-3:])

@@ -147,7 +147,7 @@ struct Share {
 };
 
 // Where the window of this lane's pixel begins among the staged values, in a tile of a unit; beyond the strip that of its last
-// column.
+// column, which a pool's window there holds anyway.
 __device__ __forceinline__ int window_at(const WindowParts& p, const volatile Strip& strip, int unit, int tile, int row) {
   const int lane = thread_now(strip) % 32, column = unit * kUnitColumns + 8 * tile + lane / 4, end = strip.columns - 1;
   return settled(p.first + 2 * (lane % 4) + (column < end ? column : end) * p.step + row * p.window.h.stride * p.pitch);
@@ -290,8 +290,7 @@ __device__ __forceinline__ void pool_row(const Kernel& p, const Shared<scalar_t>
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; ++i) {
     auto& value = best[i / 2][i % 2];
-    const bool inside = unit * kUnitColumns + 8 * (i / 2) + g < strip.columns;
-    value = either(inside, larger<scalar_t>(value, Eight{}), Eight{});
+    value = larger<scalar_t>(value, Eight{});
   }
   const int left = (g - odd + 7) % 8 * 4 + t;  // a lane of the column before the pair, in this tile or the one before
 #pragma unroll

@@ -17,6 +17,7 @@ from fastres.ops import REGISTRY
 TRAIN = {"training": True}
 JOINED, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
 LONG_CHAIN = f"{CHAIN}_conv_bn_act"
+STEM = "conv_bn_act_maxpool"
 SEVERAL = (JOINED, CHAIN, LONG_CHAIN)  # convolutions in one op
 
 
@@ -49,11 +50,14 @@ class Case:
         if self.op in SEVERAL:
             return self.several_convolutions(shape, image, generator, device)
         channels, found = shape[1], [image(*shape)]
+        depth = 3 if self.op == STEM else channels
+        if self.op == STEM:  # which makes the shape that is pooled of images of twice its size
+            found = [image(shape[0], depth, 2 * shape[2], 2 * shape[3])]
         if self.residual:
             found.append(image(*shape))
         if self.convolution:
             kernel = self.convolution
-            found.append(image(channels, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5)
+            found.append(image(channels, depth, kernel, kernel) / (depth * kernel * kernel) ** 0.5)
         if self.op not in ("add_act", "conv"):
             vectors = torch.randn(4, channels, generator=generator, device=device)
             found += [vectors[0] * 0.1, vectors[1].abs() + 0.5, vectors[2].abs() + 0.3, vectors[3] * 0.1]
@@ -96,8 +100,8 @@ class Case:
         if self.convolution:
             pad = self.convolution // 2
             *images, kernel = images
-            geometry = (1, 1), (pad, pad), (1, 1), 1
-            return (*images, kernel, None, weight, bias, mean, var, 1e-5, *geometry, "relu")
+            stride, pool = ((2, 2), ((3, 3), (2, 2), (1, 1))) if self.op == STEM else ((1, 1), ())
+            return (*images, kernel, None, weight, bias, mean, var, 1e-5, stride, (pad, pad), (1, 1), 1, "relu", *pool)
         norm = (weight, bias, mean, var, 1e-5)
         return (*images, *norm, *(norm if self.op == "bn_add_bn_act" else ()), "relu")
 
@@ -114,6 +118,18 @@ def _convolution(kernel: int, residual: bool) -> tuple[Callable, Callable]:
         *shortcut, w, mean, var, weight, bias = rest
         y = F.batch_norm(F.conv2d(x, w, padding=pad), mean, var, weight, bias)
         return F.relu(y + shortcut[0] if residual else y)
+
+    return fused, eager
+
+
+def _stem(kernel: int) -> tuple[Callable, Callable]:
+    pad = kernel // 2
+
+    def fused(x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.conv_bn_act_maxpool(x, w, None, mean, var, weight, bias, stride=2, padding=pad)
+
+    def eager(x: Tensor, w: Tensor, *norm: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(F.batch_norm(F.conv2d(x, w, stride=2, padding=pad), *norm)), 3, 2, 1)
 
     return fused, eager
 
@@ -200,6 +216,7 @@ def _all() -> list[Case]:
     for residual, kernel in itertools.product((False, True), (1, 3)):
         name = "conv_bn_add_act" if residual else "conv_bn_act"
         found.append(Case(name, False, *_convolution(kernel, residual), (name,), residual, kernel))
+    found.append(Case(STEM, False, *_stem(7), (STEM,), convolution=7))
     found += [Case(JOINED, False, *_joined(kernel), (JOINED,), convolution=kernel) for kernel in (1, 3)]
     found += [Case(name, False, *_chain(name, 3), (name,), convolution=3) for name in (CHAIN, LONG_CHAIN)]
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastres.errors import ArgumentError, ArgumentTypeError, must, must_type, renamed
 from fastres.ops import _fold
-from fastres.ops._running import check_running, update_running
+from fastres.ops._running import check_momentum, check_running, is_training, needs_statistics, update_running
 from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
@@ -23,6 +23,7 @@ from fastres.ops.bn_add_act import BN_ADD_ACT, BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv import CONV, why_not_fast
 from fastres.ops.conv_bn_act import CONV_BN_ACT
+from fastres.ops.conv_bn_act_maxpool import CONV_BN_ACT_MAXPOOL
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, may_join
 
@@ -77,8 +78,8 @@ def bn_act(
     In training the running buffers, where given, are updated in place as ``F.batch_norm`` does (with the unbiased
     variance). ``momentum`` may be a tensor of one element, for a cumulative average without a synchronisation.
     """
-    if not _is_training("bn_act", training, momentum):
-        _needs_statistics("bn_act", running_mean, running_var)
+    if not is_training("bn_act", training, momentum):
+        needs_statistics("bn_act", running_mean, running_var)
         return BN_ACT(x, weight, bias, running_mean, running_var, eps, act)
     check_running("bn_act", x, running_mean, running_var)
     y, mean, var = BN_ACT_TRAIN(x, weight, bias, eps, act)
@@ -100,8 +101,8 @@ def bn_add_act(
     act: str = "relu",
 ) -> Tensor:
     """Normalise, add a residual and activate: ``relu(F.batch_norm(x, ...) + residual)``; buffers as in ``bn_act``."""
-    if not _is_training("bn_add_act", training, momentum):
-        _needs_statistics("bn_add_act", running_mean, running_var)
+    if not is_training("bn_add_act", training, momentum):
+        needs_statistics("bn_add_act", running_mean, running_var)
         return BN_ADD_ACT(x, residual, weight, bias, running_mean, running_var, eps, act)
     check_running("bn_add_act", x, running_mean, running_var)
     y, mean, var, _ = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
@@ -134,10 +135,10 @@ def bn_add_bn_act(
     """
     op, r_mean, r_var = "bn_add_bn_act", residual_running_mean, residual_running_var
     norm, r_norm = (weight, bias), (residual_weight, residual_bias)
-    _check_momentum(op, residual_momentum, "residual_")
-    if not _is_training(op, training, momentum):
-        _needs_statistics(op, running_mean, running_var)
-        _needs_statistics(op, r_mean, r_var, "residual_")
+    check_momentum(op, residual_momentum, "residual_")
+    if not is_training(op, training, momentum):
+        needs_statistics(op, running_mean, running_var)
+        needs_statistics(op, r_mean, r_var, "residual_")
         shortcut = *r_norm, r_mean, r_var, residual_eps
         return BN_ADD_BN_ACT(x, residual, *norm, running_mean, running_var, eps, *shortcut, act)
     check_running(op, x, running_mean, running_var)
@@ -167,8 +168,8 @@ def bn_act_maxpool(
 ) -> Tensor:
     """The stem's tail: ``F.max_pool2d(relu(F.batch_norm(x, ...)), kernel_size, stride, padding)``; buffers as in ``bn_act``."""
     window = _pair(kernel_size), _pair(stride), _pair(padding)
-    if not _is_training("bn_act_maxpool", training, momentum):
-        _needs_statistics("bn_act_maxpool", running_mean, running_var)
+    if not is_training("bn_act_maxpool", training, momentum):
+        needs_statistics("bn_act_maxpool", running_mean, running_var)
         return BN_ACT_MAXPOOL(x, weight, bias, running_mean, running_var, eps, act, *window)
     check_running("bn_act_maxpool", x, running_mean, running_var)
     y, mean, var = BN_ACT_MAXPOOL_TRAIN(x, weight, bias, eps, act, *window)
@@ -303,6 +304,41 @@ def conv_bn_add_conv_bn_act(
     return conv_bn_add_act(x, residual, *main[:2], *norm, False, 0.0, eps, *geometry, act)
 
 
+@_names(**_CONVOLUTION)
+def conv_bn_act_maxpool(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    act: str = "relu",
+    kernel_size: Size = 3,
+    pool_stride: Size = 2,
+    pool_padding: Size = 1,
+) -> Tensor:
+    """The stem of a network, in evaluation: ``F.max_pool2d(z, kernel_size, pool_stride, pool_padding)`` of ``conv_bn_act``'s z.
+
+    One kernel that never writes z where it is chosen; elsewhere, and where gradients are asked for, two ops.
+    """
+    op = CONV_BN_ACT_MAXPOOL
+    x = _matched(op.name, x, conv_weight)
+    geometry, window = (stride, padding, dilation), (kernel_size, pool_stride, pool_padding)
+    args = (x, conv_weight, conv_bias, weight, bias, running_mean, running_var, eps, *map(_pair, geometry), groups, act,
+            *map(_pair, window))  # fmt: skip
+    apart = torch.compiler.is_compiling() or op.falls_back(*args)
+    if apart or (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)):
+        assert op.fallback is not None
+        return op.fallback(*args)
+    return op(*args)
+
+
 may_join_convolutions = may_join  # whether a device has kernels to ask for, for those who can do without the call
 
 
@@ -330,8 +366,8 @@ def _conv(
     x = _matched(op.name, x, conv_weight)
     activations = (x,) if residual is None else (x, residual)
     args = (*activations, conv_weight, conv_bias, weight, bias, mean, var, eps, *geometry, act)
-    if not _is_training(op.name, training, momentum):
-        _needs_statistics(op.name, mean, var)
+    if not is_training(op.name, training, momentum):
+        needs_statistics(op.name, mean, var)
         if not (torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)):
             return op(*args)
     elsewhere = any(isinstance(tensor, Tensor) and tensor.device != x.device for tensor in (conv_weight, conv_bias))
@@ -350,30 +386,6 @@ def _conv(
 def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
     """Drop the folded copies of these convolution weights, or all, as needed after a write through ``tensor.data``."""
     _fold.forget(weights)
-
-
-def _is_training(op: str, training: Any, momentum: Any) -> bool:
-    """The flag, once it and momentum are what torch's batch norm takes, whether it uses them or not."""
-    if training is not True and training is not False:
-        raise must_type(op, "training", "a bool", training)
-    _check_momentum(op, momentum)
-    return training
-
-
-def _check_momentum(op: str, momentum: Any, prefix: str = "") -> None:
-    name, what = f"{prefix}momentum", "a number or a tensor of one element"
-    if not isinstance(momentum, (int, float, Tensor)):
-        raise must_type(op, name, what, momentum)
-    if isinstance(momentum, Tensor) and momentum.numel() != 1:
-        raise must(op, name, what, f"a tensor of shape {tuple(momentum.shape)}")
-
-
-def _needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: str = "") -> None:
-    if mean is None or var is None:
-        name = f"{prefix}running_mean" if mean is None else f"{prefix}running_var"
-        raise must(
-            op, name, "a tensor when training is False", None, "pass training=True to use the batch's statistics"
-        )
 
 
 def _pair(value: Any) -> Any:

@@ -117,6 +117,18 @@ def test_several_convolutions_are_held_against_their_ops(name, sizes, shape, lab
         assert tuner.judge(op, run_, args) is None, name
 
 
+def test_a_stem_is_held_against_two_ops():
+    task = {"do": "kernel", "name": "conv_bn_act_maxpool", "batch": 2, "dtype": "fp32", "convolution": [3, 8, 7, 2, 15]}
+    worker = tasks.Worker(CPU)
+    worker.peaks["fp32"] = 1e9, 1e12
+    rows = worker.perform(task)
+    assert {row["rival"] for row in rows} == {"two ops", "conv_bn_act, then pool", "torch"}
+    assert {row["name"] for row in rows} == {"conv_bn_act_maxpool 7x7/2 3→8"}
+    op, args = REGISTRY[task["name"]], tasks.convolution(task, torch.float32, CPU)
+    for name, run_ in tasks.two_ops(op, args).items():
+        assert tuner.judge(op, run_, args) is None, name
+
+
 def test_a_validation_is_kept_with_its_source(monkeypatch):
     worker = tasks.Worker(CPU)
     (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"})

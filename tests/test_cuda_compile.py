@@ -181,13 +181,17 @@ def test_two_convolutions_in_one_launch_keep_what_is_between_them() -> None:
 
 def test_few_channels_are_multiplied_by_tensor_cores() -> None:
     """Products of a warp, no local memory among them; x and weights copied past the registers."""
-    rows = [row for row in report() if row["kernel"] in ("conv_rows_kernel", "conv_rows_backward_kernel")]
-    assert {row["arch"] for row in rows} == set(build()["cuda_archs"]) and len({row["symbol"] for row in rows}) == 16
+    kernels = ("conv_rows_kernel", "conv_rows_backward_kernel", "conv_rows_maxpool_kernel")
+    rows = [row for row in report() if row["kernel"] in kernels]
+    assert {row["arch"] for row in rows} == set(build()["cuda_archs"]) and len({row["symbol"] for row in rows}) == 24
     for row in rows:
         names = instructions(row)
         assert any(name.startswith("HMMA.16816.F32") for name in names) and any(name.startswith("LDGSTS") for name in names)
         assert not [name for name in names if name.startswith(("LDL", "STL"))], row["kernel"]
         assert any(name.startswith("LDSM") for name in names) == ("backward" in row["kernel"])
+        if "maxpool" in row["kernel"]:
+            assert {name for name in names if name.startswith("STG")} == {"STG.E.128"}
+            assert any(name.startswith("SHFL") for name in names) and any("NAN" in name for name in names)
 
 
 def test_vector_kernels_have_a_batch_of_16_byte_loads_in_flight() -> None:

@@ -37,8 +37,10 @@ def arguments(name, training=False, dtype=torch.float32):
         given["groups"] = 1
     if "bn" in name:
         given |= {"running_mean": draw(C), "running_var": draw(C).square() + 0.5, "weight": draw(C), "bias": draw(C)}
-        given |= {"eps": 1e-4} | ({} if name == JOINED else {"training": training, "momentum": 0.3})
-    if "pool" in name:
+        given |= {"eps": 1e-4} | ({} if name in EVALUATED else {"training": training, "momentum": 0.3})
+    if name == STEM:
+        given |= {"kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
+    elif "pool" in name:
         given |= {"kernel_size": 3, "stride": 2, "padding": 1}
     return given | {"act": "relu"}
 
@@ -57,13 +59,14 @@ def plainly(x, residual=None, act="relu", **given):
         x = F.batch_norm(x, *(given[name] for name in names), *flags)
     x = x if residual is None else x + residual
     x = F.relu(x) if act == "relu" else x
-    window = [given[name] for name in ("kernel_size", "stride", "padding") if "kernel_size" in given]
+    prefix = "pool_" if "pool_stride" in given else ""
+    window = [given[name] for name in ("kernel_size", f"{prefix}stride", f"{prefix}padding") if "kernel_size" in given]
     return F.max_pool2d(x, *window) if window else x
 
 
-JOINED = "conv_bn_add_conv_bn_act"  # of evaluation alone
-FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_act_maxpool", "conv_bn_act", "conv_bn_add_act", JOINED)
-TRAINED = [name for name in FUNCTIONS if "bn" in name and name != JOINED]
+JOINED, STEM = EVALUATED = "conv_bn_add_conv_bn_act", "conv_bn_act_maxpool"  # in evaluation alone
+FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_act_maxpool", "conv_bn_act", "conv_bn_add_act", *EVALUATED)
+TRAINED = [name for name in FUNCTIONS if "bn" in name and name not in EVALUATED]
 CASES = [(name, training) for name in FUNCTIONS for training in (False, True) if name in TRAINED or not training]
 
 
@@ -126,6 +129,7 @@ WRONG = {
     "groups": [0, -1, 3, None, "1", 1.0, True, 10**20],
 }
 WRONG |= {"shortcut_eps": WRONG["eps"], "shortcut_stride": [*WINDOW, 3]}
+WRONG |= {"pool_stride": WINDOW, "pool_padding": [*WINDOW[1:], 2]}
 OPTIONAL = [f"{prefix}{name}" for prefix in ("", "shortcut_") for name in ("weight", "bias", "conv_bias")]
 
 

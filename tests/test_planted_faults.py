@@ -24,6 +24,7 @@ SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
 WIDE = "cuda/sm90_conv_wide_kernel.cu"
 CHAIN = "cuda/sm90_conv_bn_act_conv_bn_add_act_kernel.cu"
 FEW, FEW_ROWS, FEW_BACKWARD = "cuda/conv_kernel.cu", "cuda/device/conv_rows.cuh", "cuda/conv_backward_kernel.cu"
+POOLED = "cuda/conv_bn_act_maxpool_kernel.cu"
 JOINED = "conv_bn_add_conv_bn_act.py"
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
 
@@ -166,6 +167,17 @@ CUDA = [
           "test_gradient_is_exact_on_small_integers", {"name": "two parts of a block", **HALF}),
     Fault("the last share is not merged", FEW_BACKWARD, "share < p.shares; share", "share < p.shares - 1; share",
           "test_gradient_is_exact_on_small_integers", {"name": "stem", **HALF}),
+    Fault("a warp's own row stands for the one below its share", POOLED, "handed_by(thread_now(strip) - 32)",
+          "handed_by(thread_now(strip))", "test_pooling_is_exact_on_small_integers", {"name": "a share within a unit", **HALF}),
+    Fault("the column left of a unit is forgotten", POOLED, "if (unit > 0)", "if (false)",
+          "test_pooling_is_exact_on_small_integers", {"name": "odd sizes, channels to spare", **HALF}),
+    Fault("the row above a strip is forgotten", POOLED, "if (strip.above) {", "if (false) {",
+          "test_pooling_is_exact_on_small_integers", {"name": "a share within a unit", **HALF}),
+    Fault("a row below the image is pooled", POOLED, "has_lower ? finished<scalar_t>(acc[k / 2], 1, k % 2) : Eight{}",
+          "finished<scalar_t>(acc[k / 2], 1, k % 2)",
+          "test_pooling_is_exact_on_small_integers", {"name": "odd sizes, channels to spare", **HALF}),
+    Fault("columns are read before all are there", POOLED, "  __syncthreads();\n  pool_edges(p, s);", "  pool_edges(p, s);",
+          "test_pooling_is_exact_on_small_integers", {"name": "odd sizes, channels to spare", **HALF}),
 ]  # fmt: skip
 TRITON = [
     Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",

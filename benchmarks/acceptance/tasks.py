@@ -17,6 +17,7 @@ import fastres
 from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
 from benchmarks.cases import CASES, CHAIN, JOINED, LONG_CHAIN
+from benchmarks.cases import STEM as POOLED_STEM
 from fastres import info, tuner
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare, prepared
@@ -56,10 +57,10 @@ INNER = [
     (512, 512, 3, 1, 7), (1024, 256, 1, 1, 14), (2048, 512, 1, 1, 7), (3, 64, 7, 2, 224), (128, 128, 3, 2, 56),
     (256, 512, 1, 2, 56),
 ]  # fmt: skip
-STEM = [(3, 64, 7, 2, 224)]  # the first one, in training
+STEM = [(3, 64, 7, 2, 224)]  # the first one, with the pool behind it and in training
 CONVOLUTIONS = {
     "conv_bn_add_act": BLOCK_ENDS, CHAIN: CHAINED, LONG_CHAIN: CHAINED, JOINED: PROJECTED,
-    "conv_bn_act": INNER, "conv": STEM, "conv_backward_weight": STEM,
+    "conv_bn_act": INNER, POOLED_STEM: STEM, "conv": STEM, "conv_backward_weight": STEM,
 }  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
@@ -233,6 +234,9 @@ def apart(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
     projected shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
     assert op.fallback is not None
     found: dict[str, Callable] = {"apart": op.fallback}
+    if op.name == POOLED_STEM:  # and in evaluation with batch norm folded into the convolution, as frozen networks may
+        found["conv_bn_act, then pool"] = convolved_then_pooled(args)
+        return found
     adding = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
 
     def by_cudnn(last: Callable) -> Callable:
@@ -244,6 +248,13 @@ def apart(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
     if args[0].is_cuda and adding.why_not(args[0], args[1], *args[2:13], "relu") is None:
         found["cudnn"] = by_cudnn(adding.load())
     return found
+
+
+def convolved_then_pooled(args: tuple[Any, ...]) -> Callable:
+    """A stem as frozen networks run it in two: batch norm in the convolution, the pool behind a norm that changes nothing."""
+    first, last = REGISTRY["conv_bn_act"], REGISTRY["bn_act_maxpool"]
+    nothing = torch.zeros_like(args[5], dtype=torch.float32), torch.full_like(args[5], 1 - 2.0**-10, dtype=torch.float32)
+    return lambda x, *rest: last(first(x, *rest[:-3]), None, None, *nothing, 2.0**-10, "none", *rest[-3:])
 
 
 def cudnn_relu(x: Tensor, *rest: Any) -> Tensor:
@@ -293,7 +304,8 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
         shortcut, own = image(task["batch"], depth, out_side * step, out_side * step), image(out, depth, 1, 1) / depth**0.5
         x, main, other = image(task["batch"], channels, side, side), (weight, None, *norm), (own, None, *norm.flip(0))
         return (x, shortcut, *main, 1e-5, *geometry, *other, 1e-5, (step, step), "relu")
-    return (image(task["batch"], channels, side, side), *residual, weight, None, *norm, 1e-5, *geometry, "relu")
+    pool = ((3, 3), (2, 2), (1, 1)) if task["name"] == POOLED_STEM else ()
+    return (image(task["batch"], channels, side, side), *residual, weight, None, *norm, 1e-5, *geometry, "relu", *pool)
 
 
 def named(op: Op, args: tuple) -> Row:

@@ -29,11 +29,11 @@ def report(network: Frozen, x: Tensor | None) -> PlanReport:
 
 
 def _step(step: Step, plan: Plan) -> StepReport:
-    layer, choice = step.call.layer, step.choice
+    layer, layers, choice = step.call.layer, step.call.layers, step.choice
     tried = {c.backend: c.failure or 1e3 * (c.seconds or 0.0) for c in choice.candidates}
-    op = "+".join(map(operation, step.call.layers))
-    sizes = plan.sizes[layer.x], plan.sizes[layer.y]
-    return StepReport(layer.name, op, choice.kernel, *sizes, plan.shape[0], tried=tried)
+    name, op = (layer if layer.weight is not None else layers[0]).name, "+".join(map(operation, layers))
+    sizes = plan.sizes[step.call.inputs[0]], plan.sizes[layer.y]
+    return StepReport(name, op, choice.kernel, *sizes, plan.shape[0], tried=tried)
 
 
 def _activations(plan: Plan) -> int:

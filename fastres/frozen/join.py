@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from fastres.frozen.calls import TORCH, Call, Run
 from fastres.frozen.layers import Layer
 from fastres.frozen.record import Value
@@ -11,6 +13,8 @@ from fastres.ops import conv_bn_act_conv_bn_add_act as chain
 from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
 from fastres.ops import conv_bn_add_conv_bn_act as projection
 from fastres.ops._op import Op
+from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL
+from fastres.ops.conv_bn_act_maxpool import CONV_BN_ACT_MAXPOOL
 
 
 class Way(NamedTuple):
@@ -22,6 +26,7 @@ class Way(NamedTuple):
     suits: Callable[[Call, Call], bool]
     arguments: Callable[[Call, Call], tuple[tuple[Value, ...], tuple[Any, ...]]]
     composed: Callable[..., Any]
+    constants: int = 0  # arguments of the last call, the first of its rest, that the op does without
     at_last: bool = True  # it runs in the last one's place, and nobody else may read the operand; else the first one's, for all
 
     def operand_of(self, last: Call) -> Value | None:
@@ -34,6 +39,8 @@ class Way(NamedTuple):
     def call(self, last: Call, first: Call, run_last: Run, run_first: Run) -> Call:
         """The call that does what both do, beside those one after the other."""
         inputs, rest = self.arguments(last, first)
+        own = last.rest[: self.constants]
+        run_last = (lambda run: lambda x, *rest: run(x, *own, *rest))(run_last) if own else run_last
         apart: dict[str, Run] = {TORCH: functools.partial(self.composed, run_first, run_last)}
         layer, outputs = (last.layer, last.outputs) if self.at_last else (first.layer, (*first.outputs, *last.outputs))
         return Call(layer, self.op, inputs, rest, apart, (*first.layers, *last.layers), outputs)
@@ -73,7 +80,20 @@ def _may_prolong(last: Call, first: Call) -> bool:
     return chained and _are_convolutions(last) and last.layer.residual is None and _is_pointwise(last.layer)
 
 
+def _may_pool(last: Call, first: Call) -> bool:
+    return last.op is BN_ACT_MAXPOOL and _are_convolutions(first) and first.layer.residual is None
+
+
+def _pooled(last: Call, first: Call) -> tuple[tuple[Value, ...], tuple[Any, ...]]:
+    return first.inputs, (*first.rest, *last.rest[-3:])
+
+
+def _pool_after(first: Run, last: Run, x: Tensor, *rest: Any) -> Tensor:
+    return last(first(x, *rest[:-3]), *rest[-3:])
+
+
 WAYS = (
+    Way(CONV_BN_ACT_MAXPOOL, "x", _may_pool, _pooled, _pool_after, constants=6),
     Way(projection.CONV_BN_ADD_CONV_BN_ACT, "residual", _may_project, _projected, projection.composed),
     Way(chain.CONV_BN_ACT_CONV_BN_ADD_ACT, "x", _may_chain, _chained, chain.composed),
     Way(long_chain.CONV_BN_ACT_CONV_BN_ADD_ACT_CONV_BN_ACT, "x", _may_prolong, _chained, long_chain.composed, at_last=False),

@@ -207,11 +207,10 @@ class _Builder:
         self.on_conv_bn_act(shortcut, *own, (0, 0), (1, 1), 1, "none", y=residual)
         self.on_conv_bn_add_act(x, residual, *main, act, y=y)
 
-    def on_conv_bn_act_conv_bn_add_act(self, x, residual, *parameters, y):
-        first, (*last, act) = parameters[:12], parameters[12:]
-        middle = Value((y.shape[0], last[0].shape[1], *y.shape[2:]), uses=1)
-        self.on_conv_bn_act(x, *first, y=middle)
-        self.on_conv_bn_add_act(middle, residual, *last, (1, 1), (0, 0), (1, 1), 1, act, y=y)
+    def on_conv_bn_act_maxpool(self, x, *parameters, y):
+        pooled = Value(y.shape, uses=1)
+        self.on_conv_bn_act(x, *parameters[:-3], y=pooled)
+        self.on_max_pool2d_with_indices(pooled, *parameters[-3:], y=y)
 
     def on_add(self, x, residual, alpha=1, *, y):
         if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:

@@ -10,6 +10,7 @@ from fastres.ops import (
     conv_bn_act,
     conv_bn_act_conv_bn_add_act,
     conv_bn_act_conv_bn_add_act_conv_bn_act,
+    conv_bn_act_maxpool,
     conv_bn_add_act,
     conv_bn_add_conv_bn_act,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_act_conv_bn_add_act",
     "conv_bn_act_conv_bn_add_act_conv_bn_act",
+    "conv_bn_act_maxpool",
     "conv_bn_add_act",
     "conv_bn_add_conv_bn_act",
 ]

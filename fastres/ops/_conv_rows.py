@@ -1,8 +1,9 @@
 """The CUDA kernels for convolutions of few input channels, the stem of a network (csrc/cuda/conv_kernel.cu and beside it).
 
 fp16 and bf16, channels_last, one group, no dilation; in NHWC a row of a window is then one run of values, 9 to 24 of them: 7x7
-and 3x3 windows over 3 channels. Forward with folded weights (``conv_bn_act``) and in training (``conv``), and the gradient by
-the weight. Executed on the CPU by the tests; until a GPU has validated them, they are chosen only where they are forced.
+and 3x3 windows over 3 channels. Forward with folded weights (``conv_bn_act``), also with the pool behind it
+(``conv_bn_act_maxpool``), and in training (``conv``), and the gradient by the weight. Executed on the CPU by the tests; until a
+GPU has validated them, they are chosen only where they are forced.
 """
 
 import functools
@@ -19,7 +20,7 @@ from fastres.ops import _fold
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_ROWS, MOST_STRIDE, MOST_PADDING = 7, 8, 127  # of a window
 LEAST_VALUES, MOST_VALUES = 9, 24  # of a row of a window, with the one before it that aligns it
-OPS = ("conv_rows", "conv_rows_backward_weight")
+OPS = ("conv_rows", "conv_rows_backward_weight", "conv_rows_maxpool")
 
 
 def is_few(x: Tensor) -> bool:
@@ -87,15 +88,25 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilatio
     return native.op("conv_rows")(aligned(x), packed, bias, len(weight), weight.shape[2:], stride, padding, "none")
 
 
-def run_folded(x: Tensor, parameters: tuple[Any, ...], eps: float, stride, padding, act: str) -> Tensor:
-    """One launch over weights folded and packed once; parameters as ``_fold.folded`` takes them."""
+def _folded(x: Tensor, parameters: tuple[Any, ...], eps: float, padding) -> tuple[Any, ...]:
+    """What kernels take of a convolution's parameters, folded and packed once: weights, bias, channels, kernel."""
 
     def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return _pack(w.to(x.dtype), padding), b.float()
 
     packed, bias = _fold.folded(parameters, eps, (OPS[0], x.dtype, padding[1]), finish)
     channels, _, *kernel = parameters[0].shape
-    return native.op(OPS[0])(aligned(x), packed, bias, channels, kernel, stride, padding, act)
+    return packed, bias, channels, kernel
+
+
+def run_folded(x: Tensor, parameters: tuple[Any, ...], eps: float, stride, padding, act: str) -> Tensor:
+    """One launch; parameters as ``_fold.folded`` takes them."""
+    return native.op(OPS[0])(aligned(x), *_folded(x, parameters, eps, padding), stride, padding, act)
+
+
+def run_pooled(x: Tensor, parameters: tuple[Any, ...], eps: float, stride, padding) -> Tensor:
+    """The same with a ReLU and a pool of 3x3, stride 2 and padding 1 behind it, in one kernel of its own."""
+    return native.op(OPS[2])(aligned(x), *_folded(x, parameters, eps, padding), stride, padding)
 
 
 def run_weight(grad_y: Tensor, x: Tensor, kernel, stride, padding, dilation, groups: int) -> Tensor:

@@ -7,10 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.errors import must
+from fastres.errors import must, must_type
 from fastres.kernels import native
 from fastres.ops import _check
 from fastres.ops._op import Once, is_interposed
+
+
+def is_training(op: str, training: Any, momentum: Any) -> bool:
+    """The flag, once it and momentum are what torch's batch norm takes, whether it uses them or not."""
+    if training is not True and training is not False:
+        raise must_type(op, "training", "a bool", training)
+    check_momentum(op, momentum)
+    return training
+
+
+def check_momentum(op: str, momentum: Any, prefix: str = "") -> None:
+    """Refuse a momentum that torch's batch norm would not take."""
+    name, what = f"{prefix}momentum", "a number or a tensor of one element"
+    if not isinstance(momentum, (int, float, Tensor)):
+        raise must_type(op, name, what, momentum)
+    if isinstance(momentum, Tensor) and momentum.numel() != 1:
+        raise must(op, name, what, f"a tensor of shape {tuple(momentum.shape)}")
+
+
+def needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: str = "") -> None:
+    """Refuse evaluation without running buffers."""
+    if mean is None or var is None:
+        name = f"{prefix}running_mean" if mean is None else f"{prefix}running_var"
+        raise must(
+            op, name, "a tensor when training is False", None, "pass training=True to use the batch's statistics"
+        )
 
 
 @Once

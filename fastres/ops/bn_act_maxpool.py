@@ -23,17 +23,17 @@ SCHEMA_BACKWARD = (
 )
 
 
-def _pool(z, kernel_size, stride, padding):
+def pool(z, kernel_size, stride, padding):
     return F.max_pool2d(z, kernel_size, stride, padding).contiguous(memory_format=memory_format(z))
 
 
 def reference(x, weight, bias, mean, var, eps, act, *window):
-    return _pool(bn_act.reference(x, weight, bias, mean, var, eps, act), *window)
+    return pool(bn_act.reference(x, weight, bias, mean, var, eps, act), *window)
 
 
 def reference_train(x, weight, bias, eps, act, *window):
     z, mean, var = bn_act.reference_train(x, weight, bias, eps, act)
-    return _pool(z, *window), mean, var
+    return pool(z, *window), mean, var
 
 
 def reference_backward(grad_y, x, weight, bias, mean, var, eps, act, training, *window):
@@ -46,7 +46,7 @@ def reference_backward(grad_y, x, weight, bias, mean, var, eps, act, training, *
     return grad_x, *_bn.parameter_grads(grad_weight, grad_bias, weight, bias)
 
 
-def _check_window(op, x, kernel_size, stride, padding):
+def check_window(op, x, kernel_size, stride, padding):
     _check.pair(op, "kernel_size", kernel_size, 1)
     _check.pair(op, "stride", stride, 1)
     _check.pair(op, "padding", padding, 0)
@@ -59,31 +59,31 @@ def _check_window(op, x, kernel_size, stride, padding):
 
 def check(x, weight, bias, mean, var, eps, act, *window):
     _bn.check_forward("bn_act_maxpool", x, weight, bias, {"mean": mean, "var": var}, eps, act)
-    _check_window("bn_act_maxpool", x, *window)
+    check_window("bn_act_maxpool", x, *window)
 
 
 def check_train(x, weight, bias, eps, act, *window):
     _bn.check_forward("bn_act_maxpool_train", x, weight, bias, {}, eps, act)
     _check.batch_statistics("bn_act_maxpool_train", x)
-    _check_window("bn_act_maxpool_train", x, *window)
+    check_window("bn_act_maxpool_train", x, *window)
 
 
 def check_backward(grad_y, x, weight, bias, mean, var, eps, act, training, *window):
     _bn.check_forward("bn_act_maxpool_backward", x, weight, bias, {"mean": mean, "var": var}, eps, act)
     _check.images("bn_act_maxpool_backward", x=x, grad_y=grad_y)
-    _check_window("bn_act_maxpool_backward", x, *window)
-    expected = _output_shape(x, *window)
+    check_window("bn_act_maxpool_backward", x, *window)
+    expected = output_shape(x, *window)
     if grad_y.shape != expected:
         raise must("bn_act_maxpool_backward", "grad_y", f"of shape {tuple(expected)}", tuple(grad_y.shape))
 
 
-def _output_shape(x, kernel_size, stride, padding):
+def output_shape(x, kernel_size, stride, padding):
     sizes = zip(x.shape[2:], kernel_size, stride, padding, strict=True)
     return (*x.shape[:2], *((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes))
 
 
 def fake(x, weight, bias, mean, var, eps, act, *window):
-    return x.new_empty(_output_shape(x, *window)).contiguous(memory_format=memory_format(x))
+    return x.new_empty(output_shape(x, *window)).contiguous(memory_format=memory_format(x))
 
 
 def fake_train(x, weight, bias, eps, act, *window):
@@ -156,7 +156,7 @@ def samples_backward(device, dtype):
     for sample in bn_act.samples_backward(device, dtype):
         grad, x, *rest = sample.args
         for window in _windows(x):
-            grad_y = grad[tuple(slice(size) for size in _output_shape(x, *window))].contiguous()
+            grad_y = grad[tuple(slice(size) for size in output_shape(x, *window))].contiguous()
             found.append(Sample(f"{sample.label}, {window[0]}", (grad_y, x, *rest, *window)))
     return found
 

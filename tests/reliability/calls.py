@@ -96,6 +96,9 @@ class Call:
             "act": self.act, "eps": self.eps, "residual_eps": self.eps, "kernel": kernel, "kernel_size": kernel, "stride": stride,
             "padding": padding, "dilation": dilation, "groups": groups,
         }  # fmt: skip
+        if self.op == "conv_bn_act_maxpool":  # a pool that any output is large enough for
+            three = self.seed % 2 == 0
+            found |= {"kernel_size": (3, 3) if three else (2, 2), "pool_stride": (2, 1 + self.seed // 2 % 2), "pool_padding": (1, 1)}
         if self.op == "conv_bn_add_conv_bn_act":
             found |= self.projection(draw_, y_shape, shift)
         for prefix, scale in (("bn_", self.affine[0]), ("residual_", self.affine[1]), ("", self.affine[0])):

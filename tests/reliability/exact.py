@@ -18,7 +18,7 @@ SPECIAL = {
     "-subnormal": -1e-40, "max": torch.finfo(torch.float32).max, "-max": -torch.finfo(torch.float32).max,
 }  # fmt: skip
 # Their gradients are those of PyTorch's convolution, whose sums depend on the number of threads.
-BY_PYTORCH = ("conv_bn_act", "conv_bn_add_act", "conv_bn_add_conv_bn_act")
+BY_PYTORCH = ("conv_bn_act", "conv_bn_act_maxpool", "conv_bn_add_act", "conv_bn_add_conv_bn_act")
 FUNCTIONS = ("add_act", "bn_act", "bn_add_act", "bn_add_bn_act", "bn_act_maxpool", *BY_PYTORCH)
 
 

@@ -1,0 +1,20 @@
+// conv_bn_act_maxpool: y = max_pool(relu(conv(x, weight) + bias)) for few input channels, windows of 3x3 with stride 2 and
+// padding 1: the stem of a network in one pass.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/conv.h"
+
+namespace fastres::cuda {
+
+struct ConvRowsMaxpoolParams {
+  ConvRowsParams conv;  // of a ReLU; y is what the pool gives
+};
+
+// Of a side that the pool reads.
+inline int pooled(int size) { return (size + 1) / 2; }
+
+cudaError_t launch_conv_rows_maxpool(const ConvRowsMaxpoolParams& params, cudaStream_t stream);
+
+}  // namespace fastres::cuda

@@ -10,6 +10,7 @@ from fastres.ops import (
     conv_bn_act,
     conv_bn_add_act,
     conv_bn_add_conv_bn_act,
+    conv_statistics,
 )
 from fastres.ops._op import REGISTRY
 
@@ -24,4 +25,5 @@ __all__ = [
     "conv_bn_act",
     "conv_bn_add_act",
     "conv_bn_add_conv_bn_act",
+    "conv_statistics",
 ]

@@ -109,6 +109,18 @@ def test_a_joined_convolution_is_held_against_two_ops():
         assert tuner.judge(op, run_, args) is None, name
 
 
+def test_a_convolution_with_statistics_is_held_against_the_pass_it_spares():
+    task = {"do": "kernel", "name": tasks.STATISTICS, "batch": 2, "convolution": [8, 16, 3, 2, 7], "dtype": "fp32"}
+    worker = tasks.Worker(CPU)
+    worker.peaks["fp32"] = 1e9, 1e12
+    rows = worker.perform(task)
+    assert {row["rival"] for row in rows} == {"two ops", "torch"}
+    assert {row["name"] for row in rows} == {"conv_statistics 3x3/2 8→16"}
+    timed = [{**rows[0], "rival": name, "median_s": time} for name, time in (("two ops", 1.0), ("cuda_wide", 2.0))]
+    ((promise, kept),) = promises.kernel_promises(timed)
+    assert "0.50 times as fast as the best of cuDNN" in promise and not kept
+
+
 def test_a_validation_is_kept_with_its_source(monkeypatch):
     worker = tasks.Worker(CPU)
     (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"})

@@ -32,6 +32,7 @@ TRAINING = (
 )  # fmt: skip
 WAYS = {way.name: way for way in (*INFERENCE, *TRAINING, rivals.EAGER, rivals.FREEZING)}
 COMPILED_BESIDE = (rivals.CUDA_GRAPHS.name, rivals.COMPILE.name)  # which of a network's rivals --warm compiles: the first
+STATISTICS = "conv_statistics"
 TORCH = "torch"  # the plain composition: what the kernels' times are held against
 BATCH = 256
 # What batch norm and addition see in ResNet-50, the largest first.
@@ -51,8 +52,11 @@ INNER = [
     (256, 512, 1, 2, 56),
 ]  # fmt: skip
 STEM = [(3, 64, 7, 2, 224)]  # the first one, in training
+# Some whose batch norm asks for statistics: bound by memory, and by products.
+MEASURED = [(64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (256, 1024, 1, 1, 14)]
 CONVOLUTIONS = {
     "conv_bn_add_act": BLOCK_ENDS, JOINED: PROJECTED, "conv_bn_act": INNER, "conv": STEM, "conv_backward_weight": STEM,
+    STATISTICS: MEASURED,
 }  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
@@ -222,10 +226,12 @@ class Worker:
 
 
 def two_ops(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """What a joined convolution is held against: its two ops as they are chosen, and cuDNN's fused call behind PyTorch's
-    convolution and batch norm of the shortcut, which has no ReLU and so no fused call."""
+    """What an op that does the work of two is held against: the two as they are chosen; and of a joined convolution cuDNN's
+    fused call behind PyTorch's convolution and batch norm of the shortcut, which has no ReLU and so no fused call."""
     assert op.fallback is not None
     found: dict[str, Callable] = {"two ops": op.fallback}
+    if op.name != JOINED:
+        return found
     x, shortcut, *main = args[:13]
     cudnn = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
     projected = REGISTRY["conv_bn_act"].reference
@@ -263,6 +269,8 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
         return drawn.contiguous(memory_format=torch.channels_last)
 
     weight = image(out, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5
+    if task["name"] == STATISTICS:
+        return (image(task["batch"], channels, side, side), weight, (stride, stride), (padding, padding), (1, 1), 1)
     if task["name"] in ("conv", "conv_backward_weight"):
         x, grad_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
         own = (x, weight, None) if task["name"] == "conv" else (grad_y, x, (kernel, kernel))

@@ -93,9 +93,9 @@ def block(
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Known]:
     """The convolution, and the statistics of its output where a kernel is chosen that finds them beside it."""
-    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
+    weight: Any = conv._parameters["weight"]
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
-    if bias is None and may_find(x, weight, *geometry):
+    if conv._parameters["bias"] is None and may_find(x, weight, *geometry):
         arguments: Any = *_fused.cast(x, weight), *geometry
         if not CONV_STATISTICS.falls_back(*arguments):
             y, mean, var = CONV_STATISTICS(*arguments)

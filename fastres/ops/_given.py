@@ -34,7 +34,7 @@ def _bn_add_bn_act(known, x, residual, weight, bias, eps, residual_weight, resid
     return y, *own, *others, mask
 
 
-_RUNS = {BN_ACT_TRAIN: _bn_act, BN_ADD_ACT_TRAIN: _bn_add_act, BN_ADD_BN_ACT_TRAIN: _bn_add_bn_act}
+_RUNS: dict[Op, Callable] = {BN_ACT_TRAIN: _bn_act, BN_ADD_ACT_TRAIN: _bn_add_act, BN_ADD_BN_ACT_TRAIN: _bn_add_bn_act}
 
 
 def runner(op: Op, args: tuple[Any, ...], known: Sequence[Known]) -> Callable | None:

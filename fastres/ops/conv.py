@@ -112,7 +112,7 @@ def setup_context(ctx, inputs, output):
 
 
 def gradients(grad_y, x, weight, geometry, wanted):
-    """Those of x, weight and bias, None where none is wanted: by the ops of their own, or so that they can be differentiated."""
+    """Those of x, weight and bias, None where none is wanted: by ops of their own, or so that they can be differentiated."""
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's formula, which is differentiable
         grads = _backward(grad_y, x, weight, *geometry, list(wanted))
         return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))

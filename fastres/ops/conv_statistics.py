@@ -1,4 +1,4 @@
-"""conv_statistics: y = conv2d(x, weight), and what the batch norm behind it asks of y in training (He et al. 2016, section 3.4).
+"""conv_statistics: y = conv2d(x, weight), and what the batch norm behind it asks of y in training (He et al. 2016, 3.4).
 
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format; mean and var, biased, are
 fp32 (K,) tensors (fp64 for fp64 x) of y as it is rounded. A kernel finds them while y is in its registers, of 256 values of a

@@ -356,13 +356,13 @@ __device__ __forceinline__ void write_statistics(const Kernel& p, int place, int
   for (int i = 0; i < 2; ++i) squares[i] = sum_of_quad(sums[i][0] + sums[i][1]);
   const int part = place / kGroupPlaces;
   if (channel == 0 && lane == 0) p.counts[part] = static_cast<float>(inside.count);
-  if (lane % 4 >= 2) return;  // of a quad's lanes one writes the mean, one the squares
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int row = channel + lane / 4 + 8 * i;
-    if (row < p.channels_out)
-      p.moments[(int64_t{2} * part + lane % 4) * p.channels_out + row] = lane % 4 == 0 ? mean[i] : squares[i];
+    const int row = channel + lane / 4 + 8 * i, which = lane % 4;  // of a quad's lanes one writes the mean, one the squares
+    if (which < 2 && row < p.channels_out)
+      p.moments[(int64_t{2} * part + which) * p.channels_out + row] = which == 0 ? mean[i] : squares[i];
   }
+  sync_warp();  // products want their lanes together
 }
 
 template <bool kWhole, bool kStatistics, typename scalar_t>

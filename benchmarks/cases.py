@@ -86,6 +86,8 @@ class Case:
             x, weight, _, *geometry = forward
             args["conv_backward_input"] = (y, weight, x.shape[2:], *geometry)
             args["conv_backward_weight"] = (y, x, weight.shape[2:], *geometry)
+        if self.op == "conv_statistics":
+            args["bn_act"] = (y,)
         totals = [REGISTRY[name].cost(*args[name]) for name in self.covers]
         return sum(t[0] for t in totals), sum(t[1] for t in totals)
 
@@ -94,6 +96,8 @@ class Case:
             return (*tensors, "relu")
         if self.op == "conv":
             return (*tensors, None, (1, 1), (1, 1), (1, 1), 1)
+        if self.op == "conv_statistics":
+            return (*tensors[:2], (1, 1), (1, 1), (1, 1), 1)
         if self.op in SEVERAL:
             return _of_several(self.op, self.convolution, tensors)
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
@@ -160,6 +164,19 @@ def _chain(op: str, kernel: int) -> tuple[Callable, Callable]:
     return fused, eager
 
 
+def _statistics() -> tuple[Callable, Callable]:
+    """A convolution in training and the batch norm that takes the statistics which it found."""
+
+    def fused(x: Tensor, w: Tensor, *norm: Tensor) -> Tensor:
+        y, mean, var = REGISTRY["conv_statistics"](x, w, (1, 1), (1, 1), (1, 1), 1)
+        return functional.bn_act(y, mean, var, *norm[2:])
+
+    def eager(x: Tensor, w: Tensor, *norm: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(F.conv2d(x, w, padding=1), None, None, *norm[2:], training=True))
+
+    return fused, eager
+
+
 def _joined(kernel: int) -> tuple[Callable, Callable]:
     pad = kernel // 2
 
@@ -208,6 +225,7 @@ def _all() -> list[Case]:
     ]
     conv = (lambda x, w: functional.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1))
     found.append(Case("conv", True, *conv, ("conv", "conv_backward_input", "conv_backward_weight"), convolution=3))
+    found.append(Case("conv_statistics", False, *_statistics(), ("conv_statistics", "bn_act"), convolution=3))
     evaluation, training = _norm(False), _norm(True)
     for name in evaluation:
         residual = "add" in name

@@ -42,8 +42,8 @@ def spreads(op: str, args: Sequence[Any], truth: Sequence[Tensor]) -> list[float
             continue
         if op.endswith("_backward"):  # args[0] is the gradient of y; what it is multiplied by is normalised
             found[index] = spread_of_sums(out, args[0])
-        elif op.endswith("_train") and index % 2:  # a mean, its variance behind it
-            values = args[0].numel() / out.numel()
+        elif op.endswith(("_train", "_statistics")) and index % 2:  # a mean, its variance behind it
+            values = (truth[0] if op.startswith("conv") else args[0]).numel() / out.numel()  # a convolution's are of y
             found[index] = spread_of_sums(out, truth[index + 1].sqrt()) / values**0.5
     return found
 

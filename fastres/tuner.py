@@ -21,8 +21,10 @@ from fastres.budget import spreads, within_budget
 from fastres.dispatch import Backend
 from fastres.errors import UnsupportedError, must
 from fastres.ops import REGISTRY, _mask
+from fastres.ops._given import Norms
 from fastres.ops._op import Op
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends, may_join
+from fastres.ops.conv_statistics import CONV_STATISTICS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -242,10 +244,11 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Op, tuple]] = {}
-        self.ends = Ends()
+        self.ends, self.norms = Ends(), Norms()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         y = func(*args, **(kwargs or {}))
+        self.norms.made(func, args, y)
         if func.namespace == "fastres":
             args = tuple(tuple(a) if isinstance(a, list) else a for a in args)
             self.keep(REGISTRY[func._opname], args)
@@ -253,6 +256,8 @@ class _Recorder(TorchDispatchMode):
             end = self.ends.joined(func._opname, args) if may_join(_device(args)) else None
             if end is not None:  # not chosen so far: tuning finds out whether it is to be
                 self.keep(CONV_BN_ADD_CONV_BN_ACT, end)
+            for call in self.norms.found(func._opname, args):  # as above
+                self.keep(CONV_STATISTICS, call)
         return y
 
     def keep(self, op: Op, args: tuple) -> None:

@@ -117,16 +117,28 @@ def test_several_convolutions_are_held_against_their_ops(name, sizes, shape, lab
         assert tuner.judge(op, run_, args) is None, name
 
 
-def test_a_stem_is_held_against_two_ops():
+def test_a_stem_is_held_against_its_two_ops():
     task = {"do": "kernel", "name": "conv_bn_act_maxpool", "batch": 2, "dtype": "fp32", "convolution": [3, 8, 7, 2, 15]}
     worker = tasks.Worker(CPU)
     worker.peaks["fp32"] = 1e9, 1e12
     rows = worker.perform(task)
-    assert {row["rival"] for row in rows} == {"two ops", "conv_bn_act, then pool", "torch"}
+    assert {row["rival"] for row in rows} == {"apart", "conv_bn_act, then pool", "torch"}
     assert {row["name"] for row in rows} == {"conv_bn_act_maxpool 7x7/2 3→8"}
     op, args = REGISTRY[task["name"]], tasks.convolution(task, torch.float32, CPU)
-    for name, run_ in tasks.two_ops(op, args).items():
+    for name, run_ in tasks.apart(op, args).items():
         assert tuner.judge(op, run_, args) is None, name
+
+
+def test_a_convolution_with_statistics_is_held_against_the_pass_it_spares():
+    task = {"do": "kernel", "name": tasks.STATISTICS, "batch": 2, "convolution": [8, 16, 3, 2, 7], "dtype": "fp32"}
+    worker = tasks.Worker(CPU)
+    worker.peaks["fp32"] = 1e9, 1e12
+    rows = worker.perform(task)
+    assert {row["rival"] for row in rows} == {"apart", "torch"}
+    assert {row["name"] for row in rows} == {"conv_statistics 3x3/2 8→16"}
+    timed = [{**rows[0], "rival": name, "median_s": time} for name, time in (("apart", 1.0), ("cuda_wide", 2.0))]
+    ((promise, kept),) = promises.kernel_promises(timed)
+    assert "0.50 times as fast as the best of cuDNN" in promise and not kept
 
 
 def test_a_validation_is_kept_with_its_source(monkeypatch):

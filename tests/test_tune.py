@@ -147,6 +147,19 @@ def test_all_calls_of_a_model(training):
     assert set(json.loads(tune.cache_file(CPU).read_text())["choices"]) == {r.key for r in session.results}
 
 
+def test_a_training_step_is_tuned_for_convolutions_that_find_statistics(plant):
+    """Each whose output a batch norm takes, of a block as of its shortcut; against the convolution and the pass by itself."""
+    block = fastres.nn.BasicBlock(4, 8, 2, fastres.nn.shortcut("B", 4, 8, 2))
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1, bias=False), block), torch.randn(2, 3, 6, 6)
+    op = REGISTRY["conv_statistics"]
+    assert op.name not in {each.name for each, _ in tuner.record(model, x).values()}
+    plant(op.name, "mine", op.reference, why_not=lambda x, weight, *rest: None if weight.shape[0] == 8 else "of 8 channels")
+    calls = [args for each, args in tuner.record(model, x).values() if each is op]
+    assert sorted(args[1].shape[1:] for args in calls) == [(4, 1, 1), (4, 3, 3), (8, 3, 3)]
+    result = tuner.Session(CPU, seconds=0.01).tune(op, calls[0])
+    assert {c.backend: c.failure for c in result.candidates if c.refusal is None} == {"mine": None, "torch": None}
+
+
 def test_a_model_without_fused_ops_is_refused():
     with pytest.raises(UnsupportedError, match="optimize"):
         tuner.tune_model(torch.nn.Linear(2, 2), torch.randn(1, 2))

@@ -9,6 +9,7 @@ OVER_FREEZING = 0.95  # of the speed of torch.compile with freezing, at least, o
 OF_COPY = 0.85  # of the measured copy's bandwidth, at least, for a kernel bound by memory
 OWN = ("cuda", "cuda_wide", "triton")
 PEERS = ("cudnn", "torch")  # cuDNN's fused call, cuDNN and PyTorch's pointwise kernels
+APART = "apart"  # cuDNN and the pass that finds the statistics
 
 
 def parity_promises(rows: list[Row]) -> list[Promise]:
@@ -36,10 +37,14 @@ def kernel_promises(rows: list[Row]) -> list[Promise]:
         if not best["name"].startswith("conv"):
             share = best["of_roof"]
             found.append((f"{what}: {share:.0%} of a copy's bandwidth, at least {OF_COPY:.0%}", share >= OF_COPY))
-        elif others := [timed[name]["median_s"] for name in PEERS if name in timed]:
+        elif others := [timed[name]["median_s"] for name in _peers(best["name"]) if name in timed]:
             ratio = min(others) / best["median_s"]
             found.append((f"{what}: {ratio:.2f} times as fast as the best of cuDNN, at least 1", ratio >= 1))
     return found
+
+
+def _peers(name: str) -> tuple[str, ...]:
+    return (*PEERS, APART) if name.startswith("conv_statistics") else PEERS
 
 
 def speed_promises(rows: list[Row], what: str) -> list[Promise]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import fastres
 from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import CASES, CHAIN, JOINED, LONG_CHAIN
+from benchmarks.cases import CASES, CHAIN, JOINED, LONG_CHAIN, SEVERAL
 from benchmarks.cases import STEM as POOLED_STEM
 from fastres import info, tuner
 from fastres.experiments import rivals
@@ -37,6 +37,7 @@ TRAINING = (
 )  # fmt: skip
 WAYS = {way.name: way for way in (*INFERENCE, *TRAINING, rivals.EAGER, rivals.FREEZING)}
 COMPILED_BESIDE = (rivals.CUDA_GRAPHS.name, rivals.COMPILE.name)  # which of a network's rivals --warm compiles: the first
+STATISTICS = "conv_statistics"
 TORCH = "torch"  # the plain composition: what the kernels' times are held against
 BATCH = 256
 # What batch norm and addition see in ResNet-50, the largest first.
@@ -58,9 +59,12 @@ INNER = [
     (256, 512, 1, 2, 56),
 ]  # fmt: skip
 STEM = [(3, 64, 7, 2, 224)]  # the first one, with the pool behind it and in training
+# Some whose batch norm asks for statistics: bound by memory, and by products.
+MEASURED = [(64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (256, 1024, 1, 1, 14)]
 CONVOLUTIONS = {
     "conv_bn_add_act": BLOCK_ENDS, CHAIN: CHAINED, LONG_CHAIN: CHAINED, JOINED: PROJECTED,
     "conv_bn_act": INNER, POOLED_STEM: STEM, "conv": STEM, "conv_backward_weight": STEM,
+    STATISTICS: MEASURED,
 }  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
@@ -230,12 +234,14 @@ class Worker:
 
 
 def apart(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """What an op of several convolutions is held against: its ops one by one as they are chosen, and cuDNN's fused calls; a
-    projected shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
+    """What an op that does the work of several is held against: those as they are chosen; of several convolutions cuDNN's fused
+    calls too; a projected shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
     assert op.fallback is not None
     found: dict[str, Callable] = {"apart": op.fallback}
     if op.name == POOLED_STEM:  # and in evaluation with batch norm folded into the convolution, as frozen networks may
         found["conv_bn_act, then pool"] = convolved_then_pooled(args)
+        return found
+    if op.name not in SEVERAL:
         return found
     adding = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
 
@@ -285,6 +291,8 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
         return drawn.contiguous(memory_format=torch.channels_last)
 
     weight = image(out, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5
+    if task["name"] == STATISTICS:
+        return (image(task["batch"], channels, side, side), weight, (stride, stride), (padding, padding), (1, 1), 1)
     if task["name"] in ("conv", "conv_backward_weight"):
         x, grad_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
         own = (x, weight, None) if task["name"] == "conv" else (grad_y, x, (kernel, kernel))

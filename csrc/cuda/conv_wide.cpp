@@ -1,4 +1,4 @@
-// Binding of the convolution by Hopper's widest products: checks, output, launch, registration.
+// Bindings of the convolutions by Hopper's widest products: checks, outputs, launches, registration.
 #include "cuda/conv_wide.h"
 
 #include "cuda/host.h"
@@ -7,73 +7,106 @@
 namespace fastres::cuda {
 namespace {
 
-constexpr const char* kOp = "conv_bn_act";
-
-void check_tensor(const char* param, const Tensor& t, const Tensor& x) {
-  FASTRES_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), kOp, param,
+void check_tensor(const char* op, const char* param, const Tensor& t, const Tensor& x) {
+  FASTRES_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, param,
                 "on the device of x, " << show_device(x), show_device(t));
-  FASTRES_CHECK(t.scalar_type() == x.scalar_type(), kOp, param, "of x's dtype " << show(x.scalar_type()),
+  FASTRES_CHECK(t.scalar_type() == x.scalar_type(), op, param, "of x's dtype " << show(x.scalar_type()),
                 show(t.scalar_type()));
-  FASTRES_CHECK(is_aligned(t.data_ptr()), kOp, param, "aligned to 16 bytes", "the address " << t.data_ptr());
+  FASTRES_CHECK(is_aligned(t.data_ptr()), op, param, "aligned to 16 bytes", "the address " << t.data_ptr());
 }
 
 // One direction of the window; the TMA unit holds its corners in 8 bits with a sign, shifts in 8 without.
-Span span(int64_t kernel, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int d) {
+Span span(const char* op, int64_t kernel, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+          IntHeaderOnlyArrayRef dilation, int d) {
   const auto within = [&](const char* param, IntHeaderOnlyArrayRef values, int64_t least, int64_t most) {
-    FASTRES_CHECK(values.size() == 2 && values[d] >= least && values[d] <= most, kOp, param,
+    FASTRES_CHECK(values.size() == 2 && values[d] >= least && values[d] <= most, op, param,
                   "two integers from " << least << " to " << most, show(values));
     return static_cast<int>(values[d]);
   };
   const int dilated = within("dilation", dilation, 1, 255);
-  FASTRES_CHECK(kernel > 0 && (kernel - 1) * dilated <= 127, kOp, "weight", "of at most 128 pixels, dilated",
+  FASTRES_CHECK(kernel > 0 && (kernel - 1) * dilated <= 127, op, "weight", "of at most 128 pixels, dilated",
                 (kernel - 1) * dilated + 1);
   return {static_cast<int>(kernel), within("stride", stride, 1, 8), within("padding", padding, 0, 127), dilated};
+}
+
+// Checks x, weight and window; what is added and y remain to be said.
+ConvActParams convolution(const char* op, const Tensor& x, const Tensor& weight, IntHeaderOnlyArrayRef stride,
+                          IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation) {
+  check_cuda(op, "x", x);
+  FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op, "x",
+                "float16 or bfloat16", show(x.scalar_type()));
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && is_dense(x, Format::channels_last), op, "x",
+                "of 4 dimensions (N, C, H, W), not empty, dense and channels_last",
+                show(x.sizes()) << ", strides " << show(x.strides()));
+  check_tensor(op, "x", x, x);
+  check_tensor(op, "weight", weight, x);
+  FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(3) == x.size(1), op, "weight",
+                "contiguous, (C_out, KH, KW, " << x.size(1) << ")", show(weight.sizes()));
+  FASTRES_CHECK(x.size(1) % 8 == 0 && weight.size(0) > 0 && weight.size(0) % 8 == 0, op, "weight",
+                "of multiples of 8 channels in and out", show(weight.sizes()));
+  ConvActParams params{};
+  params.dtype = dtype_of(x);
+  params.window = {span(op, weight.size(1), stride, padding, dilation, 0), span(op, weight.size(2), stride, padding, dilation, 1)};
+  const Span &h = params.window.h, &w = params.window.w;
+  FASTRES_CHECK(x.size(0) * (x.size(2) + 2 * h.padding) * (x.size(3) + 2 * w.padding) < 1 << 30, op, "x",
+                "of less than 2^30 pixels, padded", show(x.sizes()));
+  params.x = {static_cast<int>(x.size(0)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
+              static_cast<int>(x.size(1))};
+  FASTRES_CHECK(params.x.height + h.padding + h.last() > 0 && params.x.width + w.padding + w.last() > 0, op, "weight",
+                "no larger than x's padded size", show(weight.sizes()));
+  params.channels_out = static_cast<int>(weight.size(0));
+  params.x_data = x.data_ptr();
+  params.weight = weight.data_ptr();
+  return params;
+}
+
+Tensor empty_output(const ConvActParams& params, const Tensor& x) {
+  const std::array<int64_t, 4> sizes{params.x.count, params.channels_out, params.window.h.out(params.x.height),
+                                     params.window.w.out(params.x.width)};
+  return empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
 }
 
 Tensor sm90_conv_wide(const Tensor& x, const Tensor& weight, const Tensor& bias, const OptionalTensor& residual,
                       IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation,
                       const Text& act) {
-  check_cuda(kOp, "x", x);
-  FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, kOp, "x",
-                "float16 or bfloat16", show(x.scalar_type()));
-  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && is_dense(x, Format::channels_last), kOp, "x",
-                "of 4 dimensions (N, C, H, W), not empty, dense and channels_last",
-                show(x.sizes()) << ", strides " << show(x.strides()));
-  check_tensor("x", x, x);
-  check_tensor("weight", weight, x);
-  FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(3) == x.size(1), kOp, "weight",
-                "contiguous, (C_out, KH, KW, " << x.size(1) << ")", show(weight.sizes()));
-  FASTRES_CHECK(x.size(1) % 8 == 0 && weight.size(0) > 0 && weight.size(0) % 8 == 0, kOp, "weight",
-                "of multiples of 8 channels in and out", show(weight.sizes()));
-  ConvActParams params{};
-  params.dtype = dtype_of(x);
-  params.relu = is_relu(kOp, act);
-  params.window = {span(weight.size(1), stride, padding, dilation, 0), span(weight.size(2), stride, padding, dilation, 1)};
-  const Span &h = params.window.h, &w = params.window.w;
-  FASTRES_CHECK(x.size(0) * (x.size(2) + 2 * h.padding) * (x.size(3) + 2 * w.padding) < 1 << 30, kOp, "x",
-                "of less than 2^30 pixels, padded", show(x.sizes()));
-  params.x = {static_cast<int>(x.size(0)), static_cast<int>(x.size(2)), static_cast<int>(x.size(3)),
-              static_cast<int>(x.size(1))};
-  FASTRES_CHECK(params.x.height + h.padding + h.last() > 0 && params.x.width + w.padding + w.last() > 0, kOp, "weight",
-                "no larger than x's padded size", show(weight.sizes()));
-  const std::array<int64_t, 4> sizes{x.size(0), weight.size(0), h.out(params.x.height), w.out(params.x.width)};
-  const Launch launch(kOp, x);
-  const Tensor y = empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
-  const Tensor values = channel_vector(kOp, "bias", bias, y, ScalarType::Float);
+  const char* op = "conv_bn_act";
+  ConvActParams params = convolution(op, x, weight, stride, padding, dilation);
+  params.relu = is_relu(op, act);
+  const Launch launch(op, x);
+  const Tensor y = empty_output(params, x);
+  const Tensor values = channel_vector(op, "bias", bias, y, ScalarType::Float);
   if (residual) {
-    check_like(kOp, "residual", *residual, y);
-    FASTRES_CHECK(is_dense(*residual, Format::channels_last), kOp, "residual", "dense and channels_last",
+    check_like(op, "residual", *residual, y);
+    FASTRES_CHECK(is_dense(*residual, Format::channels_last), op, "residual", "dense and channels_last",
                   "strides " << show(residual->strides()));
-    check_tensor("residual", *residual, x);
+    check_tensor(op, "residual", *residual, x);
     params.residual = residual->data_ptr();
   }
-  params.channels_out = static_cast<int>(weight.size(0));
-  params.x_data = x.data_ptr();
-  params.weight = weight.data_ptr();
   params.bias = static_cast<const float*>(values.data_ptr());
   params.y = y.data_ptr();
   launch(launch_sm90_conv_wide, params);
   return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sm90_conv_wide_statistics(const Tensor& x, const Tensor& weight,
+                                                             IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+                                                             IntHeaderOnlyArrayRef dilation) {
+  const char* op = "conv_statistics";
+  ConvStatisticsParams params{};
+  params.conv = convolution(op, x, weight, stride, padding, dilation);
+  const Launch launch(op, x);
+  const Tensor y = empty_output(params.conv, x);
+  params.conv.y = y.data_ptr();
+  params.parts = sm90_conv_wide_parts(params.conv);
+  const int64_t channels = params.conv.channels_out, moments = 2 * params.parts * channels;
+  const Tensor mean = empty_vector(channels, ScalarType::Float, x), var = empty_vector(channels, ScalarType::Float, x);
+  const Tensor workspace = empty_vector(moments + params.parts, ScalarType::Float, x);
+  params.moments = static_cast<float*>(workspace.data_ptr());
+  params.counts = params.moments + moments;
+  params.mean = static_cast<float*>(mean.data_ptr());
+  params.var = static_cast<float*>(var.data_ptr());
+  launch(launch_sm90_conv_wide_statistics, params);
+  return {y, mean, var};
 }
 
 }  // namespace
@@ -83,6 +116,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def(
       "sm90_conv_wide(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
       "str act) -> Tensor");
+  m.def("sm90_conv_wide_statistics(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation)"
+        " -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) { m.impl("sm90_conv_wide", TORCH_BOX(&fastres::cuda::sm90_conv_wide)); }
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) {
+  m.impl("sm90_conv_wide", TORCH_BOX(&fastres::cuda::sm90_conv_wide));
+  m.impl("sm90_conv_wide_statistics", TORCH_BOX(&fastres::cuda::sm90_conv_wide_statistics));
+}

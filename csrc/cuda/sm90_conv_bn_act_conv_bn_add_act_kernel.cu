@@ -15,6 +15,7 @@
 
 #include "common/epilogue.h"
 #include "cuda/conv_bn_act_conv_bn_add_act.h"
+#include "cuda/device/ring.cuh"
 #include "cuda/device/sm90_wide.cuh"
 #include "cuda/device/vec.cuh"
 #include "cuda/launch.h"
@@ -72,16 +73,6 @@ struct Shared {
 static_assert(sizeof(Shared<64>) <= 227 << 10 && sizeof(Shared<128>) <= 227 << 10);
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
-
-// A place in a ring, and the parity of the phase of its barriers.
-template <int kCount>
-struct Slot {
-  int index = 0, parity = 0;
-
-  __device__ void next() {
-    if (++index == kCount) index = 0, parity ^= 1;
-  }
-};
 
 // The tiles of one block, one after the other.
 struct Tile {
@@ -436,13 +427,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sm90_conv_act_conv_act_kerne
     if (warp >= 2) load_residuals<kMiddle, kNext>(p, s, warp - 2);
   }
 #endif
-}
-
-int multiprocessor_count() {
-  int device = 0, count = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : 0;
 }
 
 template <int kMiddle, bool kNext, typename scalar_t>

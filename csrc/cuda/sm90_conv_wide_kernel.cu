@@ -1,5 +1,6 @@
-// Formula: y = act(conv(x, weight) + bias [+ residual]), as products of matrices: output channels by places. A place is where a
-// window may lie, row after row, image after image: a line. Two ways to find what lies under a tap of the windows:
+// Formula: y = act(conv(x, weight) + bias [+ residual]), as products of matrices: output channels by places. Or, for the batch
+// norm behind it in training, y = conv(x, weight), and of each channel the statistics of every 256 places.
+// A place is where a window may lie, row after row, image after image: a line. Two ways to find what lies under a tap:
 //   by tap: places are output pixels; the TMA unit reads x under one tap of them at a time;
 //   whole (stride 1, y of x's size): places are the pixels of x with the zeros before each row and above each image; what
 //   follows a row or an image is what precedes the next. x is read once, with what the last windows reach beyond: the operand
@@ -12,14 +13,17 @@
 // products): 8 KiB of weights, and of x 64 KiB by tap, whole so much for all taps, divided by the blocks of a cluster. An H200
 // gives a multiprocessor about 24 bytes a cycle.
 // Products: whole, places of zeros are computed too and left out: with a 3x3 window, (1 + 1 / width)(1 + 1 / height).
-// Accumulate type: float, the products' own order; bias and residual are added in float; one rounding, to y's type.
-// Invariants: places beyond the edges are read as zeros and never written; a warp lays out its own 16 channels by itself; no
-// block ends while another of its cluster may write to its memory.
+// Accumulate type: float, the products' own order; bias and residual are added in float; one rounding, to y's type. Statistics
+// are of the rounded values, in two passes over registers: the mean, then deviations from it.
+// Invariants: places beyond the edges are read as zeros, never written and in no statistics; a warp lays out its own 16 channels
+// by itself; no block ends while another of its cluster may write to its memory.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 
 #include "common/epilogue.h"
 #include "cuda/conv_wide.h"
+#include "cuda/device/ring.cuh"
 #include "cuda/device/sm90_wide.cuh"
 #include "cuda/device/vec.cuh"
 #include "cuda/launch.h"
@@ -64,6 +68,8 @@ struct Kernel {
   const void* residual;    // or null
   void* y;
   bool relu;
+  float* moments;  // statistics: mean and sum of squared deviations, [parts, 2, channels_out]
+  float* counts;   // and of how many values, [parts]
 };
 
 template <bool kWhole>
@@ -79,16 +85,6 @@ struct Shared {
 static_assert(sizeof(Shared<true>) <= 227 << 10 && sizeof(Shared<false>) <= 227 << 10);
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
-
-// A place in a ring, and the parity of the phase of its barriers.
-template <int kCount>
-struct Slot {
-  int index = 0, parity = 0;
-
-  __device__ void next() {
-    if (++index == kCount) index = 0, parity ^= 1;
-  }
-};
 
 // The tiles of one block, one after the other.
 struct Tile {
@@ -209,12 +205,12 @@ struct Vectors {
   int pixel[kCount];  // negative for none
   uint4 residual[kCount];
 
-  __device__ void next(const Kernel& p, Walk& walk, int channel) {
+  __device__ void next(const Kernel& p, bool adds, Walk& walk, int channel) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i, walk.advance(16)) {
       pixel[i] = channel < p.channels_out ? walk.pixel() : -1;
       residual[i] = uint4{0, 0, 0, 0};
-      if (p.residual != nullptr && pixel[i] >= 0)
+      if (adds && pixel[i] >= 0)
         residual[i] = load_16_bytes(static_cast<const __half*>(p.residual) + offset(p, i, channel));
     }
   }
@@ -229,34 +225,37 @@ __device__ __forceinline__ uint8_t* spot(uint8_t* out, int place, int half) {
   return out + place * kWarpChannels * 2 + ((half ^ (place / 4 % 2)) * 16);
 }
 
-// Adds bias and residual, applies the ReLU, rounds, turns channels by places round and stores them.
-template <typename scalar_t>
+// Adds bias and residual and applies the ReLU, if it is not kPlain; rounds, turns channels by places round and stores them.
+template <bool kPlain, typename scalar_t>
 __device__ __forceinline__ void finish(const Kernel& p, uint8_t* out, int place, int channel, int lane, const float (&acc)[128]) {
-  float bias[2];
+  float bias[2] = {};
+  if constexpr (!kPlain) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = channel + lane / 4 + 8 * i;
-    bias[i] = row < p.channels_out ? p.bias[row] : 0.0f;
+    for (int i = 0; i < 2; ++i) {
+      const int row = channel + lane / 4 + 8 * i;
+      bias[i] = row < p.channels_out ? p.bias[row] : 0.0f;
+    }
   }
+  const bool adds = !kPlain && p.residual != nullptr;
   const int half = lane % 2;
   Walk walk(p, place + lane / 2);
   Vectors now, ahead;
-  ahead.next(p, walk, channel + half * kVec);
+  ahead.next(p, adds, walk, channel + half * kVec);
 #pragma unroll
   for (int chunk = 0; chunk < kGroupPlaces / kChunk; ++chunk) {
     now = ahead;
-    if (p.residual != nullptr) {
+    if (adds) {
 #pragma unroll
       for (int i = 0; i < Vectors::kCount; ++i)
         *reinterpret_cast<uint4*>(spot(out, 16 * i + lane / 2, half)) = now.residual[i];
       sync_warp();
     }
-    if (chunk + 1 < kGroupPlaces / kChunk) ahead.next(p, walk, channel + half * kVec);
+    if (chunk + 1 < kGroupPlaces / kChunk) ahead.next(p, adds, walk, channel + half * kVec);
 #pragma unroll
     for (int pair = 0; pair < kChunk / 16; ++pair) {  // of 8 places each
       uint8_t* row = spot(out, 16 * pair + lane / 16 * 8 + lane % 8, lane / 8 % 2);
       uint32_t m[4] = {};
-      if (p.residual != nullptr) load_transposed(m, row);
+      if (adds) load_transposed(m, row);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int j = chunk * (kChunk / 8) + 2 * pair + i / 2;
@@ -264,9 +263,13 @@ __device__ __forceinline__ void finish(const Kernel& p, uint8_t* out, int place,
         memcpy(static_cast<void*>(&value), m + i, 4);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          float v = acc[4 * j + 2 * (i % 2) + k] + bias[i % 2];
-          if (p.residual != nullptr) v += to_float(value.v[k]);
-          value.v[k] = from_float<scalar_t>(p.relu ? gpu_relu(v) : v);
+          float v = acc[4 * j + 2 * (i % 2) + k];
+          if constexpr (!kPlain) {
+            v += bias[i % 2];
+            if (adds) v += to_float(value.v[k]);
+            if (p.relu) v = gpu_relu(v);
+          }
+          value.v[k] = from_float<scalar_t>(v);
         }
         memcpy(m + i, static_cast<const void*>(&value), 4);
       }
@@ -282,7 +285,78 @@ __device__ __forceinline__ void finish(const Kernel& p, uint8_t* out, int place,
   }
 }
 
-template <bool kWhole, typename scalar_t>
+// To y's type and back. Two at a time: one at a time the compiler, for float16, no longer keeps products under way.
+template <typename scalar_t>
+__device__ __forceinline__ void round_all(float (&acc)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; i += 2) {
+    const float two[2] = {acc[i], acc[i + 1]};
+    const Vec<scalar_t, 2> pair = rounded<scalar_t>(two);
+    acc[i] = to_float(pair.v[0]), acc[i + 1] = to_float(pair.v[1]);
+  }
+}
+
+// Which of the warp's places are pixels: those of the lane's columns at the bits 8 (j % 4) + k, and how many all are.
+struct Inside {
+  static constexpr int kWords = kGroupPlaces / 32;
+  uint32_t own[kWords];
+  int count = 0;
+
+  __device__ Inside(const Kernel& p, int place, int lane) {
+    Walk walk(p, place + lane);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i, walk.advance(32)) {
+      const uint32_t all = vote(walk.pixel() >= 0);
+      count += count_bits(all);
+      own[i] = all >> 2 * (lane % 4);
+    }
+  }
+  __device__ bool has(int j, int k) const { return own[j / 4] >> (8 * (j % 4) + k) & 1; }
+};
+
+// Writes mean and squared deviations of the two channels that the lane holds, of the pixels among the warp's places. Sums are
+// in a fixed order, and of so small a part of each value that they cannot overflow; of equal values the mean is that value.
+__device__ __forceinline__ void write_statistics(const Kernel& p, int place, int channel, int lane, const float (&acc)[128]) {
+  constexpr float kPart = 1.0f / kGroupPlaces;
+  const Inside inside(p, place, lane);
+  float mean[2], squares[2], sums[2][2] = {};  // [channel][k]
+#pragma unroll
+  for (int j = 0; j < 32; ++j)
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (inside.has(j, k)) {
+        sums[0][k] = fmaf(acc[4 * j + k], kPart, sums[0][k]);
+        sums[1][k] = fmaf(acc[4 * j + 2 + k], kPart, sums[1][k]);
+      }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    mean[i] = sum_of_quad(sums[i][0] + sums[i][1]) / (inside.count * kPart);
+    if (inside.count == 0) mean[i] = 0.0f;
+    sums[i][0] = sums[i][1] = 0.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < 32; ++j)
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (inside.has(j, k)) {
+        const float first = acc[4 * j + k] - mean[0], second = acc[4 * j + 2 + k] - mean[1];
+        sums[0][k] = fmaf(first, first, sums[0][k]);
+        sums[1][k] = fmaf(second, second, sums[1][k]);
+      }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) squares[i] = sum_of_quad(sums[i][0] + sums[i][1]);
+  const int part = place / kGroupPlaces;
+  if (channel == 0 && lane == 0) p.counts[part] = static_cast<float>(inside.count);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int row = channel + lane / 4 + 8 * i, which = lane % 4;  // of a quad's lanes one writes the mean, one the squares
+    if (which < 2 && row < p.channels_out)
+      p.moments[(int64_t{2} * part + which) * p.channels_out + row] = which == 0 ? mean[i] : squares[i];
+  }
+  sync_warp();  // products want their lanes together
+}
+
+template <bool kWhole, bool kStatistics, typename scalar_t>
 __device__ __forceinline__ void compute(const Kernel& p, Shared<kWhole>& s, int group) {
   using P = Plan<kWhole>;
   const int warp = threadIdx.x % kGroup / 32, lane = threadIdx.x % 32;
@@ -302,14 +376,16 @@ __device__ __forceinline__ void compute(const Kernel& p, Shared<kWhole>& s, int 
     wait_for_products<0>();
     pin(acc);
     give_back(p, s, held, lane);
-    finish<scalar_t>(p, s.out[4 * group + warp], tile.place() + group * kGroupPlaces,
-                     tile.channel() + warp * kWarpChannels, lane, acc);
+    const int place = tile.place() + group * kGroupPlaces, channel = tile.channel() + warp * kWarpChannels;
+    if constexpr (kStatistics) round_all<scalar_t>(acc);
+    finish<kStatistics, scalar_t>(p, s.out[4 * group + warp], place, channel, lane, acc);
+    if constexpr (kStatistics) write_statistics(p, place, channel, lane, acc);
   }
 }
 
 #endif
 
-template <bool kWhole, typename scalar_t>
+template <bool kWhole, bool kStatistics, typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 1) sm90_conv_wide_kernel(const __grid_constant__ Kernel p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
   using P = Plan<kWhole>;
@@ -329,20 +405,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sm90_conv_wide_kernel(const 
 
   if (group < kGroups) {
     take_registers<kConsumerRegisters>();
-    compute<kWhole, scalar_t>(p, s, group);
+    compute<kWhole, kStatistics, scalar_t>(p, s, group);
   } else {
     give_up_registers<kProducerRegisters>();
     if (threadIdx.x % kGroup == 0) load_operands<kWhole>(p, s);
   }
   sync_cluster(p.cluster);
 #endif
-}
-
-int multiprocessor_count() {
-  int device = 0, count = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
-  return known ? count : 0;
 }
 
 bool is_same_size(const Span& s) { return s.stride == 1 && 2 * s.padding == (s.kernel - 1) * s.dilation; }
@@ -387,10 +456,27 @@ double duration(const Kernel& kernel, int multiprocessors) {
   return double(turns) * kernel.taps * std::max(kProductCycles, (kTapBytes + slice) / kBytesPerCycle);
 }
 
-template <bool kWhole, typename scalar_t>
+// The plan that takes less time, without tiles where there is none.
+struct Chosen {
+  Kernel kernel{};
+  bool is_whole = false;
+
+  explicit Chosen(const ConvActParams& params) {
+    const int multiprocessors = multiprocessor_count();
+    if (multiprocessors == 0) return;
+    const Kernel whole = plan<true>(params);
+    kernel = plan<false>(params);
+    if (kernel.tiles == 0 || whole.tiles == 0) return;
+    is_whole = duration<true>(whole, multiprocessors) <= duration<false>(kernel, multiprocessors);
+    if (is_whole) kernel = whole;
+  }
+  int64_t parts() const { return kernel.tiles == 0 ? 0 : int64_t{kGroups} * kernel.tiles / kernel.columns_of_tiles; }
+};
+
+template <bool kWhole, bool kStatistics, typename scalar_t>
 cudaError_t launch_typed(Kernel& kernel, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kWhole>);
-  const auto entry = sm90_conv_wide_kernel<kWhole, scalar_t>;
+  const auto entry = sm90_conv_wide_kernel<kWhole, kStatistics, scalar_t>;
   const void* function = reinterpret_cast<const void*>(entry);
   cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   static std::atomic<int> known[kMostCluster + 1];  // by cluster; a device that runs fewer lets some wait
@@ -406,8 +492,8 @@ cudaError_t launch_typed(Kernel& kernel, cudaStream_t stream) {
   return launch_clusters_behind(entry, blocks, kBlockThreads, kernel.cluster, kernel, kBytes, stream);
 }
 
-template <bool kWhole>
-cudaError_t launch(const ConvActParams& c, Kernel& kernel, cudaStream_t stream) {
+template <bool kWhole, bool kStatistics>
+cudaError_t launch_planned(const ConvActParams& c, Kernel& kernel, cudaStream_t stream) {
   // Whole, the TMA unit walks the line of places: all windows of as many pixels as there are zeros on a side, and one more.
   const auto line = [](const Span& s) { return kWhole ? Span{s.padding + 1, 1, s.padding, 1} : s; };
   const Window window{line(c.window.h), line(c.window.w)};
@@ -419,19 +505,33 @@ cudaError_t launch(const ConvActParams& c, Kernel& kernel, cudaStream_t stream) 
   kernel.residual = c.residual;
   kernel.y = c.y;
   kernel.relu = c.relu;
-  return c.dtype == DType::kFloat16 ? launch_typed<kWhole, __half>(kernel, stream)
-                                    : launch_typed<kWhole, __nv_bfloat16>(kernel, stream);
+  return c.dtype == DType::kFloat16 ? launch_typed<kWhole, kStatistics, __half>(kernel, stream)
+                                    : launch_typed<kWhole, kStatistics, __nv_bfloat16>(kernel, stream);
+}
+
+template <bool kStatistics>
+cudaError_t launch_chosen(const ConvActParams& params, Chosen& chosen, cudaStream_t stream) {
+  if (chosen.kernel.tiles == 0) return cudaErrorInvalidValue;
+  return chosen.is_whole ? launch_planned<true, kStatistics>(params, chosen.kernel, stream)
+                         : launch_planned<false, kStatistics>(params, chosen.kernel, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_sm90_conv_wide(const ConvActParams& params, cudaStream_t stream) {
-  const int multiprocessors = multiprocessor_count();
-  if (multiprocessors == 0) return cudaErrorInvalidDevice;
-  Kernel whole = plan<true>(params), by_tap = plan<false>(params);
-  if (by_tap.tiles == 0) return cudaErrorInvalidValue;
-  const bool is_whole = whole.tiles > 0 && duration<true>(whole, multiprocessors) <= duration<false>(by_tap, multiprocessors);
-  return is_whole ? launch<true>(params, whole, stream) : launch<false>(params, by_tap, stream);
+  Chosen chosen(params);
+  return launch_chosen<false>(params, chosen, stream);
+}
+
+int64_t sm90_conv_wide_parts(const ConvActParams& params) { return Chosen(params).parts(); }
+
+cudaError_t launch_sm90_conv_wide_statistics(const ConvStatisticsParams& params, cudaStream_t stream) {
+  Chosen chosen(params.conv);
+  if (chosen.parts() != params.parts) return cudaErrorInvalidValue;
+  chosen.kernel.moments = params.moments;
+  chosen.kernel.counts = params.counts;
+  const cudaError_t status = launch_chosen<true>(params.conv, chosen, stream);
+  return status == cudaSuccess ? launch_conv_statistics_merge(params, stream) : status;
 }
 
 }  // namespace fastres::cuda

@@ -248,15 +248,20 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
     operands: Any = x, conv._parameters["weight"], conv._parameters["bias"]
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
     if functional.why_not_fast_conv2d(x, operands[1].shape, *geometry) is None:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            operands = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
         try:
-            return functional.conv2d(*operands, *geometry)
+            return functional.conv2d(*cast(*operands), *geometry)
         except WRONG:
-            operands = x, conv._parameters["weight"], conv._parameters["bias"]  # as above
+            pass  # as above
     return torch.conv2d(*operands, *geometry)
+
+
+def cast(*operands: Any) -> Sequence[Any]:
+    """What goes into a convolution, as autocast casts it."""
+    kind = operands[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
 
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from fastres.nn import _fused
 from fastres.nn._norm import Batches, affine, update
+from fastres.ops._given import Known, runner
 from fastres.ops._made import Made
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
+from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
 
 def in_training(
@@ -34,16 +36,19 @@ def in_training(
 
 
 def _end(
-    norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: _fused.Act, residual: Tensor | None, apart: bool, before: Batches
-) -> tuple[Tensor, Tensor, Made]:
-    """One op, its output twice, and how it was made. The statistics of the norms, and of those ``before``, are updated."""
+    norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: _fused.Act, residual: Tensor | None, apart: bool, before: Batches,
+    known: Sequence[Known] = (),
+) -> tuple[Tensor, Tensor, Made]:  # fmt: skip
+    """One op, its output twice, and how it was made. The statistics of the norms, which may be ``known``, and of those
+    ``before``, are updated."""
     plain = BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN
     op = plain if len(norms) == 1 else BN_ADD_BN_ACT_TRAIN
     inputs = (norms[0][1],) if residual is None else (norms[0][1], residual)
     arguments = *inputs, *(value for norm, _ in norms for value in affine(norm)), _fused.name(act)
-    found = op.in_two(*arguments) if apart else None
+    run = runner(op, arguments, known)
+    found = op.in_two(*arguments, run=run) if apart else None
     if found is None:
-        y, *statistics = op(*arguments)
+        y, *statistics = op.by(run, *arguments)
         again = y
     else:
         y, again, *statistics = found
@@ -69,15 +74,30 @@ def block(
     found: Batches = []
     try:
         for each, norm, between in first:
-            z = _fused.convolve_plain(each, x)
-            x, mean, var = BN_ACT_TRAIN(z, *affine(norm), _fused.name(between))
+            z, statistics = _convolve(each, x)
+            arguments = z, *affine(norm), _fused.name(between)
+            x, mean, var = BN_ACT_TRAIN.by(runner(BN_ACT_TRAIN, arguments, (statistics,)), *arguments)
             found.append((norm, z, mean, var))
-        norms = [(bn, _fused.convolve_plain(conv, x))]
+        z, statistics = _convolve(conv, x)
+        norms, known = [(bn, z)], [statistics]
         if projection:
-            shortcut = _fused.convolve_plain(projection[0], shortcut)
+            shortcut, statistics = _convolve(projection[0], shortcut)
             norms.append((projection[1], shortcut))
-            if shortcut.dtype != norms[0][1].dtype:
+            known.append(statistics)
+            if shortcut.dtype != z.dtype:
                 return None
-        return _end(norms, act, shortcut, apart, found)[:2]
+        return _end(norms, act, shortcut, apart, found, known)[:2]
     except _fused.WRONG:
         return None  # as above; nothing has been updated yet
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Known]:
+    """The convolution, and the statistics of its output where a kernel is chosen that finds them beside it."""
+    weight: Any = conv._parameters["weight"]
+    geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
+    if conv._parameters["bias"] is None and may_find(x, weight, *geometry):
+        arguments: Any = *_fused.cast(x, weight), *geometry
+        if not CONV_STATISTICS.falls_back(*arguments):
+            y, mean, var = CONV_STATISTICS(*arguments)
+            return y, (mean, var)
+    return _fused.convolve_plain(conv, x), None

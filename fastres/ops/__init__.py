@@ -13,6 +13,7 @@ from fastres.ops import (
     conv_bn_act_maxpool,
     conv_bn_add_act,
     conv_bn_add_conv_bn_act,
+    conv_statistics,
 )
 from fastres.ops._op import REGISTRY
 
@@ -30,4 +31,5 @@ __all__ = [
     "conv_bn_act_maxpool",
     "conv_bn_add_act",
     "conv_bn_add_conv_bn_act",
+    "conv_statistics",
 ]

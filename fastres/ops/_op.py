@@ -99,19 +99,28 @@ class Op:
             return self._packet(*args) if self._function is None else self._function.apply(*args, run)
         return run(*args)
 
-    def in_two(self, *args: Any) -> Any:
+    def by(self, run: Callable | None, *args: Any) -> Any:
+        """The call by ``run``, which computes what a backend does, in place of the chosen one: for callers who know part of the
+        outputs, where nothing but autograd follows the call. None for the chosen one."""
+        if run is None:
+            return self(*args)
+        if self._function is not None and torch.is_grad_enabled() and _signature(args)[2]:
+            return self._function.apply(*args, run)
+        return run(*args)
+
+    def in_two(self, *args: Any, run: Callable | None = None) -> Any:
         """The outputs with the first one twice, two tensors of one memory: their gradients reach ``backward`` apart, as its
         ``grad_y`` and ``grad_y2``, and a kernel adds them on its way instead of autograd in a pass of its own.
 
         Each of the two knows only its part of the gradient, so the caller must keep both to itself. None where there is no
-        gradient, or something but autograd follows the call.
+        gradient, or something but autograd follows the call. ``run`` as in ``by``.
         """
         if torch.compiler.is_compiling() or is_interposed() or not torch.is_grad_enabled():
             return None
         key, plain, needs_grad = _signature(args)
         if not plain or not needs_grad:
             return None
-        return self._function_in_two.apply(*args, self._choices.get(key) or self._choose(key, args))
+        return self._function_in_two.apply(*args, run or self._choices.get(key) or self._choose(key, args))
 
     @functools.cached_property
     def _function_in_two(self) -> Any:

@@ -111,16 +111,19 @@ def setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight)
 
 
-def backward(ctx, grad_y):
-    x, weight = ctx.saved_tensors
-    wanted = list(ctx.needs_input_grad[:3])
+def gradients(grad_y, x, weight, geometry, wanted):
+    """Those of x, weight and bias, None where none is wanted: by ops of their own, or so that they can be differentiated."""
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's formula, which is differentiable
-        grads = _backward(grad_y, x, weight, *ctx.geometry, wanted)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
+        grads = _backward(grad_y, x, weight, *geometry, list(wanted))
+        return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
-    grad_x = CONV_BACKWARD_INPUT(grad_y, weight, tuple(x.shape[2:]), *ctx.geometry) if wanted[0] else None
-    grad_weight = CONV_BACKWARD_WEIGHT(grad_y, x, tuple(weight.shape[2:]), *ctx.geometry) if wanted[1] else None
-    return grad_x, grad_weight, grad_y.sum((0, 2, 3)) if wanted[2] else None, None, None, None, None
+    grad_x = CONV_BACKWARD_INPUT(grad_y, weight, tuple(x.shape[2:]), *geometry) if wanted[0] else None
+    grad_weight = CONV_BACKWARD_WEIGHT(grad_y, x, tuple(weight.shape[2:]), *geometry) if wanted[1] else None
+    return grad_x, grad_weight, grad_y.sum((0, 2, 3)) if wanted[2] else None
+
+
+def backward(ctx, grad_y):
+    return *gradients(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3]), None, None, None, None
 
 
 # ---- native: Winograd's algorithm on the CPU; few input channels on CUDA ----------------------------------------------

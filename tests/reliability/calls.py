@@ -110,7 +110,7 @@ class Call:
         if self.filters:
             found["weight"] = (conv / math.sqrt(conv[0].numel())).to(parameters)
             found["bias"] = draw_(channels).to(parameters) if self.filters[2] else None
-        if self.op == "conv":  # whose parameters have the dtype of its images
+        if self.op in ("conv", "conv_statistics"):  # whose parameters have the dtype of its images
             found |= {name: None if found[name] is None else found[name].to(self.dtype) for name in ("weight", "bias")}
         return [found[name] for name in REGISTRY[self.op].parameters]
 
@@ -158,6 +158,9 @@ def calls(ops: tuple[str, ...] = OPS, train_values: int = 1) -> st.SearchStrateg
             train_least = max(train_values, 2)
         if "train" in op:
             assume(shape[0] * shape[2] * shape[3] >= train_least)
+        elif op == "conv_statistics":  # of y
+            sides = zip(shape[2:], padding, spans, stride, strict=True)
+            assume(shape[0] * math.prod((s + 2 * p - span) // t + 1 for s, p, span, t in sides) >= train_least)
         layout = st.sampled_from(LAYOUTS)
         same = draw(layout)
         return Call(

@@ -121,6 +121,16 @@ __device__ __forceinline__ void store_transposed(void* row, const uint32_t (&m)[
 // What the warp's lanes wrote to shared memory, all of them see.
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
+// A bit for each lane of the warp: whether it says yes.
+__device__ __forceinline__ uint32_t vote(bool yes) { return __ballot_sync(~0u, yes); }
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
+
+// The sum of four lanes in a row, the same in each.
+__device__ __forceinline__ float sum_of_quad(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
 // The same for the four warps of a warpgroup, of this number in the block.
 __device__ __forceinline__ void sync_group(int number) {
   asm volatile("bar.sync %0, 128;" ::"r"(number + 1) : "memory");

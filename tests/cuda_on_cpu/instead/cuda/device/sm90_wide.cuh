@@ -34,6 +34,19 @@ inline void store_transposed(void* row, const uint32_t (&m)[4]) {
 
 inline void sync_warp() { gather(0); }
 
+inline uint32_t vote(bool yes) {
+  const bool* of = gather(yes);
+  uint32_t bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= uint32_t{of[lane]} << lane;
+  return bits;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
+inline float sum_of_quad(float v) {
+  const float* of = gather(v) + threadIdx.x % 32 / 4 * 4;
+  return (of[0] + of[1]) + (of[2] + of[3]);
+}
+
 // Until all threads of a warpgroup have come.
 inline void sync_group(int) {
   static unsigned come[cuda_on_cpu::kMaxFibers / 128], rounds[cuda_on_cpu::kMaxFibers / 128];

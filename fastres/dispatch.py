@@ -22,12 +22,14 @@ class Backend:
         load: ``load()`` returns the function that runs it (imported or looked up only then); ``load(config)`` one bound
             to that configuration.
         configs: ``configs(*args)``, the configurations tuning may choose from for a call; None where there is but one.
+        only_tuned: it can be slower than the other ways: chosen where tuning found it the fastest, or where it is forced.
     """
 
     name: str
     why_not: Callable[..., str | None]
     load: Callable[..., Callable[..., Any]]
     configs: Callable[..., Sequence[tuple[Any, ...]]] | None = None
+    only_tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,9 @@ def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choic
     if tuned is not None and tuned in by_name and refusals[tuned] is None:
         chosen, source, legal = tuned, "tuned", by_name[tuned].configs
     else:
+        for backend in backends:
+            if backend.only_tuned and refusals[backend.name] is None:
+                refusals[backend.name] = "it is chosen where tuning found it the fastest: fastres tune"
         chosen, source, legal = next(name for name in by_name if refusals[name] is None), "order of preference", None
     reasons = {name: reason or f"{chosen} comes first" for name, reason in refusals.items() if name != chosen}
     if config is not None and (legal is None or config not in [tuple(candidate) for candidate in legal(*args)]):

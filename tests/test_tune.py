@@ -124,6 +124,18 @@ def test_a_configuration_is_timed_stored_and_used(plant):
     assert REGISTRY["add_act"].explain(x, residual, "relu").config is None
 
 
+def test_what_can_be_slower_is_chosen_where_tuning_found_it_the_fastest(monkeypatch):
+    op, (x, residual) = REGISTRY["add_act"], pair()
+    call = x, residual, "relu"
+    mine = Backend("mine", lambda *args: None, lambda: op.reference, only_tuned=True)
+    monkeypatch.setattr(op, "backends", (mine, *op.backends))
+    choice = op.explain(*call)
+    assert choice.backend.name != "mine" and "where tuning found it the fastest" in choice.refusals["mine"]
+    tune.store(CPU, {}, {tune.key("add_act", call): {"backend": "mine"}})
+    dispatch.forget()
+    assert op.explain(*call).backend.name == "mine"
+
+
 def test_never_slower_than_torch():
     def candidates(**seconds):
         return [tuner.Candidate(name, seconds=value) for name, value in seconds.items()]

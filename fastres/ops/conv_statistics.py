@@ -104,7 +104,7 @@ CONV_STATISTICS = Op(
     fake=fake,
     samples=samples,
     cost=cost,
-    backends=[Backend(WIDE, why_not_wide, lambda: _conv_wide.run_statistics)],
+    backends=[Backend(WIDE, why_not_wide, lambda: _conv_wide.run_statistics, only_tuned=True)],
     setup_context=setup_context,
     backward=backward,
     fallback=fallback,

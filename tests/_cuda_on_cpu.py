@@ -13,7 +13,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOM = Path(__file__).resolve().parent / "cuda_on_cpu"
-AS_DEVICE = ["-include", ROOM / "device.h", "-x", "c++"]  # flags of a kernel
+# What kernels alone are compiled with: a misaligned vector access, which a CPU forgives, ends the process as on a GPU.
+AS_DEVICE = ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 
 
 @functools.cache
@@ -36,6 +37,7 @@ def rules() -> dict[str, str]:
         nvcc, cxx, found = toolchain.find_nvcc(), toolchain.find_cxx(), toolchain.find_torch()
     except toolchain.Unmet as reason:
         pytest.skip(str(reason))
+    # What only Hopper's instructions do is done by the headers in instead/, which are found first.
     flags = [f"-I{ROOM / 'instead'}", *recipes.CXX_FLAGS, "-O1", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-DUSE_CUDA"]
     flags += ["-isystem", str(found["root"] / "include"), "-isystem", str(nvcc["include"])]
     compiler, options = toolchain.quoted(cxx["command"]), toolchain.quoted(flags)
@@ -43,6 +45,15 @@ def rules() -> dict[str, str]:
         "cxx": f"{compiler} {options} -MD -MF $out.d $flags -c $in -o $out",
         "link": f"{compiler} -shared -Wl,-Bsymbolic $in -o $out $flags",
     }
+
+
+def kernel_edges(folder: Path, kernels: list[tuple[str, Path, list]], flags: list) -> list[tuple]:
+    """Build edges of (object, source, flags) kernels with flags that all share: device.h is compiled ahead of them, once."""
+    ahead, flags = folder / "device.h", [*AS_DEVICE, *flags]
+    tools()[0].write_changed(ahead, f'#include "{ROOM / "device.h"}"\n')
+    edges: list[tuple] = [("device.h.gch", "cxx", [ahead], ["-x", "c++-header", *flags])]
+    own = ["-include", ahead, "-x", "c++", *flags]
+    return edges + [(out, "cxx", [path, "|", "device.h.gch"], [*own, *more]) for out, path, more in kernels]
 
 
 @functools.cache
@@ -53,14 +64,12 @@ def load() -> None:
     toolchain, recipes = tools()
     commands = rules()
     kernels, bindings = recipes.sources("cuda", {"kernels": {}})
-    # What only Hopper's instructions do is done by the headers in instead/, which are found first.
-    # A misaligned vector access, which a CPU forgives, ends the process as it ends a CUDA context.
-    device = [*AS_DEVICE, "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
-    edges = [(f"{path.stem}.o", "cxx", [path], device) for path in kernels]
-    edges += [(f"{path.stem}.o", "cxx", [path], []) for path in [*bindings, ROOM / "runtime.cpp"]]
-    library = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
-    edges.append(("cuda_on_cpu.so", "link", [out for out, *_ in edges], library))
     folder = recipes.WORK / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
+    objects = [(f"{path.stem}.o", "cxx", [path], []) for path in [*bindings, ROOM / "runtime.cpp"]]
+    device, *compiled = kernel_edges(folder, [(f"{path.stem}.o", path, []) for path in kernels], [])
+    objects += compiled
+    library = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
+    edges = [device, *objects, ("cuda_on_cpu.so", "link", [out for out, *_ in objects], library)]
     toolchain.run_ninja(folder, commands, edges)
     torch.ops.load_library(folder / "cuda_on_cpu.so")

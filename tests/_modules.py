@@ -108,6 +108,13 @@ def called(module, *args):
     return module(*args)
 
 
+def assert_same_modules(module, other):
+    """Of the same names, types and attributes, as after optimising one of them was undone."""
+    for (name, ours), (_, theirs) in zip(module.named_modules(), other.named_modules(), strict=True):
+        assert type(ours) is type(theirs), name
+        assert vars(ours).keys() == vars(theirs).keys(), name
+
+
 def lively(module):
     """The module with batch norms away from their initial state: gammas of both signs and one 0, used statistics."""
     generator = torch.Generator().manual_seed(1)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from _modules import called, compare, inference, judge, lively, step
+from _modules import assert_same_modules, called, compare, inference, judge, lively, step
 from _torchvision import NETWORKS, torchvision
 from torch import nn
 from torchvision.models import feature_extraction
@@ -54,7 +54,7 @@ def in_place(forward, module, x, context=None):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_torchvisions(name):
-    """Weights of a seed, state dicts both ways, a training step and evaluation after it; also of theirs optimised."""
+    """Weights of a seed, state dicts both ways, a training step, then evaluation; of theirs optimised too, and undone."""
     ours, theirs = pair(name, num_classes=10)
     assert_equal_states(ours, theirs)
     assert list(dict(ours.named_modules())) == list(dict(theirs.named_modules()))
@@ -65,6 +65,7 @@ def test_a_network_is_torchvisions(name):
     exact = {k: v.double() if v.is_floating_point() else v.clone() for k, v in theirs.state_dict().items()}
     truth.load_state_dict(exact, assign=True)
     optimized = fastres.optimize(copy.deepcopy(theirs), strict=True, channels_last=False)
+    assert repr(optimized) == repr(theirs) and list(optimized.state_dict()) == list(theirs.state_dict())
     networks, x = (ours, optimized, theirs, truth), images(3, 3, 49, 49, seed=CLEAR.get(name, 1))
     *found, plain, exact = [in_place(called, network, x.to(network.fc.weight.dtype)) for network in networks]
     for own in found:
@@ -76,6 +77,9 @@ def test_a_network_is_torchvisions(name):
         *found, plain, exact = [{"output": n(images(6, 3, 33, 33).to(n.fc.weight.dtype))} for n in networks]
     for own in found:
         judge([(own, plain, exact)], torch.float32)
+    fastres.restore(optimized)
+    assert_same_modules(optimized, theirs)
+    assert_equal_states(optimized, theirs)
 
 
 def test_parameter_counts_are_the_published_ones():

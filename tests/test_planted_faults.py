@@ -113,11 +113,11 @@ CUDA = [
     Fault("all blocks of a cluster load the first boxes", WIDE, "rank_in_cluster() * p.share * p.box", "0",
           "test_wide_is_exact", {"name": "1x1, four blocks share x", **HALF}),
     Fault("a tap is given up while products read it", WIDE, "wait_for_products<1>();", "wait_for_products<2>();",
-          "test_wide_is_exact", {"name": "several tiles of each block, several slices, two blocks share x", **HALF}),
+          "test_wide_is_exact", {"name": "3x3 stride 2, by tap, partial depth", **HALF}),
     Fault("the second warpgroup reads the first one's places", WIDE, "s.x[slice.index] + group * kGroupPlaces * kRowBytes",
-          "s.x[slice.index]", "test_wide_is_exact", {"name": "few channels", **HALF}),
+          "s.x[slice.index]", "test_wide_is_exact", {"name": "one row, one column", **HALF}),
     Fault("the lines between images are counted as pixels", WIDE, "line = 0, pixel_row -= p.rows - p.out.height;", "line = 0;",
-          "test_wide_is_exact", {"name": "few channels", **HALF}),
+          "test_wide_is_exact", {"name": "tails of channels, images that end inside a chunk", **HALF}),
     Fault("columns between rows are stored", WIDE, "column < p.out.width && line", "line",
           "test_wide_is_exact", {"name": "one row, one column", **HALF}),
     Fault("the dilation of rows is forgotten", WIDE, "down * h.dilation * p.columns", "down * p.columns",
@@ -166,7 +166,7 @@ CUDA = [
     Fault("pixels beyond a part are left to gradients of zero", FEW_BACKWARD, "if (left < 16)", "if (false)",
           "test_what_is_not_finite_stands_where_it_stands_in_torch", {"name": "for small images, odd", **HALF}),
     Fault("a tile is read while it is being copied", FEW_BACKWARD, "wait_for_copies<kRing - 2>();", "wait_for_copies<kRing>();",
-          "test_gradient_is_exact_on_small_integers", {"name": "a ring that goes round", **HALF}),
+          "test_gradient_is_exact_on_small_integers", {"name": "stem", **HALF}),
     Fault("a tile is overwritten while it is read", FEW_BACKWARD, "next = tile + kRing - 1;",
           "next = tile + kRing;",
           "test_gradient_is_exact_on_small_integers", {"name": "a ring that goes round", **HALF}),
@@ -241,20 +241,15 @@ def apply(fault: Fault, file: Path) -> None:
     file.write_text(text.replace(fault.right, fault.wrong))
 
 
-def faulty_library(fault: Fault, folder: Path) -> tuple[list, Path]:
-    """Build edges of a library with one kernel from faulty sources; the other objects are those of the sound one."""
-    toolchain, recipes = _cuda_on_cpu.tools()
+def faulty_library(fault: Fault, folder: Path) -> tuple[tuple, tuple]:
+    """A kernel of faulty sources, and the build edge of a library with it; the other objects are those of the sound one."""
+    recipes = _cuda_on_cpu.tools()[1]
     shutil.copytree(recipes.CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "*.py", "__pycache__"))
     apply(fault, folder / "csrc" / fault.file)
-    kernel = fault.kernel or Path(fault.file).stem
-    flags = [*_cuda_on_cpu.AS_DEVICE, f"-I{folder / 'csrc'}", "-O0"]
-    flags += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
-    sound = recipes.WORK / "cuda_on_cpu"
-    objects = [path for path in sorted(sound.glob("*.o")) if path.stem != kernel]
-    library = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
-    name = folder.name
-    edges = [(f"{name}.o", "cxx", [folder / "csrc" / "cuda" / f"{kernel}.cu"], flags)]
-    return [*edges, (f"{name}.so", "link", [f"{name}.o", *objects], library)], folder.parent / f"{name}.so"
+    name, kernel = folder.name, fault.kernel or Path(fault.file).stem
+    objects = [path for path in sorted((recipes.WORK / "cuda_on_cpu").glob("*.o")) if path.stem != kernel]
+    compiled = (f"{name}.o", folder / "csrc" / "cuda" / f"{kernel}.cu", [f"-I{folder / 'csrc'}"])
+    return compiled, (f"{name}.so", "link", [f"{name}.o", *objects], ["-ldl", "-lubsan"])  # torch's is there: _faults.py
 
 
 def caught(tasks: list, folder: Path) -> list[str]:
@@ -279,15 +274,16 @@ def of_cuda(room: Path) -> list[str]:
     """What the tests say of the faults in CUDA kernels."""
     _cuda_on_cpu.load()
     toolchain, recipes = _cuda_on_cpu.tools()
-    rules, edges, tasks = dict(_cuda_on_cpu.rules()), [], []
+    rules, kernels, edges, tasks = dict(_cuda_on_cpu.rules()), [], [], []
     rules["cxx"] = rules["cxx"].replace(toolchain.quoted([f"-I{recipes.CSRC}"]), "")  # each copy has headers of its own
     for index, fault in enumerate(CUDA):
         folder = room / f"fault{index}"
         folder.mkdir()
-        more, library = faulty_library(fault, folder)
-        edges += more
-        tasks.append(["cuda", str(library), fault.test, fault.arguments])
-    toolchain.run_ninja(room, rules, edges)
+        kernel, library = faulty_library(fault, folder)
+        kernels.append(kernel)
+        edges.append(library)
+        tasks.append(["cuda", str(room / library[0]), fault.test, fault.arguments])
+    toolchain.run_ninja(room, rules, [*_cuda_on_cpu.kernel_edges(room, kernels, ["-O0"]), *edges])
     return caught(tasks, room)
 
 

@@ -10,7 +10,7 @@ import reliability
 import test_planted_faults
 import torch
 from reliability import binary, children, far, installation, instrumented, static
-from reliability.board import Tally, run
+from reliability.board import Found, Tally, run
 from torch import nn
 
 from fastres import dispatch
@@ -257,8 +257,9 @@ def test_a_planted_fault_is_found(code, monkeypatch):
             undo.callback(op._choices.clear)
         FAULTS[code](monkeypatch)
         found = reliability.CLASSES[code]
-        tally = Tally()
-        found.tries(tally, found.short)
+        tally = Tally(one=True)  # more failures of the same fault would say no more
+        with contextlib.suppress(Found):
+            found.tries(tally, found.short)
         monkeypatch.undo()
     if tally.notes and not tally.tried:
         pytest.skip("; ".join(tally.notes))

@@ -12,14 +12,19 @@ from hypothesis import HealthCheck, Phase
 _SHOWN = 20  # failures kept of a class
 
 
+class Found(BaseException):
+    """The first failure of a tally that looks for no more; no Exception, which a case would count as another one."""
+
+
 @dataclass
 class Tally:
-    """Cases tried, and those that failed with what they said."""
+    """Cases tried, and those that failed with what they said; ``one``: the first failure ends it, by raising ``Found``."""
 
     tried: int = 0
     failed: int = 0
     failures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    one: bool = False
 
     @contextlib.contextmanager
     def case(self, name: str) -> Iterator[None]:
@@ -34,6 +39,8 @@ class Tally:
         self.failed += 1
         if len(self.failures) < _SHOWN:
             self.failures.append(" ".join(text.split())[:1000])
+        if self.one:
+            raise Found
 
     def note(self, text: str) -> None:
         """Something that this machine could not try: shown beside the class."""
@@ -41,12 +48,12 @@ class Tally:
 
     def fuzz(self, strategy: Any, judge: Callable[[Any], None], count: int) -> None:
         """``count`` cases of a hypothesis strategy; of those that fail the smallest that hypothesis finds is told."""
-        tried = 0
+        tried, phases = 0, (Phase.generate,) if self.one else (Phase.generate, Phase.shrink)
 
         @hypothesis.seed(0)
         @hypothesis.settings(
             max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False, print_blob=False,
+            phases=phases, report_multiple_bugs=False, print_blob=False,
         )  # fmt: skip
         @hypothesis.given(strategy)
         def each(case: Any) -> None:

@@ -60,8 +60,8 @@ Tensor conv_rows_maxpool(const Tensor& x, const Tensor& packed, const OptionalTe
   const Tensor y = empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
   const OptionalTensor values = channel_vector(kOp, "bias", bias, y, ScalarType::Float);
   launch(launch_conv_rows_maxpool,
-         {{dtype_of(x), true, images, window, static_cast<int>(channels_out), x.data_ptr(), packed.data_ptr(),
-           values ? static_cast<const float*>(values->data_ptr()) : nullptr, y.data_ptr()}});
+         {dtype_of(x), true, images, window, static_cast<int>(channels_out), x.data_ptr(), packed.data_ptr(),
+          values ? static_cast<const float*>(values->data_ptr()) : nullptr, y.data_ptr()});
   return y;
 }
 

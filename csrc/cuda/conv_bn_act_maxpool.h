@@ -8,13 +8,10 @@
 
 namespace fastres::cuda {
 
-struct ConvRowsMaxpoolParams {
-  ConvRowsParams conv;  // of a ReLU; y is what the pool gives
-};
-
 // Of a side that the pool reads.
 inline int pooled(int size) { return (size + 1) / 2; }
 
-cudaError_t launch_conv_rows_maxpool(const ConvRowsMaxpoolParams& params, cudaStream_t stream);
+// Of the params y is what the pool gives, and there is a ReLU.
+cudaError_t launch_conv_rows_maxpool(const ConvRowsParams& params, cudaStream_t stream);
 
 }  // namespace fastres::cuda

@@ -407,8 +407,8 @@ __global__ void __launch_bounds__(kPoolThreads, kResident) conv_rows_maxpool_ker
 
 }  // namespace
 
-cudaError_t launch_conv_rows_maxpool(const ConvRowsMaxpoolParams& params, cudaStream_t stream) {
-  const ConvRowsParams& c = params.conv;
+cudaError_t launch_conv_rows_maxpool(const ConvRowsParams& params, cudaStream_t stream) {
+  const ConvRowsParams& c = params;
   int device = 0, count = 0, memory = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);

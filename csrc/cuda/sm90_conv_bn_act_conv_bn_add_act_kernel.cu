@@ -370,14 +370,17 @@ struct Group {
   __device__ __forceinline__ void run() {
     for (Tile tile(p); tile; tile.next()) {
       {
-        float acc[128] = {};  // zeros, so that no register is kept for them from tile to tile
+        float acc[128];
+        clear(acc);
         convolve(acc, tile);
         keep(acc);
       }
       for (int column = 0; column < P::kColumns; ++column) {
-        float next[kMiddle] = {};
+        float next[kMiddle];
+        if constexpr (kNext) clear(next);
         for (int channel = 0; channel < p.channels_out; channel += 64) {
-          float acc[64] = {};
+          float acc[64];
+          clear(acc);
           const Bias bias = bias_of(p.last_bias, channel);
           multiply_middle(acc, column);
           finish_y<0>(acc, bias, channel, next);

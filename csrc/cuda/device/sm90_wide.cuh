@@ -91,6 +91,14 @@ __device__ __forceinline__ void wide_product(float (&acc)[128], uint64_t a, uint
 #undef FASTRES_8
 }
 
+// Zeros for accumulators. Left undefined, their registers would be kept from one tile to the next; defined by the compiler, so
+// late that products under way had to wait.
+template <int kCount>
+__device__ __forceinline__ void clear(float (&acc)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(acc[i]));
+}
+
 // acc (64 x 32) = a (64 x 16) times the transpose of b (32 x 16), plus acc where accumulate is not 0: as wide_product.
 template <typename T>
 __device__ __forceinline__ void narrow_product(float (&acc)[16], uint64_t a, uint64_t b, int accumulate) {

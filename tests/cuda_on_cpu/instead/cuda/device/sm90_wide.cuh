@@ -11,6 +11,11 @@ void wide_product(float (&acc)[128], uint64_t a, uint64_t b, int accumulate) {
   product<T, 128>(acc, a, b, accumulate);
 }
 
+template <int kCount>
+void clear(float (&acc)[kCount]) {
+  for (float& v : acc) v = 0.0f;
+}
+
 template <typename T>
 void narrow_product(float (&acc)[16], uint64_t a, uint64_t b, int accumulate) {
   product<T, 16>(acc, a, b, accumulate);

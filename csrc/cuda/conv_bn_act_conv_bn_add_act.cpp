@@ -1,22 +1,12 @@
 // Binding of two and of three convolutions in one launch: checks, outputs, launch, registration.
 #include "cuda/conv_bn_act_conv_bn_add_act.h"
 
-#include "cuda/host.h"
-#include "cuda/launch.h"
+#include "cuda/tma_host.h"
 
 namespace fastres::cuda {
 namespace {
 
 constexpr const char* kOp = "conv_bn_act_conv_bn_add_act";
-
-// A matrix or an image as the TMA unit takes it.
-void check_tensor(const char* param, const Tensor& t, const Tensor& x) {
-  FASTRES_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), kOp, param,
-                "on the device of x, " << show_device(x), show_device(t));
-  FASTRES_CHECK(t.scalar_type() == x.scalar_type(), kOp, param, "of x's dtype " << show(x.scalar_type()),
-                show(t.scalar_type()));
-  FASTRES_CHECK(is_aligned(t.data_ptr()), kOp, param, "aligned to 16 bytes", "the address " << t.data_ptr());
-}
 
 // One direction of a window that keeps the image's size.
 Span span(int64_t kernel, IntHeaderOnlyArrayRef dilation, int d) {
@@ -30,7 +20,7 @@ Span span(int64_t kernel, IntHeaderOnlyArrayRef dilation, int d) {
 
 // A weight of one pixel, of so many channels in.
 void check_pointwise(const char* param, const Tensor& weight, const Tensor& x, int64_t channels) {
-  check_tensor(param, weight, x);
+  check_tma_tensor(kOp, param, weight, x);
   FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(3) == channels && weight.size(1) * weight.size(2) == 1,
                 kOp, param, "contiguous, (C_out, 1, 1, " << channels << ")", show(weight.sizes()));
 }
@@ -44,16 +34,10 @@ struct Next {
 std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& last_weight,
                                const Tensor& last_bias, const Tensor& residual, IntHeaderOnlyArrayRef dilation, const Text& act,
                                const Text& last_act, const Next* next) {
-  check_cuda(kOp, "x", x);
-  FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, kOp, "x",
-                "float16 or bfloat16", show(x.scalar_type()));
-  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && is_dense(x, Format::channels_last), kOp, "x",
-                "of 4 dimensions (N, C, H, W), not empty, dense and channels_last",
-                show(x.sizes()) << ", strides " << show(x.strides()));
+  check_tma_images(kOp, x);
   const int64_t channels = x.size(1);
   FASTRES_CHECK(channels == 64 || channels == 128, kOp, "x", "of 64 or 128 channels", channels);
-  check_tensor("x", x, x);
-  check_tensor("weight", weight, x);
+  check_tma_tensor(kOp, "weight", weight, x);
   FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(0) == channels && weight.size(3) == channels, kOp,
                 "weight", "contiguous, (" << channels << ", KH, KW, " << channels << ")", show(weight.sizes()));
   check_pointwise("last_weight", last_weight, x, channels);
@@ -70,10 +54,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& x, const Tensor& weight, const Tens
   const std::array<int64_t, 4> sizes{x.size(0), last_weight.size(0), x.size(2), x.size(3)};
   const Launch launch(kOp, x);
   const Tensor y = empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
-  check_like(kOp, "residual", residual, y);
-  FASTRES_CHECK(is_dense(residual, Format::channels_last), kOp, "residual", "dense and channels_last",
-                "strides " << show(residual.strides()));
-  check_tensor("residual", residual, x);
+  check_tma_residual(kOp, residual, y, x);
   const Tensor values = channel_vector(kOp, "bias", bias, x, ScalarType::Float);
   const Tensor last_values = channel_vector(kOp, "last_bias", last_bias, y, ScalarType::Float);
   Tensor z, next_values;

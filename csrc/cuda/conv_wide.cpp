@@ -1,19 +1,10 @@
 // Bindings of the convolutions by Hopper's widest products: checks, outputs, launches, registration.
 #include "cuda/conv_wide.h"
 
-#include "cuda/host.h"
-#include "cuda/launch.h"
+#include "cuda/tma_host.h"
 
 namespace fastres::cuda {
 namespace {
-
-void check_tensor(const char* op, const char* param, const Tensor& t, const Tensor& x) {
-  FASTRES_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, param,
-                "on the device of x, " << show_device(x), show_device(t));
-  FASTRES_CHECK(t.scalar_type() == x.scalar_type(), op, param, "of x's dtype " << show(x.scalar_type()),
-                show(t.scalar_type()));
-  FASTRES_CHECK(is_aligned(t.data_ptr()), op, param, "aligned to 16 bytes", "the address " << t.data_ptr());
-}
 
 // One direction of the window; the TMA unit holds its corners in 8 bits with a sign, shifts in 8 without.
 Span span(const char* op, int64_t kernel, IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
@@ -32,14 +23,8 @@ Span span(const char* op, int64_t kernel, IntHeaderOnlyArrayRef stride, IntHeade
 // Checks x, weight and window; what is added and y remain to be said.
 ConvActParams convolution(const char* op, const Tensor& x, const Tensor& weight, IntHeaderOnlyArrayRef stride,
                           IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation) {
-  check_cuda(op, "x", x);
-  FASTRES_CHECK(x.scalar_type() == ScalarType::Half || x.scalar_type() == ScalarType::BFloat16, op, "x",
-                "float16 or bfloat16", show(x.scalar_type()));
-  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && is_dense(x, Format::channels_last), op, "x",
-                "of 4 dimensions (N, C, H, W), not empty, dense and channels_last",
-                show(x.sizes()) << ", strides " << show(x.strides()));
-  check_tensor(op, "x", x, x);
-  check_tensor(op, "weight", weight, x);
+  check_tma_images(op, x);
+  check_tma_tensor(op, "weight", weight, x);
   FASTRES_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.size(3) == x.size(1), op, "weight",
                 "contiguous, (C_out, KH, KW, " << x.size(1) << ")", show(weight.sizes()));
   FASTRES_CHECK(x.size(1) % 8 == 0 && weight.size(0) > 0 && weight.size(0) % 8 == 0, op, "weight",
@@ -76,10 +61,7 @@ Tensor sm90_conv_wide(const Tensor& x, const Tensor& weight, const Tensor& bias,
   const Tensor y = empty_output(params, x);
   const Tensor values = channel_vector(op, "bias", bias, y, ScalarType::Float);
   if (residual) {
-    check_like(op, "residual", *residual, y);
-    FASTRES_CHECK(is_dense(*residual, Format::channels_last), op, "residual", "dense and channels_last",
-                  "strides " << show(residual->strides()));
-    check_tensor(op, "residual", *residual, x);
+    check_tma_residual(op, *residual, y, x);
     params.residual = residual->data_ptr();
   }
   params.bias = static_cast<const float*>(values.data_ptr());

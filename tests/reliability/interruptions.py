@@ -23,7 +23,7 @@ from reliability import children
 from reliability.board import Tally, scored
 from reliability.parity import backward, tuple_of
 
-LEAST = 512  # bytes of an allocation that may fail: tensors, workspaces, tables
+LEAST = 2048  # bytes of an allocation that may fail: tensors, workspaces, tables. PyTorch ends the process for want of a smaller list
 CPU = torch.device("cpu")
 
 

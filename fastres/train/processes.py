@@ -1,6 +1,7 @@
 """Several processes that train one model, as ``torchrun`` starts them; alone, every step here is the identity."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,11 @@ class Processes:
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
+# Gloo's thread lets go of the tensors of the last sum, for which it needs the interpreter; PyTorch 2.13 holds that while it waits
+# for the thread to end, and so for ever, where the group ends in between.
+_GRACE_S = 0.05
+
+
 @contextlib.contextmanager
 def started(device: str) -> Iterator[tuple[Processes, torch.device]]:
     """Join the processes that torchrun started, if it did, over NCCL on GPUs and gloo on CPUs; and this one's device."""
@@ -52,6 +58,7 @@ def started(device: str) -> Iterator[tuple[Processes, torch.device]]:
     try:
         yield Processes(rank, world), own
     finally:
+        time.sleep(_GRACE_S)
         dist.destroy_process_group()
 
 

@@ -38,8 +38,8 @@ class Processes:
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-# Gloo's thread lets go of the tensors of the last sum, for which it needs the interpreter; PyTorch 2.13 holds that while it waits
-# for the thread to end, and so for ever, where the group ends in between.
+# Gloo's thread lets go of the tensors of the last sum, for which it needs the interpreter. PyTorch 2.13 holds that while it
+# waits for the thread's end, and so for ever, where the group ends in between.
 _GRACE_S = 0.05
 
 

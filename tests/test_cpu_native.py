@@ -200,6 +200,14 @@ def test_a_constant_channel_has_no_variance(value, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+def test_a_mean_far_from_zero_costs_no_digits(memory_format):
+    x = (1e4 + torch.randn(2, 5, 9, 7)).contiguous(memory_format=memory_format)
+    mean, var = torch.full((5,), 1e4), torch.ones(5)
+    exact = (x.double() - 1e4) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(op("bn_act")(x, None, None, mean, var, 1e-5, "none").double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_one_outlier_among_the_first_values_costs_no_digits(memory_format):
     x = torch.randn(8, 3, 64, 64).contiguous(memory_format=memory_format)
     x[0, :, 0, 0] = 1e4

@@ -40,8 +40,9 @@ class Way(NamedTuple):
         """The call that does what both do, beside those one after the other."""
         inputs, rest = self.arguments(last, first)
         own = last.rest[: self.constants]
-        run_last = (lambda run: lambda x, *rest: run(x, *own, *rest))(run_last) if own else run_last
-        apart: dict[str, Run] = {TORCH: functools.partial(self.composed, run_first, run_last)}
+        apart: dict[str, Run] = {
+            TORCH: functools.partial(self.composed, run_first, lambda x, *rest: run_last(x, *own, *rest))
+        }
         layer, outputs = (last.layer, last.outputs) if self.at_last else (first.layer, (*first.outputs, *last.outputs))
         return Call(layer, self.op, inputs, rest, apart, (*first.layers, *last.layers), outputs)
 

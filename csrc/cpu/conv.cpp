@@ -45,6 +45,7 @@ ConvArgs arguments(const Tensor& x, int64_t out_channels, const Pads& padding) {
           .residual = nullptr, .y = nullptr, .images = x.size(0), .height = height, .width = width,
           .image_step = height * width * pixel, .row_step = width * pixel, .pixel_step = pixel,
           .out_h = height + 2 * padding[0] - 2, .out_w = width + 2 * padding[1] - 2, .out_channels = out_channels,
+          .out_step = out_channels,
           .kernel_h = 3, .kernel_w = 3, .stride_h = 1, .stride_w = 1, .pad_h = padding[0], .pad_w = padding[1],
           .dilation_h = 1, .dilation_w = 1, .run = pixel / kWordBytes, .dense = false, .share_channels = false, .block = 0};
 }

@@ -51,10 +51,11 @@ Tensor conv_pack(const Tensor& weight) {
   return packed;
 }
 
-// With `winograd` the weights are transformed. `channels` is the number a tap reads, at least x's: with `padded`, x is copied with that many and its padding first.
+// With `winograd` the weights are transformed. `channels` is the number of x's that are read, in all groups, at least x's own:
+// with `padded`, x is copied with that many and its padding first.
 Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, const Tensor& bias,
                    const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
-                   int64_t channels, bool padded, bool winograd, const Text& act) {
+                   int64_t groups, int64_t channels, bool padded, bool winograd, const Text& act) {
   const DType dtype = convolved_dtype("x", x);
   FASTRES_CHECK(x.dim() == 4 && x.numel() > 0, kOp, "x", "four-dimensional and not empty", show(x.sizes()));
   const int64_t size = element_size(dtype), out_channels = bias.numel();
@@ -66,7 +67,10 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
                 show({kernel_size.data(), kernel_size.size()}));
   FASTRES_CHECK(padded ? channels >= x.size(1) && spread[1] == 1 : channels == x.size(1) && is_dense(x, Format::channels_last),
                 kOp, "x", "dense in channels_last, of " << channels << " channels", show(x.sizes()));
-  const int64_t taps_w = padded ? 1 : kernel[1], run = channels * size / kWordBytes * (padded ? kernel[1] : 1);
+  const char* lack = groups == 1 ? nullptr : groups_lack(channels, out_channels, groups, size);
+  FASTRES_CHECK(lack == nullptr && (groups == 1 || (!padded && !winograd)), kOp, "groups",
+                "1, or " << (lack == nullptr ? "of a direct convolution" : lack), groups);
+  const int64_t taps_w = padded ? 1 : kernel[1], run = channels / groups * size / kWordBytes * (padded ? kernel[1] : 1);
   FASTRES_CHECK(channels * size % kWordBytes == 0 && run <= kConvMostRun, kOp, "channels",
                 "whole words of 32 bits, at most " << kConvMostRun << " to a tap", channels);
   const int64_t depth = winograd ? kWinogradPoints * channels : kernel[0] * taps_w * run;
@@ -98,11 +102,13 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
             .x = source.data_ptr(), .weight = weight.data_ptr(), .bias = static_cast<const float*>(bias.data_ptr()),
             .residual = residual ? residual->data_ptr() : nullptr, .y = y.data_ptr(), .images = x.size(0),
             .height = height, .width = width, .image_step = height * width * pixel_step, .row_step = width * pixel_step,
-            .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels,
+            .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels, .out_step = out_channels,
             .kernel_h = kernel[0], .kernel_w = taps_w, .stride_h = by[0], .stride_w = by[1],
             .pad_h = padded ? 0 : pads[0], .pad_w = padded ? 0 : pads[1], .dilation_h = spread[0],
             .dilation_w = spread[1], .run = run, .dense = false, .share_channels = false, .block = 0};
-  winograd ? run_winograd(args) : run_conv(args);
+  if (winograd) run_winograd(args);
+  else if (groups > 1) run_now(grouped_work(args, groups, torch::stable::get_num_threads()));
+  else run_conv(args);
   return y;
 }
 
@@ -111,7 +117,7 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv_bn_act(Tensor x, Tensor? residual, Tensor weight, Tensor bias, int[] kernel_size, int[] stride, "
-        "int[] padding, int[] dilation, int channels, bool padded, bool winograd, str act) -> Tensor");
+        "int[] padding, int[] dilation, int groups, int channels, bool padded, bool winograd, str act) -> Tensor");
   m.def("cpu_conv_pack(Tensor weight) -> Tensor");
 }
 

@@ -17,7 +17,8 @@ constexpr int64_t kConvMostRun = 16384;  // words that a tap may read, zeros for
 
 // Sizes in pixels, steps of x in bytes. A tap reads a run of words of 32 bits from a pixel of x on, one float32 or two
 // bfloat16 values each. Weights: for each block of `channels`, for each tap and word, a word for each output channel,
-// their number rounded up to whole vectors.
+// their number rounded up to whole vectors. A convolution in groups runs in slices, each as a convolution of its own: a group,
+// or as many groups as make a vector, whose channels then read `run` words of their own group only.
 struct ConvArgs {
   DType dtype;  // of x, weight, residual and y: float32 or bfloat16
   Act act;
@@ -29,10 +30,12 @@ struct ConvArgs {
   void* y;
   int64_t images, height, width, image_step, row_step, pixel_step;
   int64_t out_h, out_w, out_channels;
+  int64_t out_step;  // values of a pixel of y and of the residual: more than out_channels in a slice
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, run;
   bool dense;     // 1x1, stride 1, no padding: each pixel of y reads the same pixel of x
   bool share_channels;  // a unit is a tile of the output, in the order of channels; else a tile of pixels, all channels
   int64_t block;        // tiles of pixels for which all channels are computed before the next ones
+  int64_t group = 0;    // output channels of a group, where a vector holds several, and as many of x; else 0
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,4 +1,4 @@
-// Formula: y = act(conv2d(x, weight) + bias [+ residual]), batch norm folded into weight and bias; groups = 1.
+// Formula: y = act(conv2d(x, weight) + bias [+ residual]), batch norm folded into weight and bias.
 // Layout: channels last; a tile of pixels by channels stays in registers while all taps and input channels are added up.
 // Bytes per output: x once per block of channels, mostly from L2, weights once per block of pixels, residual and y once.
 // Accumulate type: float, in blocks, in the order of taps and channels; then bias and residual; one rounding, at the end.
@@ -60,10 +60,10 @@ FASTRES_DOT FASTRES_INLINE void finish_tile(const ConvArgs& args, const Sum (&su
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       value[v] = sum[p][v] + load<float, kWide>(bias + v * kWide, Whole{});
-      if constexpr (kResidual) value[v] += load<float, kWide>(residual + p * args.out_channels + v * kWide, Whole{});
+      if constexpr (kResidual) value[v] += load<float, kWide>(residual + p * args.out_step + v * kWide, Whole{});
       value[v] = at_least(floor, value[v]);
     }
-    scalar_t* to = y + p * args.out_channels;
+    scalar_t* to = y + p * args.out_step;
 #pragma GCC unroll 8
     for (int v = 0; v + 1 < kVectors; v += 2) store_two(to + v * kWide, value[v], value[v + 1]);
     if constexpr (kVectors % 2 == 1) store<kWide>(to + (kVectors - 1) * kWide, value[kVectors - 1], Whole{});
@@ -71,17 +71,17 @@ FASTRES_DOT FASTRES_INLINE void finish_tile(const ConvArgs& args, const Sum (&su
 }
 
 // One tile of kPixels by kVectors vectors, from `pixel` and `channel` on; `last` lanes of the last vector exist.
-template <typename scalar_t, int kPixels, int kVectors>
+template <typename scalar_t, int kPixels, int kVectors, bool kGroups = false>
 FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const float* weight, Coming coming, int64_t pixel,
                                                      int64_t channel, int64_t last) {
   const Window<kPixels> window(args, pixel);
-  const int64_t out = pixel * args.out_channels + channel;
+  const int64_t out = pixel * args.out_step + channel;
   const auto* residual = static_cast<const scalar_t*>(args.residual);
   auto* y = static_cast<scalar_t*>(args.y);
   if (residual != nullptr)
-    for (int p = 0; p < kPixels; ++p) prefetch<kVectors * kWide>(residual + out + p * args.out_channels);
+    for (int p = 0; p < kPixels; ++p) prefetch<kVectors * kWide>(residual + out + p * args.out_step);
   if (!args.stream)
-    for (int p = 0; p < kPixels; ++p) own<kVectors * kWide>(y + out + p * args.out_channels);
+    for (int p = 0; p < kPixels; ++p) own<kVectors * kWide>(y + out + p * args.out_step);
   Sum sum[kPixels][kVectors] = {}, total[kPixels][kVectors];
   bool has_total = false;
   int64_t since = 0;  // words added up in sum
@@ -94,6 +94,7 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
         const int64_t stop = min(args.run, word + kSumWords - since);
         since += stop - word;
         if (outside) weight += (stop - word) * kVectors * kWide;
+        else if constexpr (kGroups) weight = add_own_words<scalar_t>(sum, x, word, stop, weight, args);
         else weight = add_words<scalar_t>(sum, x, word, stop, weight, coming);
         word = stop;
         if (since == kSumWords) {
@@ -121,7 +122,7 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
     for (int p = 0; p < kPixels; ++p)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        const int64_t at = out + p * args.out_channels + v * kWide;
+        const int64_t at = out + p * args.out_step + v * kWide;
         if (args.stream) finish(args, sum[p][v], bias + v * kWide, y, residual, at, Stream{});
         else if (v + 1 < kVectors) finish(args, sum[p][v], bias + v * kWide, y, residual, at, Whole{});
         else finish(args, sum[p][v], bias + v * kWide, y, residual, at, Part{last});
@@ -135,8 +136,10 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
 
 template <typename scalar_t, int... i>
 void tiles(const ConvArgs& args, int64_t begin, int64_t end, std::integer_sequence<int, i...>) {
-  [[maybe_unused]] static constexpr decltype(&tile<scalar_t, 1, 1>) table[] = {tile<scalar_t, i / kMostVectors + 1, i % kMostVectors + 1>...};
-  for_tiles(args, begin, end, [&](int64_t shape, auto... place) { table[shape](args, place...); });
+  static constexpr decltype(&tile<scalar_t, 1, 1>) table[] = {tile<scalar_t, i / kMostVectors + 1, i % kMostVectors + 1>...};
+  static constexpr decltype(&tile<scalar_t, 1, 1>) own[] = {tile<scalar_t, i / kMostVectors + 1, 1, true>...};
+  const auto* run = args.group == 0 ? table : own;
+  for_tiles(args, begin, end, [&](int64_t shape, auto... place) { run[shape](args, place...); });
 }
 
 }  // namespace

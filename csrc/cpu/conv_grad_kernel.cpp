@@ -104,7 +104,7 @@ FASTRES_DOT FASTRES_INLINE void multiply(const float* y, int64_t y_step, const f
     for (int k = 0; k < kRows; ++k)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
-        sum[k][v] = multiply_add(scalar_t{}, reinterpret_cast<const char*>(y + k), w[v], sum[k][v]);
+        sum[k][v] = multiply_add(scalar_t{}, everywhere(reinterpret_cast<const char*>(y + k)), w[v], sum[k][v]);
   }
 #pragma GCC unroll 8
   for (int k = 0; k < kRows; ++k)

@@ -58,6 +58,55 @@ inline Work conv_work(const ConvArgs& args, int64_t threads) {
   return shared_out<ConvArgs>(args, threads, [](ConvArgs& all) -> ConvArgs& { return all; }, conv_bn_act_forward);
 }
 
+// What divides a convolution in groups into slices.
+struct Slices {
+  int64_t count, group;  // see ConvArgs
+
+  Slices(int64_t out_channels, int64_t groups) {
+    const int64_t own = out_channels / groups, lanes = conv_tile().lanes;
+    count = own < lanes ? out_channels / lanes : groups;
+    group = own < lanes ? own : 0;
+  }
+};
+
+// As many channels in as out; a group is of whole vectors, or a vector of whole groups. Null for what suits.
+inline const char* groups_lack(int64_t channels, int64_t out_channels, int64_t groups, int64_t size) {
+  const int64_t lanes = conv_tile().lanes, own = groups < 1 ? 0 : out_channels / groups;
+  if (own < 1 || channels != out_channels || own * groups != out_channels) return "as many channels in as out, shared by the groups";
+  if (own * size % kWordBytes != 0 || (own % lanes != 0 && lanes % own != 0) || out_channels % lanes != 0)
+    return "groups of whole words that make whole vectors";
+  return nullptr;
+}
+
+// The same in groups; `args` tells of the whole, its run of one group.
+inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads) {
+  const Slices slices(whole.out_channels, groups);
+  ConvArgs args = whole;
+  args.out_channels /= slices.count, args.group = slices.group;
+  const int64_t x_bytes = whole.pixel_step / slices.count, size = element_size(whole.dtype);
+  const int64_t weight_bytes = packed_words(args.out_channels, args.kernel_h * args.kernel_w * args.run) * kWordBytes;
+  const auto units_of = [](const ConvArgs& one) {
+    return conv_pixel_tiles(one) * (one.share_channels ? conv_channel_blocks(one) : 1);
+  };
+  Work work = shared_out<ConvArgs>(args, threads, [](ConvArgs& all) -> ConvArgs& { return all; },
+                                   [=](const ConvArgs& first, int64_t begin, int64_t end) {
+    const int64_t units = units_of(first);
+    for (int64_t at = begin, stop; at < end; at = stop) {
+      const int64_t slice = at / units, channel = slice * first.out_channels;
+      stop = std::min(end, (slice + 1) * units);
+      ConvArgs one = first;
+      one.x = static_cast<const char*>(first.x) + slice * x_bytes;
+      one.weight = static_cast<const char*>(first.weight) + slice * weight_bytes;
+      one.bias += channel;
+      if (one.residual != nullptr) one.residual = static_cast<const char*>(first.residual) + channel * size;
+      one.y = static_cast<char*>(first.y) + channel * size;
+      conv_bn_act_forward(one, at - slice * units, stop - slice * units);
+    }
+  });
+  work.units *= slices.count;
+  return work;
+}
+
 inline Work conv_int8_work(const ConvInt8Args& args, int64_t threads) {
   return shared_out<ConvInt8Args>(args, threads, [](ConvInt8Args& all) -> ConvArgs& { return all.conv; }, conv_int8_forward);
 }

@@ -21,33 +21,45 @@ constexpr int64_t kSumWords = 256;  // added up before they join the total: long
 using Sum = Vec<float, kWide>;
 using IntSum = Vec<int32_t, kWide>;
 
-// ---- one step of a sum: a word of x times a vector of words of the weights --------------------------
+// ---- one step of a sum: words of x, the same for all lanes or each lane's own, times a vector of words of the weights -----
 
 #if FASTRES_CPU_LEVEL >= 4
 #define FASTRES_DOT __attribute__((target("avx512bf16,avx512vnni")))
-FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
-  float word;
-  memcpy(&word, x, kWord);
-  return (Sum)_mm512_fmadd_ps(_mm512_set1_ps(word), (__m512)weight, (__m512)sum);
-}
-FASTRES_DOT FASTRES_INLINE Sum multiply_add(bf16, const char* x, Sum weight, Sum sum) {
+FASTRES_INLINE Sum everywhere(const char* x) {
   int word;
   memcpy(&word, x, kWord);
-  return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(word), (__m512bh)weight);
+  return (Sum)_mm512_set1_epi32(word);
 }
-FASTRES_DOT FASTRES_INLINE IntSum multiply_add(uint8_t, const char* x, Sum weight, IntSum sum) {  // exact
-  int word;
-  memcpy(&word, x, kWord);
-  return (IntSum)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(word), (__m512i)weight);
+FASTRES_INLINE Sum permuted(Sum x, IntSum lanes) { return (Sum)_mm512_permutexvar_epi32((__m512i)lanes, (__m512i)x); }
+FASTRES_INLINE Sum multiply_add(float, Sum x, Sum weight, Sum sum) {
+  return (Sum)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)sum);
+}
+FASTRES_DOT FASTRES_INLINE Sum multiply_add(bf16, Sum x, Sum weight, Sum sum) {
+  return (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)weight);
+}
+FASTRES_DOT FASTRES_INLINE IntSum multiply_add(uint8_t, Sum x, Sum weight, IntSum sum) {  // exact
+  return (IntSum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)weight);
 }
 #else
 #define FASTRES_DOT
-FASTRES_INLINE Sum multiply_add(float, const char* x, Sum weight, Sum sum) {
+FASTRES_INLINE Sum everywhere(const char* x) {
   float word;
   memcpy(&word, x, kWord);
-  return (Sum)_mm256_fmadd_ps(_mm256_set1_ps(word), (__m256)weight, (__m256)sum);
+  return (Sum)_mm256_set1_ps(word);
+}
+FASTRES_INLINE Sum permuted(Sum x, IntSum lanes) { return (Sum)_mm256_permutevar8x32_ps((__m256)x, (__m256i)lanes); }
+FASTRES_INLINE Sum multiply_add(float, Sum x, Sum weight, Sum sum) {
+  return (Sum)_mm256_fmadd_ps((__m256)x, (__m256)weight, (__m256)sum);
 }
 #endif
+
+// The first bytes of a vector.
+template <int64_t kBytes>
+FASTRES_INLINE Sum words_of(const char* x) {
+  Sum words{};
+  memcpy(&words, x, kBytes);
+  return words;
+}
 
 // Weights that are wanted after those being multiplied: on their way into the second-level cache meanwhile, `lines` of them
 // for every 16 words. Without it one image of ResNet-50 took 1.02 to 1.06 times as long (AMD EPYC, 2026-11-25).
@@ -77,7 +89,7 @@ FASTRES_DOT FASTRES_INLINE const float* add_words_of(Total (&sum)[kPixels][kVect
 #pragma GCC unroll 8
     for (int p = kFirst; p <= kLast; ++p)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(scalar_t{}, x[p] + word * kWord, w[v], sum[p][v]);
+      for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(scalar_t{}, everywhere(x[p] + word * kWord), w[v], sum[p][v]);
   }
   return weight;
 }
@@ -92,6 +104,24 @@ FASTRES_DOT FASTRES_INLINE const float* add_words(Total (&sum)[kPixels][kVectors
     if (x[kPixels - 1] == kZeros) return add_words_of<scalar_t, 0, kPixels - 2>(sum, x, begin, end, weight, coming);
   }
   return add_words_of<scalar_t, 0, kPixels - 1>(sum, x, begin, end, weight, coming);
+}
+
+// One vector of outputs of groups smaller than that: lane k adds words of group k / args.group, of the pixel's words in order.
+template <typename scalar_t, int kPixels>
+FASTRES_DOT FASTRES_INLINE const float* add_own_words(Sum (&sum)[kPixels][1], const char* const (&x)[kPixels], int64_t begin,
+                                                      int64_t end, const float* weight, const ConvArgs& args) {
+  IntSum first;
+  for (int lane = 0; lane < kWide; ++lane) first[lane] = static_cast<int32_t>(lane / args.group * args.run);
+  Sum words[kPixels];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) words[p] = words_of<kWide * sizeof(scalar_t)>(x[p]);
+  for (int64_t word = begin; word < end; ++word, weight += kWide) {
+    const Sum w = load<float, kWide>(weight, Whole{});
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p)
+      sum[p][0] = multiply_add(scalar_t{}, permuted(words[p], first + static_cast<int32_t>(word)), w, sum[p][0]);
+  }
+  return weight;
 }
 
 // What a tile will write when its sums are done: this core's meanwhile, wherever it is now. (1.01 to 1.02 times the speed of

@@ -30,7 +30,10 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
                                   row.kernel_h * row.kernel_w == 9 && row.kernel_h == 3 &&
                                   row.stride_h * row.stride_w * row.dilation_h * row.dilation_w == 1),
                 kPlan, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
+  const char* lack = row.groups == 1 ? nullptr : groups_lack(row.channels, row.out_channels, row.groups, call.size);
+  FASTRES_CHECK(lack == nullptr, kPlan, "a convolution in groups", "of " << lack, row.groups);
   args.weight = weight.data_ptr(), args.bias = static_cast<const float*>(bias.data_ptr());
+  if (row.groups > 1) return grouped_work(args, row.groups, call.threads);
   return row.winograd ? winograd_work(args) : conv_work(args, call.threads);
 }
 

@@ -27,7 +27,8 @@ struct PlanRow {
   int64_t weight, bias, relu;
   int64_t channels, height, width, out_channels, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int64_t run;       // of a convolution, in words; its pixels hold `channels` values
+  int64_t run;       // of a convolution, in words of one group; its pixels hold `channels` values
+  int64_t groups;
   int64_t winograd;  // whether its weights are transformed, for a 3x3 convolution with stride 1
   int64_t int8;
 };

@@ -39,6 +39,7 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   ConvInt8Args args{conv_args(call, row, first, images, 1, float_y ? 4 : 1), nullptr, 0.0f, float_y};
   const int64_t depth = row.kernel_h * row.kernel_w * row.run;
   const Tensor& weight = call.constant(row.weight);
+  FASTRES_CHECK(row.groups == 1, kPlan, "a convolution in int8", "in one group", row.groups);
   FASTRES_CHECK(depth * kWordBytes <= kInt8MostTerms, kPlan, "a convolution in int8", "of at most 65536 terms", depth * kWordBytes);
   FASTRES_CHECK(weight.scalar_type() == ScalarType::Char &&
                     weight.numel() == packed_words(row.out_channels, depth) * kWordBytes,

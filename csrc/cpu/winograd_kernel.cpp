@@ -60,7 +60,7 @@ void convolve_directly(const ConvArgs& conv, const Tile& tile, const float* weig
       for (int y = 0; y < 3; ++y)
         for (int x = 0; x < 3; ++x) {
           const float* pixel = pixel_at<float>(conv, tile, o / 2 + y, o % 2 + x);
-          if (pixel) out[o] = multiply_add(float{}, reinterpret_cast<const char*>(pixel + c), g[y][x], out[o]);
+          if (pixel) out[o] = multiply_add(float{}, everywhere(reinterpret_cast<const char*>(pixel + c)), g[y][x], out[o]);
         }
   }
 }

@@ -165,6 +165,6 @@ def _structure(found: Network) -> list[tuple[Any, ...]]:
     order |= {layer.y: index + 1 for index, layer in enumerate(found.layers)}
     return [
         (layer.kind, order[layer.x], order[layer.residual], layer.relu, layer.kernel, layer.stride, layer.padding,
-         layer.dilation, layer.ceil, layer.out_channels, layer.expects)
+         layer.dilation, layer.groups, layer.ceil, layer.out_channels, layer.expects)
         for layer in found.layers
     ] + [(found.channels, found.flat)]  # fmt: skip

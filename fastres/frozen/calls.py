@@ -75,7 +75,7 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
     act = "relu" if layer.relu else "none"
     inputs = (layer.x,) if layer.residual is None else (layer.x, layer.residual)
     if layer.kind == "conv":
-        rest = (*own, EPS, layer.stride, layer.padding, layer.dilation, 1, act)
+        rest = (*own, EPS, layer.stride, layer.padding, layer.dilation, layer.groups, act)
         op = CONV_BN_ACT if layer.residual is None else CONV_BN_ADD_ACT
         return Call(layer, op, inputs, rest, {TORCH: _with(layer, _conv), TORCH_AND_BN: _with(layer, _conv_then_bn)})
     if layer.kind == "bn":

@@ -49,7 +49,7 @@ class Way(NamedTuple):
 
 def _is_pointwise(layer: Layer) -> bool:
     """A convolution of 1x1 that keeps the image's size."""
-    return layer.kind == "conv" and (layer.kernel, layer.stride, layer.padding) == ((1, 1), (1, 1), (0, 0))
+    return layer.kind == "conv" and (layer.kernel, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _are_convolutions(*calls: Call) -> bool:
@@ -59,7 +59,7 @@ def _are_convolutions(*calls: Call) -> bool:
 def _may_project(last: Call, first: Call) -> bool:
     layer = first.layer
     plain = layer.residual is None and not layer.relu
-    return _are_convolutions(last, first) and plain and (layer.kernel, layer.padding) == ((1, 1), (0, 0))
+    return _are_convolutions(last, first) and plain and (layer.kernel, layer.padding, layer.groups) == ((1, 1), (0, 0), 1)
 
 
 def _projected(last: Call, first: Call) -> tuple[tuple[Value, ...], tuple[Any, ...]]:

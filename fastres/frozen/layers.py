@@ -31,6 +31,7 @@ class Layer:
     stride: Pair = _ONE
     padding: Pair = (0, 0)
     dilation: Pair = _ONE
+    groups: int = 1
     ceil: bool = False
     out_channels: int = 0
     expects: Pair | None = None  # the one image size that it was made for
@@ -150,10 +151,10 @@ class _Builder:
     # ---- one method an operation, with its arguments -----------------------------------------------
 
     def on_convolution(self, x, weight, bias, stride, padding, dilation, transposed, _, groups, *, y):
-        if transposed or groups != 1 or len(weight.shape) != 4:
+        if transposed or len(weight.shape) != 4:
             raise _Refused
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        self.add(_conv(x, weight, _constant(bias), *pairs, y))
+        self.add(_conv(x, weight, _constant(bias), *pairs, groups, y))
 
     def on_native_batch_norm(self, x, weight, bias, mean, var, training, _, eps, *, y):
         if training or mean is None or len(x.shape) != 4:
@@ -192,10 +193,8 @@ class _Builder:
         self.on_conv_bn_add_act(x, None, *parameters, y=y)
 
     def on_conv_bn_add_act(self, x, residual, weight, bias, g, b, m, v, eps, stride, padding, dilation, groups, act, *, y):
-        if groups != 1:
-            raise _Refused
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        conv = _conv(x, weight, _constant(bias), *pairs, y)
+        conv = _conv(x, weight, _constant(bias), *pairs, groups, y)
         conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *map(_constant, (g, b, m, v))), eps)
         conv.residual = None if residual is None else self.value(residual)
         conv.relu = act == "relu"
@@ -371,11 +370,13 @@ def _layer_name(parameter: Value) -> str:
     return parameter.name.rpartition(".")[0] or parameter.name
 
 
-def _conv(x: Value, weight: Value, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, y: Value) -> Layer:
+def _conv(
+    x: Value, weight: Value, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int, y: Value
+) -> Layer:
     constant = _constant(weight)
     assert constant is not None
     zero = torch.zeros(len(constant), device=constant.device) if bias is None else _own(bias)
-    return Layer("conv", _layer_name(weight), x, y, None, False, _pair(constant.shape[2:]), stride, padding, dilation,
+    return Layer("conv", _layer_name(weight), x, y, None, False, _pair(constant.shape[2:]), stride, padding, dilation, groups,
                  out_channels=len(constant), weight=_own(constant), bias=zero)  # fmt: skip
 
 

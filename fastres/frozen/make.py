@@ -41,7 +41,7 @@ def freeze(
     float32 products use TF32 where ``torch.backends`` allows it when a size is planned.
 
     Args:
-        model: a network from one image batch to one tensor: any composition of convolutions in one group, batch norm,
+        model: a network from one image batch to one tensor: any composition of convolutions, batch norm,
             additions, ReLU, max and average pooling and linear layers, however its Python is written.
         example: images (N, C, H, W) on the model's device, float32, bfloat16 or, on a GPU, float16; the network runs once on
             them, on a GPU on the first two.
@@ -63,6 +63,7 @@ def freeze(
         return by_ops(model, example, dtype)
     _check_processor(dtype)
     found, recording = recorded(model, example)
+    _check_groups(found, dtype)
     frozen = NativeFrozen(found, dtype) if quantize is None else _quantized(found, checked(quantize, found.channels))
     frozen.signature = recording.signature()
     frozen.images = None if quantize is not None else (min(len(example), RECORDED), *example.shape[1:])
@@ -88,6 +89,15 @@ def _check_processor(dtype: torch.dtype) -> None:
     reason = native.why_not("cpu_plan") or _conv_cpu.lacks(dtype)
     if reason is not None:
         raise UnsupportedError(f"fastres.freeze: the plan's kernels cannot run: {reason}")
+
+
+def _check_groups(found: Network, dtype: torch.dtype) -> None:
+    for layer in found.layers:
+        if layer.groups > 1 and layer.weight is not None:
+            channels = layer.groups * layer.weight.shape[1]
+            reason = _conv_cpu.why_not_groups(channels, layer.out_channels, layer.groups, dtype)
+            if reason is not None:
+                raise UnsupportedError(f"fastres.freeze: the convolution {layer.name!r} cannot run: {reason}")
 
 
 def _quantized(found: Network, wanted: Calibration) -> NativeFrozen:

@@ -85,7 +85,8 @@ class NativeFrozen(Frozen):
         self._packed |= _together({(step.layer, step.winograd): tuple(self._pack(step)) for step in missing})
         for layer in (step.layer for step in missing if self.scales is None):
             weight = layer.weight
-            if weight is None or not _conv_cpu.suits_winograd(weight.shape, self.dtype, layer.stride, layer.dilation, _LARGE):
+            geometry = layer.stride, layer.dilation, _LARGE
+            if weight is None or layer.groups > 1 or not _conv_cpu.suits_winograd(weight.shape, self.dtype, *geometry):
                 layer.weight = layer.bias = None
         return constants | {layer: self._packed[layer, winograd] for layer, winograd in wanted}
 
@@ -105,7 +106,7 @@ class NativeFrozen(Frozen):
         if layer.bias is None:  # mean, scale and bias of a batch norm
             yield layer.weight.contiguous()
         else:
-            packed = _conv_cpu.Packed(layer.weight, layer.bias, self.dtype, step.winograd)
+            packed = _conv_cpu.Packed(layer.weight, layer.bias, self.dtype, step.winograd, layer.groups)
             yield from (packed.weight, packed.bias)
 
     def last_shape(self) -> tuple[int, ...] | None:

@@ -23,7 +23,7 @@ from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu
 
 KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add")  # enum Step of csrc/cpu/plan.h, in its order
-FIELDS = 29  # of a row, struct PlanRow there
+FIELDS = 30  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 Size = tuple[int, int, int]  # channels, height, width
@@ -104,7 +104,7 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
         residual = None if layer.residual is None else readable(layer.residual)
         y = sized(layer, sizes, size)[1:]
         weight = (layer.out_channels, channels, *layer.kernel)
-        winograd = layer.kind == "conv" and not padded
+        winograd = layer.kind == "conv" and layer.groups == 1 and not padded
         winograd = winograd and _conv_cpu.suits_winograd(weight, dtype, layer.stride, layer.dilation, y)
         found.append(Step(layer, source, residual, layer.y, sizes[source], sizes[layer.y], padded, winograd))
     return found
@@ -175,7 +175,7 @@ def program(
 def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, weight: int, bias: int) -> list[int]:
     """The fields of struct PlanRow, in its order."""
     layer, (channels, height, width), (out_channels, out_h, out_w) = step.layer, step.x_size, step.y_size
-    kernel, padding, run = layer.kernel, layer.padding, channels * dtype.itemsize // 4
+    kernel, padding, run = layer.kernel, layer.padding, channels // layer.groups * dtype.itemsize // 4
     if step.padded:
         padding = (0, 0)
         if layer.dilation[1] == 1:  # the taps of a row are one run
@@ -188,7 +188,7 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
     row += [channels, height, width, out_channels, out_h, out_w]
-    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, step.winograd, dtype == torch.int8)]
+    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, layer.groups, step.winograd, dtype == torch.int8)]
 
 
 def _bytes(size: Size, itemsize: int) -> int:

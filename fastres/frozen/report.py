@@ -133,7 +133,7 @@ def _report(step: Step, images: int, batch: int, ms: float | None) -> StepReport
     algorithm = "" if step.row_kind != "conv" else "winograd" if step.winograd else "direct"
     flops = None
     if ms and step.row_kind == "conv":
-        kernel = step.x_size[0] * layer.kernel[0] * layer.kernel[1]
+        kernel = step.x_size[0] // layer.groups * layer.kernel[0] * layer.kernel[1]
         flops = 2 * batch * step.y_size[0] * step.y_size[1] * step.y_size[2] * kernel / ms / 1e6
     return StepReport(layer.name, operation(layer), algorithm, step.x_size, step.y_size, images, ms, flops)
 

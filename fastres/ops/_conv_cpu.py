@@ -4,6 +4,7 @@ Folded weights are packed once for the machine's registers and serve every input
 an image of few channels (the stem's) is first copied with its padding written out, so that a row of taps is one run.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,13 +30,29 @@ def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -
     reason = lacks(x.dtype)
     if reason is not None:
         return reason
-    if groups != 1:
-        return f"it convolves in one group, got groups={groups}"
+    if groups != 1 and (reason := why_not_groups(x.shape[1], weight.shape[0], groups, x.dtype)):
+        return reason
     if is_padded(x.shape[1], x.dtype) and dilation[1] != 1:
         return f"few or odd channels are convolved without dilation, got dilation={dilation}"
     if x.shape[1] * weight.shape[3] > 16384:
         return f"it reads at most 16384 values a tap, got {x.shape[1]} channels"
     return None
+
+
+def why_not_groups(channels: int, out_channels: int, groups: int, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot convolve in several groups; see groups_lack of csrc/cpu/conv_host.h."""
+    lanes, own = _lanes(), channels // groups
+    whole = own % _PER_WORD[dtype] == 0 and (own % lanes == 0 or lanes % own == 0) and channels % lanes == 0
+    if dtype == torch.int8 or channels != out_channels or not whole or is_padded(channels, dtype):
+        what = f"as many channels out as in, in vectors of {lanes} that hold whole groups or a part of one"
+        return f"groups must have {what}, got {channels} to {out_channels} channels in {groups} groups"
+    return None
+
+
+@functools.cache
+def _lanes() -> int:
+    """Channels of a vector of sums."""
+    return 16 if native.cpu_features()["level"] >= 4 else 8
 
 
 def lacks(dtype: torch.dtype) -> str | None:
@@ -57,15 +74,17 @@ def lacks(dtype: torch.dtype) -> str | None:
 class Packed:
     """Folded weights in the order the kernel reads them, transformed for Winograd's algorithm if asked to."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, winograd: bool = False) -> None:
-        channels = weight.shape[1]
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, winograd: bool = False, groups: int = 1) -> None:
+        channels = weight.shape[1] * groups
         self.padded, self.channels = is_padded(channels, dtype), whole_words(channels, dtype)
         if winograd:
             g = torch.tensor(_TRANSFORM, dtype=torch.float64)
             rows = torch.einsum("yi,kcij,xj->kyxc", g, weight.double(), g).float()
         else:
             rows = torch.nn.functional.pad(weight.to(dtype).permute(0, 2, 3, 1), (0, self.channels - channels))
-        self.weight = native.op("cpu_conv_pack")(rows.reshape(len(rows), -1).contiguous())
+        pack, rows = native.op("cpu_conv_pack"), rows.reshape(len(rows), -1).contiguous()
+        slices = rows.split(max(len(rows) // groups, _lanes())) if groups > 1 else [rows]  # each a convolution of its own
+        self.weight = torch.cat([pack(one) for one in slices]) if groups > 1 else pack(rows)
         self.bias = bias.float().contiguous()
         self.finite = bool(weight.isfinite().all())
 
@@ -100,7 +119,9 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
     out = (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)  # of a 3x3 convolution with stride 1
     winograd = suits_winograd(weight.shape, dtype, stride, dilation, out)
-    packed = _fold.folded(parameters, eps, ("cpu", dtype, winograd), lambda w, b: Packed(w, b, dtype, winograd))
+    winograd = winograd and groups == 1
+    kind = ("cpu", dtype, winograd, groups)
+    packed = _fold.folded(parameters, eps, kind, lambda w, b: Packed(w, b, dtype, winograd, groups))
     if not packed.finite:
         return None
     layout = memory_format(x)
@@ -109,7 +130,7 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = native.op("cpu_conv_bn_act")(
-        x, residual, packed.weight, packed.bias, weight.shape[2:], stride, padding, dilation,
+        x, residual, packed.weight, packed.bias, weight.shape[2:], stride, padding, dilation, groups,
         packed.channels, packed.padded, winograd, act,
     )  # fmt: skip
     return y.contiguous(memory_format=layout)

@@ -39,16 +39,16 @@ def draw(seed):
     return x, residual, weight, bias, (stride, padding, dilation), pick("relu", "none"), winograd
 
 
-def run(x, residual, weight, bias, geometry, act, winograd):
-    packed = _conv_cpu.Packed(weight, bias, x.dtype, winograd)
+def run(x, residual, weight, bias, geometry, act, winograd, groups=1):
+    packed = _conv_cpu.Packed(weight, bias, x.dtype, winograd, groups)
     x = x if packed.padded else x.contiguous(memory_format=LAST)
     residual = None if residual is None else residual.contiguous(memory_format=LAST)
-    form = packed.channels, packed.padded, winograd, act
+    form = groups, packed.channels, packed.padded, winograd, act
     return native.op("cpu_conv_bn_act")(x, residual, packed.weight, packed.bias, weight.shape[2:], *geometry, *form)
 
 
-def plain(x, residual, weight, bias, geometry, act):
-    y = F.conv2d(x, weight, bias.to(x.dtype), *geometry)
+def plain(x, residual, weight, bias, geometry, act, groups=1):
+    y = F.conv2d(x, weight, bias.to(x.dtype), *geometry, groups)
     y = y if residual is None else y + residual
     return y.relu() if act == "relu" else y
 
@@ -107,6 +107,74 @@ def test_what_is_not_finite_stays_where_pytorch_has_it(value, winograd):
     assert (y[finite] - expected[finite]).abs().max() <= 1e-5 * expected[finite].abs().max()
 
 
+GROUPS = [(16, 4), (16, 1), (32, 8), (48, 2), (64, 4), (64, 16), (96, 32), (128, 64), (256, 8), (512, 4)]  # channels, of a group
+
+
+def grouped(channels, own, dtype, seed=0):
+    """A convolution in groups with its operands, and what follows them in the op's arguments."""
+    if _conv_cpu.lacks(dtype):
+        pytest.skip(_conv_cpu.lacks(dtype))
+    if reason := _conv_cpu.why_not_groups(channels, channels, channels // own, dtype):
+        pytest.skip(reason)
+    g = torch.Generator().manual_seed(seed)
+    geometry = (((1, 1), (1, 1), (1, 1)), ((2, 1), (2, 0), (1, 2)), ((1, 2), (0, 1), (2, 1)))[seed % 3]
+    kernel = ((3, 3), (5, 3), (1, 2))[seed // 3 % 3]
+    x, weight = torch.randn(3, channels, 9, 11, generator=g), torch.randn(channels, own, *kernel, generator=g)
+    bias = torch.randn(channels, generator=g)
+    residual = torch.randn(F.conv2d(x, weight, None, *geometry, channels // own).shape, generator=g) if seed % 2 else None
+    operands = x.to(dtype), None if residual is None else residual.to(dtype), weight.to(dtype), bias
+    return operands, (geometry, "relu" if seed % 2 else "none"), channels // own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels, own", GROUPS)
+def test_groups(channels, own, dtype):
+    for seed in range(9):
+        operands, rest, groups = grouped(channels, own, dtype, seed)
+        x, residual, weight, bias = operands
+        doubles = [None if t is None else t.double() for t in operands]
+        y = run(x, residual, weight.float(), bias, *rest, False, groups)
+        truth = plain(*doubles, *rest, groups)
+        assert_close_to_truth(y, plain(*operands, *rest, groups), truth, dtype, f"seed {seed}")
+
+
+@pytest.mark.parametrize("channels, own", GROUPS)
+def test_a_group_sees_no_other(channels, own):
+    """Not even where a vector holds both: zero times infinity would tell."""
+    (x, _, weight, bias), rest, groups = grouped(channels, own, torch.float32)
+    x[0, own, 3, 3], x[1, channels - 1, 0, 0] = float("inf"), float("nan")
+    y, expected = run(x, None, weight, bias, *rest, False, groups), plain(x, None, weight, bias, *rest, groups)
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("channels, own", [(64, 4), (64, 16), (96, 32)])
+def test_groups_give_the_same_bits_for_any_number_of_threads_and_any_batch(channels, own):
+    (x, _, weight, bias), rest, groups = grouped(channels, own, torch.float32)
+    whole = run(x, None, weight, bias, *rest, False, groups)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(run(x, None, weight, bias, *rest, False, groups), whole)
+    finally:
+        torch.set_num_threads(before)
+    for index in range(3):
+        assert torch.equal(run(x[index : index + 1], None, weight, bias, *rest, False, groups), whole[index : index + 1])
+
+
+@pytest.mark.parametrize("channels, out, groups", [(24, 24, 3), (32, 64, 4), (48, 48, 4), (8, 8, 2)])
+def test_groups_that_make_no_vectors_run_elsewhere(channels, out, groups):
+    x, weight = torch.randn(1, channels, 5, 5), torch.randn(out, channels // groups, 3, 3)
+    geometry = (1, 1), (1, 1), (1, 1), groups
+    choice = REGISTRY["conv_bn_act"].explain(x, weight, None, None, None, torch.zeros(out), torch.ones(out), 1e-5, *geometry, "none")
+    suits = _conv_cpu._lanes() == 8 and channels == out == 24  # groups of 8 channels
+    assert (choice.backend.name == "cpu") == suits
+    assert suits or "groups must have" in choice.refusals["cpu"]
+    with pytest.raises(RuntimeError, match="groups"):
+        form = groups + 5, channels, False, False, "none"
+        native.op("cpu_conv_bn_act")(x.contiguous(memory_format=LAST), None, weight, torch.zeros(out), [3, 3], *geometry[:3], *form)
+
+
 def test_relu_passes_nan_and_keeps_the_sign_of_zero():
     x, weight = torch.full((1, 16, 1, 2), float("nan")), torch.zeros(16, 16, 1, 1)
     x[..., 1] = 0.0
@@ -144,12 +212,12 @@ def test_the_op_refuses_what_would_leave_its_memory():
     x, bias = torch.randn(1, 16, 8, 8).contiguous(memory_format=LAST), torch.zeros(16)
     packed = _conv_cpu.Packed(torch.randn(16, 16, 3, 3), bias, torch.float32)
     conv = native.op("cpu_conv_bn_act")
-    good = [x, None, packed.weight, bias, [3, 3], [1, 1], [1, 1], [1, 1], 16, False, False, "relu"]
+    good = [x, None, packed.weight, bias, [3, 3], [1, 1], [1, 1], [1, 1], 1, 16, False, False, "relu"]
     conv(*good)
     wrong = {
         0: (x.contiguous(), "channels_last"), 1: (torch.randn(1, 16, 7, 8), "residual"), 2: (packed.weight[:-1], "packed"),
         3: (bias.double(), "bias"), 4: ([5, 3], "packed"), 5: ([0, 1], "stride"), 6: ([-1, 0], "padding"),
-        7: ([1, 0], "dilation"), 8: (15, "channels"), 10: (True, "packed"), 11: ("gelu", "act"),
+        7: ([1, 0], "dilation"), 8: (3, "groups"), 9: (15, "channels"), 11: (True, "packed"), 12: ("gelu", "act"),
     }  # fmt: skip
     for place, (value, word) in wrong.items():
         with pytest.raises(RuntimeError, match=word):

@@ -95,7 +95,7 @@ def test_steps_compute_what_their_integers_say(name):
     assert (y - truth).norm() < 0.03 * truth.norm()
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"wide"}))
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"wide", "in groups"}))
 def test_networks(name):
     torch.manual_seed(0)
     model, shape = NETWORKS[name]()
@@ -108,6 +108,12 @@ def test_networks(name):
     assert y.shape == truth.shape and y.dtype == torch.float32
     assert (y - truth).norm() < 0.06 * truth.norm()
     assert frozen.quality.error == pytest.approx(((y - truth).norm() / truth.norm()).item(), rel=0.05)
+
+
+def test_convolutions_in_groups_are_refused():
+    conv = nn.Conv2d(16, 16, 3, groups=4)
+    with pytest.raises(fastres.UnsupportedError, match="in one group, got groups=4"):
+        fastres.freeze(nn.Sequential(conv), images((2, 16, 8, 8)), quantize=[images((2, 16, 8, 8))])
 
 
 def test_a_batch_in_passes_other_sizes_and_layouts(monkeypatch):

@@ -41,9 +41,11 @@ def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -
 
 def why_not_groups(channels: int, out_channels: int, groups: int, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot convolve in several groups; see groups_lack of csrc/cpu/conv_host.h."""
+    if dtype == torch.int8:
+        return f"8-bit integers are convolved in one group, got groups={groups}"
     lanes, own = _lanes(), channels // groups
     whole = own % _PER_WORD[dtype] == 0 and (own % lanes == 0 or lanes % own == 0) and channels % lanes == 0
-    if dtype == torch.int8 or channels != out_channels or not whole or is_padded(channels, dtype):
+    if channels != out_channels or not whole or is_padded(channels, dtype):
         what = f"as many channels out as in, in vectors of {lanes} that hold whole groups or a part of one"
         return f"groups must have {what}, got {channels} to {out_channels} channels in {groups} groups"
     return None

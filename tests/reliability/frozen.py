@@ -15,14 +15,16 @@ import fastres
 from fastres.budget import within_budget
 from reliability.board import Tally, scored
 
-STEPS = ("conv", "conv", "conv bn", "conv bn", "relu", "bn", "residual", "max", "average", "pad", "twice")
+STEPS = ("conv", "conv", "conv bn", "conv bn", "relu", "bn", "residual", "max", "average", "pad", "twice", "groups")
 
 
 class Random(nn.Module):
-    """A chain of steps drawn from a seed, some with a residual; it ends in features, a classifier or images."""
+    """A chain of steps drawn from a seed, some with a residual; it ends in features, a classifier or images. ``groups``:
+    convolutions may be in several."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, groups: bool = True) -> None:
         super().__init__()
+        self.may_group = groups
         draw = self.draw = random.Random(seed)
         self.first = self.channels = draw.choice((1, 3, 4, 8, 16, 20))
         self.steps = nn.ModuleList()
@@ -64,6 +66,11 @@ class Random(nn.Module):
     def _pad(self, kind: str) -> nn.Module:
         self.channels += 4
         return nn.Identity()
+
+    def _groups(self, kind: str) -> nn.Module:
+        own = self.draw.choice((2, 4, 8, 16))
+        groups = self.channels // own if self.may_group and self.channels % 16 == 0 else 1
+        return nn.Conv2d(self.channels, self.channels, 3, self.draw.choice((1, 2)), 1, groups=groups)
 
     def _twice(self, kind: str) -> nn.Module:
         return nn.Conv2d(self.channels, self.channels, 1)
@@ -172,7 +179,7 @@ def random_int8(tally: Tally, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):
             torch.manual_seed(seed)
-            model = unmasked(Random(seed)).eval()
+            model = unmasked(Random(seed, groups=False)).eval()
             x = example(seed, model.first, 4)
             with tally.case(f"seed {seed}: {model.kinds}, {model.end}, {tuple(x.shape)}"):
                 if not suits(model, x):

@@ -51,4 +51,6 @@ CPP = [
     Fault("the last row is in no slice", "cpu/bn_kernel.h", "row_end = rows * (slice + 1) / args.slices;",
           "row_end = rows * (slice + 1) / args.slices - (slice + 1 == args.slices);",
           "test_reliability.py::test_nothing_fails[R1]", {}, "bn_act_kernel"),
+    Fault("a group reads its neighbour's words", "cpu/conv_tile.h", "lane / args.group * args.run", "lane / args.group * args.run / 2",
+          "test_conv_cpu.py::test_groups", {}, "conv_bn_act_kernel"),
 ]  # fmt: skip

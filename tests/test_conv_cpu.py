@@ -107,7 +107,8 @@ def test_what_is_not_finite_stays_where_pytorch_has_it(value, winograd):
     assert (y[finite] - expected[finite]).abs().max() <= 1e-5 * expected[finite].abs().max()
 
 
-GROUPS = [(16, 4), (16, 1), (32, 8), (48, 2), (64, 4), (64, 16), (96, 32), (128, 64), (256, 8), (512, 4)]  # channels, of a group
+# Channels, and those of a group.
+GROUPS = [(16, 4), (16, 1), (32, 8), (48, 2), (64, 4), (64, 16), (96, 32), (128, 64), (256, 8), (512, 4)]
 
 
 def grouped(channels, own, dtype, seed=0):
@@ -165,14 +166,14 @@ def test_groups_give_the_same_bits_for_any_number_of_threads_and_any_batch(chann
 @pytest.mark.parametrize("channels, out, groups", [(24, 24, 3), (32, 64, 4), (48, 48, 4), (8, 8, 2)])
 def test_groups_that_make_no_vectors_run_elsewhere(channels, out, groups):
     x, weight = torch.randn(1, channels, 5, 5), torch.randn(out, channels // groups, 3, 3)
-    geometry = (1, 1), (1, 1), (1, 1), groups
-    choice = REGISTRY["conv_bn_act"].explain(x, weight, None, None, None, torch.zeros(out), torch.ones(out), 1e-5, *geometry, "none")
+    geometry, norm = ((1, 1), (1, 1), (1, 1), groups), (None, None, None, torch.zeros(out), torch.ones(out), 1e-5)
+    choice = REGISTRY["conv_bn_act"].explain(x, weight, *norm, *geometry, "none")
     suits = _conv_cpu._lanes() == 8 and channels == out == 24  # groups of 8 channels
     assert (choice.backend.name == "cpu") == suits
     assert suits or "groups must have" in choice.refusals["cpu"]
     with pytest.raises(RuntimeError, match="groups"):
-        form = groups + 5, channels, False, False, "none"
-        native.op("cpu_conv_bn_act")(x.contiguous(memory_format=LAST), None, weight, torch.zeros(out), [3, 3], *geometry[:3], *form)
+        form = [3, 3], *geometry[:3], groups + 5, channels, False, False, "none"
+        native.op("cpu_conv_bn_act")(x.contiguous(memory_format=LAST), None, weight, torch.zeros(out), *form)
 
 
 def test_relu_passes_nan_and_keeps_the_sign_of_zero():

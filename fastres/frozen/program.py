@@ -187,8 +187,8 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
     row = [KINDS.index(step.row_kind), 0, 0, *x, *residual, *y, weight, bias, layer.relu]
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
-    row += [channels, height, width, out_channels, out_h, out_w]
-    return [int(v) for v in (*row, *kernel, *layer.stride, *padding, *layer.dilation, run, layer.groups, step.winograd, dtype == torch.int8)]
+    row += [channels, height, width, out_channels, out_h, out_w, *kernel, *layer.stride, *padding, *layer.dilation]
+    return [int(v) for v in (*row, run, layer.groups, step.winograd, dtype == torch.int8)]
 
 
 def _bytes(size: Size, itemsize: int) -> int:

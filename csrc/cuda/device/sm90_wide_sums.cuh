@@ -14,7 +14,8 @@ __device__ __forceinline__ void write_sums(const Outputs& p, int place, int chan
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = channel + lane / 4 + 8 * i;
-    if (which < 2 && row < p.channels_out) p.sums[(int64_t{2} * part + which) * p.channels_out + row] = which == 0 ? of[i][0] : of[i][1];
+    if (which < 2 && row < p.channels_out)
+      p.sums[(int64_t{2} * part + which) * p.channels_out + row] = which == 0 ? of[i][0] : of[i][1];
   }
   sync_warp();  // products want their lanes together
 }
@@ -85,11 +86,12 @@ __device__ __forceinline__ void write_statistics(const Outputs& p, int place, in
 }
 
 // Gradients of a batch norm's output behind its activation: stops those that the ReLU stopped, and sums what is stored, by itself
-// and times its x less the mean, of the pixels among the warp's places, in a fixed order.
+// and times its x less the mean, of the pixels among the warp's places, in a fixed order. With one sum for both k, or selects in the
+// place of branches, registers spill.
 template <typename scalar_t>
 struct Gradient {
   static constexpr bool kSums = true;
-  float affine[2][kAffineRows] = {}, sums[2][2][2] = {};  // [channel][of dz, of dz times x]
+  float affine[2][kAffineRows] = {}, sums[2][2][2] = {};  // [channel][of dz, of dz times x][k]
   bool relu;
 
   __device__ Gradient(const Outputs& p, int channel, int lane) : relu(p.relu) {
@@ -110,13 +112,12 @@ struct Gradient {
     }
     const Vec<scalar_t, 2> stored = rounded<scalar_t>(dz);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < 2; ++k)
       if (inside >> 2 * k & 1) {
         const float own = to_float(stored.v[k]);
         sums[i][0][k] += own;
         sums[i][1][k] = fmaf(own, to_float(x.v[k]) - affine[i][kMean], sums[i][1][k]);
       }
-    }
     return stored;
   }
   __device__ void write(const Outputs& p, int place, int channel, int lane) const {

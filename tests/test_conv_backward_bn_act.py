@@ -1,5 +1,5 @@
-"""The backward of a convolution by its input that takes the batch norm before it along, and the blocks whose backwards use it: the
-kernels on a GPU as built, else executed on the CPU (see _cuda_on_cpu.py)."""
+"""The gradient of a convolution's input that goes on through the batch norm before it, and the blocks whose backwards use it:
+the kernels on a GPU as built, else executed on the CPU (see _cuda_on_cpu.py)."""
 
 import copy
 import itertools
@@ -238,8 +238,8 @@ def kernels(backend="cuda_wide", statistics="torch"):
 @pytest.mark.parametrize("most", [0, 2**20])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_training_step_keeps_the_budget(ran, monkeypatch, name, most):
-    """Values, gradients and running statistics of blocks of large inputs and of small ones, with autocast's weights; and beside the
-    kernel that finds statistics, whose values are given to the batch norms as ever."""
+    """Values, gradients and running statistics of blocks of large inputs and of small ones, with autocast's weights; and beside
+    the kernel that finds statistics, whose values are given to the batch norms as ever."""
     device, calls = ran
     monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", most)
     torch.manual_seed(0)

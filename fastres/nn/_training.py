@@ -94,8 +94,8 @@ def block(
 def _norm_and_convolution(
     norm: nn.BatchNorm2d, act: _fused.Act, conv: nn.Conv2d, x: Tensor, known: Known
 ) -> tuple[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor], Tensor, Known]:
-    """What is to be updated of the norm, the convolution of ``act(norm(x))``, and the statistics of that where they are known. One
-    node of autograd where a kernel is chosen that does the backward of both by their inputs."""
+    """What is to be updated of the norm, the convolution of ``act(norm(x))``, and the statistics of that where they are known.
+    One node of autograd where a kernel is chosen that does the backward of both by their inputs."""
     if may_run(x, conv.stride):
         weight: Any = conv._parameters["weight"]
         parameters, bias, eps = affine(norm)

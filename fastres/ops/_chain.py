@@ -3,8 +3,9 @@
 The ops and their gradients are those of the pages; what is saved is what they save. One node instead of two a layer spares
 the host about a third of its time, which decides where layers are small. The gradient of a residual that is x itself is
 added in place. With create_graph the chain is run again, op by op, and differentiated. Where it is known how x was made, for
-a convolution x is not kept but made again (``_made``). A convolution tells the batch norm behind it the statistics where a kernel
-is chosen that finds them (``_given``), and its backward takes that of the batch norm before it along (``conv_backward_bn_act``).
+a convolution x is not kept but made again (``_made``). A convolution tells the batch norm behind it the statistics where a
+kernel is chosen that finds them (``_given``), and its backward takes that of the batch norm before it along where one is chosen
+for that (``conv_backward_bn_act``).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -99,8 +100,8 @@ def _cast(chain: Chain, tensor: Any) -> Any:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple, before_norm: bool) -> tuple:
-    """The op that did the convolution, None where PyTorch's is the faster; its arguments and outputs. ``before_norm``: statistics
-    of the output are of use."""
+    """The op that did the convolution, None where PyTorch's is the faster; its arguments and outputs. ``before_norm``: the
+    statistics of y are of use."""
     if before_norm and bias is None and may_find(x, weight, *geometry):
         args = x, weight, *geometry
         if not CONV_STATISTICS.falls_back(*args):
@@ -120,8 +121,8 @@ def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
 
 
 def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) -> tuple[Tensor, Statistics, Known]:
-    """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, as ``_record`` does. The value, the
-    statistics of the batch norms' inputs, and the value's own where they are known."""
+    """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, as ``_record`` does. Gives y, the
+    statistics of the batch norms' inputs, and y's own where they are known."""
     x, residual, *parameters = tensors
     value, known, statistics = x, chain.known, []
     for index, link in enumerate(chain.links):
@@ -216,7 +217,7 @@ def _gradients(steps: list[_Step], saved: Sequence, grad: Any) -> Iterator[tuple
     index = len(steps)
     while index and any(steps[index - 1].needs_input_grad):
         index -= 1
-        both = _with_norm(*steps[index - 1 : index + 1], saved, grad) if index else None
+        both = _with_norm(steps[index - 1], steps[index], saved, grad) if index else None
         if both is not None:
             yield index, steps[index].backward_of_parameters(saved, grad)
             index -= 1
@@ -226,8 +227,8 @@ def _gradients(steps: list[_Step], saved: Sequence, grad: Any) -> Iterator[tuple
 
 
 def _with_norm(norm: Any, step: Any, saved: Sequence, grad_y: Tensor) -> tuple | None:
-    """The gradients of a batch norm's x, weight and bias from that of the convolution behind it, by one op where a kernel of it is
-    chosen."""
+    """The gradients of a batch norm's x, weight and bias from that of the convolution behind it, by one op where a kernel of it
+    is chosen."""
     geometry = getattr(step, "geometry", None)
     if geometry is None or not step.needs_input_grad[0]:  # it is no convolution
         return None

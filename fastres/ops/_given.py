@@ -53,8 +53,8 @@ def runner(op: Op, args: tuple[Any, ...], known: Sequence[Known]) -> Callable | 
 
 class Norms:
     """Finds ``conv_statistics`` and ``conv_backward_bn_act`` in the calls of a training step in which they were not chosen:
-    convolutions whose output a batch norm takes, and whose backward's output that of a batch norm takes, where there is a kernel
-    for it."""
+    convolutions whose output a batch norm takes, and whose backward's output that of a batch norm takes, where there is a
+    kernel for it."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
@@ -81,9 +81,9 @@ class Norms:
         return [(CONV_STATISTICS, call) for call in calls if _has_kernel(CONV_STATISTICS, call)]
 
     def _joined(self, grad_z, x, weight, bias, mean, var, eps, act, training) -> list[tuple[Op, tuple[Any, ...]]]:
-        grad, grad_y, conv_weight, geometry = self._gradient or (None,) * 4
-        if grad is not grad_z or not training:
+        if self._gradient is None or self._gradient[0] is not grad_z or not training:
             return []
+        _, grad_y, conv_weight, geometry = self._gradient
         grad_y = grad_y.contiguous(memory_format=memory_format(x))
         call = grad_y, conv_weight, x, weight, bias, mean, var, eps, act, *geometry
         return [(CONV_BACKWARD_BN_ACT, call)] if _has_kernel(CONV_BACKWARD_BN_ACT, call) else []

@@ -1,14 +1,16 @@
-"""conv_backward_bn_act: the backward of a convolution by its input, and of the batch norm and ReLU that made it, in training.
+"""conv_backward_bn_act: the gradient of a convolution by its input, and through the ReLU and batch norm that made that, in training.
 
-For ``z = act(bn(x)); y = conv2d(z, weight)`` (conv1 or conv2 of He et al. 2016, section 3.4, and what stands before it): grad_y:
-(N, K, OH, OW); weight: (K, C / groups, R, S); x: (N, C, H, W), all of one dtype; mean and var, biased, are those of x. grad_x
-takes x's memory format; bn_weight's and bn_bias's gradients have their dtypes. A kernel has the gradient of z in registers where it
-reads x: it stops what the ReLU stopped, by x alone as ``bn_act_backward`` does, rounds it to x's dtype, sums it (and times x less
-the mean) for 256 values of a channel at a time, and writes it. A second pass reads it and x and writes grad_x. So a read of it
-and, beside the convolution, its own write before that are all that is left of a reduction: two reads become one.
-Bytes moved: grad_y and weight, x twice, the gradient of z twice, grad_x.
+For ``z = act(bn(x)); y = conv2d(z, weight)``, as stand inside every residual block (He et al. 2016, section 3.4): grad_y is
+(N, K, OH, OW), weight (K, C / groups, R, S), x (N, C, H, W), of one dtype; mean and var, biased, are those of x; geometry is the
+convolution's. Gives grad_x, in x's memory format, and the gradients of bn_weight and bn_bias, as ``bn_act_backward`` does.
 
-Where no kernel is chosen, callers run the two backwards one after the other. The gradient of the weight is the caller's.
+A kernel reads x where it has the gradient of z in registers. It stops what the ReLU stopped (known from x, as in
+``bn_act_backward``), rounds to x's dtype, writes, and sums what it wrote, by itself and times x - mean, 256 values of a channel
+at a time; the parts are merged in double. A second pass reads what was written, and x, and writes grad_x. By themselves the
+two backwards write the gradient of z, read it and x for the sums, read both again, and write grad_x: one read is spared.
+Bytes moved: grad_y, weight, and five times x.
+
+Where no kernel is chosen, callers run the two one after the other. The gradient of the weight is left to them.
 """
 
 from typing import Any

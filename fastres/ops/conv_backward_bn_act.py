@@ -1,8 +1,8 @@
-"""conv_backward_bn_act: the gradient of a convolution by its input, and through the ReLU and batch norm that made that, in training.
+"""conv_backward_bn_act: the gradient of a convolution by its input, on through the ReLU and the batch norm that made that.
 
-For ``z = act(bn(x)); y = conv2d(z, weight)``, as stand inside every residual block (He et al. 2016, section 3.4): grad_y is
-(N, K, OH, OW), weight (K, C / groups, R, S), x (N, C, H, W), of one dtype; mean and var, biased, are those of x; geometry is the
-convolution's. Gives grad_x, in x's memory format, and the gradients of bn_weight and bn_bias, as ``bn_act_backward`` does.
+For ``z = act(bn(x)); y = conv2d(z, weight)`` in training, as stand inside every residual block (He et al. 2016, section 3.4):
+grad_y is (N, K, OH, OW), weight (K, C / groups, R, S), x (N, C, H, W), of one dtype; mean and var, biased, are those of x. It
+gives grad_x, in x's memory format, and the gradients of bn_weight and bn_bias, as ``bn_act_backward`` does.
 
 A kernel reads x where it has the gradient of z in registers. It stops what the ReLU stopped (known from x, as in
 ``bn_act_backward``), rounds to x's dtype, writes, and sums what it wrote, by itself and times x - mean, 256 values of a channel
@@ -63,7 +63,7 @@ def samples(device, dtype):
         generator = torch.Generator().manual_seed(index)
         shape = _conv.output_shape(x, weight, stride, padding, dilation)
         grad_y, affine = torch.randn(shape, generator=generator), torch.randn(2, x.shape[1], generator=generator)
-        parameters: Any = affine.to(device, _bn.statistics_dtype(x)) if index != 2 else (None, None)
+        parameters = affine.to(device, _bn.statistics_dtype(x)) if index != 2 else (None, None)
         _, *statistics = _bn.normalize_train(x, None, None, eps)
         norm = (*parameters, *statistics, eps, act)
         args = grad_y.to(device, dtype), weight.to(dtype), x, *norm, stride, padding, dilation, groups

@@ -157,19 +157,19 @@ def test_what_is_unsafe_raises():
     device = _hopper.device("emulated")
     case = case_of("tails of channels, images that end inside a chunk")
     grad_y, weight, x, *norm = drawn(case, torch.float16, device)
-    turned = weight.permute(1, 2, 3, 0).flip((1, 2)).contiguous()
+    packed = weight.permute(1, 2, 3, 0).contiguous()
 
-    def call(grad_y=grad_y, turned=turned, x=x, mean=norm[2], act="relu", padding=ONE, dilation=ONE):
+    def call(grad_y=grad_y, packed=packed, x=x, mean=norm[2], act="relu", padding=ONE, dilation=ONE):
         bn_weight, bias, _, var = norm
         return torch.ops.fastres_C.sm90_conv_wide_gradient(
-            grad_y, turned, x, bn_weight, bias, mean, var, 1e-5, act, padding, dilation
+            grad_y, packed, x, bn_weight, bias, mean, var, 1e-5, act, padding, dilation
         )
 
     assert same(call(), joined(case, (grad_y, weight, x, *norm), "relu"))
     for wrong, text in (
         ({"grad_y": grad_y.float()}, "x must be float16 or bfloat16"),
-        ({"turned": turned.bfloat16()}, "weight must be of x's dtype"),
-        ({"turned": turned[:, :, :, :64]}, "weight must be contiguous"),
+        ({"packed": packed.bfloat16()}, "weight must be of x's dtype"),
+        ({"packed": packed[:, :, :, :64]}, "weight must be contiguous"),
         ({"x": x.contiguous()}, "x must be channels_last, of sizes"),
         ({"x": x[:4]}, "x must be channels_last, of sizes"),
         ({"x": x.float()}, "x must be of x's dtype"),

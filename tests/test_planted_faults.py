@@ -174,6 +174,8 @@ CUDA = [
     Fault("of a quad's columns all look at the first one's place", FINISH, "now.inside[pair] >> 4 * (lane % 4)",
           "now.inside[pair]", "test_gradients_are_those_of_the_two_ops", {"name": "few channels", **HALF},
           "sm90_conv_wide_kernel"),
+    Fault("the window is not turned", WIDE, "p.turned ? p.taps - 1 - tap - i", "false ? 0",
+          "test_gradients_are_those_of_the_two_ops", {"name": "few channels", **HALF}),
     Fault("the last part of the gradients is not merged", WIDE, "launch_bn_backward_merge(norm, stream)",
           "[&] { auto fewer = norm; --fewer.geometry.splits; return launch_bn_backward_merge(fewer, stream); }()",
           "test_gradients_are_those_of_the_two_ops", {"name": "one row, one column", **HALF}),

@@ -95,7 +95,8 @@ std::tuple<Tensor, Tensor, Tensor> sm90_conv_wide_statistics(const Tensor& x, co
   return {y, mean, var};
 }
 
-// The weight is turned and so is the padding: the gradient by a convolution's input is a convolution of grad_y, of stride 1.
+// The gradient by a convolution's input is one of grad_y by its weight turned, whose output channels are the input's: the weight
+// is laid out so, its taps as they were; padding is that of the turned window.
 std::tuple<Tensor, Tensor, Tensor> sm90_conv_wide_gradient(const Tensor& grad_y, const Tensor& weight, const Tensor& x,
                                                            const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
                                                            const Tensor& mean, const Tensor& var, double eps, const Text& act,

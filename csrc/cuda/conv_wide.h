@@ -19,7 +19,7 @@ int64_t sm90_conv_wide_parts(const ConvActParams& params);
 cudaError_t launch_sm90_conv_wide_statistics(const ConvStatisticsParams& params, cudaStream_t stream);
 
 struct ConvGradientParams {
-  ConvActParams conv;        // of grad_y with turned weights; residual: the batch norm's input; y: norm.grad_y
+  ConvActParams conv;        // of grad_y, its weight to be turned; residual: the batch norm's input; y: norm.grad_y
   BnActBackwardParams norm;  // in training; geometry.splits: the parts; grad_x may lie where grad_y does
 };
 cudaError_t launch_sm90_conv_wide_gradient(const ConvGradientParams& params, cudaStream_t stream);

@@ -1,6 +1,6 @@
 // Formula: y = act(conv(x, weight) + bias [+ residual]), as products of matrices: output channels by places. Or, for the batch
 // norm behind it in training, y = conv(x, weight), and of each channel the statistics of every 256 places. Or, of a gradient by
-// turned weights, the gradient of the output of the batch norm before, behind its ReLU, and of every 256 places its sums.
+// the weight turned, the gradient of the output of the batch norm before, behind its ReLU, and of every 256 places its sums.
 // A place is where a window may lie, row after row, image after image: a line. Two ways to find what lies under a tap:
 //   by tap: places are output pixels; the TMA unit reads x under one tap of them at a time;
 //   whole (stride 1, y of x's size): places are the pixels of x with the zeros before each row and above each image; what
@@ -53,6 +53,7 @@ struct Kernel : Outputs {
   TileMap x, weight;
   Window window;
   int taps, channels;
+  bool turned;             // taps of the weight: the last one is that of the first place
   int boxes, box;          // of a slice; places of each
   int cluster, clusters;   // blocks; how many
   int share;               // boxes that a block loads for its cluster
@@ -121,7 +122,8 @@ __device__ __forceinline__ void load_operands(const Kernel& p, Shared<kWhole>& s
         for (int i = 0; i < together; ++i, stage.next()) {
           s.weight_empty[stage.index].wait(stage.parity ^ 1);
           s.weight_full[stage.index].arrive_and_expect(kTapBytes);
-          load_tile(s.weight[stage.index], p.weight, s.weight_full[stage.index], channel, tap + i, tile.channel());
+          const int of = p.turned ? p.taps - 1 - tap - i : tap + i;
+          load_tile(s.weight[stage.index], p.weight, s.weight_full[stage.index], channel, of, tile.channel());
         }
       }
     }
@@ -358,6 +360,7 @@ cudaError_t launch_sm90_conv_wide_gradient(const ConvGradientParams& params, cud
   if (chosen.parts() != norm.geometry.splits) return cudaErrorInvalidValue;
   chosen.kernel.norm = {norm.weight, norm.bias, norm.mean, norm.var, norm.eps};
   chosen.kernel.sums = norm.partial;
+  chosen.kernel.turned = true;
   cudaError_t status = wide::launch_chosen<End::kGradient>(params.conv, chosen, stream);
   if (status == cudaSuccess) status = launch_bn_backward_merge(norm, stream);
   return status == cudaSuccess ? launch_bn_backward_input(norm, stream) : status;

@@ -89,9 +89,7 @@ def run_statistics(x: Tensor, weight: Tensor, stride, padding, dilation, groups:
 def run_gradient(
     grad_y, weight, x, bn_weight, bn_bias, mean, var, eps, act, stride, padding, dilation, groups
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The convolution of grad_y by the turned weight, the merge of the sums, and the pass that applies them."""
-    turned = weight.permute(1, 2, 3, 0)  # input channels first, window, output channels
-    if weight.shape[2:] != (1, 1):
-        turned = turned.flip((1, 2))
-    args = aligned(grad_y), turned.contiguous(), aligned(x), bn_weight, bn_bias, mean, var, eps, act
+    """The convolution of grad_y by the weight turned, the merge of the sums, and the pass that applies them."""
+    packed = weight.permute(1, 2, 3, 0).contiguous()  # input channels, window, output channels
+    args = aligned(grad_y), packed, aligned(x), bn_weight, bn_bias, mean, var, eps, act
     return native.op(GRADIENT)(*args, _turned(weight, padding, dilation), dilation)

@@ -334,6 +334,36 @@ def test_gradients_that_nobody_asks_for_are_left_out(ran):
     assert len(calls) == 2
 
 
+@pytest.mark.none
+@pytest.mark.parametrize("most", [0, 2**20])
+def test_a_stand_in_of_the_kernel_is_called_where_a_norm_stands_before(monkeypatch, most):
+    """With strides, biases and groups in the convolutions, without parameters in a norm; gradients are those of the two ops."""
+    calls = []
+
+    def run_reference(*args):
+        calls.append(args)
+        return OP.reference(*args)
+
+    monkeypatch.setattr(OP, "backends", (Backend("cuda_wide", lambda *args: None, lambda: run_reference), OP.backends[-1]))
+    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", most)
+    torch.manual_seed(0)
+    block = fastres.nn.Bottleneck(16, 4, groups=2, base_width=64)
+    block.conv3 = torch.nn.Conv2d(block.conv3.in_channels, 16, 1, bias=True)
+    block.bn2 = torch.nn.BatchNorm2d(block.conv2.out_channels, affine=False)
+    x, seed = torch.randn(2, 16, 5, 6), torch.randn(2, 16, 5, 6)
+    same, exact = step(block, x, seed), step(copy.deepcopy(block).double(), x.double(), seed)
+    assert not calls
+    with fastres.use(conv_backward_bn_act="cuda_wide"):
+        found = step(block, x, seed)
+        assert len(calls) == 2
+        for triple in zip(found, same, exact, strict=True):
+            assert_close_to_truth(*triple, torch.bfloat16, "stand-in")  # of autocast
+        block.conv2.stride = 2, 2
+        block.downsample = fastres.nn.shortcut("B", 16, 16, 2)
+        step(block, x, torch.ones(2, 16, 3, 3))
+        assert [args[1].shape[2] for args in calls[2:]] == [1] * (most == 0)  # conv3's, where it is not alone
+
+
 def test_wishes_that_no_kernel_can_meet_raise(ran):
     """As those of any op do; convolutions with a stride are no question of this one."""
     device, _ = ran

@@ -155,8 +155,8 @@ def test_hopper_kernels_are_made_of_hoppers_instructions() -> None:
 
 def test_the_wide_convolution_is_made_of_hoppers_widest_products() -> None:
     """Copies to all blocks of a cluster; a tap's products without a wait between them; accumulators leave through transposed
-    stores, 16 bytes at a time; beside them, in training, the statistics of a lane's two channels and a count, or the sums of its
-    two channels."""
+    stores, 16 bytes at a time; beside them, in training, the statistics of a lane's two channels and a count, or the sums of
+    its two channels."""
     rows = [row for row in report() if row["kernel"] == "sm90_conv_wide_kernel"]
     stored = []
     for row in rows:

@@ -8,6 +8,7 @@ kernel is chosen that finds them (``_given``), and its backward takes that of th
 for that (``conv_backward_bn_act``).
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -77,13 +78,9 @@ class _Step:
 
     def backward_of_parameters(self, saved: Sequence, grad_y: Tensor) -> tuple:
         """``backward`` where the gradient of x is known."""
-        needs = self.needs_input_grad
-        if not any(needs[1:]):
-            return None, *(None for _ in needs[1:])
-        self.needs_input_grad = (False, *needs[1:])
-        grads = self.backward(saved, grad_y)
-        self.needs_input_grad = needs
-        return grads
+        step = copy.copy(self)
+        step.needs_input_grad = needs = False, *self.needs_input_grad[1:]
+        return step.backward(saved, grad_y) if any(needs) else (None,) * len(needs)
 
     def part_of(self, saved: list) -> None:
         """Leave to the node what is saved: autograd sees to it that an output does not keep itself alive."""
@@ -213,21 +210,25 @@ class _Node(torch.autograd.Function):
 
 
 def _gradients(steps: list[_Step], saved: Sequence, grad: Any) -> Iterator[tuple[int, tuple]]:
-    """The gradients of each step's inputs, from the last step on, as far as any are asked for."""
+    """The gradients of each step's inputs, from the last step on, as far as any are asked for. Where those of a batch norm come
+    with the convolution's behind it, that one has None of its own x."""
     index = len(steps)
     while index and any(steps[index - 1].needs_input_grad):
         index -= 1
-        both = _with_norm(steps[index - 1], steps[index], saved, grad) if index else None
-        if both is not None:
+        joined = _joined(steps[index - 1], steps[index], saved, grad) if index else None
+        if joined is None:
+            grads = steps[index].backward(saved, grad)
+        else:
             yield index, steps[index].backward_of_parameters(saved, grad)
             index -= 1
-        grads = both or steps[index].backward(saved, grad)
+            found = zip(CONV_BACKWARD_BN_ACT(*joined), steps[index].needs_input_grad, strict=True)
+            grads = tuple(gradient if need else None for gradient, need in found)
         grad = grads[0]
         yield index, grads
 
 
-def _with_norm(norm: Any, step: Any, saved: Sequence, grad_y: Tensor) -> tuple | None:
-    """The gradients of a batch norm's x, weight and bias from that of the convolution behind it, by one op where a kernel of it
+def _joined(norm: Any, step: Any, saved: Sequence, grad_y: Tensor) -> tuple | None:
+    """The arguments of the op that does a batch norm's backward with that of the convolution behind it, where a kernel of it
     is chosen."""
     geometry = getattr(step, "geometry", None)
     if geometry is None or not step.needs_input_grad[0]:  # it is no convolution
@@ -238,10 +239,7 @@ def _with_norm(norm: Any, step: Any, saved: Sequence, grad_y: Tensor) -> tuple |
     _, *norms = norm.own(saved)
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
     args = grad_y, weight, x, *norms, norm.eps, norm.act, *geometry
-    if CONV_BACKWARD_BN_ACT.falls_back(*args):
-        return None
-    grads = CONV_BACKWARD_BN_ACT(*args)
-    return tuple(grad if need else None for grad, need in zip(grads, norm.needs_input_grad, strict=True))
+    return None if CONV_BACKWARD_BN_ACT.falls_back(*args) else args
 
 
 def _with_x(saved: Sequence, chain: Chain, steps: list[_Step]) -> list:

@@ -66,6 +66,9 @@ class Norms:
             grad_y, _, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
             geometry = tuple(stride), tuple(padding), tuple(dilation), groups
             self._gradient = None if transposed else (y[0], grad_y, weight, geometry)
+        if func is torch.ops.fastres.conv_backward_input.default:
+            grad_y, weight, _, stride, padding, dilation, groups = args
+            self._gradient = y, grad_y, weight, (tuple(stride), tuple(padding), tuple(dilation), groups)
         if func is not torch.ops.aten.convolution.default:
             return
         x, weight, bias, stride, padding, dilation, transposed, _, groups = args

@@ -123,7 +123,7 @@ class use:
 
 def is_forced() -> bool:
     """Whether a backend is forced for any op, by ``use`` or the environment."""
-    return bool(_forced or env.forced_backend())
+    return bool(_forced) or env.forces_backends()
 
 
 def wished(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:

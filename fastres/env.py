@@ -17,11 +17,6 @@ def forced_backend() -> dict[str, str]:
     return forced
 
 
-def forces_backends() -> bool:
-    """Whether ``FASTRES_BACKEND`` is set; to look what it says takes longer."""
-    return bool(os.environ.get("FASTRES_BACKEND"))
-
-
 def triton_interpret() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres import dispatch
 from fastres.kernels.layout import memory_format
 from fastres.ops._given import Known, runner
 from fastres.ops._made import Made
@@ -67,11 +68,8 @@ class _Step:
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         pass
 
-    def own(self, saved: Sequence) -> tuple:
-        return tuple(saved[self.first : self.last])
-
     def backward(self, saved: Sequence, grad_y: Tensor) -> tuple:
-        self.saved_tensors = self.own(saved)
+        self.saved_tensors = tuple(saved[self.first : self.last])
         grads = self.formula(self, grad_y, *(None,) * self.others)  # outputs that have no gradient
         self.saved_tensors = ()
         return grads
@@ -108,6 +106,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple, b
     return None, (x, weight, bias, *geometry), (torch.conv2d(x, weight, bias, *geometry),)
 
 
+def _asks(x: Tensor) -> bool:
+    """Whether kernels may be there that do more than one layer's work; asked once for all layers."""
+    return x.is_cuda or dispatch.is_forced()
+
+
 def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
     """Of PyTorch's convolution."""
     x, weight = step.saved_tensors
@@ -122,11 +125,12 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
     statistics of the batch norms' inputs, and y's own where they are known."""
     x, residual, *parameters = tensors
     value, known, statistics = x, chain.known, []
+    before_norms = len(chain.links) > 1 and _asks(x)  # of a convolution alone, none takes its statistics
     for index, link in enumerate(chain.links):
         weight, bias = parameters[TENSORS * index : TENSORS * index + TENSORS]
         if isinstance(link, Convolution):
             inputs = _cast(chain, value), _cast(chain, weight), _cast(chain, bias)
-            op, args, outputs = _convolve(*inputs, link.geometry, len(chain.links) > 1)  # alone, none takes its statistics
+            op, args, outputs = _convolve(*inputs, link.geometry, before_norms)
             if told is not None:
                 told(op, args, outputs)
             value, *found = outputs
@@ -136,7 +140,7 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
         added = (x if chain.adds_x else residual) if last else None
         op = BN_ACT_TRAIN if added is None else BN_ADD_ACT_TRAIN
         args = (value, *(() if added is None else (added,)), weight, bias, *link)
-        outputs = op.by(runner(op, args, (known,)), *args)
+        outputs = op(*args) if known is None else op.by(runner(op, args, (known,)), *args)
         if told is not None:
             told(op, args, outputs)
         statistics.append((value, *outputs[1:3]))
@@ -212,10 +216,10 @@ class _Node(torch.autograd.Function):
 def _gradients(steps: list[_Step], saved: Sequence, grad: Any) -> Iterator[tuple[int, tuple]]:
     """The gradients of each step's inputs, from the last step on, as far as any are asked for. Where those of a batch norm come
     with the convolution's behind it, that one has None of its own x."""
-    index = len(steps)
+    index, asks = len(steps), _asks(grad)
     while index and any(steps[index - 1].needs_input_grad):
         index -= 1
-        joined = _joined(steps[index - 1], steps[index], saved, grad) if index else None
+        joined = _joined(steps[index - 1], steps[index], saved, grad) if index and asks else None
         if joined is None:
             grads = steps[index].backward(saved, grad)
         else:
@@ -233,10 +237,10 @@ def _joined(norm: Any, step: Any, saved: Sequence, grad_y: Tensor) -> tuple | No
     geometry = getattr(step, "geometry", None)
     if geometry is None or not step.needs_input_grad[0]:  # it is no convolution
         return None
-    (x, *_), (_, weight) = norm.own(saved), step.own(saved)
+    x, *norms = saved[norm.first : norm.last]
+    _, weight = saved[step.first : step.last]
     if not may_run(x, geometry[0]) or {x.dtype, weight.dtype} != {grad_y.dtype}:
         return None
-    _, *norms = norm.own(saved)
     grad_y = grad_y.contiguous(memory_format=memory_format(x))
     args = grad_y, weight, x, *norms, norm.eps, norm.act, *geometry
     return None if CONV_BACKWARD_BN_ACT.falls_back(*args) else args

@@ -17,7 +17,7 @@ from fastres.ops import REGISTRY
 TRAIN = {"training": True}
 JOINED, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
 LONG_CHAIN = f"{CHAIN}_conv_bn_act"
-STEM = "conv_bn_act_maxpool"
+STEM, GRADIENT = "conv_bn_act_maxpool", "conv_backward_bn_act"
 SEVERAL = (JOINED, CHAIN, LONG_CHAIN)  # convolutions in one op
 
 
@@ -98,6 +98,8 @@ class Case:
             return (*tensors, None, (1, 1), (1, 1), (1, 1), 1)
         if self.op == "conv_statistics":
             return (*tensors[:2], (1, 1), (1, 1), (1, 1), 1)
+        if self.op == GRADIENT:
+            return _of_gradient(*tensors)
         if self.op in SEVERAL:
             return _of_several(self.op, self.convolution, tensors)
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
@@ -177,6 +179,27 @@ def _statistics() -> tuple[Callable, Callable]:
     return fused, eager
 
 
+def _of_gradient(x: Tensor, grad_y: Tensor, w: Tensor, *norm: Tensor) -> tuple[Any, ...]:
+    """The arguments of a backward; the statistics are x's."""
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    return (grad_y, w, x, *norm[2:], mean, var, 1e-5, "relu", (1, 1), (1, 1), (1, 1), 1)
+
+
+def _gradient() -> tuple[Callable, Callable]:
+    """Through a convolution in training to the input of the batch norm before it."""
+
+    def fused(*tensors: Tensor) -> Tensor:
+        return REGISTRY[GRADIENT](*_of_gradient(*tensors))[0]
+
+    def eager(x: Tensor, grad_y: Tensor, w: Tensor, *norm: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = F.conv2d(F.relu(F.batch_norm(leaf, None, None, *norm[2:], training=True)), w, padding=1)
+            return torch.autograd.grad(y, leaf, grad_y)[0]
+
+    return fused, eager
+
+
 def _joined(kernel: int) -> tuple[Callable, Callable]:
     pad = kernel // 2
 
@@ -226,6 +249,7 @@ def _all() -> list[Case]:
     conv = (lambda x, w: functional.conv2d(x, w, padding=1), lambda x, w: F.conv2d(x, w, padding=1))
     found.append(Case("conv", True, *conv, ("conv", "conv_backward_input", "conv_backward_weight"), convolution=3))
     found.append(Case("conv_statistics", False, *_statistics(), ("conv_statistics", "bn_act"), convolution=3))
+    found.append(Case(GRADIENT, False, *_gradient(), (GRADIENT,), residual=True, convolution=3))
     evaluation, training = _norm(False), _norm(True)
     for name in evaluation:
         residual = "add" in name

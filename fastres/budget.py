@@ -40,7 +40,10 @@ def spreads(op: str, args: Sequence[Any], truth: Sequence[Tensor]) -> list[float
     for index, out in enumerate(truth):
         if out.dim() != 1 or not out.is_floating_point():
             continue
-        if op.endswith("_backward"):  # args[0] is the gradient of y; what it is multiplied by is normalised
+        if op == "conv_backward_bn_act":  # of products of the gradient of y and a weight
+            grad_y, weight = args[:2]
+            found[index] = spread_of_sums(out, grad_y) * (weight.double().square().sum() / weight.shape[0]).sqrt().item()
+        elif op.endswith("_backward"):  # args[0] is the gradient of y; what it is multiplied by is normalised
             found[index] = spread_of_sums(out, args[0])
         elif op.endswith(("_train", "_statistics")) and index % 2:  # a mean, its variance behind it
             values = (truth[0] if op.startswith("conv") else args[0]).numel() / out.numel()  # a convolution's are of y

@@ -1,5 +1,6 @@
 """Which backend runs an op: forced choice > FASTRES_BACKEND > tuned entry > order on the op's page."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,6 +70,7 @@ def register(op: str, backends: Sequence[Backend], *caches: dict[Any, Any]) -> N
 def forget() -> None:
     """Empty every cache of choices; the next call of each op chooses anew, from the environment and the files."""
     tune.forget()
+    _is_forced_by_environment.cache_clear()
     for cache in _caches:
         cache.clear()
 
@@ -123,7 +125,13 @@ class use:
 
 def is_forced() -> bool:
     """Whether a backend is forced for any op, by ``use`` or the environment."""
-    return bool(_forced or env.forced_backend())
+    return bool(_forced) or _is_forced_by_environment()
+
+
+@functools.cache
+def _is_forced_by_environment() -> bool:
+    """Until ``forget``."""
+    return bool(env.forced_backend())
 
 
 def wished(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:

@@ -24,7 +24,6 @@ from fastres.ops import REGISTRY, _mask
 from fastres.ops._given import Norms
 from fastres.ops._op import Op
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends, may_join
-from fastres.ops.conv_statistics import CONV_STATISTICS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -256,8 +255,8 @@ class _Recorder(TorchDispatchMode):
             end = self.ends.joined(func._opname, args) if may_join(_device(args)) else None
             if end is not None:  # not chosen so far: tuning finds out whether it is to be
                 self.keep(CONV_BN_ADD_CONV_BN_ACT, end)
-            for call in self.norms.found(func._opname, args):  # as above
-                self.keep(CONV_STATISTICS, call)
+            for op, call in self.norms.found(func._opname, args):  # as above
+                self.keep(op, call)
         return y
 
     def keep(self, op: Op, args: tuple) -> None:

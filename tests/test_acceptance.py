@@ -141,6 +141,17 @@ def test_a_convolution_with_statistics_is_held_against_the_pass_it_spares():
     assert "0.50 times as fast as the best of cuDNN" in promise and not kept
 
 
+def test_a_gradient_that_goes_on_through_a_batch_norm_is_held_against_the_two():
+    task = {"do": "kernel", "name": tasks.GRADIENT, "batch": 2, "convolution": [8, 16, 3, 1, 7], "dtype": "fp32"}
+    worker = tasks.Worker(CPU)
+    worker.peaks["fp32"] = 1e9, 1e12
+    rows = worker.perform(task)
+    assert {row["rival"] for row in rows} == {"apart", "torch"}
+    assert {row["name"] for row in rows} == {"conv_backward_bn_act 3x3/1 8→16"}
+    op, args = REGISTRY[task["name"]], tasks.convolution(task, torch.float32, CPU)
+    assert tuner.judge(op, op.fallback, args) is None
+
+
 def test_a_validation_is_kept_with_its_source(monkeypatch):
     worker = tasks.Worker(CPU)
     (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"})

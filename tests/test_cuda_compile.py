@@ -155,7 +155,8 @@ def test_hopper_kernels_are_made_of_hoppers_instructions() -> None:
 
 def test_the_wide_convolution_is_made_of_hoppers_widest_products() -> None:
     """Copies to all blocks of a cluster; a tap's products without a wait between them; accumulators leave through transposed
-    stores, 16 bytes at a time; beside them, in training, the statistics of a lane's two channels and a count."""
+    stores, 16 bytes at a time; beside them, in training, the statistics of a lane's two channels and a count, or the sums of
+    its two channels."""
     rows = [row for row in report() if row["kernel"] == "sm90_conv_wide_kernel"]
     stored = []
     for row in rows:
@@ -169,7 +170,9 @@ def test_the_wide_convolution_is_made_of_hoppers_widest_products() -> None:
         stored.append((len(stores) - 16, any(name.startswith("LDSM.16.MT88.4") for name in names)))
         products = [name for name in names if name.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
         assert len(products) == 4 + 2
-    assert sorted(stored) == [(0, True)] * 4 + [(3, False)] * 4  # residuals are read alone where statistics are not written
+    assert len(rows) == 12 and {row["registers"] for row in rows} == {168} and not any(row["spilled"] for row in rows)
+    # What is read beside the accumulators is turned round: residuals, and inputs of batch norms, but nothing for statistics.
+    assert sorted(stored) == [(0, True)] * 4 + [(2, True)] * 4 + [(3, False)] * 4
 
 
 def test_two_convolutions_in_one_launch_keep_what_is_between_them() -> None:

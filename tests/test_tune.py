@@ -172,6 +172,22 @@ def test_a_training_step_is_tuned_for_convolutions_that_find_statistics(plant):
     assert {c.backend: c.failure for c in result.candidates if c.refusal is None} == {"mine": None, "torch": None}
 
 
+@pytest.mark.parametrize("channels", [8, 16])  # of convolutions by PyTorch, and by an op where the CPU has a kernel for them
+def test_a_training_step_is_tuned_for_gradients_that_go_on_through_a_batch_norm(plant, channels):
+    """Each of a convolution behind a batch norm; against the two backwards by themselves."""
+    torch.manual_seed(0)
+    block = fastres.nn.BasicBlock(4, channels, 2, fastres.nn.shortcut("B", 4, channels, 2))
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1, bias=False), block), torch.randn(2, 3, 32, 32)
+    model, x = (each.to(memory_format=torch.channels_last) for each in (model, x))
+    op = REGISTRY["conv_backward_bn_act"]
+    assert op.name not in {each.name for each, _ in tuner.record(model, x).values()}
+    plant(op.name, "mine", op.reference, why_not=lambda *args: None if args[9] == (1, 1) else "of stride 1")
+    ((_, args),) = [(each, args) for each, args in tuner.record(model, x).values() if each is op]
+    assert args[1].shape == (channels, channels, 3, 3) and args[2].shape == (2, channels, 16, 16)
+    result = tuner.Session(CPU, seconds=0.01).tune(op, args)
+    assert {c.backend: c.failure for c in result.candidates if c.refusal is None} == {"mine": None, "torch": None}
+
+
 def test_a_model_without_fused_ops_is_refused():
     with pytest.raises(UnsupportedError, match="optimize"):
         tuner.tune_model(torch.nn.Linear(2, 2), torch.randn(1, 2))

@@ -44,7 +44,7 @@ def kernel_promises(rows: list[Row]) -> list[Promise]:
 
 
 def _peers(name: str) -> tuple[str, ...]:
-    return (*PEERS, APART) if name.startswith("conv_statistics") else PEERS
+    return (*PEERS, APART) if name.startswith(("conv_statistics", "conv_backward_bn_act")) else PEERS
 
 
 def speed_promises(rows: list[Row], what: str) -> list[Promise]:

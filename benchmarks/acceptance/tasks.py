@@ -16,7 +16,7 @@ from torch import Tensor
 import fastres
 from benchmarks import harness, sources
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import CASES, CHAIN, JOINED, LONG_CHAIN, SEVERAL
+from benchmarks.cases import CASES, CHAIN, GRADIENT, JOINED, LONG_CHAIN, SEVERAL
 from benchmarks.cases import STEM as POOLED_STEM
 from fastres import info, tuner
 from fastres.experiments import rivals
@@ -61,10 +61,12 @@ INNER = [
 STEM = [(3, 64, 7, 2, 224)]  # the first one, with the pool behind it and in training
 # Some whose batch norm asks for statistics: bound by memory, and by products.
 MEASURED = [(64, 256, 1, 1, 56), (256, 64, 1, 1, 56), (64, 64, 3, 1, 56), (128, 128, 3, 1, 28), (256, 1024, 1, 1, 14)]
+# Those of a block's inside with stride 1, whose backward goes on through a batch norm; the same two bounds.
+BEHIND_NORMS = [(64, 64, 3, 1, 56), (64, 256, 1, 1, 56), (128, 128, 3, 1, 28), (128, 512, 1, 1, 28), (256, 1024, 1, 1, 14)]
 CONVOLUTIONS = {
     "conv_bn_add_act": BLOCK_ENDS, CHAIN: CHAINED, LONG_CHAIN: CHAINED, JOINED: PROJECTED,
     "conv_bn_act": INNER, POOLED_STEM: STEM, "conv": STEM, "conv_backward_weight": STEM,
-    STATISTICS: MEASURED,
+    STATISTICS: MEASURED, GRADIENT: BEHIND_NORMS,
 }  # fmt: skip
 SECONDS = 0.6  # of one kernel's rows together
 
@@ -297,6 +299,11 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
         x, grad_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
         own = (x, weight, None) if task["name"] == "conv" else (grad_y, x, (kernel, kernel))
         return (*own, (stride, stride), (padding, padding), (1, 1), 1)
+    if task["name"] == GRADIENT:
+        x, grad_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        parameters = torch.rand(2, channels, generator=generator, device=place) + 0.5
+        return (grad_y, weight, x, *parameters, mean, var, 1e-5, "relu", (stride, stride), (padding, padding), (1, 1), 1)
     residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
     norm = torch.rand(4, out, generator=generator, device=place) + 0.5
     geometry = (stride, stride), (padding, padding), (1, 1), 1

@@ -1,6 +1,7 @@
 // Bindings of the convolutions by Hopper's widest products: checks, outputs, launches, registration.
 #include "cuda/conv_wide.h"
 
+#include "cuda/bn_host.h"
 #include "cuda/tma_host.h"
 
 namespace fastres::cuda {
@@ -45,9 +46,12 @@ ConvActParams convolution(const char* op, const Tensor& x, const Tensor& weight,
   return params;
 }
 
+std::array<int64_t, 4> output_sizes(const ConvActParams& params) {
+  return {params.x.count, params.channels_out, params.window.h.out(params.x.height), params.window.w.out(params.x.width)};
+}
+
 Tensor empty_output(const ConvActParams& params, const Tensor& x) {
-  const std::array<int64_t, 4> sizes{params.x.count, params.channels_out, params.window.h.out(params.x.height),
-                                     params.window.w.out(params.x.width)};
+  const auto sizes = output_sizes(params);
   return empty_activation({sizes.data(), sizes.size()}, Format::channels_last, x);
 }
 
@@ -91,6 +95,37 @@ std::tuple<Tensor, Tensor, Tensor> sm90_conv_wide_statistics(const Tensor& x, co
   return {y, mean, var};
 }
 
+// The gradient by a convolution's input is one of grad_y by its weight turned, whose output channels are the input's: the weight
+// is laid out so, its taps as they were; padding is that of the turned window.
+std::tuple<Tensor, Tensor, Tensor> sm90_conv_wide_gradient(const Tensor& grad_y, const Tensor& weight, const Tensor& x,
+                                                           const OptionalTensor& bn_weight, const OptionalTensor& bn_bias,
+                                                           const Tensor& mean, const Tensor& var, double eps, const Text& act,
+                                                           IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation) {
+  const char* op = "conv_backward_bn_act";
+  const std::array<int64_t, 2> once{1, 1};
+  ConvGradientParams params{};
+  BnActBackwardParams& norm = params.norm;
+  params.conv = convolution(op, grad_y, weight, {once.data(), once.size()}, padding, dilation);
+  params.conv.relu = norm.relu = is_relu(op, act);
+  const Launch launch(op, grad_y);
+  const auto sizes = output_sizes(params.conv);
+  check_tma_tensor(op, "x", x, grad_y);
+  FASTRES_CHECK(x.dim() == 4 && std::equal(sizes.begin(), sizes.end(), x.sizes().begin()) && is_dense(x, Format::channels_last),
+                op, "x", "channels_last, of sizes " << show({sizes.data(), sizes.size()}),
+                show(x.sizes()) << ", strides " << show(x.strides()));
+  norm.geometry = divide(op, {{"x", x}});
+  norm.geometry.splits = sm90_conv_wide_parts(params.conv);
+  norm.training = true;
+  norm.eps = static_cast<float>(eps);
+  const BnArguments args(op, x, bn_weight, bn_bias, mean, var);
+  const Gradients found = prepare_gradients(norm, x, args);
+  norm.grad_y = norm.grad_x;  // each thread of the last pass reads a vector before it writes it
+  params.conv.residual = norm.x;
+  params.conv.y = norm.grad_x;
+  launch(launch_sm90_conv_wide_gradient, params);
+  return {found.x, found.weight, found.bias};
+}
+
 }  // namespace
 }  // namespace fastres::cuda
 
@@ -100,9 +135,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
       "str act) -> Tensor");
   m.def("sm90_conv_wide_statistics(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation)"
         " -> (Tensor, Tensor, Tensor)");
+  m.def("sm90_conv_wide_gradient(Tensor grad_y, Tensor weight, Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor mean,"
+        " Tensor var, float eps, str act, int[] padding, int[] dilation) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) {
   m.impl("sm90_conv_wide", TORCH_BOX(&fastres::cuda::sm90_conv_wide));
   m.impl("sm90_conv_wide_statistics", TORCH_BOX(&fastres::cuda::sm90_conv_wide_statistics));
+  m.impl("sm90_conv_wide_gradient", TORCH_BOX(&fastres::cuda::sm90_conv_wide_gradient));
 }

@@ -1,5 +1,6 @@
 // Formula: y = act(conv(x, weight) + bias [+ residual]), as products of matrices: output channels by places. Or, for the batch
-// norm behind it in training, y = conv(x, weight), and of each channel the statistics of every 256 places.
+// norm behind it in training, y = conv(x, weight), and of each channel the statistics of every 256 places. Or, of a gradient by
+// the weight turned, the gradient of the output of the batch norm before, behind its ReLU, and of every 256 places its sums.
 // A place is where a window may lie, row after row, image after image: a line. Two ways to find what lies under a tap:
 //   by tap: places are output pixels; the TMA unit reads x under one tap of them at a time;
 //   whole (stride 1, y of x's size): places are the pixels of x with the zeros before each row and above each image; what
@@ -9,38 +10,30 @@
 // of the same places, share the slices of x, 64 channels each, and walk on together. Of a block's warpgroups one moves data, a
 // slice and the weights of its taps at a time; two compute 256 places each, the second some taps behind the first, so that
 // while one finishes its tile the other's products run.
-// Bytes per output: residual and y once, x and weights once from memory. From L2, for each tap of a slice (1,024 cycles of
+// Bytes per output: residual (gradients: the batch norm's input) and y once, x and weights once from memory. From L2, for each tap of a slice (1,024 cycles of
 // products): 8 KiB of weights, and of x 64 KiB by tap, whole so much for all taps, divided by the blocks of a cluster. An H200
 // gives a multiprocessor about 24 bytes a cycle.
 // Products: whole, places of zeros are computed too and left out: with a 3x3 window, (1 + 1 / width)(1 + 1 / height).
 // Accumulate type: float, the products' own order; bias and residual are added in float; one rounding, to y's type. Statistics
-// are of the rounded values, in two passes over registers: the mean, then deviations from it.
+// are of the rounded values, in two passes over registers: the mean, then deviations from it; so are the sums of gradients.
 // Invariants: places beyond the edges are read as zeros, never written and in no statistics; a warp lays out its own 16 channels
 // by itself; no block ends while another of its cluster may write to its memory.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 
-#include "common/epilogue.h"
 #include "cuda/conv_wide.h"
 #include "cuda/device/ring.cuh"
-#include "cuda/device/sm90_wide.cuh"
-#include "cuda/device/vec.cuh"
-#include "cuda/launch.h"
+#include "cuda/device/sm90_wide_sums.cuh"
 
 namespace fastres::cuda {
-namespace {
-
-using namespace sm90;
+namespace wide {
 
 constexpr int kGroup = 128, kGroups = 2;  // threads of a warpgroup; those that compute
 constexpr int kBlockThreads = (kGroups + 1) * kGroup;
-constexpr int kGroupPlaces = 256, kPlaces = kGroups * kGroupPlaces;
+constexpr int kPlaces = kGroups * kGroupPlaces;
 constexpr int kChannelsOut = 64, kDepth = 64;    // of a tile; of a slice of x and of a tap's weight
 constexpr int kMostCluster = 4;                  // blocks
 constexpr int kMostBoxes = 4;                    // that bring a slice: a multiple of the cluster
-constexpr int kChunk = 32;                       // places that a warp lays out at a time
-constexpr int kWarpChannels = 16, kVec = 8;      // of a warp; of a 16-byte access
 constexpr int kTapBytes = kChannelsOut * kRowBytes;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 168 each at launch
 
@@ -53,23 +46,19 @@ struct Plan {
 constexpr int kLeastWholeTaps = 5;  // of a window
 static_assert(Plan<true>::kLead < kLeastWholeTaps);
 
-struct Kernel {
+// Of the accumulators: folded weights, with bias, residual and ReLU; statistics beside values as they are; gradients.
+enum class End { kFolded, kStatistics, kGradient };
+
+struct Kernel : Outputs {
   TileMap x, weight;
   Window window;
-  int taps, channels, channels_out;
-  int rows, columns;       // of places, of one image
-  Images out;
+  int taps, channels;
+  bool turned;             // taps of the weight: the last one is that of the first place
   int boxes, box;          // of a slice; places of each
   int cluster, clusters;   // blocks; how many
   int share;               // boxes that a block loads for its cluster
   int tiles, columns_of_tiles;  // of clusters
   int lead;                // see Plan; negative where tiles are too short for it
-  const float* bias;
-  const void* residual;    // or null
-  void* y;
-  bool relu;
-  float* moments;  // statistics: mean and sum of squared deviations, [parts, 2, channels_out]
-  float* counts;   // and of how many values, [parts]
 };
 
 template <bool kWhole>
@@ -97,29 +86,6 @@ struct Tile {
   __device__ void next() { index += p.clusters, ++number; }
   __device__ int place() const { return index / p.columns_of_tiles * kPlaces; }
   __device__ int channel() const { return (index % p.columns_of_tiles * p.cluster + rank) * kChannelsOut; }
-};
-
-// The output pixel at a place, or none.
-struct Walk {
-  const Kernel& p;
-  int column, line, pixel_row;  // the place's, line of the image; pixel_row: of all images, without the zeros
-
-  __device__ Walk(const Kernel& p, int place) : p(p) {
-    const int row = place / p.columns, image = row / p.rows;
-    column = place - row * p.columns;
-    line = row - image * p.rows;
-    pixel_row = image * p.out.height + line;
-  }
-  __device__ int pixel() const {
-    const bool inside = column < p.out.width && line < p.out.height && pixel_row < p.out.count * p.out.height;
-    return inside ? pixel_row * p.out.width + column : -1;
-  }
-  __device__ void advance(int places) {
-    for (column += places; column >= p.columns; column -= p.columns) {
-      ++line, ++pixel_row;
-      if (line == p.rows) line = 0, pixel_row -= p.rows - p.out.height;
-    }
-  }
 };
 
 // Of the boxes that this block loads.
@@ -156,7 +122,8 @@ __device__ __forceinline__ void load_operands(const Kernel& p, Shared<kWhole>& s
         for (int i = 0; i < together; ++i, stage.next()) {
           s.weight_empty[stage.index].wait(stage.parity ^ 1);
           s.weight_full[stage.index].arrive_and_expect(kTapBytes);
-          load_tile(s.weight[stage.index], p.weight, s.weight_full[stage.index], channel, tap + i, tile.channel());
+          const int of = p.turned ? p.taps - 1 - tap - i : tap + i;
+          load_tile(s.weight[stage.index], p.weight, s.weight_full[stage.index], channel, of, tile.channel());
         }
       }
     }
@@ -199,164 +166,12 @@ __device__ __forceinline__ void multiply(const Kernel& p, Shared<kWhole>& s, con
   held.slice = slice;
 }
 
-// Of a chunk's places this lane loads and stores 16 bytes, half the warp's channels, at every 16th, from lane / 2 on.
-struct Vectors {
-  static constexpr int kCount = kChunk / 16;
-  int pixel[kCount];  // negative for none
-  uint4 residual[kCount];
+// What a tile's end does with values.
+template <End kEnd, typename scalar_t>
+using Change = std::conditional_t<kEnd == End::kFolded, Folded<scalar_t>,
+                                  std::conditional_t<kEnd == End::kGradient, Gradient<scalar_t>, Plain<scalar_t>>>;
 
-  __device__ void next(const Kernel& p, bool adds, Walk& walk, int channel) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i, walk.advance(16)) {
-      pixel[i] = channel < p.channels_out ? walk.pixel() : -1;
-      residual[i] = uint4{0, 0, 0, 0};
-      if (adds && pixel[i] >= 0)
-        residual[i] = load_16_bytes(static_cast<const __half*>(p.residual) + offset(p, i, channel));
-    }
-  }
-  __device__ int64_t offset(const Kernel& p, int i, int channel) const {
-    return static_cast<int64_t>(pixel[i]) * p.channels_out + channel;
-  }
-};
-
-// Where 8 channels of a place lie in a warp's chunk: rows of 32 bytes, halves changed every four, so that the eight rows of a
-// matrix, and eight lanes' vectors, hit every bank once.
-__device__ __forceinline__ uint8_t* spot(uint8_t* out, int place, int half) {
-  return out + place * kWarpChannels * 2 + ((half ^ (place / 4 % 2)) * 16);
-}
-
-// Adds bias and residual and applies the ReLU, if it is not kPlain; rounds, turns channels by places round and stores them.
-template <bool kPlain, typename scalar_t>
-__device__ __forceinline__ void finish(const Kernel& p, uint8_t* out, int place, int channel, int lane, const float (&acc)[128]) {
-  float bias[2] = {};
-  if constexpr (!kPlain) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = channel + lane / 4 + 8 * i;
-      bias[i] = row < p.channels_out ? p.bias[row] : 0.0f;
-    }
-  }
-  const bool adds = !kPlain && p.residual != nullptr;
-  const int half = lane % 2;
-  Walk walk(p, place + lane / 2);
-  Vectors now, ahead;
-  ahead.next(p, adds, walk, channel + half * kVec);
-#pragma unroll
-  for (int chunk = 0; chunk < kGroupPlaces / kChunk; ++chunk) {
-    now = ahead;
-    if (adds) {
-#pragma unroll
-      for (int i = 0; i < Vectors::kCount; ++i)
-        *reinterpret_cast<uint4*>(spot(out, 16 * i + lane / 2, half)) = now.residual[i];
-      sync_warp();
-    }
-    if (chunk + 1 < kGroupPlaces / kChunk) ahead.next(p, adds, walk, channel + half * kVec);
-#pragma unroll
-    for (int pair = 0; pair < kChunk / 16; ++pair) {  // of 8 places each
-      uint8_t* row = spot(out, 16 * pair + lane / 16 * 8 + lane % 8, lane / 8 % 2);
-      uint32_t m[4] = {};
-      if (adds) load_transposed(m, row);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int j = chunk * (kChunk / 8) + 2 * pair + i / 2;
-        Vec<scalar_t, 2> value;
-        memcpy(static_cast<void*>(&value), m + i, 4);
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          float v = acc[4 * j + 2 * (i % 2) + k];
-          if constexpr (!kPlain) {
-            v += bias[i % 2];
-            if (adds) v += to_float(value.v[k]);
-            if (p.relu) v = gpu_relu(v);
-          }
-          value.v[k] = from_float<scalar_t>(v);
-        }
-        memcpy(m + i, static_cast<const void*>(&value), 4);
-      }
-      store_transposed(row, m);
-    }
-    sync_warp();
-#pragma unroll
-    for (int i = 0; i < Vectors::kCount; ++i)
-      if (now.pixel[i] >= 0)
-        *reinterpret_cast<uint4*>(static_cast<scalar_t*>(p.y) + now.offset(p, i, channel + half * kVec)) =
-            *reinterpret_cast<const uint4*>(spot(out, 16 * i + lane / 2, half));
-    sync_warp();
-  }
-}
-
-// To y's type and back. Two at a time: one at a time the compiler, for float16, no longer keeps products under way.
-template <typename scalar_t>
-__device__ __forceinline__ void round_all(float (&acc)[128]) {
-#pragma unroll
-  for (int i = 0; i < 128; i += 2) {
-    const float two[2] = {acc[i], acc[i + 1]};
-    const Vec<scalar_t, 2> pair = rounded<scalar_t>(two);
-    acc[i] = to_float(pair.v[0]), acc[i + 1] = to_float(pair.v[1]);
-  }
-}
-
-// Which of the warp's places are pixels: those of the lane's columns at the bits 8 (j % 4) + k, and how many all are.
-struct Inside {
-  static constexpr int kWords = kGroupPlaces / 32;
-  uint32_t own[kWords];
-  int count = 0;
-
-  __device__ Inside(const Kernel& p, int place, int lane) {
-    Walk walk(p, place + lane);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i, walk.advance(32)) {
-      const uint32_t all = vote(walk.pixel() >= 0);
-      count += count_bits(all);
-      own[i] = all >> 2 * (lane % 4);
-    }
-  }
-  __device__ bool has(int j, int k) const { return own[j / 4] >> (8 * (j % 4) + k) & 1; }
-};
-
-// Writes mean and squared deviations of the two channels that the lane holds, of the pixels among the warp's places. Sums are
-// in a fixed order, and of so small a part of each value that they cannot overflow; of equal values the mean is that value.
-__device__ __forceinline__ void write_statistics(const Kernel& p, int place, int channel, int lane, const float (&acc)[128]) {
-  constexpr float kPart = 1.0f / kGroupPlaces;
-  const Inside inside(p, place, lane);
-  float mean[2], squares[2], sums[2][2] = {};  // [channel][k]
-#pragma unroll
-  for (int j = 0; j < 32; ++j)
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-      if (inside.has(j, k)) {
-        sums[0][k] = fmaf(acc[4 * j + k], kPart, sums[0][k]);
-        sums[1][k] = fmaf(acc[4 * j + 2 + k], kPart, sums[1][k]);
-      }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    mean[i] = sum_of_quad(sums[i][0] + sums[i][1]) / (inside.count * kPart);
-    if (inside.count == 0) mean[i] = 0.0f;
-    sums[i][0] = sums[i][1] = 0.0f;
-  }
-#pragma unroll
-  for (int j = 0; j < 32; ++j)
-#pragma unroll
-    for (int k = 0; k < 2; ++k)
-      if (inside.has(j, k)) {
-        const float first = acc[4 * j + k] - mean[0], second = acc[4 * j + 2 + k] - mean[1];
-        sums[0][k] = fmaf(first, first, sums[0][k]);
-        sums[1][k] = fmaf(second, second, sums[1][k]);
-      }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) squares[i] = sum_of_quad(sums[i][0] + sums[i][1]);
-  const int part = place / kGroupPlaces;
-  if (channel == 0 && lane == 0) p.counts[part] = static_cast<float>(inside.count);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int row = channel + lane / 4 + 8 * i, which = lane % 4;  // of a quad's lanes one writes the mean, one the squares
-    if (which < 2 && row < p.channels_out)
-      p.moments[(int64_t{2} * part + which) * p.channels_out + row] = which == 0 ? mean[i] : squares[i];
-  }
-  sync_warp();  // products want their lanes together
-}
-
-template <bool kWhole, bool kStatistics, typename scalar_t>
+template <bool kWhole, End kEnd, typename scalar_t>
 __device__ __forceinline__ void compute(const Kernel& p, Shared<kWhole>& s, int group) {
   using P = Plan<kWhole>;
   const int warp = threadIdx.x % kGroup / 32, lane = threadIdx.x % 32;
@@ -367,6 +182,8 @@ __device__ __forceinline__ void compute(const Kernel& p, Shared<kWhole>& s, int 
     float acc[128];
     int step = 0;
     Held held;
+    const int place = tile.place() + group * kGroupPlaces, channel = tile.channel() + warp * kWarpChannels;
+    Change<kEnd, scalar_t> change(p, channel, lane);  // its parameters are read before the products
     if (group == 1 && p.lead >= 0) s.lead.wait(tile.number % 2);
     for (int i = 0; i < slices; ++i, slice.next()) {
       s.x_full[slice.index].wait(slice.parity);
@@ -376,16 +193,16 @@ __device__ __forceinline__ void compute(const Kernel& p, Shared<kWhole>& s, int 
     wait_for_products<0>();
     pin(acc);
     give_back(p, s, held, lane);
-    const int place = tile.place() + group * kGroupPlaces, channel = tile.channel() + warp * kWarpChannels;
-    if constexpr (kStatistics) round_all<scalar_t>(acc);
-    finish<kStatistics, scalar_t>(p, s.out[4 * group + warp], place, channel, lane, acc);
-    if constexpr (kStatistics) write_statistics(p, place, channel, lane, acc);
+    if constexpr (kEnd == End::kStatistics) round_all<scalar_t>(acc);
+    finish<scalar_t>(p, s.out[4 * group + warp], place, channel, lane, acc, change);
+    if constexpr (kEnd == End::kStatistics) write_statistics(p, place, channel, lane, acc);
+    if constexpr (kEnd == End::kGradient) change.write(p, place, channel, lane);
   }
 }
 
 #endif
 
-template <bool kWhole, bool kStatistics, typename scalar_t>
+template <bool kWhole, End kEnd, typename scalar_t>
 __global__ void __launch_bounds__(kBlockThreads, 1) sm90_conv_wide_kernel(const __grid_constant__ Kernel p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
   using P = Plan<kWhole>;
@@ -405,7 +222,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sm90_conv_wide_kernel(const 
 
   if (group < kGroups) {
     take_registers<kConsumerRegisters>();
-    compute<kWhole, kStatistics, scalar_t>(p, s, group);
+    compute<kWhole, kEnd, scalar_t>(p, s, group);
   } else {
     give_up_registers<kProducerRegisters>();
     if (threadIdx.x % kGroup == 0) load_operands<kWhole>(p, s);
@@ -473,10 +290,10 @@ struct Chosen {
   int64_t parts() const { return kernel.tiles == 0 ? 0 : int64_t{kGroups} * kernel.tiles / kernel.columns_of_tiles; }
 };
 
-template <bool kWhole, bool kStatistics, typename scalar_t>
+template <bool kWhole, End kEnd, typename scalar_t>
 cudaError_t launch_typed(Kernel& kernel, cudaStream_t stream) {
   constexpr int kBytes = sizeof(Shared<kWhole>);
-  const auto entry = sm90_conv_wide_kernel<kWhole, kStatistics, scalar_t>;
+  const auto entry = sm90_conv_wide_kernel<kWhole, kEnd, scalar_t>;
   const void* function = reinterpret_cast<const void*>(entry);
   cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   static std::atomic<int> known[kMostCluster + 1];  // by cluster; a device that runs fewer lets some wait
@@ -492,7 +309,7 @@ cudaError_t launch_typed(Kernel& kernel, cudaStream_t stream) {
   return launch_clusters_behind(entry, blocks, kBlockThreads, kernel.cluster, kernel, kBytes, stream);
 }
 
-template <bool kWhole, bool kStatistics>
+template <bool kWhole, End kEnd>
 cudaError_t launch_planned(const ConvActParams& c, Kernel& kernel, cudaStream_t stream) {
   // Whole, the TMA unit walks the line of places: all windows of as many pixels as there are zeros on a side, and one more.
   const auto line = [](const Span& s) { return kWhole ? Span{s.padding + 1, 1, s.padding, 1} : s; };
@@ -502,25 +319,28 @@ cudaError_t launch_planned(const ConvActParams& c, Kernel& kernel, cudaStream_t 
     status = make_tile_map(&kernel.weight, c.dtype, c.weight, c.channels_out, kernel.taps, c.x.channels, kChannelsOut);
   if (status != cudaSuccess) return status;
   kernel.bias = c.bias;
-  kernel.residual = c.residual;
+  kernel.read = c.residual;
   kernel.y = c.y;
   kernel.relu = c.relu;
-  return c.dtype == DType::kFloat16 ? launch_typed<kWhole, kStatistics, __half>(kernel, stream)
-                                    : launch_typed<kWhole, kStatistics, __nv_bfloat16>(kernel, stream);
+  return c.dtype == DType::kFloat16 ? launch_typed<kWhole, kEnd, __half>(kernel, stream)
+                                    : launch_typed<kWhole, kEnd, __nv_bfloat16>(kernel, stream);
 }
 
-template <bool kStatistics>
+template <End kEnd>
 cudaError_t launch_chosen(const ConvActParams& params, Chosen& chosen, cudaStream_t stream) {
   if (chosen.kernel.tiles == 0) return cudaErrorInvalidValue;
-  return chosen.is_whole ? launch_planned<true, kStatistics>(params, chosen.kernel, stream)
-                         : launch_planned<false, kStatistics>(params, chosen.kernel, stream);
+  return chosen.is_whole ? launch_planned<true, kEnd>(params, chosen.kernel, stream)
+                         : launch_planned<false, kEnd>(params, chosen.kernel, stream);
 }
 
-}  // namespace
+}  // namespace wide
+
+using wide::Chosen;
+using wide::End;
 
 cudaError_t launch_sm90_conv_wide(const ConvActParams& params, cudaStream_t stream) {
   Chosen chosen(params);
-  return launch_chosen<false>(params, chosen, stream);
+  return wide::launch_chosen<End::kFolded>(params, chosen, stream);
 }
 
 int64_t sm90_conv_wide_parts(const ConvActParams& params) { return Chosen(params).parts(); }
@@ -528,10 +348,22 @@ int64_t sm90_conv_wide_parts(const ConvActParams& params) { return Chosen(params
 cudaError_t launch_sm90_conv_wide_statistics(const ConvStatisticsParams& params, cudaStream_t stream) {
   Chosen chosen(params.conv);
   if (chosen.parts() != params.parts) return cudaErrorInvalidValue;
-  chosen.kernel.moments = params.moments;
+  chosen.kernel.sums = params.moments;
   chosen.kernel.counts = params.counts;
-  const cudaError_t status = launch_chosen<true>(params.conv, chosen, stream);
+  const cudaError_t status = wide::launch_chosen<End::kStatistics>(params.conv, chosen, stream);
   return status == cudaSuccess ? launch_conv_statistics_merge(params, stream) : status;
+}
+
+cudaError_t launch_sm90_conv_wide_gradient(const ConvGradientParams& params, cudaStream_t stream) {
+  const BnActBackwardParams& norm = params.norm;
+  Chosen chosen(params.conv);
+  if (chosen.parts() != norm.geometry.splits) return cudaErrorInvalidValue;
+  chosen.kernel.norm = {norm.weight, norm.bias, norm.mean, norm.var, norm.eps};
+  chosen.kernel.sums = norm.partial;
+  chosen.kernel.turned = true;
+  cudaError_t status = wide::launch_chosen<End::kGradient>(params.conv, chosen, stream);
+  if (status == cudaSuccess) status = launch_bn_backward_merge(norm, stream);
+  return status == cudaSuccess ? launch_bn_backward_input(norm, stream) : status;
 }
 
 }  // namespace fastres::cuda

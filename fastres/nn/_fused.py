@@ -19,6 +19,7 @@ from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
 from fastres.ops import _chain
+from fastres.ops._given import Known
 from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
 
@@ -195,6 +196,23 @@ def _linked(chain: Sequence[Link], x: Tensor, residual: Tensor | None, made: Mad
     and must be kept."""
     if not joins(chain, x) or (made is None and x.numel() > MOST_IN_ONE_NODE):
         return None
+    norms = [module for module, _ in chain if type(module) is nn.BatchNorm2d]
+    try:
+        node = as_node(chain, x, residual, made)
+        if node is None:
+            return None
+        y, found, _ = node
+        if norms:
+            _norm.update([(bn, *statistics) for bn, statistics in zip(norms, found, strict=True)])
+    except WRONG:
+        return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
+    return y
+
+
+def as_node(
+    chain: Sequence[Link], x: Tensor, residual: Tensor | None = None, made: Made | None = None, known: Known = None
+) -> tuple[Tensor, _chain.Statistics, Known] | None:
+    """Plain links as one node, see ``_chain.compose``; None where their tensors forbid it. No statistics are updated."""
     own = [module._parameters[name] for module, _ in chain for name in ("weight", "bias")]
     tensors: list[Any] = [x, None if residual is x else residual, *own]
     kind = x.device.type
@@ -203,18 +221,11 @@ def _linked(chain: Sequence[Link], x: Tensor, residual: Tensor | None, made: Mad
         return None
     if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
         return None
-    norms = [module for module, _ in chain if type(module) is nn.BatchNorm2d]
     steps: Any = [
         _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
         else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in chain
     ]  # fmt: skip
-    try:
-        y, found = _chain.run(_chain.Chain(steps, residual is x, dtype, made), tensors)
-        if norms:
-            _norm.update([(bn, *statistics) for bn, statistics in zip(norms, found, strict=True)])
-    except WRONG:
-        return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
-    return y
+    return _chain.run(_chain.Chain(steps, residual is x, dtype, made, known), tensors)
 
 
 def joins(chain: Sequence[Link], x: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Residual blocks in training, op by op: modules looked at once, statistics updated together, the output in two."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastres.ops._made import Made
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
+from fastres.ops.conv_backward_bn_act import is_chosen, may_run
 from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
 
@@ -70,15 +72,13 @@ def block(
         return None
     if not _fused.joins(_fused.links(every), x) or x.numel() <= _fused.MOST_IN_ONE_NODE:
         return None
-    *first, (conv, bn, act) = layers
+    _, bn, act = layers[-1]
     found: Batches = []
     try:
-        for each, norm, between in first:
-            z, statistics = _convolve(each, x)
-            arguments = z, *affine(norm), _fused.name(between)
-            x, mean, var = BN_ACT_TRAIN.by(runner(BN_ACT_TRAIN, arguments, (statistics,)), *arguments)
-            found.append((norm, z, mean, var))
-        z, statistics = _convolve(conv, x)
+        z, statistics = _convolve(layers[0][0], x)
+        for (_, norm, between), (conv, _, _) in itertools.pairwise(layers):
+            batch, z, statistics = _norm_and_convolution(norm, between, conv, z, statistics)
+            found.append(batch)
         norms, known = [(bn, z)], [statistics]
         if projection:
             shortcut, statistics = _convolve(projection[0], shortcut)
@@ -89,6 +89,25 @@ def block(
         return _end(norms, act, shortcut, apart, found, known)[:2]
     except _fused.WRONG:
         return None  # as above; nothing has been updated yet
+
+
+def _norm_and_convolution(
+    norm: nn.BatchNorm2d, act: _fused.Act, conv: nn.Conv2d, x: Tensor, known: Known
+) -> tuple[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor], Tensor, Known]:
+    """What is to be updated of the norm, the convolution of ``act(norm(x))``, and the statistics of that where they are known.
+    One node of autograd where a kernel is chosen that does the backward of both by their inputs."""
+    if may_run(x, conv.stride):
+        weight: Any = conv._parameters["weight"]
+        parameters, bias, eps = affine(norm)
+        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        if is_chosen(x, weight, (parameters, bias, eps, _fused.name(act)), geometry):
+            node = _fused.as_node([(norm, act), (conv, None)], x, known=known)
+            if node is not None:
+                y, ((_, mean, var),), known = node
+                return (norm, x, mean, var), y, known
+    arguments = x, *affine(norm), _fused.name(act)
+    z, mean, var = BN_ACT_TRAIN.by(runner(BN_ACT_TRAIN, arguments, (known,)), *arguments)
+    return (norm, x, mean, var), *_convolve(conv, z)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Known]:

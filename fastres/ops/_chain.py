@@ -3,19 +3,27 @@
 The ops and their gradients are those of the pages; what is saved is what they save. One node instead of two a layer spares
 the host about a third of its time, which decides where layers are small. The gradient of a residual that is x itself is
 added in place. With create_graph the chain is run again, op by op, and differentiated. Where it is known how x was made, for
-a convolution x is not kept but made again (``_made``).
+a convolution x is not kept but made again (``_made``). A convolution tells the batch norm behind it the statistics where a
+kernel is chosen that finds them (``_given``), and its backward takes that of the batch norm before it along where one is chosen
+for that (``conv_backward_bn_act``).
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastres import dispatch
+from fastres.kernels.layout import memory_format
+from fastres.ops._given import Known, runner
 from fastres.ops._made import Made
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.conv import CONV, why_not_fast
+from fastres.ops.conv_backward_bn_act import CONV_BACKWARD_BN_ACT, may_run
+from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
 
 class Convolution(NamedTuple):
@@ -33,12 +41,13 @@ class Norm(NamedTuple):
 
 class Chain(NamedTuple):
     """The links, the last of which adds the residual; whether that is x; the dtype that autocast asks of convolutions, None
-    where it is off; how x was made, None where it is kept."""
+    where it is off; how x was made, None where it is kept; x's statistics, None where they are not known."""
 
     links: Sequence[Convolution | Norm]
     adds_x: bool
     dtype: torch.dtype | None
     made: Made | None = None
+    known: Known = None
 
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var
@@ -65,6 +74,12 @@ class _Step:
         self.saved_tensors = ()
         return grads
 
+    def backward_of_parameters(self, saved: Sequence, grad_y: Tensor) -> tuple:
+        """``backward`` where the gradient of x is known."""
+        step = copy.copy(self)
+        step.needs_input_grad = needs = False, *self.needs_input_grad[1:]
+        return step.backward(saved, grad_y) if any(needs) else (None,) * len(needs)
+
     def part_of(self, saved: list) -> None:
         """Leave to the node what is saved: autograd sees to it that an output does not keep itself alive."""
         self.first, self.last = len(saved), len(saved) + len(self.saved_tensors)
@@ -79,11 +94,21 @@ def _cast(chain: Chain, tensor: Any) -> Any:
     return tensor.to(chain.dtype)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> tuple[Tensor, bool]:
-    """The convolution, and whether it was the op: PyTorch's where that is the faster."""
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple, before_norm: bool) -> tuple:
+    """The op that did the convolution, None where PyTorch's is the faster; its arguments and outputs. ``before_norm``: the
+    statistics of y are of use."""
+    if before_norm and bias is None and may_find(x, weight, *geometry):
+        args = x, weight, *geometry
+        if not CONV_STATISTICS.falls_back(*args):
+            return CONV_STATISTICS, args, CONV_STATISTICS(*args)
     if why_not_fast(x, weight.shape, *geometry) is None:
-        return CONV(x, weight, bias, *geometry), True
-    return torch.conv2d(x, weight, bias, *geometry), False
+        return CONV, (x, weight, bias, *geometry), (CONV(x, weight, bias, *geometry),)
+    return None, (x, weight, bias, *geometry), (torch.conv2d(x, weight, bias, *geometry),)
+
+
+def _asks(x: Tensor) -> bool:
+    """Whether kernels may be there that do more than one layer's work; asked once for all layers."""
+    return x.is_cuda or dispatch.is_forced()
 
 
 def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
@@ -95,28 +120,32 @@ def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
     )
 
 
-def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) -> tuple[Tensor, Statistics]:
-    """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, as ``_record`` does."""
+def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) -> tuple[Tensor, Statistics, Known]:
+    """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, as ``_record`` does. Gives y, the
+    statistics of the batch norms' inputs, and y's own where they are known."""
     x, residual, *parameters = tensors
-    value, statistics = x, []
+    value, known, statistics = x, chain.known, []
+    before_norms = len(chain.links) > 1 and _asks(x)  # of a convolution alone, none takes its statistics
     for index, link in enumerate(chain.links):
         weight, bias = parameters[TENSORS * index : TENSORS * index + TENSORS]
         if isinstance(link, Convolution):
             inputs = _cast(chain, value), _cast(chain, weight), _cast(chain, bias)
-            value, by_op = _convolve(*inputs, link.geometry)
+            op, args, outputs = _convolve(*inputs, link.geometry, before_norms)
             if told is not None:
-                told(CONV if by_op else None, (*inputs, *link.geometry), (value,))
+                told(op, args, outputs)
+            value, *found = outputs
+            known = (found[0], found[1]) if found else None
             continue
         last = index == len(chain.links) - 1
         added = (x if chain.adds_x else residual) if last else None
         op = BN_ACT_TRAIN if added is None else BN_ADD_ACT_TRAIN
         args = (value, *(() if added is None else (added,)), weight, bias, *link)
-        outputs = op(*args)
+        outputs = op(*args) if known is None else op.by(runner(op, args, (known,)), *args)
         if told is not None:
             told(op, args, outputs)
         statistics.append((value, *outputs[1:3]))
-        value = outputs[0]
-    return value, statistics
+        value, known = outputs[0], None
+    return value, statistics, known
 
 
 class _Recorder:
@@ -142,12 +171,12 @@ class _Recorder:
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chain: Chain, statistics: Statistics, *tensors: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, chain: Chain, found: list, *tensors: Any) -> Any:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         x, residual, *parameters = ctx.needs_input_grad[2:]
         recorder = _Recorder((x, x if chain.adds_x else residual, *parameters))
-        y, found = compose(chain, tensors, recorder)
-        statistics += found
+        y, *others = compose(chain, tensors, recorder)
+        found += others
         saved = [*tensors]
         for step in recorder.steps:
             step.part_of(saved)
@@ -171,21 +200,50 @@ class _Node(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, *_differentiate_twice(chain, tensors, ctx.needs_input_grad[2:], grad)
         found: list[Any] = [None] * len(tensors)
-        for index in reversed(range(len(ctx.steps))):
-            step = ctx.steps[index]
-            if not any(step.needs_input_grad):
-                break
-            grad, *others = step.backward(saved, grad)
-            if len(step.needs_input_grad) == 2 + TENSORS:  # x, the residual and its own
+        for index, grads in _gradients(ctx.steps, saved, grad):
+            grad, *others = grads
+            if len(ctx.steps[index].needs_input_grad) == 2 + TENSORS:  # x, the residual and its own
                 found[1], *others = others
             at = 2 + TENSORS * index
             found[at : at + 2] = (_of_dtype(tensors[at], others[0]), _of_dtype(tensors[at + 1], others[1]))
-        else:
-            found[0] = _of_dtype(tensors[0], grad)
-            if chain.adds_x and found[0] is not None:
-                found[0] = found[0].add_(found[1])
-                found[1] = None
+        found[0] = _of_dtype(tensors[0], grad)  # None where the steps ended before x
+        if chain.adds_x and found[0] is not None:
+            found[0] = found[0].add_(found[1])
+            found[1] = None
         return None, None, *found
+
+
+def _gradients(steps: list[_Step], saved: Sequence, grad: Any) -> Iterator[tuple[int, tuple]]:
+    """The gradients of each step's inputs, from the last step on, as far as any are asked for. Where those of a batch norm come
+    with the convolution's behind it, that one has None of its own x."""
+    index, asks = len(steps), _asks(grad)
+    while index and any(steps[index - 1].needs_input_grad):
+        index -= 1
+        joined = _joined(steps[index - 1], steps[index], saved, grad) if index and asks else None
+        if joined is None:
+            grads = steps[index].backward(saved, grad)
+        else:
+            yield index, steps[index].backward_of_parameters(saved, grad)
+            index -= 1
+            found = zip(CONV_BACKWARD_BN_ACT(*joined), steps[index].needs_input_grad, strict=True)
+            grads = tuple(gradient if need else None for gradient, need in found)
+        grad = grads[0]
+        yield index, grads
+
+
+def _joined(norm: Any, step: Any, saved: Sequence, grad_y: Tensor) -> tuple | None:
+    """The arguments of the op that does a batch norm's backward with that of the convolution behind it, where a kernel of it
+    is chosen."""
+    geometry = getattr(step, "geometry", None)
+    if geometry is None or not step.needs_input_grad[0]:  # it is no convolution
+        return None
+    x, *norms = saved[norm.first : norm.last]
+    _, weight = saved[step.first : step.last]
+    if not may_run(x, geometry[0]) or {x.dtype, weight.dtype} != {grad_y.dtype}:
+        return None
+    grad_y = grad_y.contiguous(memory_format=memory_format(x))
+    args = grad_y, weight, x, *norms, norm.eps, norm.act, *geometry
+    return None if CONV_BACKWARD_BN_ACT.falls_back(*args) else args
 
 
 def _with_x(saved: Sequence, chain: Chain, steps: list[_Step]) -> list:
@@ -209,12 +267,13 @@ def _differentiate_twice(chain: Chain, tensors: Sequence, needs: tuple, grad_y: 
     tensors = tuple(t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True))
     inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     with torch.enable_grad():
-        y, _ = compose(chain, tensors)
+        y, *_ = compose(chain, tensors)
         found = iter(torch.autograd.grad(y, inputs, grad_y, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 
-def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Tensor, Statistics]:
-    """``compose`` as one node: y, and each batch norm's input, mean and var."""
-    statistics: Statistics = []
-    return _Node.apply(chain, statistics, *tensors), statistics
+def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Tensor, Statistics, Known]:
+    """``compose`` as one node."""
+    found: list[Any] = []
+    y = _Node.apply(chain, found, *tensors)
+    return y, *found

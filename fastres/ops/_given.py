@@ -1,7 +1,8 @@
 """Batch norms in training whose batch's statistics are known beforehand: the convolution before them found them, see
 ``conv_statistics``.
 
-Only the pass that would find them is left out. Outputs, what is saved and the backward are the op's own.
+Only the pass that would find them is left out. Outputs, what is saved and the backward are the op's own. And what tuning looks
+for: where kernels for a convolution and a batch norm together could run.
 """
 
 import functools
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import native
+from fastres.kernels.layout import memory_format
 from fastres.ops._op import REGISTRY, Op
-from fastres.ops.bn_act import BN_ACT_TRAIN
+from fastres.ops.bn_act import BN_ACT_BACKWARD, BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
+from fastres.ops.conv_backward_bn_act import CONV_BACKWARD_BN_ACT
 from fastres.ops.conv_statistics import CONV_STATISTICS
 
 Known = tuple[Tensor, Tensor] | None  # mean and var, biased
@@ -49,23 +52,46 @@ def runner(op: Op, args: tuple[Any, ...], known: Sequence[Known]) -> Callable | 
 
 
 class Norms:
-    """Finds ``conv_statistics`` in the calls of a training step in which it was not chosen: convolutions whose output a batch
-    norm takes, where there is a kernel for it."""
+    """Finds ``conv_statistics`` and ``conv_backward_bn_act`` in the calls of a training step in which they were not chosen:
+    convolutions whose output a batch norm takes, and whose backward's output that of a batch norm takes, where there is a
+    kernel for it."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
+        self._gradient: Any = None  # the last one of a convolution's input, and what of
 
     def made(self, func: Any, args: tuple[Any, ...], y: Any) -> None:
         """Tell of a call that ran."""
+        if func is torch.ops.aten.convolution_backward.default:
+            grad_y, _, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
+            geometry = tuple(stride), tuple(padding), tuple(dilation), groups
+            self._gradient = None if transposed else (y[0], grad_y, weight, geometry)
+        if func is torch.ops.fastres.conv_backward_input.default:
+            grad_y, weight, _, stride, padding, dilation, groups = args
+            self._gradient = y, grad_y, weight, (tuple(stride), tuple(padding), tuple(dilation), groups)
         if func is not torch.ops.aten.convolution.default:
             return
         x, weight, bias, stride, padding, dilation, transposed, _, groups = args
         if bias is None and not transposed:
             self._made[id(y)] = y, (x, weight, tuple(stride), tuple(padding), tuple(dilation), groups)
 
-    def found(self, op: str, args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """This op's arguments for each input that a call normalises."""
+    def found(self, op: str, args: tuple[Any, ...]) -> list[tuple[Op, tuple[Any, ...]]]:
+        """These ops and their arguments: for each input that a call normalises, or for the gradient that it gets."""
+        if REGISTRY[op] is BN_ACT_BACKWARD:
+            return self._joined(*args)
         norms = 2 if REGISTRY[op] is BN_ADD_BN_ACT_TRAIN else 1 if REGISTRY[op] in _RUNS else 0
         calls = [self._made[id(x)][1] for x in args[:norms] if id(x) in self._made]
-        *kernels, _ = CONV_STATISTICS.backends
-        return [call for call in calls if any(kernel.why_not(*call) is None for kernel in kernels)]
+        return [(CONV_STATISTICS, call) for call in calls if _has_kernel(CONV_STATISTICS, call)]
+
+    def _joined(self, grad_z, x, weight, bias, mean, var, eps, act, training) -> list[tuple[Op, tuple[Any, ...]]]:
+        if self._gradient is None or self._gradient[0] is not grad_z or not training:
+            return []
+        _, grad_y, conv_weight, geometry = self._gradient
+        grad_y = grad_y.contiguous(memory_format=memory_format(x))
+        call = grad_y, conv_weight, x, weight, bias, mean, var, eps, act, *geometry
+        return [(CONV_BACKWARD_BN_ACT, call)] if _has_kernel(CONV_BACKWARD_BN_ACT, call) else []
+
+
+def _has_kernel(op: Op, call: tuple[Any, ...]) -> bool:
+    *kernels, _ = op.backends
+    return any(kernel.why_not(*call) is None for kernel in kernels)

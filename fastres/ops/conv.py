@@ -67,7 +67,7 @@ def check(x, weight, bias, stride, padding, dilation, groups):
             raise must("conv", name, f"of x's dtype {x.dtype}", tensor.dtype, "cast one of them")
 
 
-def _check_backward(op, grad_y, x_shape, weight_shape, like, stride, padding, dilation, groups):
+def check_backward(op, grad_y, x_shape, weight_shape, like, stride, padding, dilation, groups):
     """What both gradients ask: a convolution of these shapes, whose output grad_y could belong to."""
     _check.images(op, grad_y=grad_y, **like)
     x, weight = (grad_y.new_empty(1).expand(shape) for shape in (x_shape, weight_shape))
@@ -84,14 +84,14 @@ def check_input(grad_y, weight, size, stride, padding, dilation, groups):
     op = "conv_backward_input"
     _check.images(op, grad_y=grad_y, weight=weight)
     x_shape = (grad_y.shape[0], weight.shape[1] * groups, *size)
-    _check_backward(op, grad_y, x_shape, weight.shape, {"weight": weight}, stride, padding, dilation, groups)
+    check_backward(op, grad_y, x_shape, weight.shape, {"weight": weight}, stride, padding, dilation, groups)
 
 
 def check_weight(grad_y, x, kernel, stride, padding, dilation, groups):
     op = "conv_backward_weight"
     _check.images(op, grad_y=grad_y, x=x)
     weight_shape = (grad_y.shape[1], x.shape[1] // max(groups, 1), *kernel)
-    _check_backward(op, grad_y, x.shape, weight_shape, {"x": x}, stride, padding, dilation, groups)
+    check_backward(op, grad_y, x.shape, weight_shape, {"x": x}, stride, padding, dilation, groups)
 
 
 def fake(x, weight, bias, stride, padding, dilation, groups):

@@ -258,7 +258,7 @@ def _module_report(site: Site, seen: _Seen) -> ModuleReport:
 def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
-        notes.append("in training convolutions are PyTorch's but where a step shows conv or conv_statistics; the rest is fused")
+        notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda, or conv_statistics")
         notes.append(f"inputs of up to {_fused.MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
         remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
         if remaking:

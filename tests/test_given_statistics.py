@@ -169,6 +169,22 @@ def layer(device, **options):
     return fnn.ConvBNAct2d(16, 24, **options).to(device, torch.bfloat16, memory_format=CL)
 
 
+def test_nothing_is_asked_where_no_kernel_may_be_chosen(monkeypatch):
+    """On a CPU, with nothing forced: the convolution and the op behind it run as they would."""
+    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
+    cpu = torch.device("cpu")
+    for name in ("layer", "plain", "pre-activation", "stem", "stage"):
+        torch.manual_seed(0)
+        model = BLOCKS[name]()
+        y = model(images(cpu, torch.float32))
+        with monkeypatch.context() as patch:
+            patch.setattr(_fused, "CONV_STATISTICS", None)  # which would be asked
+            assert torch.equal(copy.deepcopy(model)(images(cpu, torch.float32)), y), name
+    with fastres.use(bn_act="torch"), monkeypatch.context() as patch, pytest.raises(AttributeError):
+        patch.setattr(_fused, "CONV_STATISTICS", None)
+        BLOCKS["layer"]()(images(cpu, torch.float32))
+
+
 HEARD = {
     "convolution": lambda module, hook: module.conv.register_forward_hook(hook),
     "before the convolution": lambda module, hook: module.conv.register_forward_pre_hook(hook),

@@ -261,8 +261,8 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
 def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | None = None) -> tuple[Tensor, Known]:
     """``convolve`` where ``act(bn(...))`` or ``pool(act(bn(...)))`` follows: in training also what the batch norm asks of the
     output, where a kernel finds it beside the convolution. Small inputs do not ask: their layers are one node of autograd."""
-    large = type(x) is Tensor and x.layout is torch.strided and not x.is_nested and x.numel() > MOST_IN_ONE_NODE
-    if large and bn.training and not torch.compiler.is_compiling() and fuses(x, conv, bn, act, pool):
+    plain = not torch.compiler.is_compiling() and type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+    if plain and x.numel() > MOST_IN_ONE_NODE and bn.training and fuses(x, conv, bn, act, pool):
         try:
             return find_statistics(conv, x)
         except WRONG:

@@ -255,7 +255,7 @@ class _Recorder(TorchDispatchMode):
             end = self.ends.joined(func._opname, args) if may_join(_device(args)) else None
             if end is not None:  # not chosen so far: tuning finds out whether it is to be
                 self.keep(CONV_BN_ADD_CONV_BN_ACT, end)
-            for op, call in self.norms.found(func._opname, args):  # as above
+            for op, call in self.norms.missed(func._opname, args):  # as above
                 self.keep(op, call)
         return y
 

@@ -1,29 +1,22 @@
-"""Convolutions that find the statistics of their output, and the batch norms that take them: the kernels on a GPU as built,
-else executed on the CPU (see _cuda_on_cpu.py)."""
+"""Convolutions that find the statistics of their output: the kernel on a GPU as built, else executed on the CPU (see
+_cuda_on_cpu.py)."""
 
-import copy
 import itertools
 
 import _hopper
 import pytest
 import torch
 import torch.nn.functional as F
-from _cuda_calls import laid_out, run
+from _cuda_calls import laid_out
 from _hopper import CL, DTYPES, integers
 from test_sm90_wide import CASES, ONE
 from tolerances import assert_close_to_truth
 
-import fastres
-import fastres.nn as fnn
 from fastres import budget
-from fastres.dispatch import Backend
-from fastres.nn import _fused, _stage, _training
-from fastres.ops import REGISTRY, _bn, _conv_wide, _given, conv_statistics
+from fastres.ops import REGISTRY, _conv_wide, conv_statistics
 
 OP = REGISTRY["conv_statistics"]
 ODD = "tails of channels, images that end inside a chunk"
-NORMS = ("bn_act_train", "bn_add_act_train", "bn_add_bn_act_train")
-ALL = (*NORMS, *(name.replace("train", "backward") for name in NORMS))
 FEW = (
     "few channels", ODD, "one row, one column", "1x1 of one step, many tiles, two blocks share x",
     "3x3 stride 2, by tap, partial depth",
@@ -167,113 +160,3 @@ def test_what_is_unsafe_raises():
     ):
         with pytest.raises(RuntimeError, match=rf"fastres\.conv_statistics: .*{text}.*, got "):
             find(*args)
-
-
-# ---- the batch norms that take what is known ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def on_device(monkeypatch, device):
-    """The native kernels as backends of the ops in training on the device, emulated too, where they are forced."""
-    for name in ALL:
-        run_native = getattr(torch.ops.fastres_C, f"cuda_{name}").default
-        kernel = Backend("cuda", _bn.why_not, lambda run_native=run_native: run_native)
-        others = tuple(b for b in REGISTRY[name].backends if b.name != "cuda")
-        monkeypatch.setattr(REGISTRY[name], "backends", (kernel, *others))
-    wide = Backend("cuda_wide", _conv_wide.why_not_arguments, lambda: _conv_wide.run_statistics)
-    monkeypatch.setattr(OP, "backends", (wide, OP.backends[-1]))
-    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
-    monkeypatch.setattr(_stage, "DEVICES", {"cuda", "cpu"})
-    return device
-
-
-def kernels(backend="cuda_wide"):
-    return fastres.use(conv_statistics=backend, **dict.fromkeys(ALL, "cuda"))
-
-
-@pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous_format"])
-def test_given_statistics_make_the_bits_of_training(on_device, name, layout):
-    """Outputs and masks: of vectors, of channels that forbid them, of float32, with ReLU and without."""
-    for dtype, sample in itertools.product((torch.float32, torch.bfloat16), REGISTRY[name].samples(on_device, torch.float32)):
-        args = [a.to(dtype) if isinstance(a, torch.Tensor) and a.dim() == 4 else a for a in laid_out(sample.args, layout)]
-        expected = run(name, *args)
-        known = [tuple(expected[1:3]), tuple(expected[3:5])][: 1 + (name == NORMS[2])]
-        with kernels():
-            found = _given.runner(REGISTRY[name], args, known)(*args)
-        assert len(found) == len(expected) and all(map(torch.equal, found, expected)), sample.label
-
-
-BLOCKS = {
-    "basic": lambda: fnn.BasicBlock(16, 16),
-    "bottlenecks": lambda: _stage.Stage(
-        fnn.Bottleneck(16, 8, 2, fnn.shortcut("B", 16, 32, 2)), fnn.Bottleneck(32, 8)
-    ),
-}
-
-
-def step(model, x, seed):
-    """A training step: output, gradients, then what the batch norms keep."""
-    model, x = copy.deepcopy(model), x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype != torch.float64):
-        y = model(x)
-    y.backward(seed.to(y.dtype))
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
-
-
-@pytest.fixture
-def spared(monkeypatch):
-    """The statistics that batch norms took."""
-    found, original = [], _given.runner
-
-    def runner(op, args, known):
-        run_given = original(op, args, known)
-        found.extend([] if run_given is None else known)
-        return run_given
-
-    monkeypatch.setattr(_training, "runner", runner)
-    return found
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_a_training_step_keeps_the_budget(on_device, name, spared):
-    """Values, gradients and running statistics, with autocast's weights; the pass over y is spared for every batch norm."""
-    torch.manual_seed(0)
-    model = BLOCKS[name]().to(on_device, memory_format=CL)
-    for module in model.modules():  # no value so near to 0 that rounding decides what a ReLU does
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.constant_(module.bias, 6.0)
-            module.bias.data[::3] = -6.0
-    x = torch.randn(3, 16, 11, 13, device=on_device).bfloat16().contiguous(memory_format=CL)
-    convolutions = sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
-    with fastres.use("torch"):
-        seed = torch.randn(model(x.float()).shape, device=on_device)
-        same, exact = step(model, x, seed), step(copy.deepcopy(model).double(), x.double(), seed)
-    ways = []
-    for backend in ("torch", "cuda_wide"):
-        with kernels(backend):
-            ways.append(step(model, x, seed))
-        assert len(spared) == (0 if backend == "torch" else convolutions)
-    for found in ways:
-        for index, (actual, torch_same, truth) in enumerate(zip(found, same, exact, strict=True)):
-            assert_close_to_truth(actual, torch_same, truth, torch.bfloat16, f"{name} {index}")
-
-
-def test_what_follows_the_call_is_not_passed_by(on_device, spared):
-    """A checkpointed block gives the same; one with a hook, or that makes values again in backward, runs without."""
-    torch.manual_seed(0)
-    block = fnn.BasicBlock(16, 16).to(on_device, torch.bfloat16, memory_format=CL)
-    x = torch.randn(3, 16, 7, 9, device=on_device).bfloat16().contiguous(memory_format=CL)
-    seed, heard = torch.ones(3, 16, 7, 9, device=on_device), []
-    with kernels():
-        plain = step(block, x, seed)
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        again = torch.utils.checkpoint.checkpoint(copy.deepcopy(block), leaf, use_reentrant=False)
-        again.backward(torch.ones_like(again))
-        assert torch.equal(again, plain[0]) and torch.equal(leaf.grad, plain[1]) and len(spared) == 6
-        block.bn1.register_forward_hook(lambda *args: heard.append(args))
-        step(block, x, seed)
-        block.bn1._forward_hooks.clear()
-        setattr(block, _fused.REMAKES, True)
-        step(block, x, seed)
-    assert len(heard) == 1 and len(spared) == 6

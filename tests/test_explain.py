@@ -80,6 +80,21 @@ def test_two_convolutions_say_why_they_are_not_one():
     assert "apart" not in found["layer1.0.conv2"].to_dict()
 
 
+def test_layers_in_training_say_why_the_convolution_does_not_find_the_statistics():
+    """Of every convolution before a batch norm, and of no other; not in evaluation."""
+    model = fastres.optimize(small()).train()
+    model.layer1[0].conv1.bias = nn.Parameter(torch.zeros(64))
+    found = steps(fastres.explain(model, X))
+    texts = [text for step in found.values() for text in step.statistics]
+    assert len(texts) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert found["layer1.0.conv1"].statistics == ["not conv_statistics: the convolution has a bias"]
+    reason = "not conv_statistics: cuda_wide: it runs on cuda, the tensors are on cpu"
+    assert texts.count(reason) == len(texts) - 1
+    assert len(found["layer2.0.conv2"].statistics) == 2 and str(found["layer2.0.conv2"]).endswith(f" ({reason})")
+    assert found["layer1.0.conv2"].to_dict()["statistics"] == [reason]
+    assert not any(step.statistics for step in steps(fastres.explain(model.eval(), X)).values())
+
+
 def test_notes_on_autograd_and_layout():
     model = fastres.optimize(small(), channels_last=True)
     assert any("autograd is on" in note for note in fastres.explain(model).notes)

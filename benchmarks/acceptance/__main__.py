@@ -1,7 +1,8 @@
 """``python -m benchmarks.acceptance``: what this release promises, checked on this machine and recorded.
 
 On a GPU, in the minutes given: the build, parity of every kernel (op by op, the tests that need a GPU, compute-sanitizer),
-kernels against the measured copy and matmul peaks and against PyTorch, whole networks against eager and compiled PyTorch.
+kernels against the measured copy and matmul peaks and against PyTorch, whole networks against eager and compiled PyTorch; last,
+what cuDNN does in one graph.
 Without one: parity of the CPU kernels, ResNet-50 at batch 1 and 8, the overhead of a call. Everything goes to one JSON and
 one PNG below benchmarks/results/. Exit code 1 where a promise is not kept.
 """
@@ -25,9 +26,13 @@ from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare
 from fastres.experiments.subject import load
 
-PARTS = {"parity": 0.35, "kernels": 0.3, "models": 0.7}  # of the time that is left then; the tests of the lane come last
-PART_OF = {"validate": "parity", "lane": "parity", "kernel": "kernels", "peaks": "kernels", "network": "models"}  # of rows
+# Of the time that is left then; the tests of the lane come last but for cuDNN's graphs, which take what is left.
+PARTS = {"parity": 0.35, "kernels": 0.3, "models": 0.7, "cudnn": 1.0}
+PART_OF = {  # of rows
+    "validate": "parity", "lane": "parity", "kernel": "kernels", "peaks": "kernels", "network": "models", "cudnn": "cudnn",
+}  # fmt: skip
 LANE_S = 90.0  # that the tests of the lane take at least
+CUDNN_S = 120.0  # that cuDNN's graphs take at most, all of them
 CPU_WAYS = (rivals.OPTIMIZED, rivals.EAGER, rivals.CHANNELS_LAST, rivals.FREEZING)
 
 
@@ -103,6 +108,9 @@ def gpu_parts(
         rows += tested
         promises += parity_promises(tested)
         keep(rows)
+    if "cudnn" in parts:
+        rows += perform_all(tasks.graphs_of_cudnn(), Budget(min(budget.left(), CUDNN_S)), place)
+        keep(rows)
     return rows, promises
 
 
@@ -159,6 +167,8 @@ def show(rows: list[Row], promises: list[Promise]) -> None:
         if row["do"] == "kernel" and "of_roof" in row:
             where = f"{row['name']} {'x'.join(map(str, row['shape']))} {row['dtype']} on {row['rival']}"
             print(f"{where}: {row['median_s'] * 1e6:.0f} µs, {row['of_roof']:.0%} of the {row['bound']} peak")
+        elif row["do"] == "cudnn" and "median_s" in row:
+            print(f"{row['name']} {row['dtype']} {row['rival']}: {row['median_s'] * 1e6:.0f} µs, {row['ratio']:.2f} of fastres")
         elif row["do"] != "network" and ("missing" in row or "failure" in row):
             print(f"{row['name']} {row.get('rival', '')}: {row.get('missing') or row.get('failure')}")
     for text, kept in promises:

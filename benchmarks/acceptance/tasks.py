@@ -5,6 +5,8 @@ Nothing here knows a GPU but the lists of tasks: on the CPU the same code runs t
 
 import copy
 import functools
+import importlib
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import fastres
 from benchmarks import harness, sources
+from benchmarks.acceptance import cudnn_graphs
 from benchmarks.bench_ops import CASE_IDS, call, wanting
 from benchmarks.cases import CASES, CHAIN, GRADIENT, JOINED, LONG_CHAIN, SEVERAL
 from benchmarks.cases import STEM as POOLED_STEM
@@ -120,6 +123,15 @@ def compilations() -> Iterator[Task]:
     yield from ({**task, "do": "compile"} for task in kernels() if task["do"] == "kernel" and task["dtype"] == "bf16")
 
 
+def graphs_of_cudnn() -> Iterator[Task]:
+    """What cuDNN may do in one graph, the largest layer first; one task, which says so, where its frontend is not installed."""
+    installed = importlib.util.find_spec("cudnn") is not None
+    cells = itertools.product(cudnn_graphs.SIZES, ("fp16", "bf16"), cudnn_graphs.PATTERNS)
+    for size, dtype, name in itertools.islice(cells, None if installed else 1):
+        shape = [BATCH, size[0], size[4], size[4]]
+        yield {"do": "cudnn", "name": name, "rival": cudnn_graphs.GRAPH, "dtype": dtype, "shape": shape, "convolution": size}
+
+
 def label(task: Task) -> str:
     return " ".join(str(value) for key, value in task.items() if key not in ("ways", "warm"))
 
@@ -142,7 +154,7 @@ class Worker:
     def perform(self, task: Task, seconds_left: Callable[[], float] = lambda: math.inf) -> list[Row]:
         run: dict[str, Callable] = {
             "validate": self.validate, "peaks": self.measure_peaks, "kernel": self.kernel, "network": self.network,
-            "compile": self.compile,
+            "compile": self.compile, "cudnn": self.graph_of_cudnn,
         }  # fmt: skip
         found = run[task["do"]](task, seconds_left)
         return [{"do": task["do"], **row} for row in found]
@@ -224,6 +236,10 @@ class Worker:
         lower = DTYPES[task["dtype"]] if task["training"] and task["dtype"] != "fp32" else None
         options = {"size": task.get("size"), "device": self.place.type}
         return load(task["name"], batch=task["batch"], dtype="fp32" if lower else task["dtype"], **options), lower
+
+    def graph_of_cudnn(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """One graph of one layer; raises where the frontend is not installed."""
+        return cudnn_graphs.rows(importlib.import_module("cudnn"), task, self.place)
 
     def network(self, task: Task, seconds_left: Callable) -> list[Row]:
         """A whole network, the ways to run it in turns; in training all of them under autocast."""

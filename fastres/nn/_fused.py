@@ -22,6 +22,7 @@ from fastres.ops import _chain
 from fastres.ops._given import Known
 from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
+from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
 Act = nn.Module | str | None
 Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
@@ -132,7 +133,8 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
             )  # fmt: skip
         except WRONG:
             pass  # the modules below raise PyTorch's own error, or accept what the op does not
-    return bn_act(bn, act, convolve(conv, x), residual)
+    z, known = convolve_before(bn, act, conv, x)
+    return bn_act(bn, act, z, residual, known)
 
 
 def may_join(x: Tensor) -> bool:
@@ -266,6 +268,30 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return torch.conv2d(*operands, *geometry)
 
 
+def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | None = None) -> tuple[Tensor, Known]:
+    """``convolve`` where ``act(bn(...))`` or ``pool(act(bn(...)))`` follows: in training also what the batch norm asks of the
+    output, where a kernel finds it beside the convolution. Small inputs do not ask: their layers are one node of autograd."""
+    plain = not torch.compiler.is_compiling() and type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+    if plain and x.numel() > MOST_IN_ONE_NODE and bn.training and fuses(x, conv, bn, act, pool):
+        try:
+            return find_statistics(conv, x)
+        except WRONG:
+            pass  # as above
+    return convolve(conv, x), None
+
+
+def find_statistics(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Known]:
+    """``convolve_plain``, and the statistics of its output where a kernel is chosen that finds them beside it."""
+    weight: Any = conv._parameters["weight"]
+    geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
+    if conv._parameters["bias"] is None and may_find(x, weight, *geometry):
+        arguments: Any = *cast(x, weight), *geometry
+        if not CONV_STATISTICS.falls_back(*arguments):
+            y, mean, var = CONV_STATISTICS(*arguments)
+            return y, (mean, var)
+    return convolve_plain(conv, x), None
+
+
 def cast(*operands: Any) -> Sequence[Any]:
     """What goes into a convolution, as autocast casts it."""
     kind = operands[0].device.type
@@ -275,11 +301,14 @@ def cast(*operands: Any) -> Sequence[Any]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]
 
 
-def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them."""
+def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None, known: Known = None) -> Tensor:
+    """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them; ``known``: what the
+    convolution before found."""
     if fuses(x, None, bn, act, None):
-        statistics, momentum = _norm.statistics(bn), _norm.momentum(bn)
         try:
+            if known is not None:
+                return _norm.train([(bn, x)], name(act), residual, [known])[0]
+            statistics, momentum = _norm.statistics(bn), _norm.momentum(bn)
             if residual is None:
                 y = functional.bn_act(x, *statistics, momentum, bn.eps, name(act))
             else:
@@ -292,8 +321,12 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
     return add_act(act, bn(x), residual)
 
 
-def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor) -> Tensor:
-    """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics."""
+def bn_add_bn_act(
+    bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor,
+    known: tuple[Known, Known] = (None, None),
+) -> Tensor:  # fmt: skip
+    """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics, of which some may be
+    ``known``."""
     if bn is residual_bn:  # its buffers take both batches in PyTorch's order
         return add_act(act, bn(x), bn(residual))
     if fuses(x, None, bn, act, None) and fuses(residual, None, residual_bn, None, None):
@@ -303,6 +336,8 @@ def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: 
             updates = _norm.momentum(bn), bn.eps, _norm.momentum(residual_bn), residual_bn.eps
             arguments: tuple[Any, ...] = (*own, *others, training, *updates, name(act))
             try:
+                if known != (None, None):
+                    return _norm.train([(bn, x), (residual_bn, residual)], name(act), residual, known)[0]
                 y = functional.bn_add_bn_act(x, residual, *arguments)
             except ArgumentError:
                 pass  # as above
@@ -310,21 +345,24 @@ def bn_add_bn_act(bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: 
                 _norm.count(bn)
                 _norm.count(residual_bn)
                 return y
-    return bn_act(bn, act, x, bn_act(residual_bn, None, residual))
+    return bn_act(bn, act, x, bn_act(residual_bn, None, residual, None, known[1]), known[0])
 
 
-def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
-    """``pool(act(bn(x)))``."""
+def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor, known: Known = None) -> Tensor:
+    """``pool(act(bn(x)))``; ``known`` as in ``bn_act``."""
     if fuses(x, None, bn, act, pool):
-        window = pool.kernel_size, pool.stride, pool.padding
+        window: Any = pool.kernel_size, pool.stride, pool.padding
         try:
+            if known is not None:
+                pairs = tuple((size, size) if type(size) is int else tuple(size) for size in window)
+                return _norm.train([(bn, x)], name(act), None, [known], pairs)[0]
             y = functional.bn_act_maxpool(x, *_norm.statistics(bn), _norm.momentum(bn), bn.eps, name(act), *window)
         except WRONG:
             pass  # as above
         else:
             _norm.count(bn)
             return y
-    return pool(bn_act(bn, act, x))
+    return pool(bn_act(bn, act, x, None, known))
 
 
 def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:

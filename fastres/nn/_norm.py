@@ -1,12 +1,19 @@
 """What an ``nn.BatchNorm2d`` gives to an op and gets back from it: its parameters, its running buffers, its counter."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastres.ops import _running
+from fastres.ops._given import Known, runner
+from fastres.ops._made import Made
+from fastres.ops.bn_act import BN_ACT_TRAIN
+from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN
+from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
+from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 
-Batches = list[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor]]  # of batch norms in training: input, the batch's mean and var
+Batches = Sequence[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor]]  # of batch norms in training: input, the batch's mean and var
 # Where the updates of several batch norms are few launches: each takes the host longer than its kernel a GPU. A CPU has a call
 # of its own for each.
 TOGETHER = {"cuda"}
@@ -33,6 +40,32 @@ def momentum(bn: nn.BatchNorm2d) -> float | Tensor:
 def affine(bn: nn.BatchNorm2d) -> tuple[Any, Any, float]:
     """weight, bias and eps."""
     return bn._parameters["weight"], bn._parameters["bias"], bn.eps
+
+
+def train(
+    norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: str, residual: Tensor | None, known: Sequence[Known],
+    window: tuple[Any, ...] = (), apart: bool = False, before: Batches = (),
+) -> tuple[Tensor, Tensor, Made]:  # fmt: skip
+    """One op on one or two batch norms in training, whose statistics may be ``known``: its output twice, and how it was made.
+    The running statistics of the norms, and of those that ran ``before``, are updated.
+
+    ``window``: of the pool behind; none where there is none. ``apart``: the output is two tensors of one memory where there is
+    a gradient, see ``Op.in_two``.
+    """
+    plain = BN_ACT_MAXPOOL_TRAIN if window else BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN
+    op = plain if len(norms) == 1 else BN_ADD_BN_ACT_TRAIN
+    inputs = (norms[0][1],) if residual is None else (norms[0][1], residual)
+    arguments = *inputs, *(value for norm, _ in norms for value in affine(norm)), act, *window
+    run = runner(op, arguments, known)
+    found = op.in_two(*arguments, run=run) if apart else None
+    if found is None:
+        y, *statistics = op.by(run, *arguments)
+        again = y
+    else:
+        y, again, *statistics = found
+    statistics = statistics[: 2 * len(norms)]
+    update([*before, *((*norm, *statistics[2 * index : 2 * index + 2]) for index, norm in enumerate(norms))])
+    return y, again, Made(op, arguments, tuple(statistics), y._version)
 
 
 def update(batches: Batches) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastres.nn import _fused, _training
 from fastres.nn.shortcut import ZeroPadShortcut
+from fastres.ops._given import Known
 from fastres.ops._made import Made
 
 
@@ -16,7 +17,7 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
     (837 µs for 256x64x112x112 in bfloat16 on an H200, 2026-11-27); else the convolution.
     """
     if bn.training or torch.is_grad_enabled() or x.is_cuda:
-        return _fused.bn_act_maxpool(bn, act, pool, _fused.convolve(conv, x))
+        return _fused.bn_act_maxpool(bn, act, pool, *_fused.convolve_before(bn, act, conv, x, pool))
     return pool(_fused.conv_bn_act(conv, bn, act, x))
 
 
@@ -54,7 +55,7 @@ def plain_block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor) -> 
     """The layers of a block without shortcut."""
     if remakes(owner, layers):
         _, bn, act = layers[-1]
-        return _fused.bn_act(bn, act, _up_to_norm(layers, Value(x, x), True))
+        return _fused.bn_act(bn, act, _up_to_norm(layers, Value(x, x), True)[0])
     return _fused.layers(layers, x)
 
 
@@ -80,7 +81,8 @@ def block_in_two(
         y = None if again else _fused.in_one_node(layers, value.x, shortcut)
         if y is not None:
             return _twice(y)
-    z = _up_to_norm(layers, value, again)
+    z, known = _up_to_norm(layers, value, again)
+    own: Known = None
     if not added_as_it_is:
         if steps is None or must_be_called(downsample):
             shortcut = run(downsample, shortcut)
@@ -88,15 +90,19 @@ def block_in_two(
             *before, shortcut_conv, shortcut_bn = steps
             for step in before:
                 shortcut = step(shortcut)
-            shortcut = _fused.convolve(shortcut_conv, shortcut, None if before else made)
-    found = _training.in_training(bn, act, z, shortcut, shortcut_bn, apart) if apart or again else None
+            if again:
+                shortcut = _fused.convolve(shortcut_conv, shortcut, None if before else made)
+            else:
+                shortcut, own = _fused.convolve_before(shortcut_bn, None, shortcut_conv, shortcut)
+    both_known = (known,) if shortcut_bn is None else (known, own)
+    found = _training.in_training(bn, act, z, shortcut, shortcut_bn, apart, both_known) if apart or again else None
     if found is not None:
         is_kept = made is None and downsample is None and shortcut.dtype == z.dtype  # by the first convolution
         of_what_is_kept = shortcut_bn is not None or is_kept
         return Value(*found) if again and of_what_is_kept else Value(*found[:2])
     if shortcut_bn is None:
-        return _twice(_fused.bn_act(bn, act, z, shortcut))
-    return _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut))
+        return _twice(_fused.bn_act(bn, act, z, shortcut, known))
+    return _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut, (known, own)))
 
 
 def at_once(layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart: bool) -> Value | None:
@@ -114,15 +120,16 @@ def _twice(y: Tensor) -> Value:
     return Value(y, y)
 
 
-def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> Tensor:
-    """The layers but for the last batch norm and what follows it; ``again``: what they hand on is not kept."""
-    *first, (conv, _, _) = layers
+def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> tuple[Tensor, Known]:
+    """The layers but for the last batch norm and what follows it, and what this asks of its input. ``again``: what they hand on
+    is not kept, and nothing is asked, since a batch norm is then made again by its own statistics."""
+    *first, (conv, bn, act) = layers
     x, _, made = value
     if not again:
-        return _fused.convolve(conv, _fused.layers(first, x) if first else x)
+        return _fused.convolve_before(bn, act, conv, _fused.layers(first, x) if first else x)
     for layer in first:
         x, made = bn_act_made(*layer[1:], _fused.convolve(layer[0], x, made))
-    return _fused.convolve(conv, x, made)
+    return _fused.convolve(conv, x, made), None
 
 
 def bn_act_made(bn: Any, act: Any, x: Tensor) -> tuple[Tensor, Made | None]:
@@ -145,8 +152,9 @@ def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, sh
     if with_gradients:
         for step in first:
             shortcut = step(shortcut)
-        x, shortcut = _fused.convolve(conv, x), _fused.convolve(shortcut_conv, shortcut)
-        return _fused.bn_add_bn_act(bn, shortcut_bn, act, x, shortcut)
+        x, known = _fused.convolve_before(bn, act, conv, x)
+        shortcut, own = _fused.convolve_before(shortcut_bn, None, shortcut_conv, shortcut)
+        return _fused.bn_add_bn_act(bn, shortcut_bn, act, x, shortcut, (known, own))
     if not first:
         y = _fused.conv_bn_add_conv_bn_act(conv, bn, act, x, shortcut_conv, shortcut_bn, shortcut)
         if y is not None:

@@ -7,7 +7,7 @@ for: where kernels for a convolution and a batch norm together could run.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fastres.kernels import native
 from fastres.kernels.layout import memory_format
 from fastres.ops._op import REGISTRY, Op
 from fastres.ops.bn_act import BN_ACT_BACKWARD, BN_ACT_TRAIN
+from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv_backward_bn_act import CONV_BACKWARD_BN_ACT
@@ -26,6 +27,10 @@ Known = tuple[Tensor, Tensor] | None  # mean and var, biased
 
 def _bn_act(known, x, weight, bias, *flags):
     return native.op("cuda_bn_act")(x, weight, bias, *known[0], *flags), *known[0]
+
+
+def _bn_act_maxpool(known, x, weight, bias, *flags):
+    return native.op("cuda_bn_act_maxpool")(x, weight, bias, *known[0], *flags), *known[0]
 
 
 def _bn_add_act(known, x, residual, weight, bias, *flags):
@@ -40,7 +45,12 @@ def _bn_add_bn_act(known, x, residual, weight, bias, eps, residual_weight, resid
     return y, *own, *others, mask
 
 
-_RUNS: dict[Op, Callable] = {BN_ACT_TRAIN: _bn_act, BN_ADD_ACT_TRAIN: _bn_add_act, BN_ADD_BN_ACT_TRAIN: _bn_add_bn_act}
+_RUNS: dict[Op, Callable] = {
+    BN_ACT_TRAIN: _bn_act,
+    BN_ACT_MAXPOOL_TRAIN: _bn_act_maxpool,
+    BN_ADD_ACT_TRAIN: _bn_add_act,
+    BN_ADD_BN_ACT_TRAIN: _bn_add_bn_act,
+}
 
 
 def runner(op: Op, args: tuple[Any, ...], known: Sequence[Known]) -> Callable | None:
@@ -51,13 +61,23 @@ def runner(op: Op, args: tuple[Any, ...], known: Sequence[Known]) -> Callable | 
     return functools.partial(_RUNS[op], known)
 
 
+class Before(NamedTuple):
+    """The convolution whose output a batch norm takes: what it made and at which version, the arguments of ``conv_statistics``,
+    its bias, and whether it was that op."""
+
+    y: Tensor  # kept, so that no id is used twice
+    version: int
+    args: tuple[Any, ...]
+    bias: Tensor | None
+    found: bool
+
+
 class Norms:
-    """Finds ``conv_statistics`` and ``conv_backward_bn_act`` in the calls of a training step in which they were not chosen:
-    convolutions whose output a batch norm takes, and whose backward's output that of a batch norm takes, where there is a
-    kernel for it."""
+    """Finds in the calls of a training step the convolutions whose output a batch norm takes, and those whose gradient that of a
+    batch norm takes."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
+        self._made: dict[int, Before] = {}
         self._gradient: Any = None  # the last one of a convolution's input, and what of
 
     def made(self, func: Any, args: tuple[Any, ...], y: Any) -> None:
@@ -69,18 +89,30 @@ class Norms:
         if func is torch.ops.fastres.conv_backward_input.default:
             grad_y, weight, _, stride, padding, dilation, groups = args
             self._gradient = y, grad_y, weight, (tuple(stride), tuple(padding), tuple(dilation), groups)
-        if func is not torch.ops.aten.convolution.default:
+        bias, found = None, func is torch.ops.fastres.conv_statistics.default
+        if found:
+            x, weight, *geometry, groups = args
+            y = y[0]
+        elif func is torch.ops.fastres.conv.default:
+            x, weight, bias, *geometry, groups = args
+        elif func is torch.ops.aten.convolution.default and not args[6]:  # transposed
+            x, weight, bias, *geometry, _, _, groups = args
+        else:
             return
-        x, weight, bias, stride, padding, dilation, transposed, _, groups = args
-        if bias is None and not transposed:
-            self._made[id(y)] = y, (x, weight, tuple(stride), tuple(padding), tuple(dilation), groups)
+        whole = x, weight, *map(tuple, geometry), groups
+        self._made[id(y)] = Before(y, y._version, whole, bias, found)
 
-    def found(self, op: str, args: tuple[Any, ...]) -> list[tuple[Op, tuple[Any, ...]]]:
-        """These ops and their arguments: for each input that a call normalises, or for the gradient that it gets."""
+    def before(self, op: str, args: tuple[Any, ...]) -> list[Before]:
+        """The convolution before each input that a call normalises."""
+        norms = 2 if REGISTRY[op] is BN_ADD_BN_ACT_TRAIN else 1 if REGISTRY[op] in _RUNS else 0
+        made = [self._made[id(x)] for x in args[:norms] if id(x) in self._made]
+        return [each for each in made if each.version == each.y._version]
+
+    def missed(self, op: str, args: tuple[Any, ...]) -> list[tuple[Op, tuple[Any, ...]]]:
+        """``conv_statistics`` and ``conv_backward_bn_act`` with their arguments, where there is a kernel, but it was not chosen."""
         if REGISTRY[op] is BN_ACT_BACKWARD:
             return self._joined(*args)
-        norms = 2 if REGISTRY[op] is BN_ADD_BN_ACT_TRAIN else 1 if REGISTRY[op] in _RUNS else 0
-        calls = [self._made[id(x)][1] for x in args[:norms] if id(x) in self._made]
+        calls = [each.args for each in self.before(op, args) if each.bias is None and not each.found]
         return [(CONV_STATISTICS, call) for call in calls if _has_kernel(CONV_STATISTICS, call)]
 
     def _joined(self, grad_z, x, weight, bias, mean, var, eps, act, training) -> list[tuple[Op, tuple[Any, ...]]]:

@@ -101,8 +101,8 @@ class Op:
 
     def by(self, run: Callable | None, *args: Any) -> Any:
         """The call by ``run``, which computes what a backend does, in place of the chosen one: for callers who know part of the
-        outputs, where nothing but autograd follows the call. None for the chosen one."""
-        if run is None:
+        outputs. The chosen one for None, and where something but autograd must see the op."""
+        if run is None or is_interposed():
             return self(*args)
         if self._function is not None and torch.is_grad_enabled() and _signature(args)[2]:
             return self._function.apply(*args, run)

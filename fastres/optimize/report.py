@@ -16,9 +16,10 @@ from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
 from fastres.nn import _fused
-from fastres.nn._fused import MOST_IN_ONE_NODE
 from fastres.ops import REGISTRY
+from fastres.ops._given import Before, Norms
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends
+from fastres.ops.conv_statistics import CONV_STATISTICS
 from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
 from fastres.optimize.swap import state_of
@@ -35,15 +36,19 @@ class StepReport:
     modules: tuple[str, ...]
     choices: list[Choice] = dataclasses.field(default_factory=list)
     apart: str | None = None  # why a convolution and its shortcut's are not one product
+    # In training, of each convolution before a batch norm: which kernel finds the statistics beside it, or why none does.
+    statistics: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         about = {"op": self.op, "modules": list(self.modules), "runs": [choice.to_dict() for choice in self.choices]}
+        about |= {"statistics": list(self.statistics)} if self.statistics else {}
         return about if self.apart is None else {**about, "apart": self.apart}
 
     def __str__(self) -> str:
         runs = ", ".join(f"{choice.op}: {choice.backend.name}" for choice in self.choices)
-        apart = f" (not {CONV_BN_ADD_CONV_BN_ACT.name}: {self.apart})" if self.apart is not None else ""
-        return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "") + apart
+        notes = [] if self.apart is None else [f"not {CONV_BN_ADD_CONV_BN_ACT.name}: {self.apart}"]
+        about = "".join(f" ({note})" for note in [*notes, *dict.fromkeys(self.statistics)])
+        return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "") + about
 
 
 @dataclasses.dataclass
@@ -141,28 +146,42 @@ class _Found(Exception):
     """Ends a call once its op is known, before it runs."""
 
 
-_Seen = dict[tuple[str, Step | None], list[tuple[Choice, str | None]]]  # choices by module and step, with what _Choices adds
+@dataclasses.dataclass
+class _Heard:
+    """The choice for a call, why it does not do its shortcut's convolution too, and of the convolutions before its batch norms
+    whether they find the statistics."""
+
+    choice: Choice
+    apart: str | None
+    statistics: list[str]
+
+
+_Seen = dict[tuple[str, Step | None], list[_Heard]]  # by module and step
 
 
 class _Choices(TorchDispatchMode):
-    """Sees every fastres op that runs, and tells ``heard`` the choice for its arguments, and why it does not do its shortcut's
-    convolution too."""
+    """Sees every fastres op that runs, and tells ``heard`` of it."""
 
-    def __init__(self, heard: Callable[[Choice, str | None], None]) -> None:
+    def __init__(self, heard: Callable[[_Heard], None], training: bool = False) -> None:
         super().__init__()
-        self.heard, self.ends = heard, Ends()
+        self.heard, self.ends, self.norms = heard, Ends(), Norms() if training else None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace != "fastres":
-            return func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("fastres::")
-        whole = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
-        end = self.ends.joined(name, whole)
-        self.heard(REGISTRY[name].explain(*whole), None if end is None else _why_apart(end))
+        own = func.namespace == "fastres"
+        if own:
+            name = func._schema.name.removeprefix("fastres::")
+            whole = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
+            end = self.ends.joined(name, whole)
+            before = [] if self.norms is None else self.norms.before(name, whole)
+            apart = None if end is None else _why_apart(end)
+            self.heard(_Heard(REGISTRY[name].explain(*whole), apart, [_statistics(each) for each in before]))
         y = func(*args, **(kwargs or {}))
-        self.ends.made(name, whole, y)
+        if own:
+            self.ends.made(name, whole, y)
+        if self.norms is not None:
+            self.norms.made(func, args, y)
         return y
 
 
@@ -177,11 +196,29 @@ def _why_apart(args: tuple[Any, ...]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items())
 
 
+def _statistics(before: Before) -> str:
+    """Whether a convolution in training finds what the batch norm behind it asks of its output: by which kernel, or why not."""
+    name = CONV_STATISTICS.name
+    if before.bias is not None:
+        return f"not {name}: the convolution has a bias"
+    try:
+        choice = CONV_STATISTICS.explain(*before.args)
+    except (ArgumentError, UnsupportedError) as error:
+        return f"not {name}: {error}"
+    if before.found:
+        return f"convolution and statistics in one kernel, {name}: {choice.backend.name}, {choice.source}"
+    if choice.backend.name == "torch":
+        return f"not {name}: " + "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
+    if before.args[0].numel() <= _fused.MOST_IN_ONE_NODE:
+        return f"not {name}: inputs of up to {_fused.MOST_IN_ONE_NODE} values do not ask, their layers are one node of autograd"
+    return f"not {name}: what runs it calls its modules one by one, or makes again in backward what they hand on"
+
+
 def _explain_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Choice:
     found: list[Choice] = []
 
-    def first(choice: Choice, _: str | None) -> None:
-        found.append(choice)
+    def first(heard: _Heard) -> None:
+        found.append(heard.choice)
         raise _Found
 
     try:
@@ -210,18 +247,19 @@ def _module_report(site: Site, seen: _Seen) -> ModuleReport:
     steps = []
     for step in site.steps:
         heard = seen.get((site.name, step), [])
-        apart = next((reason for _, reason in heard if reason is not None), None)
-        steps.append(StepReport(step.op, step.modules, [choice for choice, _ in heard], apart))
+        apart = next((each.apart for each in heard if each.apart is not None), None)
+        statistics = [text for each in heard for text in each.statistics]
+        steps.append(StepReport(step.op, step.modules, [each.choice for each in heard], apart, statistics))
     own = seen.get((site.name, None), [])  # a block of fastres.nn: one entry an op
-    steps += [StepReport(choice.op, (), [choice], apart) for choice, apart in own]
+    steps += [StepReport(each.choice.op, (), [each.choice], each.apart, each.statistics) for each in own]
     return ModuleReport(site.name, type(site.module).__name__, site.status, steps, dict(site.left))
 
 
 def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
-        notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda; the rest is fused")
-        notes.append(f"inputs of up to {MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
+        notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda, or conv_statistics")
+        notes.append(f"inputs of up to {_fused.MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
         remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
         if remaking:
             notes.append(f"memory='low': {remaking} blocks, op by op, make again in backward what their batch norms hand on")
@@ -251,11 +289,11 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
             state.training = _observed(state.training, name, where)
             state.evaluation = _observed(state.evaluation, name, where)
 
-    def heard(choice: Choice, apart: str | None) -> None:
+    def heard(call: _Heard) -> None:
         if where:
-            seen.setdefault(where[-1], []).append((choice, apart))
+            seen.setdefault(where[-1], []).append(call)
 
-    with unseen_randomness(), _Choices(heard):
+    with unseen_randomness(), _Choices(heard, model.training):
         subject(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
     return seen
 

@@ -9,7 +9,7 @@ Bytes moved: 2 tensors in evaluation, 3 in training, 5 in backward.
 import torch
 from torch import Tensor
 
-from fastres.ops import _backends, _bn, _check
+from fastres.ops import _backends, _bn, _bn_cluster, _check
 from fastres.ops._op import Op, Sample
 
 SCHEMA = "(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act) -> Tensor"
@@ -148,7 +148,7 @@ BN_ACT_TRAIN = Op(
     fake=fake_train,
     samples=samples_train,
     cost=_bn.cost(3),
-    backends=_backends.all_kernels("bn_act_train", _bn.why_not, module="bn_act"),
+    backends=[*_backends.all_kernels("bn_act_train", _bn.why_not, module="bn_act"), _bn_cluster.backend("bn_act_train")],
     setup_context=setup_context_train,
     backward=backward_train,
 )

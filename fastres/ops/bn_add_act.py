@@ -9,7 +9,7 @@ Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask
 
 import torch
 
-from fastres.ops import _backends, _bn, _check, _mask
+from fastres.ops import _backends, _bn, _bn_cluster, _check, _mask
 from fastres.ops._op import Op, Sample
 from fastres.ops.add_act import ADD_ACT_BACKWARD
 from fastres.ops.bn_act import BN_ACT_BACKWARD
@@ -176,7 +176,7 @@ BN_ADD_ACT_TRAIN = Op(
     fake=fake_train,
     samples=samples_train,
     cost=_bn.cost(4, 1),
-    backends=_backends.all_kernels("bn_add_act_train", _bn.why_not, module="bn_add_act"),
+    backends=[*_backends.all_kernels("bn_add_act_train", _bn.why_not, module="bn_add_act"), _bn_cluster.backend("bn_add_act_train")],
     setup_context=setup_context_train,
     backward=backward_train,
 )

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <stdexcept>
@@ -114,6 +115,11 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread, unsi
 
 unsigned fiber() { return static_cast<unsigned>(current - fibers.data()); }
 unsigned rank() { return blockIdx.x - first_block; }
+
+bool has_ended(unsigned rank) {
+  const Fiber* block = fibers.data() + rank * threads_of_block();
+  return std::all_of(block, block + threads_of_block(), [](const Fiber& fiber) { return fiber.done; });
+}
 
 void wait_until(const std::function<bool()>& condition) {
   while (!condition()) leave();

@@ -14,9 +14,10 @@ from tolerances import assert_close_to_truth
 
 from fastres import budget
 from fastres.kernels import native
-from fastres.ops import REGISTRY, _bn, _bn_cluster
+from fastres.ops import REGISTRY, _bn, _bn_cluster, bn_act
 
 OPS = ("bn_act_train", "bn_add_act_train")
+BACKWARD = ("bn_act_backward", "bn_add_act_backward")
 # By what bn_cluster_plan makes of them: vectors of a slice, blocks of a cluster.
 SHAPES = {
     "slices of 16 channels, half of the last one": (3, 24, 5, 7),
@@ -27,7 +28,7 @@ SHAPES = {
     "four blocks of slices of 32 channels": (5, 992, 10, 11),
     "more vectors than are on their way": (7, 128, 30, 31),
 }
-MOST = {2: 51200, 4: 25600}  # rows that a cluster holds of a slice, by bytes of an element
+MOST = {2: 51200, 4: 25600}  # rows that a cluster holds of a slice, by bytes of an element; in backward half as many
 
 
 @pytest.fixture(params=_hopper.DEVICES)
@@ -74,13 +75,15 @@ def input_of(shape, dtype, device, seed=0):
 
 
 def calls_of(name, shape, dtype, device):
-    """Arguments of both activations, of parameters of two dtypes."""
-    for seed, (act, parameters) in enumerate((("relu", torch.float32), ("none", dtype))):
-        generator = torch.Generator().manual_seed(seed)
-        yield laid_out(arguments(name, input_of(shape, dtype, device, seed), generator, act, dtype=parameters), "channels_last")
+    """Arguments of both activations, of parameters of two dtypes, of a gradient in one part and in two."""
+    for seed, (act, parameters) in enumerate((("relu", torch.float32), ("none", dtype), ("relu", torch.float32))):
+        if seed == 2 and name != "bn_add_act_backward":
+            return
+        x, generator = input_of(shape, dtype, device, seed), torch.Generator().manual_seed(seed)
+        yield laid_out(arguments(name, x, generator, act, dtype=parameters, two_parts=seed > 0), "channels_last")
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", (*OPS, *BACKWARD))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_budget_is_kept(device, name, shape, dtype):
@@ -97,18 +100,47 @@ def test_forward_has_the_bits_of_two_passes(device, name, dtype):
         assert_bits_of_two_passes(name, args)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("two_parts", (False, True))
+def test_backward_is_exact_on_small_integers(device, name, dtype, two_parts):
+    """Of any order of additions: the bits of two passes; a NaN stays in its channel."""
+    if two_parts and name == "bn_act_backward":
+        pytest.skip("its gradient comes in one part")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw_integers(*shape):
+        return torch.randint(-3, 4, shape, generator=generator).to(device, dtype).contiguous(memory_format=CL)
+
+    args = arguments(name, draw_integers(2, 72, 16, 32), generator, two_parts=two_parts)
+    args = mapped(args, lambda t: draw_integers(*t.shape))
+    index = args.index(1e-5)
+    one = torch.ones(72, device=device)
+    args[index - 2 : index + 1] = one, one - 2.0**-10, 2.0**-10  # mean, var, eps
+    args[index - 3 if name == "bn_add_act_backward" else index - 4] = one * 2
+    if name == "bn_act_backward":
+        args[index - 3] = one
+    for nan in (False, True):
+        if nan:
+            args[0][1, 70, 15, 31] = torch.nan
+            args[0][0, 3, 0, 0] = torch.inf
+        found, expected = run(name, *args), run_native(name, *args)
+        assert all(map(same_bits, found, expected))
+        assert found[0][:, 70].isnan().any() == nan and found[0][:, :3].isfinite().all()
+
+
+@pytest.mark.parametrize("name", (*OPS, *BACKWARD))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_samples_that_the_backend_takes(device, name, dtype):
     taken = []
     for sample, shifted in itertools.product(REGISTRY[name].samples(device, dtype), (False, True)):
         args = laid_out(sample.args, "channels_last")
-        if _bn_cluster.why_not_arguments(name, *args):
+        if _bn_cluster.why_not_arguments(name, *args) or args[-1] is False:  # or in evaluation
             continue
         if shifted:  # by one element: not aligned
             args = mapped(args, lambda t: torch.as_strided(torch.empty(t.numel() + 8).to(t), t.shape, t.stride(), 1).copy_(t))
         assert_parity(name, args, dtype, sample.label, lambda name, *args: _bn_cluster.runner(name)(*args))
-        taken.append(sample.label)
+        taken.append(sample.label.removesuffix(", training"))
     labels = {"stage 1", "stage 4", "no parameters", "weight only", "no activation", "tiny eps", "mean far from zero"}
     assert labels <= set(taken)
 
@@ -163,7 +195,7 @@ def test_special_values(device, name, dtype):
     assert var[7].isnan() and mean[5] == torch.inf and mean[9] == -torch.inf
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", (*OPS, *BACKWARD))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_memory_around_is_not_touched(device, name, dtype):
     args = next(iter(calls_of(name, (3, 24, 5, 7), dtype, device)))
@@ -178,17 +210,19 @@ def test_memory_around_is_not_touched(device, name, dtype):
         assert memory[:2048].isnan().all() and memory[-2048:].isnan().all()
 
 
+@pytest.mark.parametrize("name", ("bn_act_train", "bn_act_backward"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_the_most_rows_that_a_cluster_holds(device, dtype):
-    rows = MOST[dtype.itemsize]
-    x = input_of((1, 8, rows // 512, 512), dtype, device)
-    args = x, None, None, 1e-5, "relu"
-    assert _bn_cluster.why_not_arguments("bn_act_train", *args) is None
-    assert_parity("bn_act_train", args, dtype, "the most rows", run)
-    x = input_of((1, 8, rows + 1, 1), dtype, device)
-    assert "pixels" in _bn_cluster.why_not_arguments("bn_act_train", x, *args[1:])
+def test_the_most_rows_that_a_cluster_holds(device, name, dtype):
+    rows = MOST[dtype.itemsize] // (2 if name in BACKWARD else 1)
+    assert rows == _bn_cluster.most_pixels(name, dtype)
+    fits, beyond = (
+        laid_out(arguments(name, input_of((1, 8, count, 1), dtype, device)), "channels_last") for count in (rows, rows + 1)
+    )
+    assert _bn_cluster.why_not_arguments(name, *fits) is None
+    assert_parity(name, fits, dtype, "the most rows", run)
+    assert f"at most {rows} pixels" in _bn_cluster.why_not_arguments(name, *beyond)
     with pytest.raises(RuntimeError, match="x must be of so few pixels"):
-        run("bn_act_train", x, *args[1:])
+        run(name, *beyond)
 
 
 @pytest.mark.compile
@@ -205,6 +239,12 @@ def test_what_is_unsafe_raises():
     ):
         with pytest.raises(RuntimeError, match=rf"fastres\.{name}: {text}.*, got "):
             run(name, *args, *rest)
+    evaluation = arguments("bn_act_backward", x, training=False)
+    with pytest.raises(RuntimeError, match=r"fastres\.bn_act_backward: training must be True, got False"):
+        run("bn_act_backward", *laid_out(evaluation, "channels_last"))
+    grad_y, grad_y2, mask, *others = laid_out(arguments("bn_add_act_backward", x), "channels_last")
+    with pytest.raises(RuntimeError, match=r"fastres\.bn_add_act_backward: mask must be contiguous and of size"):
+        run("bn_add_act_backward", grad_y, grad_y2, mask[1:], *others)
 
 
 def test_why_it_cannot_is_said():
@@ -214,10 +254,10 @@ def test_why_it_cannot_is_said():
         (x.double(), "float64"),
         (x.contiguous(), "channels_last"),
         (x[:, :12].contiguous(memory_format=CL), "multiple of 8"),
-        (x.new_empty(0, 16, 3, 5), "empty"),
     ):
         assert text in _bn_cluster.why_not_arguments("bn_act_train", other, *rest)
-    for name in OPS:
-        backend = next(b for b in REGISTRY[name].backends if b.name == "cuda_cluster")
-        residual = (x,) if "add" in name else ()
-        assert backend.only_tuned and "on cpu" in backend.why_not(x, *residual, *rest)
+    for name in (*OPS, *BACKWARD):
+        *_, backend, _ = REGISTRY[name].backends
+        assert backend.name == "cuda_cluster" and backend.only_tuned and "on cpu" in backend.why_not(*arguments(name, x))
+    evaluation = laid_out(arguments("bn_act_backward", x, training=False), "channels_last")
+    assert "evaluation" in bn_act.why_not_in_training(*evaluation)

@@ -1,4 +1,4 @@
-// Bindings of the batch norms in training that read x once: checks, outputs, launches, registration.
+// Bindings of the batch norms in training, and of their backward, that read x once: checks, outputs, launches, registration.
 #include "cuda/bn_cluster.h"
 
 #include "cuda/bn_host.h"
@@ -67,6 +67,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_train(const Tensor& x, con
   return {out.y, out.mean, out.var, out.mask};
 }
 
+std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const Tensor& x, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+                                                   double eps, const Text& act, bool training) {
+  const char* op = "bn_act_backward";
+  FASTRES_CHECK(training, op, "training", "True", "False");
+  BnClusterBackwardParams params{};
+  params.plan = divide_among_clusters(op, {{"x", x}, {"grad_y", grad_y}}, 2);
+  params.bn.relu = is_relu(op, act);
+  const Launch launch(op, x);
+  params.bn.eps = static_cast<float>(eps);
+  params.bn.grad_y = grad_y.data_ptr();
+  const BnArguments args(op, x, weight, bias, mean, var);
+  const Gradients found = prepare_gradients(params.bn, x, args);
+  launch(launch_bn_cluster_backward, params);
+  return {found.x, found.weight, found.bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward(const Tensor& grad_y, const OptionalTensor& grad_y2,
+                                                               const Tensor& mask, const Tensor& x,
+                                                               const OptionalTensor& weight, const Tensor& mean,
+                                                               const Tensor& var, double eps, const Text& act) {
+  const char* op = "bn_add_act_backward";
+  BnClusterBackwardParams params{};
+  params.plan = divide_among_clusters(op, {{"x", x}, {"grad_y", grad_y}, {"grad_y2", grad_y2 ? *grad_y2 : grad_y}}, 2);
+  params.bn.relu = is_relu(op, act);
+  check_mask(op, mask, x, params.bn.relu);
+  const Launch launch(op, x);
+  const Tensor grad_residual = empty_like_activation(x);
+  params.bn.eps = static_cast<float>(eps);
+  params.bn.grad_y = grad_y.data_ptr();
+  params.bn.grad_y2 = grad_y2 ? grad_y2->data_ptr() : nullptr;
+  params.bn.mask = mask_data(mask, params.bn.relu);
+  params.bn.grad_residual = grad_residual.data_ptr();
+  const BnArguments args(op, x, weight, std::nullopt, mean, var);
+  const Gradients found = prepare_gradients(params.bn, x, args);
+  launch(launch_bn_cluster_backward, params);
+  return {found.x, grad_residual, found.weight, found.bias};
+}
+
 }  // namespace
 }  // namespace fastres::cuda
 
@@ -74,9 +113,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cluster_bn_act_train(Tensor x, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor)");
   m.def("cluster_bn_add_act_train(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str act)"
         " -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("cluster_bn_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps,"
+        " str act, bool training) -> (Tensor, Tensor, Tensor)");
+  m.def("cluster_bn_add_act_backward(Tensor grad_y, Tensor? grad_y2, Tensor mask, Tensor x, Tensor? weight, Tensor mean,"
+        " Tensor var, float eps, str act) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CUDA, m) {
   m.impl("cluster_bn_act_train", TORCH_BOX(&fastres::cuda::bn_act_train));
   m.impl("cluster_bn_add_act_train", TORCH_BOX(&fastres::cuda::bn_add_act_train));
+  m.impl("cluster_bn_act_backward", TORCH_BOX(&fastres::cuda::bn_act_backward));
+  m.impl("cluster_bn_add_act_backward", TORCH_BOX(&fastres::cuda::bn_add_act_backward));
 }

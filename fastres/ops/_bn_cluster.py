@@ -2,7 +2,8 @@
 channels in its shared memory, between their statistics and what is made with them, so that x is read once.
 
 fp16, bf16 and fp32, channels_last, channels in eights, and so few pixels that 16 channels of them fit into eight blocks: in
-ResNet-50 stages 3 and 4 of up to 64 images. No GPU has run it: chosen where ``fastres tune`` found it the fastest, or forced.
+ResNet-50 stages 3 and 4 of up to 64 images, also in backward, where the gradient of y is held beside x. No GPU has run it:
+chosen where ``fastres tune`` found it the fastest, or forced.
 """
 
 import functools
@@ -14,7 +15,6 @@ from torch import Tensor
 from fastres.dispatch import Backend
 from fastres.kernels import native
 from fastres.kernels.layout import aligned, memory_format
-from fastres.ops import _bn
 
 NAME = "cuda_cluster"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,16 +23,17 @@ THREADS, CLUSTER = 256, 8  # of a block; blocks
 HELD_BYTES = 200 << 10  # by a block
 
 
-def backend(op: str) -> Backend:
+def backend(op: str, why_not: Callable[..., str | None]) -> Backend:
     """``torch.ops.fastres_C.cluster_<op>`` as a backend of the op."""
 
-    def why_not(*args: object) -> str | None:
+    def refuse(*args: object) -> str | None:
         device = next(arg.device for arg in args if isinstance(arg, Tensor))
         if device.type != "cuda":
             return f"it runs on cuda, the tensors are on {device.type}"
-        return why_not_device(device) or native.why_not(f"cluster_{op}") or why_not_arguments(op, *args)
+        reason = why_not_device(device) or native.why_not(f"cluster_{op}")
+        return reason or why_not(*args) or why_not_arguments(op, *args)
 
-    return Backend(NAME, why_not, lambda: runner(op), only_tuned=True)
+    return Backend(NAME, refuse, lambda: runner(op), only_tuned=True)
 
 
 def runner(op: str) -> Callable:
@@ -64,13 +65,11 @@ def most_pixels(op: str, dtype: torch.dtype) -> int:
 
 
 def why_not_arguments(op: str, *args: object) -> str | None:
-    """What it asks of the arguments, on any device."""
+    """What it asks of activations that lie alike in memory, on any device."""
     x = next(arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4)
     if x.dtype not in DTYPES:
         return f"it has float16, bfloat16 and float32 kernels, got {x.dtype}"
-    if reason := _bn.why_not(*args):
-        return reason
     if memory_format(x) is not torch.channels_last or x.shape[1] % VECTOR:
         return f"x must be channels_last, of a multiple of {VECTOR} channels, got {tuple(x.shape)} with strides {x.stride()}"
-    pixels, most = x.numel() // x.shape[1], most_pixels(op, x.dtype)
+    pixels, most = x.shape[0] * x.shape[2] * x.shape[3], most_pixels(op, x.dtype)
     return None if pixels <= most else f"shared memory holds a slice of at most {most} pixels of {x.dtype}, got {pixels}"

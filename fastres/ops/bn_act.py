@@ -116,6 +116,12 @@ def samples_backward(device, dtype):
     return found
 
 
+def why_not_in_training(*args):
+    """What the kernel asks that makes grad_x behind the sums of a channel."""
+    *_, training = args
+    return _bn.why_not(*args) or (None if training else "in evaluation grad_x waits for no sums: one pass reads all once")
+
+
 BN_ACT_BACKWARD = Op(
     "bn_act_backward",
     SCHEMA_BACKWARD,
@@ -124,7 +130,10 @@ BN_ACT_BACKWARD = Op(
     fake=fake_backward,
     samples=samples_backward,
     cost=_bn.cost(5),
-    backends=_backends.all_kernels("bn_act_backward", _bn.why_not, module="bn_act"),
+    backends=[
+        *_backends.all_kernels("bn_act_backward", _bn.why_not, module="bn_act"),
+        _bn_cluster.backend("bn_act_backward", why_not_in_training),
+    ],
 )
 
 BN_ACT = Op(
@@ -148,7 +157,10 @@ BN_ACT_TRAIN = Op(
     fake=fake_train,
     samples=samples_train,
     cost=_bn.cost(3),
-    backends=[*_backends.all_kernels("bn_act_train", _bn.why_not, module="bn_act"), _bn_cluster.backend("bn_act_train")],
+    backends=[
+        *_backends.all_kernels("bn_act_train", _bn.why_not, module="bn_act"),
+        _bn_cluster.backend("bn_act_train", _bn.why_not),
+    ],
     setup_context=setup_context_train,
     backward=backward_train,
 )

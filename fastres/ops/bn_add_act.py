@@ -152,7 +152,10 @@ BN_ADD_ACT_BACKWARD = Op(
     fake=fake_backward,
     samples=samples_backward,
     cost=cost_backward,
-    backends=_backends.all_kernels("bn_add_act_backward", why_not_backward, module="bn_add_act"),
+    backends=[
+        *_backends.all_kernels("bn_add_act_backward", why_not_backward, module="bn_add_act"),
+        _bn_cluster.backend("bn_add_act_backward", why_not_backward),
+    ],
 )
 
 BN_ADD_ACT = Op(
@@ -176,7 +179,10 @@ BN_ADD_ACT_TRAIN = Op(
     fake=fake_train,
     samples=samples_train,
     cost=_bn.cost(4, 1),
-    backends=[*_backends.all_kernels("bn_add_act_train", _bn.why_not, module="bn_add_act"), _bn_cluster.backend("bn_add_act_train")],
+    backends=[
+        *_backends.all_kernels("bn_add_act_train", _bn.why_not, module="bn_add_act"),
+        _bn_cluster.backend("bn_add_act_train", _bn.why_not),
+    ],
     setup_context=setup_context_train,
     backward=backward_train,
 )

@@ -12,10 +12,19 @@ namespace fastres::cuda {
 
 constexpr unsigned kWarps = cuda_on_cpu::kMaxFibers / 32;
 
+struct Copies {
+  std::vector<std::function<void()>> issued;
+  std::vector<std::vector<std::function<void()>>> groups;
+};
+inline Copies& copies() {
+  static Copies of[cuda_on_cpu::kMaxFibers];
+  return of[cuda_on_cpu::fiber()];
+}
+
 constexpr unsigned kMostBlocks = 8;          // of a cluster
 constexpr ptrdiff_t kMostShared = 227 << 10;  // bytes of dynamic memory of each, one after the other
 
-// Of NaN at the start of each block: what a block reads it must have written.
+// Of NaN at the start of each block: what a block reads it must have written. A thread asks once, before its copies.
 inline uint8_t* dynamic_memory() {
   alignas(16) static uint8_t memory[kMostBlocks][kMostShared];
   static unsigned left[kMostBlocks];  // threads that have yet to ask
@@ -25,16 +34,8 @@ inline uint8_t* dynamic_memory() {
     memset(memory[rank], 0xff, kMostShared);
   }
   --left[rank];
+  copies() = {};
   return memory[rank];
-}
-
-struct Copies {
-  std::vector<std::function<void()>> issued;
-  std::vector<std::vector<std::function<void()>>> groups;
-};
-inline Copies& copies() {
-  static Copies of[cuda_on_cpu::kMaxFibers];
-  return of[cuda_on_cpu::fiber()];
 }
 
 inline void copy_16_bytes(void* to, const void* from, bool inside) {

@@ -146,7 +146,7 @@ def test_samples_that_the_backend_takes(device, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_are_accurate(device, dtype):
+def test_statistics_are_accurate_in_clusters(device, dtype):
     """Means far from 0, a channel of one value, numbers whose sum float cannot hold; a mean in 1 of 10,000 of its spread."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(9, 16, 13, 17, generator=generator, dtype=torch.float64)
@@ -156,6 +156,7 @@ def test_statistics_are_accurate(device, dtype):
     values[:, 3] *= 1e-4
     values[:, 4] = values[:, 4].sign() * 2.0**15
     values[:, 5] = 0.0
+    values[:, 6] += 1e5 if dtype == torch.float32 else 0
     x = values.to(device, dtype).contiguous(memory_format=CL)
     args = x, None, None, 1e-5, "none"
     _, *found = run("bn_act_train", *args)
@@ -175,7 +176,7 @@ def test_statistics_are_accurate(device, dtype):
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values(device, name, dtype):
+def test_special_values_in_clusters(device, name, dtype):
     """NaN and infinities stay in their channel; what is one value gives the bias, a zero of either sign as it is."""
     x = input_of((9, 64, 10, 13), dtype, device)
     x[2, 3, 8, 12], x[8, 5, 9, 1], x[0, 7], x[1, 9, 0, 0] = torch.nan, torch.inf, torch.nan, -torch.inf
@@ -197,7 +198,7 @@ def test_special_values(device, name, dtype):
 
 @pytest.mark.parametrize("name", (*OPS, *BACKWARD))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_memory_around_is_not_touched(device, name, dtype):
+def test_memory_around_clusters_is_not_touched(device, name, dtype):
     args = next(iter(calls_of(name, (3, 24, 5, 7), dtype, device)))
     memories = []
 
@@ -226,7 +227,7 @@ def test_the_most_rows_that_a_cluster_holds(device, name, dtype):
 
 
 @pytest.mark.compile
-def test_what_is_unsafe_raises():
+def test_what_is_unsafe_for_clusters_raises():
     device = _hopper.device("emulated")
     x, rest = input_of((2, 16, 3, 5), torch.float16, device), (None, None, 1e-5, "relu")
     for name, args, text in (

@@ -201,9 +201,9 @@ template <typename scalar_t, typename Params>
 cudaError_t launch_plan(void (*kernel)(Params), const Params& params, int held, cudaStream_t stream) {
   const BnClusterPlan& plan = params.plan;
   const size_t bytes = sizeof(ClusterShared) + plan.slots * kThreads * held * kClusterVec * sizeof(scalar_t);
+  constexpr int kMost = sizeof(ClusterShared) + kClusterBytes;  // of any plan: other threads launch the same kernel
   const cudaError_t allowed =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           static_cast<int>(bytes));
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
   if (allowed != cudaSuccess) return allowed;
   return launch_clusters_behind(kernel, static_cast<unsigned>(plan.blocks()), kThreads, plan.cluster, params, bytes, stream);
 }

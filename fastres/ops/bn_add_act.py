@@ -4,7 +4,8 @@ x, residual: (N, C, H, W) of one shape; y takes x's memory format. Statistics as
 activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and the ReLU's mask of one bit an
 element (``_mask``), which training writes beside y; evaluation saves y and goes backward through ``add_act`` and ``bn_act``.
 Backward takes the gradient of y in two parts where two paths of the next block lead to it, and adds them in fp32 on the way.
-Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts.
+Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts; by the backend
+``cuda_cluster`` 3 in training, 4 in backward, 5 with two parts.
 """
 
 import torch

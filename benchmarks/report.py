@@ -26,7 +26,7 @@ TUNED = ROOT / "fastres" / "tuned"
 COMPILED = RESULTS / "compile"  # what the compile lane reported, a file for each backend
 MARKED = re.compile(r"(<!-- results:([a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ON_GPUS = {"gpu-networks": acceptance.networks, "gpu-kernels": acceptance.kernels}  # of the acceptance runs on GPUs
-COLUMNS = ("cpu", "onednn", "triton", "cuda", "cuda_wide", "cudnn", "torch")
+COLUMNS = ("cpu", "onednn", "triton", "cuda", "cuda_wide", "cuda_cluster", "cudnn", "torch")
 LEGEND = (
     "fastres: median of a call. Others: their time over that of fastres in the same run,"
     " so above 1 fastres is faster. Ready after: preparation and first call."

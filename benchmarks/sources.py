@@ -14,9 +14,11 @@ CSRC, PACKAGE = ROOT / "csrc", ROOT / "fastres"
 ROOMS = {
     "cuda": CSRC / "cuda",
     "cuda_wide": CSRC / "cuda",
+    "cuda_cluster": CSRC / "cuda",
     "triton": PACKAGE / "kernels" / "triton",
     "cudnn": PACKAGE / "ops",
 }
+STEMS = {"cuda_wide": "conv_wide", "cuda_cluster": "bn_cluster"}  # of the files of backends that several ops share
 
 
 def fingerprint(op: str, backend: str) -> str:
@@ -29,8 +31,8 @@ def fingerprint(op: str, backend: str) -> str:
 
 def files(op: str, backend: str) -> list[Path]:
     """Everything in this repository that decides what the backend's kernels of an op compute, in order."""
-    if backend == "cuda_wide":
-        found = closure([ROOMS[backend] / "conv_wide.cpp"], included)
+    if backend in STEMS:
+        found = closure([ROOMS[backend] / f"{STEMS[backend]}.cpp"], included)
     elif backend == "cuda":
         stem = module(op).replace("_add_conv_bn", "")  # one kernel: what it adds is optional
         stems = (stem, "conv") if stem == "conv_bn_act" else (stem,)  # which has the kernels for few input channels

@@ -207,7 +207,8 @@ def _parser() -> _Parser:
 
     require = command(info, "Show versions, what was built, and which backend runs each op or why not.")
     require.add_argument(
-        "--require", action="append", default=[], choices=("cuda", "cuda_wide", "cpu", "triton", "cudnn", "onednn"),
+        "--require", action="append", default=[],
+        choices=("cuda", "cuda_wide", "cuda_cluster", "cpu", "triton", "cudnn", "onednn"),
         help="exit with 1 where this backend runs no op here",
     )  # fmt: skip
     show = command(demo, "Train and run residual networks on real images, in plain PyTorch and with fastres.")

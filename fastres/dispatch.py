@@ -11,7 +11,7 @@ from fastres import env, tune
 from fastres.errors import UnsupportedError
 
 # What runs on a GPU beside PyTorch's own way: chosen by default only where a device of the architecture validated it.
-GPU_KERNELS = ("cuda", "cuda_wide", "triton", "cudnn")
+GPU_KERNELS = ("cuda", "cuda_wide", "cuda_cluster", "triton", "cudnn")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fastres.kernels import native
 from fastres.ops import REGISTRY
 from fastres.ops._op import Op
 
-BACKENDS = ("cuda", "cuda_wide", "triton", "cudnn", "cpu", "onednn", "torch")
+BACKENDS = ("cuda", "cuda_wide", "cuda_cluster", "triton", "cudnn", "cpu", "onednn", "torch")
 
 
 def collect() -> dict[str, Any]:
@@ -77,8 +77,7 @@ def status(op: Op, backend: Backend) -> str:
     cuda = torch.cuda.is_available()
     interpreted = backend.name == "triton" and env.triton_interpret()
     if backend.name in GPU_KERNELS and not cuda and not interpreted:
-        built = native.why_not_cuda
-        missing = {"cuda": built, "cuda_wide": built, "triton": triton_missing}.get(backend.name, lambda: None)
+        missing = {"triton": triton_missing, "cudnn": lambda: None}.get(backend.name, native.why_not_cuda)
         return missing() or "torch sees no CUDA device"
     on_gpu = cuda and not interpreted and backend.name not in ("cpu", "onednn")
     device = torch.device("cuda" if on_gpu else "cpu")

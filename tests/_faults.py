@@ -19,7 +19,7 @@ import triton  # noqa: F401  imported once, for all
 MODULES = {
     "cuda": (
         *("test_cuda", "test_sm90_conv", "test_sm90_wide", "test_sm90_chain"),
-        *("test_conv_few", "test_conv_maxpool", "test_conv_statistics", "test_conv_backward_bn_act"),
+        *("test_conv_few", "test_conv_maxpool", "test_conv_statistics", "test_conv_backward_bn_act", "test_bn_cluster"),
     ),
     "triton": ("test_triton_interpreter", "test_triton_pointwise", "test_triton_joined", "test_triton_tf32"),
 }

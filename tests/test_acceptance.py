@@ -272,7 +272,8 @@ def test_every_kernel_file_belongs_to_an_op():
 def test_a_change_in_any_file_changes_the_hash(monkeypatch, tmp_path):
     for folder in ("csrc", "fastres"):
         shutil.copytree(sources.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    ops = {"cuda": "bn_act", "cuda_wide": "conv_bn_act", "triton": "bn_act", "cudnn": "conv_bn_add_act"}
+    ops = {"cuda": "bn_act", "cuda_wide": "conv_bn_act", "cuda_cluster": "bn_act_train", "triton": "bn_act"}
+    ops["cudnn"] = "conv_bn_add_act"
     before = {backend: sources.fingerprint(op, backend) for backend, op in ops.items()}
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     monkeypatch.setattr(sources, "CSRC", tmp_path / "csrc")

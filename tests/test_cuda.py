@@ -49,8 +49,8 @@ def device(request):
     return torch.device("cuda")
 
 
-def assert_parity(name, args, dtype, label):
-    found, same, truth = run(name, *args), reference(name, args), reference(name, in_double(args))
+def assert_parity(name, args, dtype, label, call=run):
+    found, same, truth = call(name, *args), reference(name, args), reference(name, in_double(args))
     assert len(found) == len(truth)
     outputs = zip(found, same, truth, spreads(name, args, truth), strict=True)
     for index, (actual, torch_same, exact, spread) in enumerate(outputs):

@@ -208,6 +208,23 @@ def test_few_channels_are_multiplied_by_tensor_cores() -> None:
             assert any(name.startswith("SHFL") for name in names) and any("NAN" in name for name in names)
 
 
+def test_clusters_hold_what_they_normalise() -> None:
+    """Copies past the registers, all of the batches ahead and one more; two barriers of the cluster, 16 bytes at a time; on an
+    older architecture nothing."""
+    rows = [row for row in report() if row["kernel"] in ("bn_cluster_kernel", "bn_cluster_backward_kernel")]
+    assert {row["arch"] for row in rows} == set(build()["cuda_archs"]) and len({row["symbol"] for row in rows}) == 6 + 9
+    for row in rows:
+        names = instructions(row)
+        wanted = ("LDGSTS.E.BYPASS.128", "UCGABAR_ARV", "UCGABAR_WAIT")
+        found = [sum(name.startswith(start) for name in names) for start in wanted]
+        if int(row["arch"].rstrip("af")) < 90:
+            assert found == [0, 0, 0]
+            continue
+        tensors = (2 if "backward" in row["kernel"] else 1) * (2 if "kernelIf" in row["symbol"] else 1)
+        assert found == [28 * tensors, 2, 2], row
+        assert row["widest"] == 16 and not [name for name in names if name.startswith(("LDL", "STL"))]
+
+
 def test_vector_kernels_have_a_batch_of_16_byte_loads_in_flight() -> None:
     """Left free, the compiler puts each load right before its use; then latency, not bandwidth, is what is measured.
 

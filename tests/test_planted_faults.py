@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import _cluster_faults
 import _cuda_on_cpu
 import pytest
 import torch
@@ -212,6 +213,7 @@ CUDA = [
           "test_pooling_is_exact_on_small_integers", {"name": "odd sizes, channels to spare", **HALF}),
     Fault("columns are read before all are there", POOLED, "  __syncthreads();\n  pool_edges(p, s);", "  pool_edges(p, s);",
           "test_pooling_is_exact_on_small_integers", {"name": "odd sizes, channels to spare", **HALF}),
+    *(Fault(*fault) for fault in _cluster_faults.FAULTS),
 ]  # fmt: skip
 TRITON = [
     Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",

@@ -7,7 +7,10 @@ from typing import Any
 from benchmarks.report import bars, labelled
 from benchmarks.table import Row, cases, duration
 
-COLOURS = {"cuda": "#c2410c", "cuda_wide": "#7c2d12", "triton": "#e08a5b", "cudnn": "#647084", "torch": "#9aa5b1"}
+COLOURS = {
+    "cuda": "#c2410c", "cuda_wide": "#7c2d12", "cuda_cluster": "#f59e0b",
+    "triton": "#e08a5b", "cudnn": "#647084", "torch": "#9aa5b1",
+}  # fmt: skip
 
 
 def draw(path: Path) -> Path:

@@ -7,7 +7,7 @@ Promise = tuple[str, bool]
 OVER_CHANNELS_LAST = 1.4  # times as fast as eager channels_last, on a CPU
 OVER_FREEZING = 0.95  # of the speed of torch.compile with freezing, at least, on a CPU
 OF_COPY = 0.85  # of the measured copy's bandwidth, at least, for a kernel bound by memory
-OWN = ("cuda", "cuda_wide", "triton")
+OWN = ("cuda", "cuda_wide", "cuda_cluster", "triton")
 PEERS = ("cudnn", "torch")  # cuDNN's fused call, cuDNN and PyTorch's pointwise kernels
 APART = "apart"  # cuDNN and the pass that finds the statistics
 

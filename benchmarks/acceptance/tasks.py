@@ -76,7 +76,7 @@ SECONDS = 0.6  # of one kernel's rows together
 
 def validations(place: torch.device) -> Iterator[Task]:
     """Every kernel that this device can run, but PyTorch's own, in each dtype; what has yet to be compiled comes last."""
-    wanted = ("cuda", "cuda_wide", "cudnn", "triton") if place.type == "cuda" else ("cpu", "onednn")
+    wanted = ("cuda", "cuda_wide", "cuda_cluster", "cudnn", "triton") if place.type == "cuda" else ("cpu", "onednn")
     for name, op, dtype in itertools.product(wanted, reversed(REGISTRY.values()), DTYPES):
         backend = next((b for b in op.backends if b.name == name), None)
         if backend is not None and info.status(op, backend).startswith("live"):

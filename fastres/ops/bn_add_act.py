@@ -4,12 +4,13 @@ x, residual: (N, C, H, W) of one shape; y takes x's memory format. Statistics as
 activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and the ReLU's mask of one bit an
 element (``_mask``), which training writes beside y; evaluation saves y and goes backward through ``add_act`` and ``bn_act``.
 Backward takes the gradient of y in two parts where two paths of the next block lead to it, and adds them in fp32 on the way.
-Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts.
+Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts; by the backend
+``cuda_cluster`` 3 in training, 4 in backward, 5 with two parts.
 """
 
 import torch
 
-from fastres.ops import _backends, _bn, _check, _mask
+from fastres.ops import _backends, _bn, _bn_cluster, _check, _mask
 from fastres.ops._op import Op, Sample
 from fastres.ops.add_act import ADD_ACT_BACKWARD
 from fastres.ops.bn_act import BN_ACT_BACKWARD
@@ -152,7 +153,10 @@ BN_ADD_ACT_BACKWARD = Op(
     fake=fake_backward,
     samples=samples_backward,
     cost=cost_backward,
-    backends=_backends.all_kernels("bn_add_act_backward", why_not_backward, module="bn_add_act"),
+    backends=[
+        *_backends.all_kernels("bn_add_act_backward", why_not_backward, module="bn_add_act"),
+        _bn_cluster.backend("bn_add_act_backward", why_not_backward),
+    ],
 )
 
 BN_ADD_ACT = Op(
@@ -176,7 +180,10 @@ BN_ADD_ACT_TRAIN = Op(
     fake=fake_train,
     samples=samples_train,
     cost=_bn.cost(4, 1),
-    backends=_backends.all_kernels("bn_add_act_train", _bn.why_not, module="bn_add_act"),
+    backends=[
+        *_backends.all_kernels("bn_add_act_train", _bn.why_not, module="bn_add_act"),
+        _bn_cluster.backend("bn_add_act_train", _bn.why_not),
+    ],
     setup_context=setup_context_train,
     backward=backward_train,
 )

@@ -35,6 +35,8 @@ constexpr unsigned kMaxFibers = 4096;  // threads of a cluster
 // The number of this thread, and of its block, in the cluster.
 unsigned fiber();
 unsigned rank();
+// Whether all threads of a block of this cluster have ended.
+bool has_ended(unsigned rank);
 
 // Lets the other threads run until the condition holds.
 void wait_until(const std::function<bool()>& condition);

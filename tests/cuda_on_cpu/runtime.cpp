@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <deque>
 #include <memory>
 #include <stdexcept>
@@ -79,20 +80,26 @@ void run_cluster(unsigned blocks, unsigned threads_of_each, unsigned seed) {
     fiber.started = fiber.done = fiber.at_barrier = false;
     makecontext(&fiber.context, enter, 0);
   }
-  // The order of the threads changes from round to round and from block to block: results that depend on it differ.
+  // The order of the threads changes from round to round and from block to block: results that depend on it differ. One of
+  // several blocks rests in each round, so that some are ahead of others.
+  unsigned still = 0;  // rounds without progress
   for (unsigned round = seed, left = threads; left > 0; ++round) {
     progress = false;
     left = 0;
     for (unsigned i = 0; i < threads; ++i) {
-      Fiber& fiber = fibers[round % 2 ? threads - 1 - i : i];
-      if (!fiber.done && !fiber.at_barrier) resume(&fiber - fibers.data());
+      const unsigned number = round % 2 ? threads - 1 - i : i;
+      if (blocks > 1 && number / threads_of_each == round % blocks) continue;
+      if (!fibers[number].done && !fibers[number].at_barrier) resume(number);
     }
     for (unsigned block = 0; block < blocks; ++block)
       left += pass_barrier(fibers.data() + block * threads_of_each, threads_of_each);
-    if (!progress && !works.empty()) {
+    still = progress ? 0 : still + 1;
+    if (still < blocks) continue;
+    if (!works.empty()) {
       works.front()();
       works.pop_front();
-    } else if (!progress && left > 0) {
+      still = 0;
+    } else if (left > 0) {
       throw std::runtime_error("every thread of the block waits for another");
     }
   }
@@ -114,6 +121,11 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread, unsi
 
 unsigned fiber() { return static_cast<unsigned>(current - fibers.data()); }
 unsigned rank() { return blockIdx.x - first_block; }
+
+bool has_ended(unsigned rank) {
+  const Fiber* block = fibers.data() + rank * threads_of_block();
+  return std::all_of(block, block + threads_of_block(), [](const Fiber& fiber) { return fiber.done; });
+}
 
 void wait_until(const std::function<bool()>& condition) {
   while (!condition()) leave();

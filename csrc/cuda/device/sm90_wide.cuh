@@ -1,24 +1,12 @@
-// Hopper's widest product, 64 x 256, what turns its accumulators round, stores of transposed matrices, and clusters of blocks,
-// which share what one of them loads. Names and fragments follow PTX.
+// Hopper's widest product, 64 x 256, what turns its accumulators round, stores of transposed matrices, and clusters' loads: its
+// blocks share what one of them loads. Names and fragments follow PTX.
 #pragma once
 
+#include "cuda/device/cluster.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/device/sm90.cuh"
 
 namespace fastres::cuda::sm90 {
-
-// Launches clusters of blocks that may begin while the kernel before them in the stream ends, for which they wait themselves.
-template <typename Params>
-cudaError_t launch_clusters_behind(void (*kernel)(Params), unsigned blocks, unsigned threads, unsigned cluster,
-                                   const Params& params, size_t shared_bytes, cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
-  cudaLaunchConfig_t config{dim3(blocks), dim3(threads), shared_bytes, stream, attributes, 2};
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
 
 // How many of these clusters the device runs at a time: fewer than its multiprocessors would hold, which lie in groups.
 template <typename Params>
@@ -31,17 +19,6 @@ cudaError_t clusters_at_once(int* count, void (*kernel)(Params), unsigned thread
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ __forceinline__ int rank_in_cluster() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-
-// Until all threads of the cluster, of so many blocks, have come.
-__device__ __forceinline__ void sync_cluster(int) {
-  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-}
 
 // Arrives once at the barrier that another block, or this one, has in this place.
 __device__ __forceinline__ void arrive_at(Barrier& barrier, int rank) {

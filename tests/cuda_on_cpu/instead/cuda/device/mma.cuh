@@ -12,18 +12,6 @@ namespace fastres::cuda {
 
 constexpr unsigned kWarps = cuda_on_cpu::kMaxFibers / 32;
 
-// Of NaN at the start of each block: what a block reads it must have written.
-inline uint8_t* dynamic_memory() {
-  alignas(16) static uint8_t memory[227 << 10];
-  static unsigned left;  // threads that have yet to ask
-  if (left == 0) {
-    left = blockDim.x;
-    memset(memory, 0xff, sizeof memory);
-  }
-  --left;
-  return memory;
-}
-
 struct Copies {
   std::vector<std::function<void()>> issued;
   std::vector<std::vector<std::function<void()>>> groups;
@@ -31,6 +19,23 @@ struct Copies {
 inline Copies& copies() {
   static Copies of[cuda_on_cpu::kMaxFibers];
   return of[cuda_on_cpu::fiber()];
+}
+
+constexpr unsigned kMostBlocks = 8;          // of a cluster
+constexpr ptrdiff_t kMostShared = 227 << 10;  // bytes of dynamic memory of each, one after the other
+
+// Of NaN at the start of each block: what a block reads it must have written. A thread asks once, before its copies.
+inline uint8_t* dynamic_memory() {
+  alignas(16) static uint8_t memory[kMostBlocks][kMostShared];
+  static unsigned left[kMostBlocks];  // threads that have yet to ask
+  const unsigned rank = cuda_on_cpu::rank();
+  if (left[rank] == 0) {
+    left[rank] = blockDim.x;
+    memset(memory[rank], 0xff, kMostShared);
+  }
+  --left[rank];
+  copies() = {};
+  return memory[rank];
 }
 
 inline void copy_16_bytes(void* to, const void* from, bool inside) {

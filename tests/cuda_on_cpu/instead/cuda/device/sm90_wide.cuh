@@ -1,6 +1,7 @@
 // In the place of csrc/cuda/device/sm90_wide.cuh: the same names, done by fibers.
 #pragma once
 
+#include "cuda/device/cluster.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/device/sm90.cuh"
 
@@ -86,27 +87,11 @@ void wait_for_stores_but() {
     for (auto& store : groups.front()) store();
 }
 
-template <typename Params>
-cudaError_t launch_clusters_behind(void (*kernel)(Params), unsigned blocks, unsigned threads, unsigned cluster,
-                                   const Params& params, size_t, cudaStream_t) {
-  return cuda_on_cpu::run(dim3(blocks), dim3(threads), [&] { kernel(params); }, cluster);
-}
-
 // Two clusters: they walk tiles even over small tensors.
 template <typename Params>
 cudaError_t clusters_at_once(int* count, void (*)(Params), unsigned, unsigned, size_t) {
   *count = 2;
   return cudaSuccess;
-}
-
-inline int rank_in_cluster() { return static_cast<int>(cuda_on_cpu::rank()); }
-
-// Until all threads of the cluster, of so many blocks, have come.
-inline void sync_cluster(int blocks) {
-  static unsigned come, rounds;
-  const unsigned round = rounds;
-  if (++come == blocks * blockDim.x) come = 0, ++rounds;
-  cuda_on_cpu::wait_until([=] { return rounds != round; });
 }
 
 inline void arrive_at(Barrier& barrier, int rank) {

@@ -14,13 +14,12 @@ from fastres.kernels.triton.conv_bn_act import has_few_channels, limits, pack
 from fastres.kernels.triton.device import index_type, launch, tile_order
 
 TILES = (  # priors from arithmetic, as in configs: a block of k is as many bytes as there
-    configs.ConvConfig(128, 256, 128, 8, 3, capability=90),
     configs.ConvConfig(128, 128, 128, 8, 4),
     configs.ConvConfig(128, 128, 64, 8, 4, efficiency=0.9),
     configs.ConvConfig(256, 64, 64, 8, 4, efficiency=0.85),
     configs.ConvConfig(128, 64, 128, 4, 4, efficiency=0.8),
     configs.ConvConfig(128, 64, 64, 4, 5, efficiency=0.75),
-    configs.ConvConfig(64, 128, 128, 4, 4, efficiency=0.75),
+    configs.ConvConfig(64, 128, 64, 4, 5, efficiency=0.75),
     configs.ConvConfig(64, 64, 128, 4, 4, efficiency=0.6),
     configs.ConvConfig(128, 32, 64, 4, 5, efficiency=0.5),
     configs.ConvConfig(64, 16, 64, 4, 5, efficiency=0.25),

@@ -64,7 +64,7 @@ class GraphFrozen(Frozen):
     """A network on a GPU: a graph for each size of batches and images."""
 
     _DERIVED = ("_plans", "_choices", "_constants", "graphs")
-    _WAYS = join.WAYS
+    _WAYS: tuple[Way, ...] = join.WAYS
 
     def __init__(self, found: Network, dtype: torch.dtype, device: torch.device, batch: int) -> None:
         super().__init__(found, dtype, device)

@@ -1,7 +1,7 @@
 """A network in 8-bit integers as calls of ops: what the CPU's plan of it computes, byte for byte, in one CUDA graph a size.
 
-Convolutions and linear layers are calls of ``conv_int8``; the few other steps are PyTorch's operations, with the float constants
-that the CPU's kernels read (``int8.packed``).
+Convolutions and linear layers are calls of ``conv_int8``; the few other steps are PyTorch's operations, with the float
+constants that the CPU's kernels read (``int8.packed``).
 """
 
 import functools
@@ -16,7 +16,6 @@ from torch import Tensor
 from fastres import dispatch
 from fastres.errors import UnsupportedError
 from fastres.frozen import file, int8
-from fastres.frozen.calibrate import Quality
 from fastres.frozen.calls import TORCH, Call, Constants, Run
 from fastres.frozen.device import GraphFrozen, Shape, Step
 from fastres.frozen.int8 import Scale
@@ -28,15 +27,14 @@ from fastres.ops.conv_int8 import CONV_INT8
 
 
 class IntegersFrozen(GraphFrozen):
-    """A quantised network on a GPU. Images are float32, as results are; one that is not finite gives NaN for its results: nobody
-    waits for the images, so as to refuse them."""
+    """A quantised network on a GPU. Images are float32, as results are; one that is not finite gives NaN for its results, since
+    nobody waits for the images to refuse them."""
 
     _WAYS = ()
 
     def __init__(self, found: Network, scales: Mapping[Value, Scale], device: torch.device, batch: int) -> None:
         self.scales = dict(scales)  # first: the constants follow from them
         super().__init__(found, torch.int8, device, batch)
-        self.quality: Quality | None = None
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -72,8 +70,7 @@ class IntegersFrozen(GraphFrozen):
     def _drawn(self, shapes: list[Shape], call: Call) -> tuple[Any, ...]:
         *_, weight, _, _, _, _, pad, stride, padding, dilation, integers = call.rest
         geometry = stride, padding, dilation
-        found = conv_int8.drawn(shapes[0], tuple(weight.shape), geometry, len(shapes) > 1, integers, self.device, pad)
-        return found
+        return conv_int8.drawn(shapes[0], tuple(weight.shape), geometry, len(shapes) > 1, integers, self.device, pad)
 
     def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> Tensor:
         scale, zero = (t.item() for t in int8.input_constants(self.scales[self.network.x])[0])
@@ -100,8 +97,8 @@ def check_kernel(device: torch.device) -> None:
     reasons = [b.why_not(*args) or dispatch.why_not_proven(CONV_INT8.name, b, device) for b in kernels]
     if None not in reasons:
         raise UnsupportedError(
-            f"fastres.freeze: no kernel for convolutions of 8-bit integers is proven on {device}: {reasons[0]}; freeze on the CPU,"
-            f" or in 16 bits, or force one: fastres.use({CONV_INT8.name}={kernels[0].name!r}), with {TORCH!r} the slow definition"
+            f"fastres.freeze: no kernel for convolutions of 8-bit integers is proven on {device}: {reasons[0]}; freeze on the"
+            f" CPU, or in 16 bits, or force one: fastres.use({CONV_INT8.name}={kernels[0].name!r}), or the slow {TORCH!r}"
         )
 
 

@@ -1,11 +1,11 @@
 """conv_int8: y = saturate(round((start + conv2d(x, weight)) * scale + bias [+ residual * residual_scale])), in 8-bit integers.
 
-x: (N, C, H, W) int8, padded with ``pad``; weight: (K, C, R, S) int8; start: (K,) int32; scale, bias: (K,) float32; residual int8
-of y's shape. An int8 activation holds a byte less 128 (``_int8``), so ``start`` is 128 times the sum of a channel's weights where
-sums of bytes are meant, and a residual is read as its byte. y is int8 alike, or, with ``integers`` false, the float32 value; in x's
-memory format. Sums are exact in int32; scale, bias and residual are applied in float32, each multiplication and addition rounded
-once, as the CPU's plans do (csrc/cpu/conv_int8_kernel.cpp): the same bytes. A ReLU is the saturation of a value whose zero point is
-0. There is no gradient. Bytes moved: x, weight, residual and y, of one byte an element.
+x: (N, C, H, W) int8, padded with ``pad``; weight: (K, C, R, S) int8; start: (K,) int32; scale, bias: (K,) float32; residual:
+int8 of y's shape. An int8 activation holds a byte less 128 (``_int8``), so ``start`` is 128 times the sum of a channel's
+weights where sums of bytes are meant, and a residual is read as its byte. y is int8 alike, or, with ``integers`` false, the
+float32 value; in x's memory format. Sums are exact in int32; scale, bias and residual are applied in float32, each
+multiplication and addition rounded once, as the CPU's plans do (csrc/cpu/conv_int8_kernel.cpp): the same bytes. A ReLU is the
+saturation of a value whose zero point is 0. There is no gradient. Bytes moved: x, weight, residual and y, of one byte an element.
 """
 
 import functools
@@ -107,7 +107,7 @@ def drawn(
 
 
 def samples(device, dtype):
-    """The convolutions of a residual network at a small size, and the corners; the dtype is one of real numbers, of no use here."""
+    """The convolutions of a residual network at a small size, and the corners; the same in whatever dtype of real numbers."""
     found = []
     for label, n, c, size, k, kernel, stride, padding, dilation, residual, integers, pad in (
         ("1x1", 2, 64, (8, 8), 64, (1, 1), (1, 1), (0, 0), (1, 1), False, True, -128),

@@ -125,7 +125,8 @@ def conv_int8(
         memory_format=memory_format(x),
     )  # fmt: skip
     pixels, few = images * out_height * out_width, has_few_channels(channels, kernel)
-    tile = heuristic(pixels, channels_out, weight[0].numel(), limits(x.device), few) if config is None else configs.ConvConfig(*config)
+    config = config or heuristic(pixels, channels_out, weight[0].numel(), limits(x.device), few)
+    tile = configs.ConvConfig(*config)
     launch(
         _conv_int8_kernel, (triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels_out, tile.block_n),), x,
         x, pack(weight, False), start.contiguous(), scale.contiguous(), bias.contiguous(), residual, y,
@@ -154,7 +155,7 @@ def candidates(device: torch.device, weight: Tensor) -> list[tuple]:
 
 @functools.lru_cache(maxsize=1024)
 def heuristic(pixels: int, channels_out: int, depth: int, device_limits: configs.Limits, few: bool) -> configs.ConvConfig:
-    """The tile with the least estimated time: waves of tiles x padded work of a tile / its efficiency, as ``configs`` has it."""
+    """The tile with the least estimated time: waves of tiles x padded work of a tile / its efficiency, as in ``configs``."""
 
     def time(tile: configs.ConvConfig) -> float:
         tiles = -(-pixels // tile.block_m) * -(-channels_out // tile.block_n)

@@ -4,8 +4,9 @@ x: (N, C, H, W) int8, padded with ``pad``; weight: (K, C, R, S) int8; start: (K,
 int8 of y's shape. An int8 activation holds a byte less 128 (``_int8``), so ``start`` is 128 times the sum of a channel's
 weights where sums of bytes are meant, and a residual is read as its byte. y is int8 alike, or, with ``integers`` false, the
 float32 value; in x's memory format. Sums are exact in int32; scale, bias and residual are applied in float32, each
-multiplication and addition rounded once, as the CPU's plans do (csrc/cpu/conv_int8_kernel.cpp): the same bytes. A ReLU is the
-saturation of a value whose zero point is 0. There is no gradient. Bytes moved: x, weight, residual and y, of one byte an element.
+multiplication and addition rounded once, as the CPU's plans do (csrc/cpu/conv_int8_kernel.cpp): the same bytes. (In float64
+where scale and bias are: the truth that kernels are held against.) A ReLU is the saturation of a value whose zero point is 0.
+There is no gradient. Bytes moved: x, weight, residual and y, of one byte an element.
 """
 
 import functools
@@ -45,7 +46,8 @@ def reference(x, residual, weight, start, scale, bias, residual_scale, pad, stri
 def check(x, residual, weight, start, scale, bias, residual_scale, pad, stride, padding, dilation, integers):
     images = {"x": (x, torch.int8, 4), "weight": (weight, torch.int8, 4)}
     images |= {} if residual is None else {"residual": (residual, torch.int8, 4)}
-    rows = {"start": (start, torch.int32, 1), "scale": (scale, torch.float32, 1), "bias": (bias, torch.float32, 1)}
+    real = torch.float64 if isinstance(scale, Tensor) and scale.dtype == torch.float64 else torch.float32
+    rows = {"start": (start, torch.int32, 1), "scale": (scale, real, 1), "bias": (bias, real, 1)}
     for name, (tensor, dtype, dims) in (images | rows).items():
         _check_tensor(name, tensor, dtype, dims, x)
     _conv.check_convolution(NAME, _like(x), _like(weight), None, stride, padding, dilation, 1)
@@ -82,7 +84,7 @@ def _like(t: Tensor) -> Tensor:
 
 def fake(x, residual, weight, start, scale, bias, residual_scale, pad, stride, padding, dilation, integers):
     shape = _conv.output_shape(x, weight, stride, padding, dilation)
-    y = x.new_empty(shape, dtype=torch.int8 if integers else torch.float32)
+    y = x.new_empty(shape, dtype=torch.int8 if integers else bias.dtype)
     return y.contiguous(memory_format=memory_format(x))
 
 
@@ -131,7 +133,9 @@ def cost(x, residual, weight, start, scale, bias, residual_scale, pad, stride, p
     return moved, 2 * y * weight[0].numel()
 
 
-def why_not_triton(x, residual, weight, *rest) -> str | None:
+def why_not_triton(x, residual, weight, start, scale, *rest) -> str | None:
+    if scale.dtype != torch.float32:
+        return f"scale and bias must be float32, got {scale.dtype}"
     if memory_format(x) is not torch.channels_last:
         return f"x must be channels_last, got strides {tuple(x.stride())}"
     return why_not_device(x.device) or why_not_dense(*(t for t in (x, residual) if t is not None))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.errors import must, must_type
-from fastres.kernels.layout import memory_format, why_not_dense
+from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import why_not_device
 from fastres.ops import _conv, _int8
 from fastres.ops._backends import triton_module
@@ -136,9 +136,12 @@ def cost(x, residual, weight, start, scale, bias, residual_scale, pad, stride, p
 def why_not_triton(x, residual, weight, start, scale, *rest) -> str | None:
     if scale.dtype != torch.float32:
         return f"scale and bias must be float32, got {scale.dtype}"
-    if memory_format(x) is not torch.channels_last:
-        return f"x must be channels_last, got strides {tuple(x.stride())}"
-    return why_not_device(x.device) or why_not_dense(*(t for t in (x, residual) if t is not None))
+    if x.numel() == 0:
+        return "the input is empty"
+    for name, t in (("x", x), ("residual", residual)):
+        if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
+            return f"{name} must be dense in channels_last, got strides {tuple(t.stride())}"
+    return why_not_device(x.device)
 
 
 def triton_configs(x, residual, weight, *rest) -> list[tuple]:

@@ -122,7 +122,7 @@ def conv_int8(
     )
     y = torch.empty(
         (images, channels_out, out_height, out_width), dtype=torch.int8 if integers else torch.float32, device=x.device,
-        memory_format=memory_format(x),
+        memory_format=torch.channels_last,
     )  # fmt: skip
     pixels, few = images * out_height * out_width, has_few_channels(channels, kernel)
     config = config or heuristic(pixels, channels_out, weight[0].numel(), limits(x.device), few)
@@ -137,7 +137,7 @@ def conv_int8(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return y
+    return y.contiguous(memory_format=memory_format(x))  # of a single pixel or channel, which lie alike in both
 
 
 def offered(device_limits: configs.Limits, few: bool) -> list[configs.ConvConfig]:

@@ -1,5 +1,4 @@
-"""Networks in 8-bit integers as on a GPU: here over CPU tensors, with the capture replaced by the call, against the CPU's plans.
-"""
+"""Networks in 8-bit integers as on a GPU: here over CPU tensors, the capture replaced by the call, beside the CPU's plans."""
 
 import copy
 import pickle

@@ -51,7 +51,7 @@ def called(args, config=None):
 @pytest.mark.parametrize("integers", [True, False], ids=["integers", "real"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_any_size(name, with_residual, integers):
+def test_any_convolution_of_integers(name, with_residual, integers):
     shape, weight, geometry, pad = SHAPES[name]
     args = conv_int8.drawn(shape, weight, geometry, with_residual, integers, CPU, pad)
     expected = CONV_INT8.reference(*args)

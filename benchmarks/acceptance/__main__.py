@@ -27,6 +27,8 @@ from fastres.experiments.subject import load
 
 PARTS = {"parity": 0.35, "kernels": 0.3, "models": 0.7}  # of the time that is left then; the tests of the lane come last
 PART_OF = {"validate": "parity", "lane": "parity", "kernel": "kernels", "peaks": "kernels", "network": "models"}  # of rows
+PART_OF["integers"] = "models"
+PROMISED = (("network", rivals.FASTRES), ("integers", rivals.FROZEN.name))  # whose parity is one
 LANE_S = 90.0  # that the tests of the lane take at least
 CPU_WAYS = (rivals.OPTIMIZED, rivals.EAGER, rivals.CHANNELS_LAST, rivals.FREEZING)
 
@@ -89,10 +91,10 @@ def gpu_parts(
     if "models" in parts:
         with_tests = "parity" in parts and budget.left() > 2 * LANE_S
         share = budget.share(PARTS["models"]) if with_tests else budget
-        rows += perform_all(tasks.networks(compiling is not None), share, place)
+        rows += perform_all(tasks.whole(compiling is not None), share, place)
         promises += [
             (f"{row['name']} {row['pass']} {row['shape'][0]} {row['dtype']}: parity", row["ok"])
-            for row in rows if row["do"] == "network" and row["rival"] == rivals.FASTRES and "ok" in row
+            for row in rows if "ok" in row and (row["do"], row["rival"]) in PROMISED
         ]  # fmt: skip
         keep(rows)
     if "parity" in parts:

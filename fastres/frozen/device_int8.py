@@ -17,7 +17,7 @@ from fastres import dispatch
 from fastres.errors import UnsupportedError
 from fastres.frozen import file, int8
 from fastres.frozen.calls import TORCH, Call, Constants, Run
-from fastres.frozen.device import GraphFrozen, Shape, Step
+from fastres.frozen.device import GraphFrozen, Plan, Shape, Step
 from fastres.frozen.int8 import Scale
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.record import Value
@@ -39,6 +39,10 @@ class IntegersFrozen(GraphFrozen):
     @property
     def result_dtype(self) -> torch.dtype:
         return torch.float32
+
+    def _made(self, shape: Shape) -> Plan:
+        check_kernel(self.device)  # a backend may have been forced for the plans before
+        return super()._made(shape)
 
     def _fixed(self) -> dict[Layer, Constants]:
         return {layer: self._constants_of(layer) for layer in self.network.layers}

@@ -1,4 +1,4 @@
-"""8-bit integers on a GPU: the kernel against its definition, and networks against the CPU's plans of the same file, bit for bit."""
+"""8-bit integers on a GPU: the kernel beside its definition, networks beside the CPU's plans of the same file, bit for bit."""
 
 import copy
 
@@ -98,5 +98,5 @@ def test_what_is_not_finite_gives_nan_in_its_image_alone():
 def test_without_a_proven_kernel_it_is_refused(monkeypatch):
     monkeypatch.setattr(dispatch, "why_not_proven", lambda op, backend, device: "it is not validated")
     x = draw(2, 3, 32, 32)
-    with pytest.raises(fastres.UnsupportedError, match="not validated.*fastres.use"):
+    with pytest.raises(fastres.UnsupportedError, match=r"not validated.*fastres\.use"):
         fastres.freeze(small().to(DEVICE), x, quantize=quiet([x.cpu()]))

@@ -325,8 +325,10 @@ def test_shared_memory_fits() -> None:
 
 
 def test_tensor_cores_where_meant() -> None:
-    """16-bit and TF32 products on the capability's own instruction; IEEE fp32 on none."""
-    assert not faults(lambda row: row["mma"] is not None and row["tensor_cores"] != (row["dtype"] != "fp32"))
+    """16-bit and TF32 products on the capability's own instruction; IEEE fp32 on none; 8-bit ones on sm_100 by sm_80's."""
+    older = {row["mma"] > 0 and not row["tensor_cores"] for row in report() if (row["dtype"], row["capability"]) == ("i8", 100)}
+    rows = faults(lambda row: row["mma"] is not None and row["tensor_cores"] != (row["dtype"] != "fp32"))
+    assert older == {True} and not [row for row in rows if row[1:3] != (100, "i8")]
 
 
 def test_wide_memory_accesses() -> None:

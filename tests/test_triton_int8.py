@@ -11,11 +11,12 @@ if not triton_interpret():
     pytest.skip("runs by itself with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
+import fastres  # noqa: E402
 from fastres import tuner  # noqa: E402
 from fastres.kernels.layout import memory_format  # noqa: E402
 from fastres.kernels.triton import configs  # noqa: E402
 from fastres.kernels.triton import conv_int8 as kernels  # noqa: E402
-from fastres.ops import conv_int8  # noqa: E402
+from fastres.ops import _conv_cpu, conv_int8  # noqa: E402
 from fastres.ops.conv_int8 import CONV_INT8  # noqa: E402
 
 CL, CPU = torch.channels_last, torch.device("cpu")
@@ -141,6 +142,28 @@ def test_it_is_judged_by_its_integers():
         return y
 
     assert tuner.judge(CONV_INT8, off, args) == "output 0 is of other integers"
+
+
+@pytest.mark.skipif(_conv_cpu.lacks(torch.int8) is not None, reason="this processor has no plans of 8-bit integers")
+def test_a_network_by_the_kernel_gives_the_bits_of_the_cpus_plan(monkeypatch):
+    """A stem, a residual, a stride, a zero point, real numbers at the end."""
+    from _uncaptured import Uncaptured
+    from test_int8 import Steps, Sum, conv, quiet
+
+    from fastres.frozen import device, make
+
+    monkeypatch.setattr(device, "Graphs", Uncaptured)
+    torch.manual_seed(0)
+    body = [conv(3, 32, 3, stride=2, padding=1), torch.nn.ReLU(), Sum(conv(32, 32, 3, padding=1)), conv(32, 40, 1, stride=2)]
+    model = Steps(*body, conv(40, 16, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(16 * 9, 5)).eval()
+    x = torch.randn(3, 3, 11, 12)
+    native = fastres.freeze(model, x, quantize=quiet([x]))
+    with fastres.use(conv_int8="triton"):
+        frozen = make.by_ops(model, x, torch.int8, quiet([x]))
+        for given in (x, x[:1], 3 * x):
+            assert torch.equal(frozen(given), native(given))
+    kernels = [step.choice.kernel for step in frozen.plan(tuple(x.shape)).steps if step.call.op is CONV_INT8]
+    assert kernels == ["triton"] * 5
 
 
 def test_refused():

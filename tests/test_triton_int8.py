@@ -173,3 +173,11 @@ def test_refused():
     assert "residual must be dense" in backend.why_not(x, residual.contiguous(), *rest)
     assert "empty" in backend.why_not(x[:0], residual[:0], *rest)
     assert backend.why_not(x, residual, *rest) is None
+
+
+def test_a_residuals_scale_is_taken_as_float32_holds_it():
+    x, residual, *rest = conv_int8.drawn(*SHAPES["1x1, all tails"][:3], True, False, CPU)
+    for scale in (0.7, 1 / 3, 2):
+        args = (x, residual, *rest[:4], scale, *rest[5:])
+        CONV_INT8.check(*args)
+        assert torch.equal(called(args), CONV_INT8.reference(*args))

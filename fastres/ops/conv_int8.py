@@ -35,7 +35,7 @@ def reference(x, residual, weight, start, scale, bias, residual_scale, pad, stri
     down, right = padding
     padded = F.pad(x.double(), (right, right, down, down), value=pad)
     column = [t.view(-1, 1, 1) for t in (start, scale, bias)]
-    sums = F.conv2d(padded, weight.double(), None, stride, 0, dilation) + column[0]  # exact: far below 2^53
+    sums = F.conv2d(padded, weight.double(), None, stride, 0, dilation).round() + column[0]  # exact, by whatever algorithm
     value = _int8.fused(sums.float(), *column[1:])
     if residual is not None:
         value = _int8.fused(_int8.byte(residual), residual_scale, value)

@@ -1,5 +1,6 @@
 """Triton conv_int8: NHWC implicit GEMM of int8 operands, any window, scaled back to int8 or to float32 in its epilogue."""
 
+import ctypes
 import functools
 
 import torch
@@ -130,7 +131,7 @@ def conv_int8(
     launch(
         _conv_int8_kernel, (triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels_out, tile.block_n),), x,
         x, pack(weight, False), start.contiguous(), scale.contiguous(), bias.contiguous(), residual, y,
-        float(residual_scale), pixels, channels_out, height, width, out_height, out_width, *stride, *padding, *dilation,
+        ctypes.c_float(residual_scale).value, pixels, channels_out, height, width, out_height, out_width, *stride, *padding, *dilation,
         C_IN=channels, KH=kernel[0], KW=kernel[1], POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0), FLAT=few,
         PAD=pad if any(padding) else 0, INTEGERS=integers, INTERPRETED=triton_interpret(),
         INDEX=index_type(max(x.numel(), y.numel(), weight.numel())),

@@ -131,7 +131,8 @@ def conv_int8(
     launch(
         _conv_int8_kernel, (triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels_out, tile.block_n),), x,
         x, pack(weight, False), start.contiguous(), scale.contiguous(), bias.contiguous(), residual, y,
-        ctypes.c_float(residual_scale).value, pixels, channels_out, height, width, out_height, out_width, *stride, *padding, *dilation,
+        ctypes.c_float(residual_scale).value, pixels, channels_out, height, width, out_height, out_width,
+        *stride, *padding, *dilation,
         C_IN=channels, KH=kernel[0], KW=kernel[1], POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0), FLAT=few,
         PAD=pad if any(padding) else 0, INTEGERS=integers, INTERPRETED=triton_interpret(),
         INDEX=index_type(max(x.numel(), y.numel(), weight.numel())),

@@ -160,6 +160,15 @@ def test_a_wrong_kernel_is_not_run_and_a_right_one_is_where_it_is_faster(monkeyp
     assert any("other integers" in failure for failure in failures)
 
 
+def test_calls_that_differ_in_values_alone_are_timed_once():
+    """A residual's scale is one."""
+    model, x = fastres.models.cifar.resnet(20).eval(), images((2, 3, 32, 32))
+    _, by_ops = both(model, x)
+    calls = [step.call for step in by_ops.plan(x.shape).steps if step.call.op is CONV_INT8]
+    added = [call.rest[4] for call in calls if len(call.inputs) == 2]
+    assert len(set(added)) == len(added) == 9 and len(by_ops._choices) <= 11 < len(calls)
+
+
 def test_without_a_proven_kernel_it_is_refused_on_a_gpu(monkeypatch):
     """And with one, or with a forced one, it is not."""
     args = CONV_INT8.samples(CPU, torch.float32)[0].args

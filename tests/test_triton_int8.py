@@ -175,6 +175,12 @@ def test_refused():
     assert backend.why_not(x, residual, *rest) is None
 
 
+def test_views_that_negate_are_read_as_their_values():
+    args = conv_int8.drawn(*SHAPES["3x3"][:3], True, True, CPU)
+    negated = [torch._neg_view(-t) if isinstance(t, torch.Tensor) else t for t in args]
+    assert negated[0].is_neg() and torch.equal(called(negated), called(args))
+
+
 def test_a_residuals_scale_is_taken_as_float32_holds_it():
     x, residual, *rest = conv_int8.drawn(*SHAPES["1x1, all tails"][:3], True, False, CPU)
     for scale in (0.7, 1 / 3, 2):

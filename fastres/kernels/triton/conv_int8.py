@@ -128,9 +128,10 @@ def conv_int8(
     pixels, few = images * out_height * out_width, has_few_channels(channels, kernel)
     config = config or heuristic(pixels, channels_out, weight[0].numel(), limits(x.device), few)
     tile = configs.ConvConfig(*config)
+    start, scale, bias = (t.resolve_neg().contiguous() for t in (start, scale, bias))
     launch(
         _conv_int8_kernel, (triton.cdiv(pixels, tile.block_m) * triton.cdiv(channels_out, tile.block_n),), x,
-        x, pack(weight, False), start.contiguous(), scale.contiguous(), bias.contiguous(), residual, y,
+        x.resolve_neg(), pack(weight, False), start, scale, bias, None if residual is None else residual.resolve_neg(), y,
         ctypes.c_float(residual_scale).value, pixels, channels_out, height, width, out_height, out_width,
         *stride, *padding, *dilation,
         C_IN=channels, KH=kernel[0], KW=kernel[1], POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0), FLAT=few,

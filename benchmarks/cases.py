@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres import functional
-from fastres.ops import REGISTRY
+from fastres.ops import REGISTRY, conv_int8
 
 TRAIN = {"training": True}
 JOINED, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
 LONG_CHAIN = f"{CHAIN}_conv_bn_act"
 STEM, GRADIENT = "conv_bn_act_maxpool", "conv_backward_bn_act"
+INTEGERS = "conv_int8"
 SEVERAL = (JOINED, CHAIN, LONG_CHAIN)  # convolutions in one op
 
 
@@ -41,6 +42,10 @@ class Case:
         """x (channels_last), then what the op takes: convolution weight, residual, statistics, weight,
         bias.
         """
+        if self.op == INTEGERS:
+            kernel, pad = self.convolution, self.convolution // 2
+            weight, geometry = (shape[1], shape[1], kernel, kernel), ((1, 1), (pad, pad), (1, 1))
+            return conv_int8.drawn(shape, weight, geometry, self.residual, True, device)[:6]
         generator = torch.Generator(device).manual_seed(0)  # on a GPU: there are hundreds of millions
 
         def image(*size: int) -> Tensor:
@@ -100,6 +105,8 @@ class Case:
             return (*tensors[:2], (1, 1), (1, 1), (1, 1), 1)
         if self.op == GRADIENT:
             return _of_gradient(*tensors)
+        if self.op == INTEGERS:
+            return _of_integers(self.convolution, tensors)
         if self.op in SEVERAL:
             return _of_several(self.op, self.convolution, tensors)
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
@@ -200,6 +207,16 @@ def _gradient() -> tuple[Callable, Callable]:
     return fused, eager
 
 
+def _of_integers(kernel: int, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return (*tensors, 0.5, -128, (1, 1), (kernel // 2,) * 2, (1, 1), True)
+
+
+def _integers(kernel: int) -> tuple[Callable, Callable]:
+    """A convolution of 8-bit integers, beside its definition: PyTorch has none."""
+    op = REGISTRY[INTEGERS]
+    return lambda *t: op(*_of_integers(kernel, t)), lambda *t: op.reference(*_of_integers(kernel, t))
+
+
 def _joined(kernel: int) -> tuple[Callable, Callable]:
     pad = kernel // 2
 
@@ -258,6 +275,7 @@ def _all() -> list[Case]:
     for residual, kernel in itertools.product((False, True), (1, 3)):
         name = "conv_bn_add_act" if residual else "conv_bn_act"
         found.append(Case(name, False, *_convolution(kernel, residual), (name,), residual, kernel))
+    found.append(Case(INTEGERS, False, *_integers(3), (INTEGERS,), residual=True, convolution=3))
     found.append(Case(STEM, False, *_stem(7), (STEM,), convolution=7))
     found += [Case(JOINED, False, *_joined(kernel), (JOINED,), convolution=kernel) for kernel in (1, 3)]
     found += [Case(name, False, *_chain(name, 3), (name,), convolution=3) for name in (CHAIN, LONG_CHAIN)]

@@ -302,7 +302,8 @@ def _with_nan(args: tuple) -> tuple:
     first, *rest = (
         a.clone(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args
     )
-    first[(0,) * first.dim()] = torch.nan
+    if first.is_floating_point():
+        first[(0,) * first.dim()] = torch.nan
     return first, *rest
 
 
@@ -316,7 +317,7 @@ class Truth:
 
     def __init__(self, op: Op, args: tuple) -> None:
         self.op, self.args = op.name, args
-        self.dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
+        self.dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
         wide = (a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         with torch.no_grad():
             self.exact, self.same = _outputs(op.reference(*wide)), _outputs(op.reference(*args))
@@ -333,6 +334,10 @@ class Truth:
             if found.dtype == torch.uint8:  # bits: of this backend's own output, which rounds as it may
                 if not torch.equal(found, _mask.pack(actual[0], self.args[-1])):
                     return f"output {index} is not the mask of output 0"
+                continue
+            if not expected.is_floating_point():  # integers are what they are
+                if not torch.equal(found, expected):
+                    return f"output {index} is of other integers"
                 continue
             verdict = within_budget(found, expected, exact, self.dtype, spread)
             if not verdict.ok:

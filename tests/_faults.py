@@ -21,7 +21,10 @@ MODULES = {
         *("test_cuda", "test_sm90_conv", "test_sm90_wide", "test_sm90_chain"),
         *("test_conv_few", "test_conv_maxpool", "test_conv_statistics", "test_conv_backward_bn_act", "test_bn_cluster"),
     ),
-    "triton": ("test_triton_interpreter", "test_triton_pointwise", "test_triton_joined", "test_triton_tf32"),
+    "triton": (
+        *("test_triton_interpreter", "test_triton_pointwise", "test_triton_joined", "test_triton_tf32"),
+        "test_triton_int8",
+    ),
 }
 DEVICE = ("every thread of the block waits for another", "more arrivals at a barrier")  # what the emulated device found
 

@@ -12,7 +12,7 @@ from benchmarks.acceptance import __main__ as acceptance
 from benchmarks.acceptance import lane, plot, promises, run, smoke, tasks
 from benchmarks.cases import CHAIN
 from fastres import dispatch, tuner
-from fastres.ops import REGISTRY
+from fastres.ops import REGISTRY, _conv_cpu
 
 pytestmark = pytest.mark.none
 CPU = torch.device("cpu")
@@ -150,6 +150,25 @@ def test_a_gradient_that_goes_on_through_a_batch_norm_is_held_against_the_two():
     assert {row["name"] for row in rows} == {"conv_backward_bn_act 3x3/1 8→16"}
     op, args = REGISTRY[task["name"]], tasks.convolution(task, torch.float32, CPU)
     assert tuner.judge(op, op.fallback, args) is None
+
+
+def test_a_network_in_integers_is_held_against_their_definition_and_bf16():
+    if reason := _conv_cpu.lacks(torch.int8):
+        pytest.skip(reason)
+    task = next(task for task in tasks.whole() if task["do"] == "integers")
+    own, half = tasks.Worker(CPU).perform({**task, "name": "cifar.resnet8", "batch": 8, "size": 16, "seconds": 0.02})
+    assert own["ok"] and own["ratio"] == 1.0 and own["error"] < 0.1 and half["rival"] == "fastres.freeze in bf16"
+    assert own["shape"] == [8, 3, 16, 16] and own["do"] == "integers" and half["median_s"] > 0
+
+
+def test_a_convolution_of_integers_is_held_against_twice_the_rate():
+    worker = tasks.Worker(CPU)
+    worker.peaks[tasks.INT8] = 1e15, 1e9
+    size = [8, 16, 3, 2, 7]
+    (row,) = worker.perform({"do": "kernel", "name": tasks.INTEGERS, "batch": 2, "convolution": size, "dtype": tasks.INT8})
+    assert row["rival"] == "torch" and row["bound"] == "matmul" and row["name"] == "conv_int8 3x3/2 8→16"
+    worker.measure_peaks({"dtype": "bf16"}, lambda: 1.0)
+    assert worker.peaks[tasks.INT8][1] == 2 * worker.peaks["bf16"][1]
 
 
 def test_a_validation_is_kept_with_its_source(monkeypatch):

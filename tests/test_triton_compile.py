@@ -28,6 +28,7 @@ pytestmark = [
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, by compute capability
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8"}
+DTYPES |= {torch.int8: "i8", torch.int32: "i32"}
 MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ROOM = "fastres.kernels.triton"
 # Bytes a thread may spill: none with the pinned Triton; newer ptxas gives up to four registers for a resident block.
@@ -176,15 +177,32 @@ def run_joined(room, dtype: torch.dtype):
             yield config, lambda args=args: joined.conv_add_conv_act(*args)
 
 
+def run_integers(room, dtype: torch.dtype):
+    """A 1x1, a 3x3 with padding and a residual, a linear layer, whose results are real numbers, and a stem."""
+    conv, limits = room["conv_int8"], room["configs"].Limits(max(SHARED), 1 << 30)
+    residual = image(dtype, True, 256, 256, 14)
+    calls = [(False, 256, 14, 1, (0, 0), None, True), (False, 256, 14, 3, (1, 1), residual, True)]
+    calls += [(False, 2048, 1, 1, (0, 0), None, False), (True, 3, 224, 7, (3, 3), None, True)]
+    for few, channels, side, k, padding, added, integers in calls:
+        x, weight = image(dtype, True, 256, channels, side), torch.empty(256, channels, k, k, dtype=dtype, device="meta")
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        start, scale = torch.empty(256, dtype=torch.int32, device="meta"), torch.empty(256, device="meta")
+        stride = (2, 2) if few else (1, 1)
+        args = (x, added, weight, start, scale, scale, 0.5, -128, stride, padding, (1, 1), integers)
+        for config in conv.offered(limits, few):
+            yield config, lambda args=args, config=config: conv.conv_int8(*args, config)
+
+
 def collect() -> list[Launch]:
     """Every distinct launch the ops make over all configurations and dtypes."""
     names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "relu_mask", "conv_bn_act", "pointwise")
-    names += ("conv_bn_add_conv_bn_act",)
+    names += ("conv_bn_add_conv_bn_act", "conv_int8")
+    floats = run_elementwise, run_batch_norm, run_pooling, run_convolution, run_joined
     room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
     found: dict[Launch, Launch] = {}  # by what the compiler sees of it
     with pytest.MonkeyPatch.context() as patch:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for runs in (run_elementwise, run_batch_norm, run_pooling, run_convolution, run_joined):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+            for runs in (run_integers,) if dtype == torch.int8 else floats:
                 for config, call in runs(room, dtype):
 
                     def record(kernel, grid, like, *args, _dtype=dtype, _config=config, **options) -> None:
@@ -208,7 +226,7 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     usage, ptx = resources(compiled.asm["cubin"]), compiled.asm["ptx"]
     constants = dict(launch.constants)
-    dot = "PRECISION" in constants
+    dot = not {"PRECISION", "INTEGERS"}.isdisjoint(constants)
     return {
         "kernel": launch.kernel,
         "dtype": "tf32" if constants.get("PRECISION") == "tf32" else launch.dtype,
@@ -264,6 +282,10 @@ def offered(launch: Launch, capability: int) -> bool:
     if "conv" not in launch.kernel:
         return True
     configs = importlib.import_module(f"{ROOM}.configs")
+    if launch.dtype == "i8":
+        integers = importlib.import_module(f"{ROOM}.conv_int8")
+        legal = integers.offered(configs.Limits(capability, SHARED[capability]), ("FLAT", True) in launch.constants)
+        return launch.config in map(str, legal)
     itemsize, tf32 = 4 if launch.dtype == "fp32" else 2, ("PRECISION", "tf32") in launch.constants
     few, described = ("FLAT", True) in launch.constants, "pointwise" in launch.kernel
     legal = configs.conv_candidates(itemsize, tf32, configs.Limits(capability, SHARED[capability]), few, described)
@@ -303,8 +325,10 @@ def test_shared_memory_fits() -> None:
 
 
 def test_tensor_cores_where_meant() -> None:
-    """16-bit and TF32 products on the capability's own instruction; IEEE fp32 on none."""
-    assert not faults(lambda row: row["mma"] is not None and row["tensor_cores"] != (row["dtype"] != "fp32"))
+    """16-bit and TF32 products on the capability's own instruction; IEEE fp32 on none; 8-bit ones on sm_100 by sm_80's."""
+    older = {row["mma"] > 0 and not row["tensor_cores"] for row in report() if (row["dtype"], row["capability"]) == ("i8", 100)}
+    rows = faults(lambda row: row["mma"] is not None and row["tensor_cores"] != (row["dtype"] != "fp32"))
+    assert older == {True} and not [row for row in rows if row[1:3] != (100, "i8")]
 
 
 def test_wide_memory_accesses() -> None:

@@ -29,8 +29,10 @@ from fastres.experiments.subject import load
 # Of the time that is left then; the tests of the lane come last but for cuDNN's graphs, which take what is left.
 PARTS = {"parity": 0.35, "kernels": 0.3, "models": 0.7, "cudnn": 1.0}
 PART_OF = {  # of rows
-    "validate": "parity", "lane": "parity", "kernel": "kernels", "peaks": "kernels", "network": "models", "cudnn": "cudnn",
+    "validate": "parity", "lane": "parity", "kernel": "kernels", "peaks": "kernels", "network": "models",
+    "integers": "models", "cudnn": "cudnn",
 }  # fmt: skip
+PROMISED = (("network", rivals.FASTRES), ("integers", rivals.FROZEN.name))  # whose parity is one
 LANE_S = 90.0  # that the tests of the lane take at least
 CUDNN_S = 120.0  # that cuDNN's graphs take at most, all of them
 CPU_WAYS = (rivals.OPTIMIZED, rivals.EAGER, rivals.CHANNELS_LAST, rivals.FREEZING)
@@ -94,10 +96,10 @@ def gpu_parts(
     if "models" in parts:
         with_tests = "parity" in parts and budget.left() > 2 * LANE_S
         share = budget.share(PARTS["models"]) if with_tests else budget
-        rows += perform_all(tasks.networks(compiling is not None), share, place)
+        rows += perform_all(tasks.whole(compiling is not None), share, place)
         promises += [
             (f"{row['name']} {row['pass']} {row['shape'][0]} {row['dtype']}: parity", row["ok"])
-            for row in rows if row["do"] == "network" and row["rival"] == rivals.FASTRES and "ok" in row
+            for row in rows if "ok" in row and (row["do"], row["rival"]) in PROMISED
         ]  # fmt: skip
         keep(rows)
     if "parity" in parts:

@@ -9,7 +9,9 @@ import importlib
 import importlib.util
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +21,13 @@ import fastres
 from benchmarks import harness, sources
 from benchmarks.acceptance import cudnn_graphs
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import CASES, CHAIN, GRADIENT, JOINED, LONG_CHAIN, SEVERAL
+from benchmarks.cases import CASES, CHAIN, GRADIENT, INTEGERS, JOINED, LONG_CHAIN, SEVERAL
 from benchmarks.cases import STEM as POOLED_STEM
 from fastres import info, tuner
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare, prepared
 from fastres.experiments.subject import DTYPES, Subject, load
-from fastres.ops import REGISTRY, _fold
+from fastres.ops import REGISTRY, _fold, conv_int8
 from fastres.ops import conv_bn_act_conv_bn_add_act as chain
 from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
 from fastres.ops import conv_bn_add_conv_bn_act as projection
@@ -71,6 +73,8 @@ CONVOLUTIONS = {
     "conv_bn_act": INNER, POOLED_STEM: STEM, "conv": STEM, "conv_backward_weight": STEM,
     STATISTICS: MEASURED, GRADIENT: BEHIND_NORMS,
 }  # fmt: skip
+INT8 = "int8"  # the dtype of tasks in 8-bit integers
+OF_INTEGERS = [*BLOCK_ENDS[:2], *INNER[:4], INNER[5], INNER[8]]
 SECONDS = 0.6  # of one kernel's rows together
 
 
@@ -93,6 +97,9 @@ def kernels() -> Iterator[Task]:
         yield {"do": "peaks", "name": "peaks", "dtype": dtype}
         for name, sizes in CONVOLUTIONS.items():
             yield from ({**common, "name": name, "batch": BATCH, "convolution": size} for size in sizes[:most])
+        if most is None:
+            integers = {"do": "kernel", "dtype": INT8, "name": INTEGERS, "batch": BATCH}
+            yield from ({**integers, "convolution": size} for size in OF_INTEGERS)
         for shape in SHAPES[:most]:
             yield from ({**common, "name": name, "shape": shape} for name in plain if "maxpool" not in name)
         yield from ({**common, "name": name, "shape": STEM_SHAPE} for name in plain if "maxpool" in name)
@@ -115,12 +122,20 @@ def networks(warm: bool = False) -> Iterator[Task]:
         yield task | {"warm": [way for way in ways if way in COMPILED_BESIDE] if warm else [], "ways": ways}
 
 
+def whole(warm: bool = False) -> Iterator[Task]:
+    """Networks, behind the first one the same in 8-bit integers."""
+    found = networks(warm)
+    yield next(found)
+    yield {"do": "integers", "name": "resnet50", "batch": BATCH, "dtype": INT8, "training": False}
+    yield from found
+
+
 def compilations() -> Iterator[Task]:
     """What is compiled when it is first called: a rival of each of the networks that come first, then Triton's kernels."""
     for task in itertools.islice(networks(), 3):
         way = next(way for way in COMPILED_BESIDE if way in task["ways"])
         yield {**task, "do": "compile", "ways": [way]}
-    yield from ({**task, "do": "compile"} for task in kernels() if task["do"] == "kernel" and task["dtype"] == "bf16")
+    yield from ({**task, "do": "compile"} for task in kernels() if task["do"] == "kernel" and task["dtype"] in ("bf16", INT8))
 
 
 def graphs_of_cudnn() -> Iterator[Task]:
@@ -154,7 +169,7 @@ class Worker:
     def perform(self, task: Task, seconds_left: Callable[[], float] = lambda: math.inf) -> list[Row]:
         run: dict[str, Callable] = {
             "validate": self.validate, "peaks": self.measure_peaks, "kernel": self.kernel, "network": self.network,
-            "compile": self.compile, "cudnn": self.graph_of_cudnn,
+            "compile": self.compile, "integers": self.integers, "cudnn": self.graph_of_cudnn,
         }  # fmt: skip
         found = run[task["do"]](task, seconds_left)
         return [{"do": task["do"], **row} for row in found]
@@ -172,6 +187,7 @@ class Worker:
         """GB/s of a large copy and flop/s of a large product, against which kernels are held."""
         copy_peak, matmul_peak = harness.copy_peak(self.place), harness.matmul_peak(self.place, DTYPES[task["dtype"]])
         self.peaks[task["dtype"]] = copy_peak * 1e9, matmul_peak * 1e9
+        self.peaks[INT8] = copy_peak * 1e9, 2 * matmul_peak * 1e9  # tensor cores multiply twice as many
         common = {"name": "peaks", "dtype": task["dtype"], "rival": TORCH}
         return [{**common, "gb_per_s": copy_peak, "gflop_per_s": matmul_peak}]
 
@@ -184,7 +200,7 @@ class Worker:
 
     def recorded(self, task: Task) -> list[tuple[Op, tuple]]:
         """The calls of ops that a task is about, with their arguments."""
-        dtype = DTYPES[task["dtype"]]
+        dtype = torch.int8 if task["dtype"] == INT8 else DTYPES[task["dtype"]]
         if "convolution" in task:
             return [(REGISTRY[task["name"]], convolution(task, dtype, self.place))]
         case = CASE_IDS[task["name"]]
@@ -240,6 +256,30 @@ class Worker:
     def graph_of_cudnn(self, task: Task, seconds_left: Callable) -> list[Row]:
         """One graph of one layer; raises where the frontend is not installed."""
         return cudnn_graphs.rows(importlib.import_module("cudnn"), task, self.place)
+
+    def integers(self, task: Task, seconds_left: Callable) -> list[Row]:
+        """A network in 8-bit integers by the kernel that is to be validated, held against the definition on a few images; its
+        time beside that of the same network frozen in bf16."""
+        op, few = REGISTRY[INTEGERS], 8
+        subject, _ = self.subject({**task, "dtype": "fp32"})
+        triton = next(b for b in op.backends if b.name == "triton")
+        if self.place.type == "cuda" and (reason := tuner.Session(self.place).on_samples(op, triton, (torch.float32,))):
+            return missing(task, reason)
+        images = fastres.Calibration([subject.x[:64]], error=None, progress=False)
+        with fastres.use(**({INTEGERS: "triton"} if self.place.type == "cuda" else {})):
+            frozen = fastres.freeze(subject.model, subject.x, quantize=images)
+            own = frozen(subject.x[:few])
+        with tempfile.TemporaryDirectory() as folder, fastres.use(TORCH):
+            frozen.save(path := Path(folder) / "network")
+            same = torch.equal(fastres.load_frozen(path, subject.x[:few])(subject.x[:few]), own)
+        x = subject.x.bfloat16()
+        half = fastres.freeze(subject.model.bfloat16(), x)
+        calls = {rivals.FROZEN.name: lambda: frozen(subject.x), "fastres.freeze in bf16": lambda: half(x)}
+        common = {"name": task["name"], "pass": "inference", "shape": list(x.shape), "dtype": INT8}
+        assert frozen.quality is not None
+        extra = {rivals.FROZEN.name: {"ok": same, "error": frozen.quality.error, "agreement": frozen.quality.agreement}}
+        seconds = {"seconds": task.get("seconds", 3.0), "batches": (3, 60)}
+        return harness.rows_of(common, calls, extra, self.place, base=rivals.FROZEN.name, **seconds)
 
     def network(self, task: Task, seconds_left: Callable) -> list[Row]:
         """A whole network, the ways to run it in turns; in training all of them under autocast."""
@@ -301,6 +341,10 @@ def cudnn_alone(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:
     """Arguments of a convolution of a residual network; at the end of a block with the other one's values."""
     channels, out, kernel, stride, side, *of_other = task["convolution"]
+    if task["name"] == INTEGERS:
+        geometry = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
+        x, weight = (task["batch"], channels, side, side), (out, channels, kernel, kernel)
+        return conv_int8.drawn(x, weight, geometry, (channels, out, kernel, stride, side) in BLOCK_ENDS, True, place)
     padding, generator = kernel // 2, torch.Generator(place).manual_seed(0)
     out_side = (side + 2 * padding - kernel) // stride + 1
 

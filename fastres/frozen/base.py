@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.errors import UnsupportedError, must, must_type
+from fastres.frozen.calibrate import Quality
 from fastres.frozen.layers import Network, network
 from fastres.frozen.record import Recording, Value, record
 
@@ -68,6 +69,7 @@ class Frozen(nn.Module):
     device: torch.device
     signature: list[tuple[Any, ...]] | None = None  # of what was recorded
     images: tuple[int, ...] | None = None  # shape of those that it was recorded on
+    quality: Quality | None = None  # of a quantised network
     _DERIVED: tuple[str, ...] = ()  # attributes that copies and pickles make anew
 
     def __init__(self, found: Network, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,7 +1,8 @@
 """Post-training quantisation: the range of every activation on the user's images, and whether the result is good enough."""
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,8 +63,10 @@ class Calibrated:
     outputs: list[Tensor]
 
 
-def checked(calibration: Calibration | Iterable[Any], channels: int) -> Calibration:
-    """The calibration with a list of pairs for batches.
+def checked(
+    calibration: Calibration | Iterable[Any], channels: int, device: torch.device = torch.device("cpu")  # noqa: B008
+) -> Calibration:
+    """The calibration with a list of pairs for batches, on the device.
 
     Raises:
         TypeError, ValueError: there is no image, one is not finite, or all pixels are one value; a threshold is no share.
@@ -82,7 +85,7 @@ def checked(calibration: Calibration | Iterable[Any], channels: int) -> Calibrat
             raise must("freeze", f"quantize.{name}", "a share of 0..1 or None", value)
     if calibration.error is not None and not calibration.error >= 0:
         raise must("freeze", "quantize.error", "at least 0 or None", calibration.error)
-    pairs = [_pair(index, batch, channels) for index, batch in enumerate(calibration.batches)]
+    pairs = [_pair(index, batch, channels, device) for index, batch in enumerate(calibration.batches)]
     if not pairs:
         raise must("freeze", "quantize", "batches of images", "none", "give some hundred images like those to come")
     low, high = min(x.min().item() for x, _ in pairs), max(x.max().item() for x, _ in pairs)
@@ -93,20 +96,22 @@ def checked(calibration: Calibration | Iterable[Any], channels: int) -> Calibrat
     return Calibration(pairs, calibration.accuracy, calibration.agreement, calibration.error, calibration.progress)
 
 
-def _pair(index: int, batch: Any, channels: int) -> tuple[Tensor, Tensor | None]:
+def _pair(index: int, batch: Any, channels: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
     name = f"quantize: batch {index}"
     x, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
     if not isinstance(x, Tensor) or not (labels is None or isinstance(labels, Tensor)):
         raise must_type("freeze", name, "images, or a pair of images and labels", batch)
     if any(t is not None and (t.is_nested or t.layout is not torch.strided) for t in (x, labels)):
         raise must("freeze", name, "of strided tensors", "another layout", "call .to_dense()")
-    if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or x.device.type != "cpu" or not x.is_floating_point():
-        raise must("freeze", name, f"floating-point images (N, {channels}, H, W) on the CPU", f"{tuple(x.shape)} {x.dtype}")
+    places = [torch.device("cpu"), *[device] * (device.type != "cpu")]
+    if x.dim() != 4 or x.shape[1] != channels or x.numel() == 0 or x.device not in places or not x.is_floating_point():
+        what = f"floating-point images (N, {channels}, H, W) on {' or '.join(map(str, places))}"
+        raise must("freeze", name, what, f"{tuple(x.shape)} {x.dtype} on {x.device}")
     if labels is not None and (labels.shape != x.shape[:1] or labels.is_floating_point()):
         raise must("freeze", name, f"with {len(x)} integer labels", f"{tuple(labels.shape)} {labels.dtype}")
     if not bool(x.isfinite().all()):
         raise must("freeze", name, "finite", "NaN or infinity")
-    return x.detach().float(), labels
+    return x.detach().float().to(device), None if labels is None else labels.to(device)
 
 
 def calibrate(layers: list[Layer], x: Value, calibration: Calibration, progress: Progress) -> Calibrated:
@@ -131,7 +136,7 @@ def calibrate(layers: list[Layer], x: Value, calibration: Calibration, progress:
 
     def count(value: Value, tensor: Tensor) -> None:
         if value in ranges and ranges[value][0] < ranges[value][1]:
-            counts[value] += torch.histc(tensor, _BINS, *ranges[value])
+            counts[value] += torch.histc(tensor, _BINS, *ranges[value]).cpu()
 
     for index, (images, _) in enumerate(batches):
         progress.step(f"ranges, batch {index + 1} of {len(batches)}")
@@ -170,7 +175,7 @@ def run(layers: list[Layer], x: Value, images: Tensor, see: Any = lambda value, 
     """The layers by PyTorch's own operations, in the weights' dtype; ``see(value, tensor)`` is told every result."""
     last = {value: index for index, layer in enumerate(layers) for value in (layer.x, layer.residual) if value is not None}
     values = {x: images.contiguous(memory_format=torch.channels_last)}
-    with torch.no_grad():
+    with torch.no_grad(), _without_tf32():
         see(x, images)
         for index, layer in enumerate(layers):
             values[layer.y] = result(layer, values)
@@ -178,6 +183,17 @@ def run(layers: list[Layer], x: Value, images: Tensor, see: Any = lambda value, 
             for value in [value for value, end in last.items() if end == index]:
                 del values[value]
     return values[layers[-1].y]
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions in float32 as such, whatever is allowed on this GPU."""
+    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
 
 
 def result(layer: Layer, values: dict[Value, Tensor]) -> Tensor:

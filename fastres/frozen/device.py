@@ -20,7 +20,7 @@ from fastres.frozen.calls import Call
 from fastres.frozen.choose import Choice
 from fastres.frozen.graph import Graphs
 from fastres.frozen.join import Way
-from fastres.frozen.layers import Network
+from fastres.frozen.layers import Layer, Network
 from fastres.frozen.program import Size, sized
 from fastres.frozen.record import Value
 from fastres.ops._op import _signature
@@ -64,6 +64,7 @@ class GraphFrozen(Frozen):
     """A network on a GPU: a graph for each size of batches and images."""
 
     _DERIVED = ("_plans", "_choices", "_constants", "graphs")
+    _WAYS: tuple[Way, ...] = join.WAYS
 
     def __init__(self, found: Network, dtype: torch.dtype, device: torch.device, batch: int) -> None:
         super().__init__(found, dtype, device)
@@ -75,7 +76,24 @@ class GraphFrozen(Frozen):
         self._choices: dict[tuple[Any, ...], Choice] = {}
         self.graphs = Graphs(self.device)
         with torch.inference_mode(False), torch.no_grad():
-            self._constants = calls.constants(self.network.layers)
+            self._constants = self._fixed()
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """That of images in a plan's buffer, and of results."""
+        return self.dtype
+
+    def _fixed(self) -> dict[Layer, calls.Constants]:
+        """What each layer's kernels read beside activations."""
+        return calls.constants(self.network.layers)
+
+    def _call_of(self, layer: Layer, channels: int) -> Call:
+        """A layer that reads so many channels as a call."""
+        return calls.call(layer, self._constants.get(layer, ()), channels, self.device)
+
+    def _drawn(self, shapes: list[Shape], call: Call) -> tuple[Any, ...]:
+        """Random arguments of a call, with inputs of these shapes."""
+        return choose.drawn(shapes, call.rest, self.dtype, self.device)
 
     def bucket(self, batch: int) -> int:
         """The batch that so many images are padded to."""
@@ -111,7 +129,7 @@ class GraphFrozen(Frozen):
         for layer in self.network.layers:
             sized(layer, sizes, (channels, height, width))
         steps = self._steps(batch, sizes)
-        x = torch.zeros(shape, dtype=self.dtype, device=self.device).contiguous(memory_format=torch.channels_last)
+        x = torch.zeros(shape, dtype=self.result_dtype, device=self.device).contiguous(memory_format=torch.channels_last)
         replay, y = self.graphs.captured(lambda: self.run(steps, x))
         return Plan(shape, steps, sizes, x, replay, y)
 
@@ -121,10 +139,10 @@ class GraphFrozen(Frozen):
         steps: dict[int, Step] = {}  # by their places
         makers: dict[Value, int] = {}
         for place, layer in enumerate(self.network.layers):
-            call = calls.call(layer, self._constants.get(layer, ()), sizes[layer.x][0], self.device)
+            call = self._call_of(layer, sizes[layer.x][0])
             step = Step(call, self._chosen(call, batch, sizes))
             faster: list[tuple[Step, int, int]] = []  # with the places of the one before and of itself
-            for way in join.WAYS:
+            for way in self._WAYS:
                 operand = way.operand_of(call)
                 before = None if operand is None else makers.get(operand)
                 if before is not None and way.joins(call, steps[before].call, readers):
@@ -152,10 +170,9 @@ class GraphFrozen(Frozen):
         if call.op is None:
             return Choice(*next(iter(call.plain.items())))
         shapes: list[Shape] = [(batch, *sizes[value]) for value in call.inputs]
-        key = (call.op.name, *shapes, _signature(call.rest)[0])
+        key = (call.op.name, *shapes, _signature(tuple(a for a in call.rest if type(a) is not float))[0])
         if key not in self._choices:
-            args = choose.drawn(shapes, call.rest, self.dtype, self.device)
-            self._choices[key] = choose.choose(call, call.op, args, self.device)
+            self._choices[key] = choose.choose(call, call.op, self._drawn(shapes, call), self.device)
         return self._choices[key]
 
     def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> Tensor:

@@ -4,6 +4,7 @@ peak, of a copy or of a matrix product, that bounds it.
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from fastres import timing
@@ -54,7 +55,9 @@ def _elements(plan: Plan, value: Value) -> int:
 
 def _time(frozen: GraphFrozen, plan: Plan, told: PlanReport) -> None:
     """Run the steps in their order, each many times, then the whole graph."""
-    copy_peak, matmul_peak = timing.peaks(frozen.device, frozen.dtype)
+    integers = frozen.dtype == torch.int8
+    copy_peak, matmul_peak = timing.peaks(frozen.device, torch.bfloat16 if integers else frozen.dtype)
+    matmul_peak *= 1 + integers  # tensor cores multiply twice as many
     told.peaks = {"copy": copy_peak / 1e9, "matmul": matmul_peak / 1e9}
     reports = iter(told.steps)
 

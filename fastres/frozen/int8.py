@@ -15,8 +15,8 @@ from fastres.frozen.layers import Layer
 from fastres.frozen.record import Value
 from fastres.kernels import native
 from fastres.ops import _conv_cpu
+from fastres.ops._int8 import LEVELS
 
-LEVELS = 255  # the largest activation
 MOST_TERMS = 65536  # of 255 * 127 each, whose sum fits an int32: kInt8MostTerms of csrc/cpu/plan_int8.cpp
 _BLOCK, _LANES = 64, 16
 _SIZES = tuple(i / 40 for i in range(24, 41))  # shares of a channel's range that are tried for its weights
@@ -89,7 +89,8 @@ def zero_constants(scale: Scale) -> tuple[Tensor, ...]:
     return (torch.tensor([float(scale.zero)]),)
 
 
-def _packed_conv(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor, ...]:
+def conv_constants(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor, Tensor, float]:
+    """Of sums of bytes times weights: a scale and a bias for each output channel, in float64, and the residual's scale."""
     weight, scale, bias = layer.weight, layer.scale, layer.bias
     assert weight is not None and scale is not None and bias is not None
     x, y = scales[layer.x], scales.get(layer.y, REAL)
@@ -101,6 +102,12 @@ def _packed_conv(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor, .
         part = other.scale / y.scale
         offset -= part * other.zero
     _check_range(layer, total, offset, part)
+    return total, offset, part
+
+
+def _packed_conv(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor, ...]:
+    assert layer.weight is not None
+    weight, (total, offset, part) = layer.weight, conv_constants(layer, scales)
     channels = weight.shape[1]
     rows = torch.nn.functional.pad(weight.permute(0, 2, 3, 1), (0, _conv_cpu.whole_words(channels, torch.int8) - channels))
     order = _order(len(weight), layer.y in scales)

@@ -1,8 +1,9 @@
 """``freeze``: a network recorded, and planned for the device that it is on."""
 
+import itertools
 import os
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,15 @@ from fastres.errors import UnsupportedError, must, must_type
 from fastres.frozen import file, int8
 from fastres.frozen.base import DTYPES, RECORDED, Frozen, check_device, check_images, parameter_dtype, recorded
 from fastres.frozen.calibrate import Calibration, calibrate, checked, judge
+from fastres.frozen.int8 import Scale
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.module import NativeFrozen
 from fastres.frozen.record import Value
 from fastres.kernels import native
 from fastres.ops import _conv_cpu
 from fastres.terminal import Progress
+
+Quantised = TypeVar("Quantised", bound=Frozen)
 
 
 def freeze(
@@ -49,38 +53,51 @@ def freeze(
             parameters' own. In 16 bits sums, biases and batch norm are float32, and each layer rounds once; PyTorch's own
             operations, where they are the fastest, round after each.
         quantize: image batches, or pairs of one and its labels, or a ``fastres.Calibration`` of them: the network then runs
-            in 8-bit integers, on the CPU only, scaled for such images (signed weights with a scale for each output channel,
-            unsigned activations with one scale each; sums exact, results float32), and ``save`` keeps it in a file. On
-            processors with AMX, bfloat16 of PyTorch itself can be the faster one.
+            in 8-bit integers, scaled for such images (signed weights with a scale for each output channel, unsigned
+            activations with one scale each; sums exact, results float32), and ``save`` keeps it in a file. With the same
+            scales a GPU gives the CPU's bytes; it needs a kernel that its architecture has validated, or that is forced, and
+            answers an image that is not finite, which the CPU refuses, with NaN. On processors with AMX, bfloat16 of PyTorch
+            itself can be the faster one.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
-        UnsupportedError: an operation, the processor or a weight (not finite) that a plan cannot serve; the text says which.
+        UnsupportedError: an operation, the processor, a weight (not finite) or, for integers, a GPU that a plan cannot serve;
+            the text says which.
         VerificationError: quantised, the network is not as good as the calibration asks.
     """
     dtype = _check(model, example, dtype, quantize)
     if example.device.type == "cuda":
-        return by_ops(model, example, dtype)
+        return by_ops(model, example, dtype, quantize)
     _check_processor(dtype)
     found, recording = recorded(model, example)
     _check_groups(found, dtype)
-    frozen = NativeFrozen(found, dtype) if quantize is None else _quantized(found, checked(quantize, found.channels))
+    frozen = NativeFrozen(found, dtype) if quantize is None else _natively(found, checked(quantize, found.channels))
     frozen.signature = recording.signature()
     frozen.images = None if quantize is not None else (min(len(example), RECORDED), *example.shape[1:])
     frozen.program(tuple(example.shape))
     return frozen
 
 
-def by_ops(model: nn.Module, example: Tensor, dtype: torch.dtype) -> Frozen:
+def by_ops(
+    model: nn.Module, example: Tensor, dtype: torch.dtype, quantize: Calibration | Iterable[Any] | None = None
+) -> Frozen:
     """The network as calls of ops on the example's device, captured in a graph where that is a GPU."""
-    from fastres.frozen.device import (
-        GraphFrozen,  # imported here: the tuner and its ops take time, and the CPU needs none
-    )
+    # Imported here: the tuner and its ops take time, and the CPU needs none.
+    from fastres.frozen.device import GraphFrozen
+    from fastres.frozen.device_int8 import IntegersFrozen, check_kernel
 
-    first = example[:RECORDED]
+    first, device = example[:RECORDED], example.device
+    if quantize is not None:
+        check_kernel(device)
     found, recording = recorded(model, first)
-    frozen = GraphFrozen(found, dtype, example.device, len(example))
-    frozen.signature, frozen.images = recording.signature(), tuple(first.shape)
+    if quantize is None:
+        frozen = GraphFrozen(found, dtype, device, len(example))
+        frozen.images = tuple(first.shape)
+    else:
+        _check_groups(found, dtype)
+        wanted = checked(quantize, found.channels, device)
+        frozen = _quantized(found, wanted, lambda scales: IntegersFrozen(found, scales, device, len(example)))
+    frozen.signature = recording.signature()
     frozen.plan(tuple(example.shape))
     return frozen
 
@@ -100,8 +117,12 @@ def _check_groups(found: Network, dtype: torch.dtype) -> None:
                 raise UnsupportedError(f"fastres.freeze: the convolution {layer.name!r} cannot run: {reason}")
 
 
-def _quantized(found: Network, wanted: Calibration) -> NativeFrozen:
-    """The network in 8-bit integers, if that is good enough."""
+def _natively(found: Network, wanted: Calibration) -> NativeFrozen:
+    return _quantized(found, wanted, lambda scales: NativeFrozen(found, torch.int8, scales))
+
+
+def _quantized(found: Network, wanted: Calibration, make: Callable[[Mapping[Value, Scale]], Quantised]) -> Quantised:
+    """The network in 8-bit integers, made with its scales, if that is good enough."""
     last = found.layers[-1]
     if last.kind not in ("conv", "linear", "add", "relu") or last.relu:  # kernels whose results can be float32 write no ReLU
         found.layers.append(Layer("relu", "dequantize", last.y, Value(last.y.shape)))
@@ -109,7 +130,7 @@ def _quantized(found: Network, wanted: Calibration) -> NativeFrozen:
     with Progress(f"Quantising {found.name}", 3 * batches, quiet=not wanted.progress) as progress:
         calibrated = calibrate(found.layers, found.x, wanted, progress)
         int8.with_int8_weights(found.layers)
-        frozen, results = NativeFrozen(found, torch.int8, calibrated.scales), []
+        frozen, results = make(calibrated.scales), []
         for index, (images, _) in enumerate(calibrated.batches):
             progress.step(f"results, batch {index + 1} of {batches}")
             results.append(frozen(images))
@@ -117,19 +138,45 @@ def _quantized(found: Network, wanted: Calibration) -> NativeFrozen:
     return frozen
 
 
-def load_frozen(path: str | os.PathLike[str]) -> Frozen:
-    """A quantised network as ``Frozen.save`` wrote it.
+def load_frozen(path: str | os.PathLike[str], example: Tensor | None = None) -> Frozen:
+    """A quantised network as ``Frozen.save`` wrote it, on whatever device.
 
     Nothing in the file is run: it holds safetensors, and the layers as JSON, each checked.
 
+    Args:
+        example: images (N, C, H, W) on the device where the network is to run, which is planned for them at once, as by
+            ``freeze``; None for the CPU.
+
     Raises:
-        ArgumentError: the file is not such a one, or is damaged.
-        UnsupportedError: this processor cannot run it.
+        TypeError, ValueError: the file is not such a one, or is damaged; the example is no batch of images that fits.
+        UnsupportedError: this processor, or the example's GPU, cannot run it.
     """
+    if example is not None:
+        check_images("example", example)
+    if example is not None and example.device.type == "cuda":
+        return _loaded_by_ops(path, example)
     _check_processor(torch.int8)
     found, scales, quality = file.read(path)
     frozen = NativeFrozen(found, torch.int8, scales)
     frozen.quality = quality
+    if example is not None:
+        frozen.check(example.detach())
+        frozen.program(tuple(example.shape))
+    return frozen
+
+
+def _loaded_by_ops(path: str | os.PathLike[str], example: Tensor) -> Frozen:
+    from fastres.frozen.device_int8 import IntegersFrozen, check_kernel  # as above
+
+    check_kernel(example.device)
+    found, scales, quality = file.read(path)
+    for layer, name in itertools.product(found.layers, ("weight", "bias", "scale")):
+        if (tensor := getattr(layer, name)) is not None:
+            setattr(layer, name, tensor.to(example.device))
+    frozen = IntegersFrozen(found, scales, example.device, len(example))
+    frozen.quality = quality
+    frozen.check(example.detach())
+    frozen.plan(tuple(example.shape))
     return frozen
 
 
@@ -144,8 +191,6 @@ def _check(model: object, example: object, dtype: object, quantize: object) -> t
         raise must("freeze", "dtype", "None or torch.int8 with quantize", dtype)
     if quantize is None and dtype == torch.int8:
         raise must("freeze", "quantize", "given for torch.int8", "None", "give image batches to find the scales with")
-    if quantize is not None and example.device.type != "cpu":
-        raise UnsupportedError("fastres.freeze: 8-bit integers run on the CPU: move the model and the images there")
     dtype = dtype or parameter_dtype(model) or example.dtype
     dtypes = DTYPES[example.device.type]
     if quantize is None and dtype not in dtypes:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastres.frozen import file, int8
 from fastres.frozen.base import Frozen
-from fastres.frozen.calibrate import Quality
 from fastres.frozen.int8 import Scale
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.program import Program, Step, parts_of, program, steps
@@ -34,7 +33,6 @@ class NativeFrozen(Frozen):
         super().__init__(found, dtype, torch.device("cpu"))
         self.scales = scales
         self.result_dtype = torch.float32 if dtype == torch.int8 else dtype
-        self.quality: Quality | None = None  # of a quantised network
         self._offset = frozenset(value for value, scale in (scales or {}).items() if scale.zero)
         self._packed: dict[tuple[Layer, bool], tuple[Tensor, ...]] = {}  # by whether they are transformed for Winograd
         self._forget()

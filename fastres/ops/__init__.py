@@ -14,6 +14,7 @@ from fastres.ops import (
     conv_bn_act_maxpool,
     conv_bn_add_act,
     conv_bn_add_conv_bn_act,
+    conv_int8,
     conv_statistics,
 )
 from fastres.ops._op import REGISTRY
@@ -33,5 +34,6 @@ __all__ = [
     "conv_bn_act_maxpool",
     "conv_bn_add_act",
     "conv_bn_add_conv_bn_act",
+    "conv_int8",
     "conv_statistics",
 ]

@@ -73,8 +73,8 @@ class Before(NamedTuple):
 
 
 class Norms:
-    """Finds in the calls of a training step the convolutions whose output a batch norm takes, and those whose gradient that of a
-    batch norm takes."""
+    """Finds in the calls of a training step the convolutions whose output a batch norm takes, and those whose gradient goes on
+    to one."""
 
     def __init__(self) -> None:
         self._made: dict[int, Before] = {}
@@ -84,8 +84,8 @@ class Norms:
         """Tell of a call that ran."""
         if func is torch.ops.aten.convolution_backward.default:
             grad_y, _, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
-            geometry = tuple(stride), tuple(padding), tuple(dilation), groups
-            self._gradient = None if transposed else (y[0], grad_y, weight, geometry)
+            window = tuple(stride), tuple(padding), tuple(dilation), groups
+            self._gradient = None if transposed else (y[0], grad_y, weight, window)
         if func is torch.ops.fastres.conv_backward_input.default:
             grad_y, weight, _, stride, padding, dilation, groups = args
             self._gradient = y, grad_y, weight, (tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -109,7 +109,7 @@ class Norms:
         return [each for each in made if each.version == each.y._version]
 
     def missed(self, op: str, args: tuple[Any, ...]) -> list[tuple[Op, tuple[Any, ...]]]:
-        """``conv_statistics`` and ``conv_backward_bn_act`` with their arguments, where there is a kernel, but it was not chosen."""
+        """``conv_statistics`` and ``conv_backward_bn_act`` with their arguments, where a kernel was there but not chosen."""
         if REGISTRY[op] is BN_ACT_BACKWARD:
             return self._joined(*args)
         calls = [each.args for each in self.before(op, args) if each.bias is None and not each.found]

@@ -42,7 +42,8 @@ def place(values: torch.Tensor, layout: str) -> torch.Tensor:
         strides[dim], numel = numel, numel * max(sizes[dim], 1)
     if layout == "expanded":
         strides[1] = 0
-    memory = torch.full((2 * _ZONE + shift + numel,), _RED, dtype=values.dtype)
+    red = _RED if values.is_floating_point() else 99
+    memory = torch.full((2 * _ZONE + shift + numel,), red, dtype=values.dtype)
     tensor = memory.as_strided(values.shape, strides, _ZONE + shift)
     source = tensor[:, :1] if layout == "expanded" else tensor
     source.copy_(-values[:, : source.shape[1]] if layout == "negative" else values[:, : source.shape[1]])

@@ -1,0 +1,146 @@
+"""A network in 8-bit integers as calls of ops: what the CPU's plan of it computes, byte for byte, in one CUDA graph a size.
+
+Convolutions and linear layers are calls of ``conv_int8``; the few other steps are PyTorch's operations, with the float
+constants that the CPU's kernels read (``int8.packed``).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres import dispatch
+from fastres.errors import UnsupportedError
+from fastres.frozen import file, int8
+from fastres.frozen.calls import TORCH, Call, Constants, Run
+from fastres.frozen.device import GraphFrozen, Plan, Shape, Step
+from fastres.frozen.int8 import Scale
+from fastres.frozen.layers import Layer, Network
+from fastres.frozen.record import Value
+from fastres.ops import conv_int8
+from fastres.ops._int8 import SHIFT, byte, fused, stored
+from fastres.ops.conv_int8 import CONV_INT8
+
+
+class IntegersFrozen(GraphFrozen):
+    """A quantised network on a GPU. Images are float32, as results are; one that is not finite gives NaN for its results, since
+    nobody waits for the images to refuse them."""
+
+    _WAYS = ()
+
+    def __init__(self, found: Network, scales: Mapping[Value, Scale], device: torch.device, batch: int) -> None:
+        self.scales = dict(scales)  # first: the constants follow from them
+        super().__init__(found, torch.int8, device, batch)
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def _made(self, shape: Shape) -> Plan:
+        check_kernel(self.device)  # a backend may have been forced for the plans before
+        return super()._made(shape)
+
+    def _fixed(self) -> dict[Layer, Constants]:
+        return {layer: self._constants_of(layer) for layer in self.network.layers}
+
+    def _constants_of(self, layer: Layer) -> Constants:
+        """What the step reads: computed on the CPU, where a division is one; on a GPU the quotient could be another."""
+        if layer.kind in ("max_pool", "pad"):
+            return (self.scales[layer.x].zero - SHIFT,)
+        here = Layer(layer.kind, layer.name, layer.x, layer.y, layer.residual)
+        here.weight, here.bias, here.scale = (None if t is None else t.cpu() for t in (layer.weight, layer.bias, layer.scale))
+        if here.scale is None:
+            return tuple(t.to(self.device) for t in int8.packed(here, self.scales))
+        assert here.weight is not None and layer.weight is not None
+        total, offset, part = int8.conv_constants(here, self.scales)
+        start = SHIFT * here.weight.sum((1, 2, 3), dtype=torch.int32)
+        rows = (t.to(self.device) for t in (start, total.float(), offset.float()))
+        weight = layer.weight.contiguous(memory_format=torch.channels_last)
+        return weight, *rows, torch.tensor(part).item(), self.scales[layer.x].zero - SHIFT  # as the kernel reads them: float32
+
+    def _call_of(self, layer: Layer, channels: int) -> Call:
+        own, integers = self._constants[layer], layer.y in self.scales
+        inputs = (layer.x,) if layer.residual is None else (layer.x, layer.residual)
+        if layer.scale is None:
+            return Call(layer, None, inputs, (), {TORCH: _step(layer, own, integers)})
+        added = () if layer.residual is not None else (None,)
+        rest = (*added, *own, layer.stride, layer.padding, layer.dilation, integers)
+        return Call(layer, CONV_INT8, inputs, rest, {TORCH: CONV_INT8.reference})
+
+    def _drawn(self, shapes: list[Shape], call: Call) -> tuple[Any, ...]:
+        *_, weight, _, _, _, _, pad, stride, padding, dilation, integers = call.rest
+        geometry = stride, padding, dilation
+        return conv_int8.drawn(shapes[0], tuple(weight.shape), geometry, len(shapes) > 1, integers, self.device, pad)
+
+    def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> Tensor:
+        scale, zero = (t.item() for t in int8.input_constants(self.scales[self.network.x])[0])
+        held = stored(fused(x.float(), scale, torch.full((), zero, device=x.device)))
+        y = super().run(steps, held, see)
+        strange = x.sum((1, 2, 3), dtype=torch.float64).mul_(0.0).float()  # 0, or NaN
+        return y + strange.view(-1, *[1] * (y.dim() - 1))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        file.write(path, self.network, self.scales, self.quality)
+
+
+def check_kernel(device: torch.device) -> None:
+    """Whether there is a kernel for the convolutions: PyTorch has none, and the reference is slower than 16 bits.
+
+    Raises:
+        UnsupportedError: no kernel runs there, or the device's architecture has validated none; a forced backend is one.
+    """
+    if device.type != "cuda" or dispatch.wished(CONV_INT8.name, CONV_INT8.backends) is not None:
+        return
+    with torch.no_grad():
+        args = CONV_INT8.samples(device, torch.float32)[0].args
+    kernels = [b for b in CONV_INT8.backends if b.name != TORCH]
+    reasons = [b.why_not(*args) or dispatch.why_not_proven(CONV_INT8.name, b, device) for b in kernels]
+    if None not in reasons:
+        raise UnsupportedError(
+            f"fastres.freeze: no kernel for convolutions of 8-bit integers is proven on {device}: {reasons[0]}; freeze on the"
+            f" CPU, or in 16 bits, or force one: fastres.use({CONV_INT8.name}={kernels[0].name!r}), or the slow {TORCH!r}"
+        )
+
+
+# ---- steps of PyTorch's operations -----------------------------------------------------------------
+
+
+def _step(layer: Layer, own: Constants, integers: bool) -> Run:
+    """A function of the inputs of a layer that is no convolution."""
+    return functools.partial(_STEPS[layer.kind], layer, own, stored if integers else lambda value: value)
+
+
+def _max_pool(layer: Layer, own: Constants, finish: Run, x: Tensor) -> Tensor:
+    pooled = F.max_pool2d(x.half(), layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil)  # which holds all bytes
+    return pooled.to(torch.int8)
+
+
+def _avg_pool(layer: Layer, own: Constants, finish: Run, x: Tensor) -> Tensor:
+    (constants,) = own
+    window = tuple(x.shape[2:]) if layer.kernel == (0, 0) else layer.kernel
+    mean = F.avg_pool2d(byte(x), window, layer.stride, layer.padding, layer.ceil, count_include_pad=False)
+    return finish(fused(mean, constants[0], constants[1]))
+
+
+def _bn(layer: Layer, own: Constants, finish: Run, x: Tensor) -> Tensor:
+    scale, bias = own[0].view(2, -1, 1, 1)
+    return finish(fused(byte(x), scale, bias))
+
+
+def _add(layer: Layer, own: Constants, finish: Run, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    ((scale, part, bias),) = own
+    value = fused(byte(x), scale, bias)
+    return finish(value if residual is None else fused(byte(residual), part, value))
+
+
+def _pad(layer: Layer, own: Constants, finish: Run, x: Tensor) -> Tensor:
+    x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
+    wider = F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1]), value=own[0])
+    return wider.contiguous(memory_format=torch.channels_last)
+
+
+_STEPS = {"max_pool": _max_pool, "avg_pool": _avg_pool, "bn": _bn, "add": _add, "relu": _add, "pad": _pad}

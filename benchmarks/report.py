@@ -143,7 +143,7 @@ def _support(op: str, backend: str, validated: dict, measured: dict, compiled: d
     archs = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ())) if devices else []
     parts = ["interpreted"] if backend == "triton" else []
     parts += [f"validated on {', '.join(archs)}"] if archs else []
-    library = backend.removesuffix("_wide")  # in which its kernels are compiled
+    library = backend.partition("_")[0]  # in which its kernels are compiled
     parts += ["compiled"] if any(arch.rstrip("af") not in archs for arch in compiled.get(library, ())) else []
     return ", ".join([*parts, f"measured on {', '.join(devices)}" if devices else "unmeasured"])
 

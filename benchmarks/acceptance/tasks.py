@@ -5,7 +5,6 @@ Nothing here knows a GPU but the lists of tasks: on the CPU the same code runs t
 
 import copy
 import functools
-import importlib
 import importlib.util
 import itertools
 import math

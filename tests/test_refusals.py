@@ -56,7 +56,8 @@ def test_the_native_convolution_tells_what_it_does_not_compute(processor, monkey
     x, weight = torch.empty(1, 32, 8, 8), torch.empty(32, 32, 3, 3)
     refuse = _conv_cpu.why_not
     assert refuse(x, weight, ONE, 1) is None
-    assert "groups=2" in refuse(x, weight, ONE, 2)
+    assert refuse(x, weight[:, :4], ONE, 8) is None
+    assert "32 to 48 channels in 4 groups" in refuse(x, torch.empty(48, 8, 3, 3), ONE, 4)
     assert "without dilation" in refuse(x[:, :3], weight, (1, 2), 1)
     assert "at most 16384 values" in refuse(torch.empty(1, 8192, 1, 1), weight, ONE, 1)
     assert "no float64 kernel" in refuse(x.double(), weight, ONE, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from _cuda_calls import laid_out, run
 from _hopper import CL, DTYPES
-from test_given_statistics import ALL, BLOCKS, step
+from test_given_statistics import ALL, BLOCKS, assert_followed, half_block, step
 from test_given_statistics import OP as STATISTICS
 from test_sm90_wide import CASES, ONE, Case
 from tolerances import assert_close_to_truth
@@ -261,29 +261,11 @@ def test_a_training_step_keeps_the_budget(ran, monkeypatch, name, most):
             assert_close_to_truth(*triple, torch.bfloat16, f"{name} {backend} {statistics} {index}")
 
 
-def half_block(device):
-    torch.manual_seed(0)
-    block = fastres.nn.BasicBlock(16, 16).to(device, torch.bfloat16, memory_format=CL)
-    x = torch.randn(3, 16, 7, 9, device=device).bfloat16().contiguous(memory_format=CL)
-    return block, x, torch.ones(3, 16, 7, 9, device=device)
-
-
 def test_what_follows_the_call_is_not_passed_by(ran):
     """A checkpointed block gives the same; one with a hook, or that makes values again in backward, runs without."""
-    (device, calls), heard = ran, []
-    block, x, seed = half_block(device)
+    device, calls = ran
     with kernels():
-        plain = step(block, x, seed)
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        again = torch.utils.checkpoint.checkpoint(copy.deepcopy(block), leaf, use_reentrant=False)
-        again.backward(torch.ones_like(again))
-        assert torch.equal(again, plain[0]) and torch.equal(leaf.grad, plain[1]) and len(calls) == 2
-        block.bn1.register_forward_hook(lambda *args: heard.append(args))
-        step(block, x, seed)
-        block.bn1._forward_hooks.clear()
-        setattr(block, _fused.REMAKES, True)
-        step(block, x, seed)
-    assert len(heard) == 1 and len(calls) == 2
+        assert_followed(*half_block(device), calls, (2, 2))
 
 
 def test_gradients_are_differentiated_again(ran):

@@ -139,24 +139,35 @@ def test_a_training_step_keeps_the_budget(on_device, name, spared):
             assert_close_to_truth(actual, torch_same, truth, torch.bfloat16, f"{name} {index}")
 
 
+def half_block(device):
+    """A block in bfloat16, images, and the gradient of its output."""
+    torch.manual_seed(0)
+    block = fnn.BasicBlock(16, 16).to(device, torch.bfloat16, memory_format=CL)
+    x = torch.randn(3, 16, 7, 9, device=device).bfloat16().contiguous(memory_format=CL)
+    return block, x, torch.ones(3, 16, 7, 9, device=device)
+
+
+def assert_followed(block, x, seed, calls, counts):
+    """The calls of a kernel: of the block plain and checkpointed, which give the same; and once it has run with a
+    hook, and with what makes values again in backward, too."""
+    heard = []
+    plain = step(block, x, seed)
+    leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    again = torch.utils.checkpoint.checkpoint(copy.deepcopy(block), leaf, use_reentrant=False)
+    again.backward(torch.ones_like(again))
+    assert torch.equal(again, plain[0]) and torch.equal(leaf.grad, plain[1]) and len(calls) == counts[0]
+    block.bn1.register_forward_hook(lambda *args: heard.append(args))
+    step(block, x, seed)
+    block.bn1._forward_hooks.clear()
+    setattr(block, _fused.REMAKES, True)
+    step(block, x, seed)
+    assert len(heard) == 1 and len(calls) == counts[1]
+
+
 def test_what_follows_the_call_is_not_passed_by(on_device, spared):
     """A checkpointed block gives the same; layers with hooks, and blocks that make values again in backward, do not ask."""
-    torch.manual_seed(0)
-    block = fnn.BasicBlock(16, 16).to(on_device, torch.bfloat16, memory_format=CL)
-    x = torch.randn(3, 16, 7, 9, device=on_device).bfloat16().contiguous(memory_format=CL)
-    seed, heard = torch.ones(3, 16, 7, 9, device=on_device), []
     with kernels():
-        plain = step(block, x, seed)
-        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-        again = torch.utils.checkpoint.checkpoint(copy.deepcopy(block), leaf, use_reentrant=False)
-        again.backward(torch.ones_like(again))
-        assert torch.equal(again, plain[0]) and torch.equal(leaf.grad, plain[1]) and len(spared) == 6
-        block.bn1.register_forward_hook(lambda *args: heard.append(args))
-        step(block, x, seed)
-        block.bn1._forward_hooks.clear()
-        setattr(block, _fused.REMAKES, True)
-        step(block, x, seed)
-    assert len(heard) == 1 and len(spared) == 7
+        assert_followed(*half_block(on_device), spared, (6, 7))
 
 
 def images(device, dtype=torch.bfloat16):

@@ -67,6 +67,12 @@ def register(op: str, backends: Sequence[Backend], *caches: dict[Any, Any]) -> N
     _caches.extend(caches)
 
 
+def forgets(cache: dict[Any, Any]) -> dict[Any, Any]:
+    """A cache of what choices led to, to be emptied with them."""
+    _caches.append(cache)
+    return cache
+
+
 def forget() -> None:
     """Empty every cache of choices; the next call of each op chooses anew, from the environment and the files."""
     tune.forget()

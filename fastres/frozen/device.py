@@ -23,7 +23,7 @@ from fastres.frozen.join import Way
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.program import Size, sized
 from fastres.frozen.record import Value
-from fastres.ops._op import _signature
+from fastres.ops._op import signature
 
 _PLANS = 16  # sizes whose graphs are kept
 Shape = tuple[int, ...]
@@ -170,7 +170,7 @@ class GraphFrozen(Frozen):
         if call.op is None:
             return Choice(*next(iter(call.plain.items())))
         shapes: list[Shape] = [(batch, *sizes[value]) for value in call.inputs]
-        key = (call.op.name, *shapes, _signature(tuple(a for a in call.rest if type(a) is not float))[0])
+        key = (call.op.name, *shapes, signature(tuple(a for a in call.rest if type(a) is not float))[0])
         if key not in self._choices:
             self._choices[key] = choose.choose(call, call.op, self._drawn(shapes, call), self.device)
         return self._choices[key]

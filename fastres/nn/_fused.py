@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
-from fastres.ops import _chain
+from fastres.ops import _chain, _node
 from fastres.ops._given import Known
 from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
@@ -33,6 +33,7 @@ WRONG = (ArgumentError, ArgumentTypeError)
 # saved until its end, and memory that is not free must be fresh: ResNet-50 with batch 8 in float32 would take a thirtieth
 # longer (AMD EPYC, 2 threads, 2026-11-25).
 MOST_IN_ONE_NODE = 2**20
+WHOLE = {"cuda"}  # where it is one node whatever its size: PyTorch keeps the memory that is freed there
 _FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
 
 
@@ -183,9 +184,18 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
     return conv_bn_act(*chain[-1], x, residual)
 
 
-def in_one_node(chain: Sequence[Layer], x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """``layers`` as one node where the input is small, or None where they must run one by one."""
-    return _linked(links(chain), x, residual) if torch.is_grad_enabled() else None
+def in_one_node(
+    chain: Sequence[Layer], x: Tensor, residual: Tensor | None, projection: Sequence[Any] = (), apart: bool = False
+) -> Any:
+    """``layers`` as one node of autograd, see ``ops._node``, where the input is small or on a GPU; None where they must run one
+    by one.
+
+    ``projection``: the convolution and the batch norm through which the residual goes. ``apart``: the output is two tensors of
+    one memory.
+    """
+    if not torch.is_grad_enabled() or (x.numel() > MOST_IN_ONE_NODE and x.device.type not in WHOLE):
+        return None
+    return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], apart)  # type: ignore[list-item]
 
 
 def links(chain: Sequence[Layer]) -> list[Link]:
@@ -193,29 +203,14 @@ def links(chain: Sequence[Layer]) -> list[Link]:
     return [link for conv, bn, act in chain for link in ((conv, None), (bn, act))]
 
 
-def _linked(chain: Sequence[Link], x: Tensor, residual: Tensor | None, made: Made | None = None) -> Tensor | None:
-    """Links in a row as one node of autograd, see ``_chain``; None where they must run one by one, as where the input is large
-    and must be kept."""
-    if not joins(chain, x) or (made is None and x.numel() > MOST_IN_ONE_NODE):
+def _as_node(
+    chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], apart: bool = False, made: Made | None = None
+) -> Any:
+    """Plain links in a row as one node; None where a module must be called, or their tensors forbid it."""
+    every = chain + projection
+    if not joins(every, x):
         return None
-    norms = [module for module, _ in chain if type(module) is nn.BatchNorm2d]
-    try:
-        node = as_node(chain, x, residual, made)
-        if node is None:
-            return None
-        y, found, _ = node
-        if norms:
-            _norm.update([(bn, *statistics) for bn, statistics in zip(norms, found, strict=True)])
-    except WRONG:
-        return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
-    return y
-
-
-def as_node(
-    chain: Sequence[Link], x: Tensor, residual: Tensor | None = None, made: Made | None = None, known: Known = None
-) -> tuple[Tensor, _chain.Statistics, Known] | None:
-    """Plain links as one node, see ``_chain.compose``; None where their tensors forbid it. No statistics are updated."""
-    own = [module._parameters[name] for module, _ in chain for name in ("weight", "bias")]
+    own = [module._parameters[name] for module, _ in every for name in ("weight", "bias")]
     tensors: list[Any] = [x, None if residual is x else residual, *own]
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -223,11 +218,19 @@ def as_node(
         return None
     if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
         return None
-    steps: Any = [
+    steps: list[Any] = [
         _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
-        else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in chain
+        else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in every
     ]  # fmt: skip
-    return _chain.run(_chain.Chain(steps, residual is x, dtype, made, known), tensors)
+    shape = tuple(steps[: len(chain)]), residual is x, dtype, tuple(steps[len(chain) :]) or None, apart, made
+    norms = [module for module, _ in every if type(module) is nn.BatchNorm2d]
+    try:
+        y, statistics = _node.run(_chain.Chain(*shape), tensors)
+        if norms:
+            _norm.update([(bn, *found) for bn, found in zip(norms, statistics, strict=True)])
+    except WRONG:
+        return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
+    return y
 
 
 def joins(chain: Sequence[Link], x: Tensor) -> bool:
@@ -248,7 +251,7 @@ def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
     """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide. Where it is
     known how x was made, backward makes it again instead of keeping it."""
     if made is not None and made.version == x._version:
-        y = _linked([(conv, None)], x, None, made)
+        y = _as_node([(conv, None)], x, None, [], made=made)
         if y is not None:
             return y
     if type(conv) is not nn.Conv2d or type(x) is not Tensor or torch.compiler.is_compiling() or is_followed(x):

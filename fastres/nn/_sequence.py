@@ -106,14 +106,18 @@ def block_in_two(
 
 
 def at_once(layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart: bool) -> Value | None:
-    """``_training.block`` for the shortcuts it knows: the identity and a plain projection; else None."""
+    """The block as one node of autograd, where its shortcut is the identity or a plain projection; else None."""
     if type(downsample) is ZeroPadShortcut or not getattr(layers[0][1], "training", False):
         return None
     steps = projection(downsample)
     if downsample is not None and (steps is None or len(steps) != 2 or must_be_called(downsample)):
         return None
-    both = _training.block(layers, value.x, value.shortcut, steps or (), apart)
-    return None if both is None else Value(*both)
+    if len({bn for _, bn, _ in layers} | set(steps or ())) < len(layers) + len(steps or ()):
+        return None
+    y = _fused.in_one_node(layers, value.x, value.shortcut, steps or (), apart)
+    if y is None:
+        return None
+    return Value(*y) if apart else _twice(y)
 
 
 def _twice(y: Tensor) -> Value:

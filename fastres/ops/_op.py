@@ -89,7 +89,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._packet(*args)
-        key, plain, needs_grad = _signature(args)
+        key, plain, needs_grad = signature(args)
         if not plain or is_interposed():
             if not any(isinstance(arg, torch.fx.Proxy) for arg in args):
                 self.check(*args)
@@ -104,7 +104,7 @@ class Op:
         outputs. The chosen one for None, and where something but autograd must see the op."""
         if run is None or is_interposed():
             return self(*args)
-        if self._function is not None and torch.is_grad_enabled() and _signature(args)[2]:
+        if self._function is not None and torch.is_grad_enabled() and signature(args)[2]:
             return self._function.apply(*args, run)
         return run(*args)
 
@@ -117,7 +117,7 @@ class Op:
         """
         if torch.compiler.is_compiling() or is_interposed() or not torch.is_grad_enabled():
             return None
-        key, plain, needs_grad = _signature(args)
+        key, plain, needs_grad = signature(args)
         if not plain or not needs_grad:
             return None
         return self._function_in_two.apply(*args, run or self._choices.get(key) or self._choose(key, args))
@@ -129,8 +129,12 @@ class Op:
 
     def _from_dispatcher(self, *args: Any) -> Any:
         args = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
-        key, _, _ = _signature(args)
-        return (self._choices.get(key) or self._choose(key, args))(*args)
+        return self.chosen(*args)(*args)
+
+    def chosen(self, *args: Any) -> Callable:
+        """The function that runs these arguments."""
+        key, _, _ = signature(args)
+        return self._choices.get(key) or self._choose(key, args)
 
     @property
     def parameters(self) -> list[str]:
@@ -146,7 +150,7 @@ class Op:
 
     def backend(self, *args: Any) -> str:
         """The name of the backend that these arguments get."""
-        key, plain, _ = _signature(args)
+        key, plain, _ = signature(args)
         name = self._names.get(key) if plain else None
         if name is None:
             name = self.explain(*args).backend.name
@@ -158,7 +162,7 @@ class Op:
 
     def falls_back(self, *args: Any) -> bool:
         """Whether no kernel is chosen for these arguments; raises what the op's check does."""
-        key, plain, _ = _signature(args)
+        key, plain, _ = signature(args)
         if not plain:
             self.check(*args)
         return not plain or (self._choices.get(key) or self._choose(key, args)) is self.reference
@@ -169,7 +173,7 @@ class Op:
         return dispatch.choose(self.name, self.backends, args)
 
 
-def _signature(args: tuple) -> tuple[tuple, bool, bool]:
+def signature(args: tuple) -> tuple[tuple, bool, bool]:
     """All of a call that a choice may depend on, whether its tensors are plain, and whether one requires grad."""
     key: list[Any] = []
     plain, needs_grad = True, False
@@ -200,7 +204,7 @@ class Once:
         if torch.compiler.is_compiling():  # else what has passed would guard the graph, and break it once it is added to
             self.check(*args)
             return
-        key, plain, _ = _signature(args)
+        key, plain, _ = signature(args)
         if plain and key in self._passed:
             return
         self.check(*args)

@@ -45,17 +45,24 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const T
   return {grad_x, grads.weight, grads.bias};
 }
 
-// running = (1 - momentum) * running + momentum * batch; `unbiased` is momentum for the biased var of the batch.
-void bn_running_(const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var,
-                 double momentum, double unbiased) {
+// Of each batch norm running = (1 - momentum) * running + momentum * batch, the batch's biased var times `unbiased`; and its
+// counter of batches. All is checked before anything is written.
+void bn_running_(const std::vector<Tensor>& running_mean, const std::vector<Tensor>& running_var,
+                 const std::vector<Tensor>& counters, const std::vector<Tensor>& mean, const std::vector<Tensor>& var,
+                 const std::vector<double>& momentum, const std::vector<double>& unbiased) {
   const char* op = "bn_running_";
-  const auto update = [&](const char* param, const Tensor& running, const Tensor& batch, double weight) {
+  const size_t norms = running_mean.size();
+  for (const size_t size : {running_var.size(), counters.size(), mean.size(), var.size(), momentum.size(), unbiased.size()})
+    FASTRES_CHECK(size == norms, op, "every list", "as long as the others, " << norms, size);
+  const auto check = [&](const char* param, const Tensor& running, const Tensor& batch) {
     for (const Tensor* t : {&running, &batch}) {
       check_cpu(op, param, *t);
       check_floating(op, param, *t, true);
     }
     FASTRES_CHECK(running.dim() == 1 && batch.dim() == 1 && running.size(0) == batch.size(0), op, param,
                   "one value a channel, as the batch's", show(running.sizes()));
+  };
+  const auto update = [&](const Tensor& running, const Tensor& batch, double momentum, double weight) {
     const Channels values = read_channels(batch.data_ptr(), batch.scalar_type(), batch.size(0), batch.stride(0));
     with_data(running.data_ptr(), running.scalar_type(), [&](auto* p) {
       for (size_t c = 0; c < values.size(); ++c) {
@@ -64,8 +71,18 @@ void bn_running_(const Tensor& running_mean, const Tensor& running_var, const Te
       }
     });
   };
-  update("running_mean", running_mean, mean, momentum);
-  update("running_var", running_var, var, unbiased);
+  for (size_t i = 0; i < norms; ++i) {
+    check("running_mean", running_mean[i], mean[i]);
+    check("running_var", running_var[i], var[i]);
+    check_cpu(op, "counter", counters[i]);
+    FASTRES_CHECK(counters[i].scalar_type() == ScalarType::Long && counters[i].numel() == 1, op, "counter", "one int64",
+                  show(counters[i].sizes()));
+  }
+  for (size_t i = 0; i < norms; ++i) {
+    update(running_mean[i], mean[i], momentum[i], momentum[i]);
+    update(running_var[i], var[i], momentum[i], momentum[i] * unbiased[i]);
+    ++*static_cast<int64_t*>(counters[i].data_ptr());
+  }
 }
 
 }  // namespace
@@ -76,8 +93,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_bn_act_train(Tensor x, Tensor? weight, Tensor? bias, float eps, str act) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_bn_act_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
         "str act, bool training) -> (Tensor, Tensor, Tensor)");
-  m.def("cpu_bn_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
-        "float unbiased) -> ()");
+  m.def("cpu_bn_running_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] counters, Tensor[] mean, "
+        "Tensor[] var, float[] momentum, float[] unbiased) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {

@@ -27,6 +27,7 @@ from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 Act = nn.Module | str | None
 Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
 Link = tuple[Any, Act]  # a convolution, or a batch norm with its activation
+_PLAIN = {Tensor, nn.Parameter, type(None)}
 _transforms = torch._C._are_functorch_transforms_active
 WRONG = (ArgumentError, ArgumentTypeError)
 # Values of an input up to which a block's layers are one node of autograd: it spares the host's time, but keeps all that it
@@ -214,9 +215,9 @@ def _as_node(
     tensors: list[Any] = [x, None if residual is x else residual, *own]
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if any(t is not None and type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
+    if not {*map(type, tensors)} <= _PLAIN:
         return None
-    if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
+    if dtype is None and any(type(m) is nn.Conv2d and m._parameters["weight"].dtype != x.dtype for m, _ in every):
         return None
     steps: list[Any] = [
         _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
@@ -244,7 +245,7 @@ def joins(chain: Sequence[Link], x: Tensor) -> bool:
         return False
     if x.device.type not in ("cpu", "cuda") or x.layout is not torch.strided or x.is_nested:
         return False
-    return why_not(*(each for link in chain for each in link)) is None
+    return why_not(*dict.fromkeys(each for link in chain for each in link)) is None
 
 
 def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:

@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastres.ops import _running
 from fastres.ops._given import Known, runner
 from fastres.ops._made import Made
+from fastres.ops._op import is_interposed
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 
 Batches = Sequence[tuple[nn.BatchNorm2d, Tensor, Tensor, Tensor]]  # of batch norms in training: input, the batch's mean and var
-# Where the updates of several batch norms are few launches: each takes the host longer than its kernel a GPU. A CPU has a call
-# of its own for each.
-TOGETHER = {"cuda"}
 _KEPT = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -44,10 +43,10 @@ def affine(bn: nn.BatchNorm2d) -> tuple[Any, Any, float]:
 
 def train(
     norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: str, residual: Tensor | None, known: Sequence[Known],
-    window: tuple[Any, ...] = (), apart: bool = False, before: Batches = (),
+    window: tuple[Any, ...] = (), apart: bool = False,
 ) -> tuple[Tensor, Tensor, Made]:  # fmt: skip
     """One op on one or two batch norms in training, whose statistics may be ``known``: its output twice, and how it was made.
-    The running statistics of the norms, and of those that ran ``before``, are updated.
+    The running statistics of the norms are updated.
 
     ``window``: of the pool behind; none where there is none. ``apart``: the output is two tensors of one memory where there is
     a gradient, see ``Op.in_two``.
@@ -64,19 +63,15 @@ def train(
     else:
         y, again, *statistics = found
     statistics = statistics[: 2 * len(norms)]
-    update([*before, *((*norm, *statistics[2 * index : 2 * index + 2]) for index, norm in enumerate(norms))])
+    update([(*norm, *statistics[2 * index : 2 * index + 2]) for index, norm in enumerate(norms)])
     return y, again, Made(op, arguments, tuple(statistics), y._version)
 
 
 def update(batches: Batches) -> None:
     """Update the running buffers and the counters of batch norms that ran in training; none where one cannot be."""
-    values = [x.numel() // x.shape[1] for _, x, _, _ in batches]
-    if len(batches) > 1 and batches[0][1].device.type in TOGETHER and min(values) > 1 and _are_alike(batches):
-        buffers = [bn._buffers for bn, *_ in batches]
-        running: Any = [(each["running_mean"], each["running_var"]) for each in buffers]
-        counters: Any = [each["num_batches_tracked"] for each in buffers]
-        weight: Any = batches[0][0].momentum
-        _running.update_together(running, [(mean, var) for *_, mean, var in batches], values, weight, counters)
+    kept = [] if torch.compiler.is_compiling() or is_interposed() else [_batch(*each) for each in batches]
+    together = [batch for batch in kept if batch is not None]
+    if together and len(together) == len(batches) and _running.update_together(together):
         return
     for bn, x, _, _ in batches:
         _running.check_running("bn_act", x, *statistics(bn)[:2])
@@ -85,24 +80,18 @@ def update(batches: Batches) -> None:
         count(bn)
 
 
-def _are_alike(batches: Batches) -> bool:
-    """Whether batch norms keep statistics by one momentum, in plain buffers laid as the batch's, none of which is another's."""
-    common = batches[0][0].momentum
-    places = set()
-    for bn, _, mean, _ in batches:
-        if type(bn.momentum) is not float or bn.momentum != common or not bn.track_running_stats:
-            return False
-        running_mean, running_var, counter = map(bn._buffers.get, _KEPT)
-        for buffer in (running_mean, running_var):
-            if type(buffer) is not Tensor or buffer.requires_grad or buffer.dtype != mean.dtype or buffer.device != mean.device:
-                return False
-            if buffer.shape != mean.shape or buffer.stride() != mean.stride():
-                return False
-            places.add(buffer.data_ptr())
-        if type(counter) is not Tensor or counter.device != mean.device:
-            return False
-        places.add(counter.data_ptr())
-    return len(places) == 3 * len(batches)
+def _batch(bn: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> _running.Batch | None:
+    """What a batch norm keeps of a batch where its buffers are plain, and its momentum a number; else None."""
+    values, weight = x.numel() // x.shape[1], bn.momentum
+    if type(weight) is not float or not bn.track_running_stats or values < 2:
+        return None
+    running_mean, running_var, counter = map(bn._buffers.get, _KEPT)
+    for buffer in (running_mean, running_var):
+        if type(buffer) is not Tensor or buffer.requires_grad or buffer.shape != mean.shape or buffer.device != mean.device:
+            return None
+    if type(counter) is not Tensor or counter.device != mean.device or counter.dtype != torch.int64:
+        return None
+    return _running.Batch(running_mean, running_var, counter, mean, var, weight, values)  # type: ignore[arg-type]
 
 
 def count(bn: nn.BatchNorm2d) -> None:

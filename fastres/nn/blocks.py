@@ -61,10 +61,11 @@ class BasicBlock(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self, self._layers(), x, self.downsample)
+        return _sequence.block(self, self._layers(), x, *self._children("downsample"))
 
     def _layers(self) -> list[Layer]:
-        return [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
+        conv1, bn1, conv2, bn2, relu = self._children("conv1", "bn1", "conv2", "bn2", "relu")
+        return [(conv1, bn1, relu), (conv2, bn2, relu)]
 
 
 class Bottleneck(FusedModule):
@@ -109,11 +110,11 @@ class Bottleneck(FusedModule):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return _sequence.block(self, self._layers(), x, self.downsample)
+        return _sequence.block(self, self._layers(), x, *self._children("downsample"))
 
     def _layers(self) -> list[Layer]:
-        first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]
-        return [*first, (self.conv3, self.bn3, self.relu)]
+        conv1, bn1, conv2, bn2, conv3, bn3, relu = self._children("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu")
+        return [(conv1, bn1, relu), (conv2, bn2, relu), (conv3, bn3, relu)]
 
 
 class PlainBlock(BasicBlock):

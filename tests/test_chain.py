@@ -13,7 +13,7 @@ import fastres.nn as fnn
 from fastres.experiments.twin import torch_twin
 from fastres.kernels import native
 from fastres.nn import _fused
-from fastres.ops import _chain, _running
+from fastres.ops import _node, _running
 
 LAST = torch.channels_last
 BLOCKS = {
@@ -35,8 +35,8 @@ def images(block, seed=0):
 def nodes(monkeypatch):
     """The numbers of layers of the nodes that were made."""
     found = []
-    run = _chain.run
-    monkeypatch.setattr(_chain, "run", lambda chain, tensors: found.append(len(chain.links) // 2) or run(chain, tensors))
+    run = _node.run
+    monkeypatch.setattr(_node, "run", lambda chain, tensors: found.append(len(chain.links) // 2) or run(chain, tensors))
     return found
 
 
@@ -58,7 +58,7 @@ def test_a_step_is_torchs(name, amp, nodes):
     plain, double = torch_twin(block), torch_twin(block).double()
     x = images(block)
     own, same, truth = step(block, x, amp), step(plain, x, amp), step(double, x.double())
-    assert nodes == {"bottleneck": [3], "single": [1], "projection": [1]}.get(name, [2])
+    assert nodes == {"bottleneck": [3], "single": [1]}.get(name, [2])
     assert own.keys() == same.keys()
     for what in own:
         assert own[what].dtype == same[what].dtype
@@ -106,23 +106,32 @@ def test_hooks_modes_and_other_layers_see_their_modules_called(nodes):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_running_statistics_are_updated_by_one_native_call(dtype, monkeypatch):
-    if _running._native_update() is None:
+def test_running_statistics_are_updated_by_one_native_call(dtype):
+    if native.why_not("cpu_bn_running_") is not None:
         pytest.skip(native.why_not("cpu_bn_running_"))
-    x, mean, var = torch.randn(4, 8, 2, 2), torch.randn(8), torch.rand(8)
-    results = []
-    for call in (_running._native_update(), None):
-        monkeypatch.setattr(_running, "_native_update", lambda call=call: call)
+    mean, var, results = torch.randn(8), torch.rand(8), []
+    for together in (True, False):
         running = [torch.linspace(-1, 2, 16, dtype=dtype)[::2], torch.ones(8, dtype=dtype)]
-        before = [t._version for t in running]
-        _running.update_running(x, *running, mean.to(x.dtype), var, 0.1)
-        assert all(t._version > version for t, version in zip(running, before, strict=True))  # folds follow
+        counter = torch.tensor(3)
+        before = [t._version for t in (*running, counter)]
+        if together:
+            assert _running.update_together([_running.Batch(*running, counter, mean, var, 0.1, 16)]) and counter == 4
+            assert all(t._version > version for t, version in zip((*running, counter), before, strict=True))  # folds follow
+        else:
+            _running.update_running(torch.empty(4, 8, 2, 2), *running, mean, var, 0.1)
         results.append(torch.cat(running))
     truth = torch.cat([torch.linspace(-1, 2, 16, dtype=dtype)[::2], torch.ones(8, dtype=dtype)]).double() * 0.9
     truth += torch.cat([mean, var * 16 / 15]).double() * 0.1
     assert_close_to_truth(*results, truth, dtype)
-    with pytest.raises(RuntimeError, match="one value a channel"):
-        native.op("cpu_bn_running_")(torch.zeros(3), torch.zeros(8), mean, var, 0.1, 0.1)
+    wrong = {
+        "one value a channel": ([torch.zeros(3)], [torch.zeros(8)], [torch.tensor(0)]),
+        "one int64": ([torch.zeros(8)], [torch.zeros(8)], [torch.zeros(2, dtype=torch.int64)]),
+        "as long as the others": ([torch.zeros(8)], [torch.zeros(8)] * 2, []),
+    }
+    for text, buffers in wrong.items():
+        with pytest.raises(RuntimeError, match=text):
+            native.op("cpu_bn_running_")(*buffers, [mean], [var], [0.1], [1.1])
+        assert not any(buffer.any() for buffer in buffers[1])
 
 
 def test_large_inputs_go_op_by_op_with_the_same_bits(nodes, monkeypatch):

@@ -45,14 +45,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const T
   return {grad_x, grads.weight, grads.bias};
 }
 
-// Of each batch norm running = (1 - momentum) * running + momentum * batch, the batch's biased var times `unbiased`; and its
-// counter of batches. All is checked before anything is written.
+// Of each batch norm running = (1 - momentum) * running + momentum * batch, the batch's biased var times `unbiased`; then one more
+// on each counter, of which there may be none. All is checked before anything is written.
 void bn_running_(const std::vector<Tensor>& running_mean, const std::vector<Tensor>& running_var,
                  const std::vector<Tensor>& counters, const std::vector<Tensor>& mean, const std::vector<Tensor>& var,
                  const std::vector<double>& momentum, const std::vector<double>& unbiased) {
   const char* op = "bn_running_";
   const size_t norms = running_mean.size();
-  for (const size_t size : {running_var.size(), counters.size(), mean.size(), var.size(), momentum.size(), unbiased.size()})
+  for (const size_t size : {running_var.size(), mean.size(), var.size(), momentum.size(), unbiased.size()})
     FASTRES_CHECK(size == norms, op, "every list", "as long as the others, " << norms, size);
   const auto check = [&](const char* param, const Tensor& running, const Tensor& batch) {
     for (const Tensor* t : {&running, &batch}) {
@@ -74,15 +74,16 @@ void bn_running_(const std::vector<Tensor>& running_mean, const std::vector<Tens
   for (size_t i = 0; i < norms; ++i) {
     check("running_mean", running_mean[i], mean[i]);
     check("running_var", running_var[i], var[i]);
-    check_cpu(op, "counter", counters[i]);
-    FASTRES_CHECK(counters[i].scalar_type() == ScalarType::Long && counters[i].numel() == 1, op, "counter", "one int64",
-                  show(counters[i].sizes()));
+  }
+  for (const Tensor& counter : counters) {
+    check_cpu(op, "counter", counter);
+    FASTRES_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op, "counter", "one int64", show(counter.sizes()));
   }
   for (size_t i = 0; i < norms; ++i) {
     update(running_mean[i], mean[i], momentum[i], momentum[i]);
     update(running_var[i], var[i], momentum[i], momentum[i] * unbiased[i]);
-    ++*static_cast<int64_t*>(counters[i].data_ptr());
   }
+  for (const Tensor& counter : counters) ++*static_cast<int64_t*>(counter.data_ptr());
 }
 
 }  // namespace

@@ -194,7 +194,7 @@ def in_one_node(
     ``projection``: the convolution and the batch norm through which the residual goes. ``apart``: the output is two tensors of
     one memory.
     """
-    if not torch.is_grad_enabled() or (x.numel() > MOST_IN_ONE_NODE and x.device.type not in WHOLE):
+    if not torch.is_grad_enabled():
         return None
     return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], apart)  # type: ignore[list-item]
 
@@ -209,7 +209,7 @@ def _as_node(
 ) -> Any:
     """Plain links in a row as one node; None where a module must be called, or their tensors forbid it."""
     every = chain + projection
-    if not joins(every, x):
+    if not joins(every, x) or (made is None and x.numel() > MOST_IN_ONE_NODE and x.device.type not in WHOLE):
         return None
     own = [module._parameters[name] for module, _ in every for name in ("weight", "bias")]
     tensors: list[Any] = [x, None if residual is x else residual, *own]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fastres.ops import _running
 from fastres.ops._given import Known, runner
 from fastres.ops._made import Made
-from fastres.ops._op import is_interposed
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
@@ -69,9 +68,8 @@ def train(
 
 def update(batches: Batches) -> None:
     """Update the running buffers and the counters of batch norms that ran in training; none where one cannot be."""
-    kept = [] if torch.compiler.is_compiling() or is_interposed() else [_batch(*each) for each in batches]
-    together = [batch for batch in kept if batch is not None]
-    if together and len(together) == len(batches) and _running.update_together(together):
+    together = [batch for batch in (_batch(*each) for each in batches) if batch is not None]
+    if len(together) == len(batches) and _running.update_together(together):
         return
     for bn, x, _, _ in batches:
         _running.check_running("bn_act", x, *statistics(bn)[:2])

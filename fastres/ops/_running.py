@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.errors import must, must_type
 from fastres.kernels import native
 from fastres.ops import _check
-from fastres.ops._op import Once
+from fastres.ops._op import Once, is_interposed
 
 
 def is_training(op: str, training: Any, momentum: Any) -> bool:
@@ -82,6 +82,11 @@ def _update(
         running_var.mul_(1 - momentum).add_(var * (momentum * unbiased))
     else:
         momentum = float(momentum)  # a bool would fail half way
+        update = _native_update(running_mean, running_var, mean)
+        if update is not None:
+            update([running_mean], [running_var], [], [mean], [var], [momentum], [unbiased])
+            torch.autograd.graph.increment_version((running_mean, running_var))
+            return
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
 
@@ -99,19 +104,19 @@ class Batch(NamedTuple):
 
 
 def update_together(batches: Sequence[Batch]) -> bool:
-    """``update_running`` of several batch norms, and their counters of batches, in few calls; False where one by one is as good.
+    """``update_running`` of several batch norms, and their counters of batches, in few calls; False where they must be updated one
+    by one.
 
-    On a GPU it is the same arithmetic in few launches, for buffers that are all different and laid alike; on a CPU one native
-    call, which rounds once.
+    On a CPU it is one native call, which rounds once. Else the same arithmetic in few launches, for buffers that are all different
+    and laid alike: a launch takes the host longer than its kernel a GPU.
     """
     means, variances, counters, mean, var, momenta, values = zip(*batches, strict=True)
     unbiased = [count / (count - 1) for count in values]
-    if means[0].device.type == "cpu":
-        update = _native_update()
-        if update is not None:
-            update(means, variances, counters, mean, var, momenta, unbiased)
-            torch.autograd.graph.increment_version((*means, *variances, *counters))
-        return update is not None
+    update = _native_update(*means)
+    if update is not None:
+        update(means, variances, counters, mean, var, momenta, unbiased)
+        torch.autograd.graph.increment_version((*means, *variances, *counters))
+        return True
     if len(batches) == 1 or len({*momenta}) > 1 or not _are_laid_alike(batches):
         return False
     momentum = momenta[0]
@@ -134,7 +139,14 @@ def _are_laid_alike(batches: Sequence[Batch]) -> bool:
     return len(places) == 3 * len(batches)
 
 
+def _native_update(*tensors: Tensor) -> Any:
+    """The update of all as one call instead of five for each, which took a tenth of a small layer's step; None where these are
+    not on a CPU, or something else must see the call."""
+    if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or is_interposed():
+        return None
+    return _loaded_update() if all(type(t) is Tensor for t in tensors) else None
+
+
 @functools.cache
-def _native_update() -> Any:
-    """The update of all as one call instead of five for each, which took a tenth of a small layer's step."""
+def _loaded_update() -> Any:
     return None if native.why_not("cpu_bn_running_") else native.op("cpu_bn_running_")

@@ -58,6 +58,7 @@ class Choice:
 
 _forced: dict[str, str] = {}
 _caches: list[dict[Any, Any]] = []
+generation = 0  # of choices: one more whenever they are made anew
 _known: dict[str, set[str]] = {}
 
 
@@ -75,6 +76,8 @@ def forgets(cache: dict[Any, Any]) -> dict[Any, Any]:
 
 def forget() -> None:
     """Empty every cache of choices; the next call of each op chooses anew, from the environment and the files."""
+    global generation
+    generation += 1
     tune.forget()
     _is_forced_by_environment.cache_clear()
     for cache in _caches:

@@ -15,8 +15,8 @@ from torch import nn
 import fastres
 import fastres.nn as fnn
 from fastres.dispatch import Backend
-from fastres.nn import _fused, _norm, _stage, _training
-from fastres.ops import REGISTRY, _bn, _conv_wide, _given
+from fastres.nn import _fused, _norm, _stage
+from fastres.ops import REGISTRY, _bn, _chain, _conv_wide, _given
 
 OP = REGISTRY["conv_statistics"]
 NORMS = ("bn_act_train", "bn_add_act_train", "bn_add_bn_act_train", "bn_act_maxpool_train")
@@ -38,7 +38,7 @@ def on_device(monkeypatch, device):
         monkeypatch.setattr(REGISTRY[name], "backends", (kernel, *others))
     wide = Backend("cuda_wide", _conv_wide.why_not_arguments, lambda: _conv_wide.run_statistics)
     monkeypatch.setattr(OP, "backends", (wide, OP.backends[-1]))
-    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
+    monkeypatch.setattr(_fused, "WHOLE", {"cuda", "cpu"})
     monkeypatch.setattr(_stage, "DEVICES", {"cuda", "cpu"})
     return device
 
@@ -110,7 +110,7 @@ def spared(monkeypatch):
         found.extend([] if run_given is None else known)
         return run_given
 
-    for module in (_norm, _training):
+    for module in (_norm, _chain):
         monkeypatch.setattr(module, "runner", runner)
     return found
 
@@ -291,6 +291,4 @@ def test_explain_says_whether_a_layer_asks(on_device, monkeypatch):
     assert [text for text in texts if text != found] == [
         "not conv_statistics: what runs it calls its modules one by one, or makes again in backward what they hand on"
     ]
-    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", x.numel())
-    ran, texts, _ = told()
-    assert not ran and all("their layers are one node of autograd" in text for text in texts) and len(texts) == 4
+

@@ -187,7 +187,7 @@ def test_compiles_to_one_graph(make, training, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(functional.check_running, "_passed", set())
     monkeypatch.setattr(native, "_refusals", None)
-    _running._native_update.cache_clear()
+    _running._loaded_update.cache_clear()
     block = lively(make()).train(training)
     compiled = {}
 

@@ -196,7 +196,7 @@ def in_one_node(
     """
     if not torch.is_grad_enabled():
         return None
-    return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], apart)  # type: ignore[list-item]
+    return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], apart)
 
 
 def links(chain: Sequence[Layer]) -> list[Link]:
@@ -217,7 +217,7 @@ def _as_node(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if not {*map(type, tensors)} <= _PLAIN:
         return None
-    if dtype is None and any(type(m) is nn.Conv2d and m._parameters["weight"].dtype != x.dtype for m, _ in every):
+    if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
         return None
     steps: list[Any] = [
         _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
@@ -274,9 +274,9 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | None = None) -> tuple[Tensor, Known]:
     """``convolve`` where ``act(bn(...))`` or ``pool(act(bn(...)))`` follows: in training also what the batch norm asks of the
-    output, where a kernel finds it beside the convolution. Small inputs do not ask: their layers are one node of autograd."""
+    output, where a kernel finds it beside the convolution."""
     plain = not torch.compiler.is_compiling() and type(x) is Tensor and x.layout is torch.strided and not x.is_nested
-    if plain and x.numel() > MOST_IN_ONE_NODE and bn.training and fuses(x, conv, bn, act, pool):
+    if plain and _chain.asks(x) and bn.training and fuses(x, conv, bn, act, pool):
         try:
             return find_statistics(conv, x)
         except WRONG:

@@ -35,9 +35,9 @@ class Norm(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The links, the last of which adds the shortcut; whether that starts from x, and its own convolution and batch norm, if it
-    has any; the dtype that autocast asks of convolutions, None where it is off; whether y is wanted as two tensors of one memory;
-    how x was made, None where it is kept."""
+    """The links, the last of which adds the shortcut; whether that starts from x; the dtype that autocast asks of convolutions,
+    None where it is off; the shortcut's own convolution and batch norm, None where it has none; whether y is wanted as two
+    tensors of one memory; how x was made, None where it is kept."""
 
     links: tuple[Convolution | Norm, ...]
     adds_x: bool
@@ -91,8 +91,8 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
         return y, (found[0], found[1]) if found else None
 
     def normalise(index: int, value: Tensor, link: Norm, known: Known) -> Tensor:
-        op, args, inputs, all_known = BN_ACT_TRAIN, (value,), [value], [known]
-        others: tuple = ()
+        op, inputs, all_known = BN_ACT_TRAIN, [value], [known]
+        args, others = (value,), ()  # type: tuple, tuple
         if index == len(chain.links) - 1 and (chain.adds_x or residual is not None):
             op, shortcut = BN_ADD_ACT_TRAIN, x if chain.adds_x else residual
             if chain.projection is not None:

@@ -10,7 +10,7 @@ before it along where a kernel is chosen for that (``conv_backward_bn_act``).
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fastres import dispatch
 from fastres.kernels.layout import memory_format
 from fastres.ops._chain import FIRST, TENSORS, Chain, Statistics, asks, cast, compose
 from fastres.ops._op import signature
-from fastres.ops._replay import Recorder, Recording
+from fastres.ops._replay import Recorder, Recording, Unrecorded
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv_backward_bn_act import CONV_BACKWARD_BN_ACT, may_run
@@ -75,19 +75,26 @@ def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
     )
 
 
+class _Gradients(NamedTuple):
+    """The recorded calls of a gradient, and whose gradients they give."""
+
+    calls: Recording
+    places: list[int]
+
+
 class _Form:
     """What a chain does with tensors of one kind: the steps of its gradient, where its statistics are among what it keeps, and
     the calls of its kernels where they were recorded."""
 
     def __init__(self, chain: Chain, needs: Sequence[bool]) -> None:
-        self.chain, self.needs = chain, needs
+        self.chain, self.needs, self.generation = chain, needs, dispatch.generation
         self.steps: list[_Step] = []
         self.projection: Any = None  # the step of the shortcut's convolution
         x, residual = needs[:FIRST]
         self._flows, self._shortcut = x, x if chain.adds_x else residual  # whether a gradient is asked for before the next step
         self.statistics: list[tuple[int, int, int]] = []
         self.forward: Recording | None = None
-        self.backward: dict[tuple, tuple[Recording, list[int]] | None] = {}  # which tensors' gradients it gives
+        self.backward: dict[tuple, _Gradients | None] = {}  # by the kind of y's gradient; None where they cannot be recorded
 
     def __call__(self, index: int, op: Any, args: tuple, outputs: Any) -> None:
         """Hear of an op that ran, see ``compose``."""
@@ -126,7 +133,7 @@ class _Call:
         self.chain = chain
         self.key: tuple | None = None
         if chain.made is None:
-            key, plain, _ = signature(tensors)
+            key, plain, _ = signature(tuple(tensors))
             self.key = (chain, key) if plain else None
         self.kept: Sequence[Any] = ()
         self.form: Any = None
@@ -141,7 +148,11 @@ class _Call:
             return y
         recorder = Recorder(tensors) if key is not None and form is None else None
         form = self.form = _Form(self.chain, needs)
-        with recorder or nullcontext():
+        try:
+            with recorder or nullcontext():
+                y, statistics = compose(self.chain, tensors, form)
+        except Unrecorded:
+            form = self.form = _Form(self.chain, needs)
             y, statistics = compose(self.chain, tensors, form)
         kept = [*tensors]
         places = {id(tensor): place for place, tensor in enumerate(kept)}
@@ -168,6 +179,7 @@ class _Node(torch.autograd.Function):
         y = call.run(tensors, ctx.needs_input_grad[1:])
         ctx.form, ctx.made, kept = call.form, call.chain.made, call.kept
         if ctx.made is not None:  # x is not kept, but what it is made of
+            call.form.chain = call.chain._replace(made=None)
             kept = [None if place in (0, call.form.steps[0].places[0]) else tensor for place, tensor in enumerate(kept)]
             kept += ctx.made.tensors()
             ctx.made = ctx.made.with_tensors((None,) * len(ctx.made.tensors()))
@@ -186,36 +198,36 @@ class _Node(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grad = grad if grad2 is None else grad + grad2
             return None, *_differentiate_twice(form.chain, kept[: len(form.needs)], form.needs, grad)
-        return None, *_gradients(form, kept, grad, grad2, recorded=ctx.made is None)
+        return None, *_gradients(form, kept, grad, grad2)
 
 
 def _with_x(kept: Sequence, form: _Form, made: Any) -> list:
     """What was kept, and x made again from the last of it."""
     x = made.with_tensors(kept[-len(made.tensors()) :]).again()
     found = [x, *kept[1:]]
-    found[form.steps[0].places[0]] = cast(form.chain, x)
+    as_cast: Any = form.steps[0].places[0]
+    found[as_cast] = cast(form.chain, x)
     return found
 
 
-def _gradients(form: _Form, kept: Sequence, grad: Tensor, grad2: Tensor | None, recorded: bool) -> list[Tensor | None]:
+def _gradients(form: _Form, kept: Sequence, grad: Tensor, grad2: Tensor | None) -> list[Tensor | None]:
     """Of the node's tensors: as it was recorded for gradients of this kind, else by the formulas."""
     inputs = (grad, grad2, *kept)
     key, plain, _ = signature(inputs[:2])
-    recording = form.backward.get(key)
+    may_record = plain and form.forward is not None and form.generation == dispatch.generation
+    recording = form.backward.get(key) if may_record else None
     if recording is not None:
-        again, places = recording
         found: list[Any] = [None] * len(form.needs)
-        for place, gradient in zip(places, again(inputs), strict=True):
+        for place, gradient in zip(recording.places, recording.calls(inputs), strict=True):
             found[place] = gradient
     else:
-        first = recorded and plain and form.forward is not None and key not in form.backward
-        recorder = Recorder(inputs) if first else None
+        recorder = Recorder(inputs) if may_record and key not in form.backward else None
         with recorder or nullcontext():
             found = _by_formulas(form, kept, grad, grad2)
         if recorder is not None:
             places = [place for place, gradient in enumerate(found) if gradient is not None]
-            again = recorder.recording([found[place] for place in places])
-            form.backward[key] = None if again is None else (again, places)
+            calls = recorder.recording([found[place] for place in places])
+            form.backward[key] = None if calls is None else _Gradients(calls, places)
     if form.chain.adds_x and found[0] is not None:
         found[0] = found[0].add_(found[1])
         found[1] = None

@@ -1,8 +1,8 @@
 """Calls recorded while Python runs as ever, and made again without what Python does between them: choices, checks, formulas.
 
-A recorder sees what reaches the kernels. Another call with tensors of the same kind (dtypes, devices, shapes, strides), for which
-the caller answers, takes the same kernels in the same order, as long as ``dispatch.forget`` is not called. Where layers are small
-that is what decides their time.
+A recorder sees what reaches the kernels. Another call with tensors of the same kind (dtypes, devices, shapes, strides), for
+which the caller answers, takes the same kernels in the same order, as long as ``dispatch.forget`` is not called. Where layers
+are small, what is left out is most of their time.
 """
 
 import functools
@@ -25,6 +25,10 @@ _KNOWN: dict[Any, Callable] = {
     _aten._to_copy.default: _aten._to_copy.default,
     _aten.clone.default: torch.clone,
 }
+
+
+class Unrecorded(Exception):
+    """The calls must run without a recorder."""
 
 
 class _Call(NamedTuple):
@@ -74,7 +78,7 @@ class Recorder(TorchDispatchMode):
             name = func._schema.name.removeprefix("fastres::")
             run = REGISTRY[name].chosen(*args)
             if name == CONV_STATISTICS.name:
-                self.why_not = "a batch norm is given statistics that were found before"
+                raise Unrecorded  # what it found is given to a batch norm past the op
         if run is None:
             self.why_not = f"{func} is none of the calls that can be made again"
             return func(*args, **kwargs or {})

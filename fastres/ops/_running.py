@@ -104,11 +104,10 @@ class Batch(NamedTuple):
 
 
 def update_together(batches: Sequence[Batch]) -> bool:
-    """``update_running`` of several batch norms, and their counters of batches, in few calls; False where they must be updated one
-    by one.
+    """``update_running`` of several batch norms, and their counters of batches, in few calls; False where it must be one by one.
 
-    On a CPU it is one native call, which rounds once. Else the same arithmetic in few launches, for buffers that are all different
-    and laid alike: a launch takes the host longer than its kernel a GPU.
+    On a CPU it is one native call, which rounds once. Else the same arithmetic in few launches, for buffers that are all
+    different and laid alike: a launch takes the host longer than its kernel a GPU.
     """
     means, variances, counters, mean, var, momenta, values = zip(*batches, strict=True)
     unbiased = [count / (count - 1) for count in values]

@@ -13,14 +13,12 @@ Bytes moved: grad_y, weight, and five times x.
 Where no kernel is chosen, callers run the two one after the other. The gradient of the weight is left to them.
 """
 
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastres import dispatch, tune
 from fastres.dispatch import Backend
-from fastres.kernels.layout import memory_format
 from fastres.ops import _bn, _check, _conv, _conv_wide, bn_act, conv
 from fastres.ops._op import Op, Sample
 
@@ -81,17 +79,6 @@ def may_run(x: Tensor, stride: tuple[int, ...]) -> bool:
     if tuple(stride) != (1, 1) or x.dim() != 4:
         return False
     return dispatch.is_forced() or (x.is_cuda and tune.why_not_validated(NAME, WIDE, x.device) is None)
-
-
-def is_chosen(x: Tensor, weight: Tensor, norm: tuple[Any, ...], geometry: tuple[Any, ...]) -> bool:
-    """Whether a kernel is chosen for the backward of a convolution, of a weight in x's dtype, of the batch norm of x, which may
-    have yet to run. ``norm``: weight, bias, eps and act."""
-    bn_weight, bn_bias, *flags = norm
-    shape = _conv.output_shape(x, weight, *geometry[:3])
-    grad_y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    if weight.dtype != x.dtype:
-        weight = torch.empty_like(weight, dtype=x.dtype)
-    return not CONV_BACKWARD_BN_ACT.falls_back(grad_y, weight, x, bn_weight, bn_bias, *_bn.fake_stats(x), *flags, *geometry)
 
 
 def why_not_wide(grad_y, weight, x, bn_weight, bn_bias, mean, var, eps, act, *geometry):

@@ -209,8 +209,6 @@ def _statistics(before: Before) -> str:
         return f"convolution and statistics in one kernel, {name}: {choice.backend.name}, {choice.source}"
     if choice.backend.name == "torch":
         return f"not {name}: " + "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
-    if before.args[0].numel() <= _fused.MOST_IN_ONE_NODE:
-        return f"not {name}: inputs of up to {_fused.MOST_IN_ONE_NODE} values do not ask, their layers are one node of autograd"
     return f"not {name}: what runs it calls its modules one by one, or makes again in backward what they hand on"
 
 
@@ -259,7 +257,8 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
         notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda, or conv_statistics")
-        notes.append(f"inputs of up to {_fused.MOST_IN_ONE_NODE} values: the layers of a block are one node of autograd")
+        most = f"on a CPU those of inputs of up to {_fused.MOST_IN_ONE_NODE} values"
+        notes.append(f"the layers of a block are one node of autograd ({most}), whose kernels' calls are recorded once")
         remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
         if remaking:
             notes.append(f"memory='low': {remaking} blocks, op by op, make again in backward what their batch norms hand on")

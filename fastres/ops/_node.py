@@ -127,20 +127,16 @@ _FORMS: dict[tuple, _Form] = dispatch.forgets({})
 
 
 class _Call:
-    """One call of a chain: under which name its form is kept, None where it is not; and what it keeps."""
+    """One call of a chain, and what it keeps."""
 
-    def __init__(self, chain: Chain, tensors: Sequence[Any]) -> None:
+    def __init__(self, chain: Chain) -> None:
         self.chain = chain
-        self.key: tuple | None = None
-        if chain.made is None:
-            key, plain, _ = signature(tuple(tensors))
-            self.key = (chain, key) if plain else None
         self.kept: Sequence[Any] = ()
         self.form: Any = None
 
-    def run(self, tensors: Sequence[Any], needs: Sequence[bool]) -> Tensor:
+    def run(self, tensors: tuple, needs: tuple[bool, ...]) -> Tensor:
         """y; afterwards ``form`` and what is ``kept``."""
-        key = None if self.key is None else (*self.key, needs)
+        key = self.name(tensors, needs)
         form = self.form = _FORMS.get(key) if key is not None else None
         if form is not None and form.forward is not None:
             y, *others = form.forward(tensors)
@@ -167,6 +163,11 @@ class _Call:
                 _FORMS.clear()
             _FORMS[key] = form
         return y
+
+    def name(self, tensors: tuple, needs: tuple[bool, ...]) -> tuple | None:
+        """Under which the form is kept; None where it is not."""
+        key, plain, _ = signature(tensors)
+        return (self.chain, key, needs) if plain and self.chain.made is None else None
 
     def statistics(self) -> Statistics:
         return [(self.kept[x], self.kept[mean], self.kept[var]) for x, mean, var in self.form.statistics]
@@ -309,6 +310,6 @@ def _differentiate_twice(chain: Chain, tensors: Sequence, needs: Sequence, grad_
 
 def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Any, Statistics]:
     """``compose`` as one node; y twice, as two tensors of one memory, where it is wanted ``apart``."""
-    call = _Call(chain, tensors)
+    call = _Call(chain)
     y = _Node.apply(call, *tensors)
     return y, call.statistics()

@@ -24,6 +24,7 @@ _KNOWN: dict[Any, Callable] = {
     _aten.convolution_backward.default: _aten.convolution_backward.default,
     _aten._to_copy.default: _aten._to_copy.default,
     _aten.clone.default: torch.clone,
+    _aten.sum.dim_IntList: torch.sum,
 }
 
 
@@ -66,6 +67,7 @@ class Recorder(TorchDispatchMode):
         self.why_not: str | None = None
         self._inputs = len(inputs)
         self._calls: list[_Call] = []
+        self._unseen: list[Any] = []
         self._values: list[Any] = list(inputs)  # kept, so that no id is used twice
         self._numbers = {id(value): number for number, value in enumerate(inputs) if value is not None}
         if len(self._numbers) < sum(value is not None for value in inputs):
@@ -79,9 +81,12 @@ class Recorder(TorchDispatchMode):
             run = REGISTRY[name].chosen(*args)
             if name == CONV_STATISTICS.name:
                 raise Unrecorded  # what it found is given to a batch norm past the op
-        if run is None:
-            self.why_not = f"{func} is none of the calls that can be made again"
-            return func(*args, **kwargs or {})
+        if run is None:  # as a check's: it matters where one of its results is read, or where it writes
+            if func._schema.is_mutable:
+                self.why_not = f"{func} writes, and is none of the calls that can be made again"
+            found = func(*args, **kwargs or {})
+            self._unseen.append(found)  # kept, as all are
+            return found
         if kwargs:
             run = functools.partial(run, **kwargs)
         found = run(*args)

@@ -104,7 +104,7 @@ class Batch(NamedTuple):
 
 
 def update_together(batches: Sequence[Batch]) -> bool:
-    """``update_running`` of several batch norms, and their counters of batches, in few calls; False where it must be one by one.
+    """``update_running`` of several batch norms, and their counters of batches, in few calls; False where one by one must do.
 
     On a CPU it is one native call, which rounds once. Else the same arithmetic in few launches, for buffers that are all
     different and laid alike: a launch takes the host longer than its kernel a GPU.

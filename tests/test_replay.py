@@ -1,5 +1,5 @@
-"""Kernels' calls that are recorded once and made again: to the bit what Python's own way gives, only where the kind of everything
-is the same, and never past a choice made anew."""
+"""Kernels' calls that are recorded once and made again: to the bit what Python's own way gives, only where the kind of
+everything is the same, and never past a choice made anew."""
 
 import copy
 import gc
@@ -63,9 +63,10 @@ def step(block, x, amp=False):
 
 def by_python(block, x, *options):
     """The step of a copy for which nothing is recorded or made again."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_node._Call, "name", lambda self, tensors, needs: None)
-        return step(copy.deepcopy(block), x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.requires_grad), *options)
+        return step(copy.deepcopy(block), leaf, *options)
 
 
 def assert_same_bits(found, expected):
@@ -222,6 +223,22 @@ def test_changed_in_place_between_is_noticed():
         block.conv2.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["basic", "projection"])
+def test_what_hooks_of_saved_tensors_lay_anew_is_differentiated_by_the_formulas(name, formulas):
+    block = BLOCKS[name]().to(memory_format=LAST)
+    step(block, images())
+    formulas.clear()
+    plain = torch_twin(block)
+    for again in (lambda t: t, lambda t: t.contiguous()):
+        x, same = images(1), images(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, again):
+            y = block(x)
+        y.square().sum().backward()
+        plain(same).square().sum().backward()
+        torch.testing.assert_close(x.grad, same.grad, rtol=1e-4, atol=1e-4)
+    assert len(formulas) == 1
 
 
 def test_forms_do_not_grow_without_bound(monkeypatch):

@@ -93,6 +93,7 @@ class _Form:
         x, residual = needs[:FIRST]
         self._flows, self._shortcut = x, x if chain.adds_x else residual  # whether a gradient is asked for before the next step
         self.statistics: list[tuple[int, int, int]] = []
+        self.laid: list[tuple[int, torch.dtype, tuple]] = []  # images and weights as they are kept: dtypes and strides
         self.forward: Recording | None = None
         self.backward: dict[tuple, _Gradients | None] = {}  # by the kind of y's gradient; None where they cannot be recorded
 
@@ -156,6 +157,7 @@ class _Call:
             if step is not None:
                 step.leaves(kept, places)
         form.statistics = [tuple(places[id(tensor)] for tensor in each) for each in statistics]  # type: ignore[misc]
+        form.laid = [(at, t.dtype, t.stride()) for at, t in enumerate(kept) if t is not None and t.dim() == 4]
         self.kept = kept
         if key is not None and recorder is not None:
             form.forward = recorder.recording([y, *kept[len(tensors) :]])
@@ -215,7 +217,7 @@ def _gradients(form: _Form, kept: Sequence, grad: Tensor, grad2: Tensor | None) 
     """Of the node's tensors: as it was recorded for gradients of this kind, else by the formulas."""
     inputs = (grad, grad2, *kept)
     key, plain, _ = signature(inputs[:2])
-    may_record = plain and form.forward is not None and form.generation == dispatch.generation
+    may_record = plain and form.forward is not None and form.generation == dispatch.generation and _are_laid(form, kept)
     recording = form.backward.get(key) if may_record else None
     if recording is not None:
         found: list[Any] = [None] * len(form.needs)
@@ -233,6 +235,15 @@ def _gradients(form: _Form, kept: Sequence, grad: Tensor, grad2: Tensor | None) 
         found[0] = found[0].add_(found[1])
         found[1] = None
     return found
+
+
+def _are_laid(form: _Form, kept: Sequence) -> bool:
+    """Whether what was kept came back as it was: hooks of saved tensors may lay it in memory anew, as ``save_on_cpu`` does."""
+    for place, dtype, stride in form.laid:
+        tensor = kept[place]
+        if tensor.stride() != stride or tensor.dtype != dtype:
+            return False
+    return True
 
 
 def _by_formulas(form: _Form, kept: Sequence, grad: Any, grad2: Tensor | None) -> list[Any]:

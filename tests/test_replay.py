@@ -225,20 +225,27 @@ def test_changed_in_place_between_is_noticed():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["basic", "projection"])
-def test_what_hooks_of_saved_tensors_lay_anew_is_differentiated_by_the_formulas(name, formulas):
+@pytest.mark.parametrize("name", ["basic", "projection", "stage"])
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("low", [False, True])
+def test_what_hooks_of_saved_tensors_lay_anew_is_what_it_was(name, large, low, formulas, monkeypatch):
+    """As ``save_on_cpu`` brings it back from a GPU: contiguous. The masks of ReLUs stay in the order of what was saved."""
+    monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0 if large else 2**20)
+    torch.manual_seed(0)
     block = BLOCKS[name]().to(memory_format=LAST)
+    plain = torch_twin(block)
+    if low:
+        block = fastres.optimize(nn.Sequential(*block) if name == "stage" else nn.Sequential(block), memory="low")
     step(block, images())
     formulas.clear()
-    plain = torch_twin(block)
     for again in (lambda t: t, lambda t: t.contiguous()):
         x, same = images(1), images(1)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, again):
             y = block(x)
         y.square().sum().backward()
         plain(same).square().sum().backward()
-        torch.testing.assert_close(x.grad, same.grad, rtol=1e-4, atol=1e-4)
-    assert len(formulas) == 1
+        torch.testing.assert_close(x.grad, same.grad, rtol=1e-3, atol=1e-3)
+    assert large or low or len(formulas) == len([m for m in block.modules() if isinstance(m, (fnn.BasicBlock, fnn.Bottleneck))])
 
 
 def test_forms_do_not_grow_without_bound(monkeypatch):

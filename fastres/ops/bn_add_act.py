@@ -10,6 +10,7 @@ Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask
 
 import torch
 
+from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _bn_cluster, _check, _mask
 from fastres.ops._op import Op, Sample
 from fastres.ops.add_act import ADD_ACT_BACKWARD
@@ -91,6 +92,7 @@ def setup_context_train(ctx, inputs, output):
     _, mean, var, mask = output
     ctx.training = True
     ctx.mark_non_differentiable(mean, var, mask)
+    ctx.layout = memory_format(x)
     _save(ctx, x, residual, weight, bias, mean, var, mask)
 
 
@@ -102,6 +104,8 @@ def _save(ctx, x, residual, weight, bias, mean, var, mask_or_y):
 def gradients(ctx, grad_y, grad_y2):
     """Gradients of x, residual, weight and bias; None where none is asked for."""
     x, weight, bias, mean, var, mask_or_y = ctx.saved_tensors
+    if ctx.training:  # the mask's order; hooks of saved tensors may have laid x anew
+        x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
         grad_y = _bn.whole(grad_y, grad_y2)
         dz = _mask.gradient(grad_y, mask_or_y, x, ctx.act) if ctx.training else _mask.gradient_at(grad_y, mask_or_y, ctx.act)

@@ -11,6 +11,7 @@ gradient behind the activation always, and reads it three times.
 
 import torch
 
+from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check, _mask
 from fastres.ops._op import Op, Sample
 from fastres.ops.add_act import ADD_ACT_BACKWARD
@@ -106,6 +107,7 @@ def setup_context_train(ctx, inputs, output):
     _, *constants = output
     ctx.mark_non_differentiable(*constants)
     ctx.flags = eps, r_eps, act, True
+    ctx.layout = memory_format(x)
     mean, var, r_mean, r_var, mask = constants
     ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask)
 
@@ -114,6 +116,8 @@ def gradients(ctx, grad_y, grad_y2):
     """Gradients of x, residual, weight, bias, residual_weight and residual_bias, whether asked for or not."""
     x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask_or_y = ctx.saved_tensors
     eps, r_eps, act, training = ctx.flags
+    if training:  # the mask's order; hooks of saved tensors may have laid x anew
+        x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
         grad_y = _bn.whole(grad_y, grad_y2)
         dz = _mask.gradient(grad_y, mask_or_y, x, act) if training else _mask.gradient_at(grad_y, mask_or_y, act)

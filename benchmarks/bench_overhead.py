@@ -1,7 +1,8 @@
-"""What a call costs before any work: add_act on a tiny tensor, over eager ``relu(x + r)``; and the clock's
-own test.
+"""What a call costs before any work: add_act on a tiny tensor, over eager ``relu(x + r)``; a block's training step on a tiny
+image, over that of PyTorch's modules; and the clock's own test.
 """
 
+import functools
 import statistics
 import time
 
@@ -12,46 +13,74 @@ import torch.nn.functional as F
 from benchmarks import harness
 from fastres import functional, timing
 from fastres.experiments.rivals import FASTRES
+from fastres.experiments.twin import torch_twin
+from fastres.nn import Bottleneck
 
 LIMIT = {False: 5e-6, True: 10e-6}  # seconds over eager, by whether gradients are wanted
+BLOCK_LIMIT = 1.6  # times the time of PyTorch's modules
 BATCHES = 2001
 CALLS = 20  # few: a batch is over before the scheduler takes the core away
 SLEEP = 0.05
 COMMON = {"name": "add_act", "shape": [1, 8, 2, 2], "dtype": "float32", "layout": "contiguous"}
 
 
-def measure(grad):
-    """Both calls in turns: seconds per call of every batch, and the median of fastres's excess within a
-    turn.
-    """
-    x, residual = (torch.randn(1, 8, 2, 2, requires_grad=grad) for _ in range(2))
-    calls = {FASTRES: lambda: functional.add_act(x, residual), "eager": lambda: F.relu(x + residual)}
+def measure(calls, batches=BATCHES):
+    """The calls in turns: seconds per call of every batch."""
     found = {name: [] for name in calls}
-    for turn in range(BATCHES):
+    for turn in range(batches):
         for name in (*calls,) if turn % 2 else (*calls,)[::-1]:
             call, start = calls[name], time.perf_counter()
             for _ in range(CALLS):
                 call()
             found[name].append((time.perf_counter() - start) / CALLS)
-    return found, statistics.median(a - b for a, b in zip(found[FASTRES], found["eager"], strict=True))
+    return found
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-def test_add_act_overhead(benchmark, record, grad):
-    found, excess = measure(grad)
+def rows_of(found, **common):
+    """A row for each rival."""
     rows = []
     for name, values in found.items():
         median = statistics.median(values)
         spread = timing.percentile(values, 0.2), timing.percentile(values, 0.8)
-        measured = timing.Timing(median, *spread, BATCHES, CALLS, "wall").to_dict()
-        ratio = median / statistics.median(found[FASTRES])
-        about = {"rival": name, "ratio": ratio, "over_eager_s": excess, "limit_s": LIMIT[grad]}
-        rows.append({**COMMON, "pass": "with grad" if grad else "without grad", **about, **measured})
+        measured = timing.Timing(median, *spread, len(values), CALLS, "wall").to_dict()
+        rows.append({**common, "rival": name, "ratio": median / statistics.median(found[FASTRES]), **measured})
+    return rows
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_add_act_overhead(benchmark, record, grad):
+    x, residual = (torch.randn(1, 8, 2, 2, requires_grad=grad) for _ in range(2))
+    found = measure({FASTRES: lambda: functional.add_act(x, residual), "eager": lambda: F.relu(x + residual)})
+    excess = statistics.median(a - b for a, b in zip(found[FASTRES], found["eager"], strict=True))
+    about = {"pass": "with grad" if grad else "without grad", "over_eager_s": excess, "limit_s": LIMIT[grad]}
+    rows = rows_of(found, **COMMON, **about)
     record(rows)
     benchmark.extra_info["over_eager_us"] = round(excess * 1e6, 2)
-    x, residual = (torch.randn(1, 8, 2, 2, requires_grad=grad) for _ in range(2))
     benchmark.pedantic(functional.add_act, args=(x, residual), rounds=50, iterations=CALLS, warmup_rounds=1)
     assert excess <= LIMIT[grad], f"{excess * 1e6:.1f} µs over eager, allowed {LIMIT[grad] * 1e6:.0f}"
+
+
+def test_a_training_block_overhead(benchmark, record):
+    """Forward, backward and running statistics of a bottleneck of the deep stages, one thread."""
+    block = Bottleneck(32, 8).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 32, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    seed = torch.ones_like(x)
+
+    def step(module):
+        torch.autograd.grad(module(x), [x, *module.parameters()], seed)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        calls = {FASTRES: functools.partial(step, block), "eager": functools.partial(step, torch_twin(block))}
+        found = measure(calls, BATCHES // 10)
+    finally:
+        torch.set_num_threads(threads)
+    about = {"name": "Bottleneck", "shape": [1, 32, 4, 4], "dtype": "float32", "layout": "channels_last", "pass": "training"}
+    rows = rows_of(found, **about)
+    record(rows)
+    benchmark.pedantic(step, args=(block,), rounds=50, iterations=CALLS, warmup_rounds=1)
+    assert 1 / rows[1]["ratio"] <= BLOCK_LIMIT, f"{1 / rows[1]['ratio']:.2f} times PyTorch's time, allowed {BLOCK_LIMIT}"
 
 
 def test_the_clock_measures_a_known_sleep(benchmark):

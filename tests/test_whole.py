@@ -200,6 +200,24 @@ def test_a_patched_forward_is_called(model):
 
 
 @torch.no_grad()
+def test_a_forward_patched_on_the_class_is_called(model, monkeypatch):
+    model(X)
+    seen, original = [], nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: seen.append(1) or original(conv, x))
+    model(X)
+    assert len(seen) == 7
+
+
+@torch.inference_mode()
+def test_parameters_of_inference_mode_are_never_planned(model):
+    model = copy.deepcopy(model)
+    before = model(X)
+    model.fc.weight.mul_(2)
+    torch.testing.assert_close(model(X) - model.fc.bias, 2 * (before - model.fc.bias))
+    assert any("inference tensors" in note for note in fastres.explain(model, X).notes)
+
+
+@torch.no_grad()
 def test_the_bits_do_not_depend_on_the_sizes_seen_before(model):
     small, large = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 64, 64)
     first = copy.deepcopy(model)

@@ -19,6 +19,7 @@ from fastres.optimize.plan import Plan, plan
 from fastres.optimize.whole import Whole
 
 STATE = "_fastres"
+_transforms = torch._C._are_functorch_transforms_active
 
 
 class State:
@@ -79,7 +80,7 @@ def swapped_class(base: Any) -> Any:
             y = state.whole.run(self, x)
             if y is not None:
                 return y
-        if state.channels_last and x.dim() == 4:
+        if state.channels_last and _has_layout(x):
             x = x.contiguous(memory_format=torch.channels_last)
         run = state.current(self).run
         if run is not None:
@@ -130,6 +131,13 @@ def is_stage(module: nn.Module) -> bool:
         return False
     states = [child is not None and state_of(child) is not None for child in module._modules.values()]
     return any(map(operator.and_, states, states[1:]))
+
+
+def _has_layout(x: Tensor) -> bool:
+    """Whether an input can be brought to channels_last: strided images that torch.func does not batch."""
+    if x.layout is not torch.strided or x.dim() != 4:
+        return False
+    return torch.compiler.is_compiling() or not _transforms()
 
 
 def _rebuild_state(channels_last: bool, is_whole: bool) -> State:

@@ -2,10 +2,10 @@
 
 Eligible is a call without autograd on a plain CPU tensor of the network's dtype, where nothing follows the call (a mode, a
 transform, torch.compile) and no backend is forced. Unchanged means: every module's attributes, children, parameters,
-buffers and hooks are the same objects as when the plan was made, and no tensor was written to since. Otherwise the
-network's modules run one by one, and a new plan is made for what it has become. The network's Python runs once for every
-new image size, and for one image and for several: the plan serves those for which it does the same. As everywhere in
-``optimize``, Python whose effects could get lost is not planned.
+buffers and hooks, and the forward of its class, are the same objects as when the plan was made, and no tensor was written to
+since. Otherwise the network's modules run one by one, and a new plan is made for what it has become. The network's Python runs
+once for every new image size, and for one image and for several: the plan serves those for which it does the same. As
+everywhere in ``optimize``, Python whose effects could get lost is not planned.
 """
 
 import threading
@@ -46,14 +46,18 @@ class _Made:
         self.objects = list(chain.from_iterable(state.values() for state in self.dicts))  # alive, so that no id is reused
         self.ids = list(map(id, self.objects))
         _fold.watch_optimizers()
-        self.tensors = [*model.parameters(), *model.buffers()]
+        tensors = (*model.parameters(), *model.buffers())
+        self.tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # all, where there is a plan
         self.marks = self.now()
+        self.forwards = {kind: kind.forward for kind in map(type, model.modules())}
 
     def now(self) -> list[tuple[int, int]]:
         return [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]
 
     def holds(self) -> bool:
         ids = list(map(id, chain.from_iterable(state.values() for state in self.dicts)))
+        if any(kind.forward is not forward for kind, forward in self.forwards.items()):
+            return False
         return ids == self.ids and self.now() == self.marks
 
 

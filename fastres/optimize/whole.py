@@ -49,7 +49,8 @@ class _Made:
         tensors = (*model.parameters(), *model.buffers())
         self.tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # all, where there is a plan
         self.marks = self.now()
-        self.forwards = {kind: kind.forward for kind in map(type, model.modules())}
+        kinds: set[Any] = set(map(type, model.modules()))
+        self.forwards = {kind: kind.forward for kind in kinds}
 
     def now(self) -> list[tuple[int, int]]:
         return [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]

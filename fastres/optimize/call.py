@@ -49,7 +49,7 @@ def optimize(
         skip: glob patterns of module names to be left alone with all inside them, such as ``"layer4.*"``.
         channels_last: whether swapped modules bring their input to channels_last and 4-D weights are stored so, which
             spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16 and
-            on CUDA in half precision, for networks whose code follows the layout. LBFGS and pruning, which view weights, need False.
+            on CUDA in half precision, for networks whose code follows the layout. LBFGS and pruning view weights: False.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
             The originals are kept, in this model but not in its copies, for ``restore``.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if

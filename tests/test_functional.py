@@ -247,3 +247,18 @@ def test_a_result_without_a_relu_may_be_written_to(name, training):
         (F.leaky_relu_(y, 0.1) if writes else F.leaky_relu(y, 0.1)).sum().backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if "conv" not in name])
+def test_a_batch_in_training_may_come_before_the_backward_of_one_in_evaluation(name):
+    """PyTorch takes the buffers as they are then; these the ones that made the result."""
+    grads = []
+    for disturbed in (True, False):
+        given = arguments(name)
+        x = given["x"].requires_grad_()
+        y = getattr(FF, name)(**given)
+        if disturbed:
+            getattr(FF, name)(**given | {"x": x.detach(), "training": True})
+        y.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)

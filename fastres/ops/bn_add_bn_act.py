@@ -95,8 +95,8 @@ def fake_backward(grad_y, grad_y2, mask, x, residual, weight, mean, var, eps, r_
 
 def setup_context(ctx, inputs, output):
     x, residual, weight, bias, mean, var, eps, r_weight, r_bias, r_mean, r_var, r_eps, act = inputs
-    _bn.refuse_statistics_gradient(mean, var)
-    _bn.refuse_statistics_gradient(r_mean, r_var)
+    mean, var = _bn.constants(mean, var)
+    r_mean, r_var = _bn.constants(r_mean, r_var)
     ctx.flags = eps, r_eps, act, False
     y = _mask.needed(output, act)
     ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, y)

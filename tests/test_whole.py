@@ -1,7 +1,9 @@
 """An optimised network runs as one plan exactly as long as nothing about it has changed."""
 
 import copy
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -215,6 +217,21 @@ def test_parameters_of_inference_mode_are_never_planned(model):
     model.fc.weight.mul_(2)
     torch.testing.assert_close(model(X) - model.fc.bias, 2 * (before - model.fc.bias))
     assert any("inference tensors" in note for note in fastres.explain(model, X).notes)
+
+
+@torch.no_grad()
+def test_a_network_dies_with_its_last_name(model):
+    """Its plan does not keep it for a garbage collection to come."""
+    model = copy.deepcopy(model)
+    gc.collect()
+    gc.disable()
+    try:
+        assert runs_whole(model)
+        weight = weakref.ref(model.conv1.weight)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from fastres.errors import UnsupportedError, must, must_type
 from fastres.nn import _fused
 from fastres.optimize.convert import Conversion, cast, to_channels_last
 from fastres.optimize.sites import Site, check_skip, follows_layout, remaking_blocks, sites, unwrap
-from fastres.optimize.swap import STATE, State, forget, is_stage, state_of, swap, unswap
+from fastres.optimize.swap import State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
-from fastres.optimize.whole import Whole, forget_all
+from fastres.optimize.whole import STATE, Whole, forget_all
 
 _log = logging.getLogger("fastres")
 Model = TypeVar("Model", bound=nn.Module)

@@ -16,9 +16,8 @@ from fastres.nn import _fused, _stage
 from fastres.nn._fused import original_class
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
-from fastres.optimize.whole import Whole
+from fastres.optimize.whole import STATE, Whole
 
-STATE = "_fastres"
 _transforms = torch._C._are_functorch_transforms_active
 
 

@@ -232,3 +232,33 @@ def test_no_gradient_of_y_is_no_gradient(name, training):
     x = given["x"].requires_grad_()
     Cut.apply(getattr(FF, name)(**given)).sum().backward()
     assert x.grad is None
+
+
+@pytest.mark.parametrize(("name", "training"), [*CASES, ("bn_add_bn_act", False), ("bn_add_bn_act", True)])
+def test_a_result_without_a_relu_may_be_written_to(name, training):
+    """As batch norm's own may, and an addition's: an activation in place follows."""
+    given = arguments(name, training) | {"act": "none"}
+    if name == "bn_add_bn_act":
+        given |= {f"residual_{key}": given[key].clone() for key in (*STATISTICS, "weight", "bias")}
+    grads = []
+    for writes in (True, False):
+        x = given["x"].clone().requires_grad_()
+        y = getattr(FF, name)(**given | {"x": x})
+        (F.leaky_relu_(y, 0.1) if writes else F.leaky_relu(y, 0.1)).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if "conv" not in name])
+def test_a_batch_in_training_may_come_before_the_backward_of_one_in_evaluation(name):
+    """PyTorch takes the buffers as they are then; these the ones that made the result."""
+    grads = []
+    for disturbed in (True, False):
+        given = arguments(name)
+        x = given["x"].requires_grad_()
+        y = getattr(FF, name)(**given)
+        if disturbed:
+            getattr(FF, name)(**given | {"x": x.detach(), "training": True})
+        y.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)

@@ -286,6 +286,44 @@ def test_a_cast_parameter_that_was_trained_keeps_its_training():
     assert torch.equal(model[0].bias, bias.float())
 
 
+@pytest.mark.parametrize("when", ["between steps", "before the step", "the state of another run"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_what_fused_optimizers_keep_follows_the_memory_format(kind, when):
+    """Their kernels ask for it and do not look."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()).double()
+    x = images(2, 3, 8, 8).double()
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+
+    def optimizer_of(model):
+        return kind(model.parameters(), lr=1e-2, fused=True, **options)
+
+    def one_step(model, optimizer, between=lambda model: model):
+        optimizer.zero_grad(set_to_none=False)
+        model(x).square().mean().backward()
+        between(model)
+        optimizer.step()
+
+    def to_channels_last(model):
+        return fastres.optimize(model, channels_last=True)
+
+    ours, theirs = copy.deepcopy(plain), copy.deepcopy(plain)
+    for model in (ours, theirs):
+        optimizer = optimizer_of(model)
+        one_step(model, optimizer)
+        for change in (to_channels_last, fastres.restore):
+            mine = change if model is ours else lambda model: model
+            if when == "before the step":
+                one_step(model, optimizer, mine)
+            else:
+                mine(model)
+            if when == "the state of another run":
+                kept, optimizer = copy.deepcopy(optimizer.state_dict()), optimizer_of(model)
+                optimizer.load_state_dict(kept)
+            one_step(model, optimizer)
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(own, other)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "timm:resnet26", "timm:resnet10t"])
 def test_others_blocks_keep_less_to_the_same_bits(name):
     if name.startswith("timm:"):

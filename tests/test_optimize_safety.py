@@ -224,6 +224,21 @@ def test_tracers_see_the_layers_they_know():
     assert [node.name for node in torch.fx.symbolic_trace(fastres.optimize(model)).graph.nodes] == names
 
 
+def test_gradients_of_single_images():
+    """Under torch.func, whose batched tensors have no memory format."""
+    plain = small().eval()
+    model = fastres.optimize(copy.deepcopy(plain))
+
+    def loss(parameters, x, module):
+        return torch.func.functional_call(module, parameters, x[None]).square().sum()
+
+    parameters, found = {name: p.detach() for name, p in plain.named_parameters()}, []
+    for each in (model, plain):
+        found.append(torch.vmap(torch.func.grad(loss), (None, 0, None))(parameters, X[:2], each))
+    for name in parameters:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-3, msg=name)
+
+
 def test_autocast_and_autograd_in_evaluation():
     plain = small().eval()
     model = fastres.optimize(copy.deepcopy(plain))

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import fastres
+from fastres.nn import BasicBlock
 from fastres.train import processes
 from fastres.train.processes import Processes, SyncBatchNorm2d, started, synchronized
 
@@ -65,6 +67,23 @@ def test_a_model_is_wrapped_for_its_gradients_to_be_the_mean(alone):
         assert torch.equal(wrapped.module.weight.grad, model.weight.grad)
         several.wait()
         assert several.sum(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_gradients_stay_right_while_a_wrapped_model_is_optimised_and_restored(alone):
+    """DistributedDataParallel copies gradients by the strides that weights had when it was made."""
+    with started("cpu"):
+        torch.manual_seed(0)
+        model, x = BasicBlock(8, 8), torch.randn(2, 8, 5, 5)
+        for before in (False, True):
+            ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+            fastres.optimize(ours, channels_last=True) if before else None
+            wrapped = DistributedDataParallel(ours)
+            for change in (lambda it: fastres.optimize(it, channels_last=True), fastres.restore, lambda it: it):
+                for each in (change(wrapped), theirs):
+                    each.zero_grad()
+                    each(x).square().sum().backward()
+                for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                    torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_it_says_what_torchrun_told(monkeypatch):

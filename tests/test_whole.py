@@ -1,7 +1,9 @@
 """An optimised network runs as one plan exactly as long as nothing about it has changed."""
 
 import copy
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -197,6 +199,39 @@ def test_a_patched_forward_is_called(model):
     model(X)
     model(X)
     assert len(seen) == 2
+
+
+@torch.no_grad()
+def test_a_forward_patched_on_the_class_is_called(model, monkeypatch):
+    model(X)
+    seen, original = [], nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda conv, x: seen.append(1) or original(conv, x))
+    model(X)
+    assert len(seen) == 7
+
+
+@torch.inference_mode()
+def test_parameters_of_inference_mode_are_never_planned(model):
+    model = copy.deepcopy(model)
+    before = model(X)
+    model.fc.weight.mul_(2)
+    torch.testing.assert_close(model(X) - model.fc.bias, 2 * (before - model.fc.bias))
+    assert any("inference tensors" in note for note in fastres.explain(model, X).notes)
+
+
+@torch.no_grad()
+def test_a_network_dies_with_its_last_name(model):
+    """Its plan does not keep it for a garbage collection to come."""
+    model = copy.deepcopy(model)
+    gc.collect()
+    gc.disable()
+    try:
+        assert runs_whole(model)
+        weight = weakref.ref(model.conv1.weight)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -130,6 +130,12 @@ def refuse_statistics_gradient(mean: Tensor, var: Tensor) -> None:
         )
 
 
+def constants(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Given statistics, to be saved: copies, since a batch in training may change the running ones before backward."""
+    refuse_statistics_gradient(mean, var)
+    return mean.clone(), var.clone()
+
+
 def check_forward(
     op: str,
     x: Tensor,

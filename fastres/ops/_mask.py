@@ -40,9 +40,14 @@ def gradient(grad_y: Tensor, mask: Tensor, x: Tensor, act: str) -> Tensor:
     return torch.where(unpack(mask, x), grad_y, 0) if act == "relu" else grad_y
 
 
-def gradient_at(grad_y: Tensor, y: Tensor, act: str) -> Tensor:
-    """The same from the output itself, which evaluation saves: an op of inference writes no mask."""
-    return torch.where(y <= 0, 0, grad_y) if act == "relu" else grad_y
+def needed(y: Tensor, act: str) -> Tensor | None:
+    """What evaluation saves of y: nothing without a ReLU, so that an activation behind the op may write into it."""
+    return y if act == "relu" else None
+
+
+def gradient_at(grad_y: Tensor, y: Tensor | None) -> Tensor:
+    """The same from what evaluation saves: an op of inference writes no mask."""
+    return grad_y if y is None else torch.where(y <= 0, 0, grad_y)
 
 
 def size(x: Tensor, act: str) -> int:

@@ -82,9 +82,9 @@ def cost_backward(grad_y, grad_y2=None, *rest):
 
 def setup_context(ctx, inputs, output):
     x, residual, weight, bias, mean, var, ctx.eps, ctx.act = inputs
-    _bn.refuse_statistics_gradient(mean, var)
+    mean, var = _bn.constants(mean, var)
     ctx.training = False
-    _save(ctx, x, residual, weight, bias, mean, var, output)
+    _save(ctx, x, residual, weight, bias, mean, var, _mask.needed(output, ctx.act))
 
 
 def setup_context_train(ctx, inputs, output):
@@ -108,7 +108,7 @@ def gradients(ctx, grad_y, grad_y2):
         x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
         grad_y = _bn.whole(grad_y, grad_y2)
-        dz = _mask.gradient(grad_y, mask_or_y, x, ctx.act) if ctx.training else _mask.gradient_at(grad_y, mask_or_y, ctx.act)
+        dz = _mask.gradient(grad_y, mask_or_y, x, ctx.act) if ctx.training else _mask.gradient_at(grad_y, mask_or_y)
         grad_x, *others = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), ctx.eps, ctx.training)
         return grad_x, dz.to(ctx.residual_dtype), *others
     grad_y, grad_y2 = _bn.laid_as_both(x, grad_y, grad_y2)
@@ -116,7 +116,7 @@ def gradients(ctx, grad_y, grad_y2):
         args = weight, mean, var, ctx.eps, ctx.act
         grad_x, dz, grad_weight, grad_bias = BN_ADD_ACT_BACKWARD(grad_y, grad_y2, mask_or_y, x, *args)
     else:
-        dz = ADD_ACT_BACKWARD(grad_y, mask_or_y, ctx.act)
+        dz = grad_y if mask_or_y is None else ADD_ACT_BACKWARD(grad_y, mask_or_y, ctx.act)
         grad_x, grad_weight, grad_bias = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, ctx.eps, "none", False)
     found = grad_x, dz.to(ctx.residual_dtype), grad_weight, grad_bias.to(ctx.bias_dtype or grad_bias.dtype)
     return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))

@@ -96,10 +96,11 @@ def fake_backward(grad_y, grad_y2, mask, x, residual, weight, mean, var, eps, r_
 
 def setup_context(ctx, inputs, output):
     x, residual, weight, bias, mean, var, eps, r_weight, r_bias, r_mean, r_var, r_eps, act = inputs
-    _bn.refuse_statistics_gradient(mean, var)
-    _bn.refuse_statistics_gradient(r_mean, r_var)
+    mean, var = _bn.constants(mean, var)
+    r_mean, r_var = _bn.constants(r_mean, r_var)
     ctx.flags = eps, r_eps, act, False
-    ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, output)
+    y = _mask.needed(output, act)
+    ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, y)
 
 
 def setup_context_train(ctx, inputs, output):
@@ -120,7 +121,7 @@ def gradients(ctx, grad_y, grad_y2):
         x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
         grad_y = _bn.whole(grad_y, grad_y2)
-        dz = _mask.gradient(grad_y, mask_or_y, x, act) if training else _mask.gradient_at(grad_y, mask_or_y, act)
+        dz = _mask.gradient(grad_y, mask_or_y, x, act) if training else _mask.gradient_at(grad_y, mask_or_y)
         found = _bn.differentiate_twice(dz, x, weight, bias, (mean, var), eps, training)
         others = _bn.differentiate_twice(
             dz.to(residual.dtype), residual, r_weight, r_bias, (r_mean, r_var), r_eps, training
@@ -131,7 +132,7 @@ def gradients(ctx, grad_y, grad_y2):
         args = weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
         grad_x, grad_residual, *grads = BN_ADD_BN_ACT_BACKWARD(grad_y, grad_y2, mask_or_y, x, residual, *args)
     else:
-        dz = ADD_ACT_BACKWARD(grad_y, mask_or_y, act)
+        dz = grad_y if mask_or_y is None else ADD_ACT_BACKWARD(grad_y, mask_or_y, act)
         grad_x, *own = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, eps, "none", False)
         r_dz = _bn.laid_as(residual, dz.to(residual.dtype))
         grad_residual, *other = BN_ACT_BACKWARD(r_dz, residual, r_weight, None, r_mean, r_var, r_eps, "none", False)

@@ -14,9 +14,9 @@ from fastres.errors import UnsupportedError, must, must_type
 from fastres.nn import _fused
 from fastres.optimize.convert import Conversion, cast, to_channels_last
 from fastres.optimize.sites import Site, check_skip, follows_layout, remaking_blocks, sites, unwrap
-from fastres.optimize.swap import STATE, State, forget, is_stage, state_of, swap, unswap
+from fastres.optimize.swap import State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
-from fastres.optimize.whole import Whole, forget_all
+from fastres.optimize.whole import STATE, Whole, forget_all
 
 _log = logging.getLogger("fastres")
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +40,8 @@ def optimize(
     What is not recognised is left alone; ``explain`` says why, ``restore`` undoes all. Calling it again changes the options.
 
     Args:
-        model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped.
+        model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped. Better optimize it
+            before: the gradients of a DistributedDataParallel lie as the weights did when it was made, so these stay.
         mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The swapped
             modules serve both; evaluation folds batch norm only where autograd is off.
         strict: raise if any batch norm of the model would stay outside a fused step.
@@ -48,7 +49,7 @@ def optimize(
         skip: glob patterns of module names to be left alone with all inside them, such as ``"layer4.*"``.
         channels_last: whether swapped modules bring their input to channels_last and 4-D weights are stored so, which
             spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16 and
-            on CUDA in half precision, for networks whose code follows the layout.
+            on CUDA in half precision, for networks whose code follows the layout. LBFGS and pruning view weights: False.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
             The originals are kept, in this model but not in its copies, for ``restore``.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
@@ -75,9 +76,9 @@ def optimize(
         model.train(mode == "training")
     try:
         _mark(network, blocks)
-        verdict = _apply(network, found, patterns, channels_last, dtype, verify)
+        verdict = _apply(network, found, patterns, channels_last, dtype, verify, _is_distributed(model))
     except Exception:
-        _restore(network, modes)
+        _restore(network, _is_distributed(model), modes)
         raise
     _log.info("%s", _summary(network, found, verdict))
     return model
@@ -87,9 +88,10 @@ def restore(model: Model) -> Model:
     """Undo ``optimize`` exactly: the classes, the parameters' memory format and dtype; returns the model.
 
     Parameters that were cast get their original bits back unless they were written since (trained, loaded): then
-    the new values stay, in the original dtype. The training mode stays as it is.
+    the new values stay, in the original dtype. The training mode stays as it is, and so does the memory format inside
+    DistributedDataParallel.
     """
-    _restore(unwrap(model, "restore"))
+    _restore(unwrap(model, "restore"), _is_distributed(model))
     return model
 
 
@@ -109,14 +111,21 @@ def _apply(
     channels_last: bool | str,
     dtype: torch.dtype | None,
     verify: Tensor | tuple[Any, ...] | None,
+    distributed: bool,
 ) -> dict[str, float] | None:
     """Convert, swap, and compare if asked to; the errors found then."""
     reference = None if verify is None else Reference(network, verify, dtype)
-    _swap(network, found, patterns, *_convert(network, found, channels_last, dtype))
+    _swap(network, found, patterns, *_convert(network, found, channels_last, dtype, distributed))
     if reference is None:
         return None
     vars(network)[STATE].verified = verdict = reference.judge(network)
     return verdict
+
+
+def _is_distributed(model: nn.Module) -> bool:
+    """Whether gradients are read where, and as, they lay when DistributedDataParallel saw the weights: in another memory format
+    it would take them for others, and say nothing."""
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
 
 
 def _check_options(mode: object, channels_last: object, dtype: object, memory: object, **flags: object) -> None:
@@ -177,13 +186,13 @@ def _wants_channels_last(network: nn.Module, found: list[Site], option: bool | s
 
 
 def _convert(
-    network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None
+    network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None, distributed: bool
 ) -> tuple[bool, list[Conversion]]:
     """Whether inputs go to channels_last, and what was done to parameters, now or in an earlier call."""
     channels_last = _wants_channels_last(network, found, option, dtype)
     before = state_of(network)
     conversions = [] if before is None else list(before.conversions)
-    if channels_last:  # before the cast, which is undone only where it finds what it left
+    if channels_last and not distributed:  # before the cast, which is undone only where it finds what it left
         conversions += to_channels_last(network)
     if dtype is not None:
         conversions += cast(network, dtype)
@@ -216,7 +225,7 @@ def _install(module: nn.Module, state: State) -> None:
     state.prepare(module)
 
 
-def _restore(network: nn.Module, modes: Sequence[tuple[nn.Module, bool]] = ()) -> None:
+def _restore(network: nn.Module, distributed: bool, modes: Sequence[tuple[nn.Module, bool]] = ()) -> None:
     _mark(network, ())
     for module, training in modes:
         module.training = training
@@ -225,7 +234,8 @@ def _restore(network: nn.Module, modes: Sequence[tuple[nn.Module, bool]] = ()) -
         if state is not None:
             unswap(module)
             for conversion in reversed(state.conversions):
-                conversion.undo()
+                if not (distributed and conversion.original is None):
+                    conversion.undo()
 
 
 def _summary(network: nn.Module, found: list[Site], verdict: dict[str, float] | None) -> str:

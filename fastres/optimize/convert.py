@@ -1,10 +1,19 @@
-"""Parameters in another memory format or dtype, and back: the same bits, unless they were written in between."""
+"""Parameters in another memory format or dtype, and back: the same bits, unless they were written in between.
 
+Gradients and what fused optimizers keep go with the memory format: their kernels walk through memory as it lies, and would take
+one weight for another.
+"""
+
+import functools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+_followed: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()  # the states that lie as their parameters do
 
 
 @dataclass
@@ -24,9 +33,9 @@ class Conversion:
         if tensor is None:
             return
         if self.original is None:
-            new = tensor.data.contiguous()
-        else:
-            new = self.original if _mark(tensor) == self.mark else tensor.data.to(self.original.dtype)
+            _lay(tensor, torch.contiguous_format)
+            return
+        new = self.original if _mark(tensor) == self.mark else tensor.data.to(self.original.dtype)
         if is_parameter:
             tensor.data = new
             if tensor.grad is not None:
@@ -70,6 +79,33 @@ def to_channels_last(model: nn.Module) -> list[Conversion]:
         if not isinstance(tensor, nn.Parameter) or tensor.dim() != 4 or not tensor.is_contiguous():
             continue
         if not tensor.is_contiguous(memory_format=torch.channels_last):
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            _lay(tensor, torch.channels_last)
             made.append(Conversion(owner, name, None, ()))
     return made
+
+
+def _lay(parameter: Tensor, layout: torch.memory_format) -> None:
+    """Bring a parameter and its gradient to a memory format."""
+    parameter.data = parameter.data.contiguous(memory_format=layout)
+    if parameter.grad is not None:
+        parameter.grad.data = parameter.grad.data.contiguous(memory_format=layout)
+    _watch_optimizers()
+    _followed.clear()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_follow)
+
+
+def _follow(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Bring what a fused optimizer keeps, and what it was given by ``load_state_dict``, to its parameters' memory format."""
+    state = optimizer.state
+    if torch.compiler.is_compiling() or _followed.get(optimizer) is state:
+        return
+    _followed[optimizer] = state
+    for parameter in (p for group in optimizer.param_groups if group.get("fused") for p in group["params"]):
+        kept = state.get(parameter, {})
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

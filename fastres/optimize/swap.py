@@ -16,9 +16,9 @@ from fastres.nn import _fused, _stage
 from fastres.nn._fused import original_class
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
-from fastres.optimize.whole import Whole
+from fastres.optimize.whole import STATE, Whole
 
-STATE = "_fastres"
+_transforms = torch._C._are_functorch_transforms_active
 
 
 class State:
@@ -79,7 +79,7 @@ def swapped_class(base: Any) -> Any:
             y = state.whole.run(self, x)
             if y is not None:
                 return y
-        if state.channels_last and x.dim() == 4:
+        if state.channels_last and _has_layout(x):
             x = x.contiguous(memory_format=torch.channels_last)
         run = state.current(self).run
         if run is not None:
@@ -130,6 +130,13 @@ def is_stage(module: nn.Module) -> bool:
         return False
     states = [child is not None and state_of(child) is not None for child in module._modules.values()]
     return any(map(operator.and_, states, states[1:]))
+
+
+def _has_layout(x: Tensor) -> bool:
+    """Whether an input can be brought to channels_last: strided images that torch.func does not batch."""
+    if x.layout is not torch.strided or x.dim() != 4:
+        return False
+    return torch.compiler.is_compiling() or not _transforms()
 
 
 def _rebuild_state(channels_last: bool, is_whole: bool) -> State:

@@ -2,10 +2,10 @@
 
 Eligible is a call without autograd on a plain CPU tensor of the network's dtype, where nothing follows the call (a mode, a
 transform, torch.compile) and no backend is forced. Unchanged means: every module's attributes, children, parameters,
-buffers and hooks are the same objects as when the plan was made, and no tensor was written to since. Otherwise the
-network's modules run one by one, and a new plan is made for what it has become. The network's Python runs once for every
-new image size, and for one image and for several: the plan serves those for which it does the same. As everywhere in
-``optimize``, Python whose effects could get lost is not planned.
+buffers and hooks, and the forward of its class, are the same objects as when the plan was made, and no tensor was written to
+since. Otherwise the network's modules run one by one, and a new plan is made for what it has become. The network's Python runs
+once for every new image size, and for one image and for several: the plan serves those for which it does the same. As
+everywhere in ``optimize``, Python whose effects could get lost is not planned.
 """
 
 import threading
@@ -28,6 +28,7 @@ from fastres.ops import _fold
 from fastres.optimize.plan import plan as planned
 from fastres.optimize.trace import is_trusted
 
+STATE = "_fastres"  # of an instance: what swapping it added, a network's plan with it
 _KEPT = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RAISED = "it raised"
@@ -42,19 +43,28 @@ class _Made:
     def __init__(self, model: nn.Module, plan: Frozen | None, reason: str | None) -> None:
         self.plan, self.reason = plan, reason
         self.serves: dict[tuple[int, ...], bool] = {}  # whether the plan does what the network does, by kind of input
-        self.dicts = [state for module in model.modules() for state in _dicts(module)]
-        self.objects = list(chain.from_iterable(state.values() for state in self.dicts))  # alive, so that no id is reused
-        self.ids = list(map(id, self.objects))
+        own, *self.dicts = (state for module in model.modules() for state in _dicts(module))
+        self.ids = self.identities(own)
+        # Alive, so that no id is reused; but not what holds this plan, or the network would only die with the next collection.
+        self.objects = [value for name, value in own.items() if name != STATE]
+        self.objects += chain.from_iterable(state.values() for state in self.dicts)
         _fold.watch_optimizers()
-        self.tensors = [*model.parameters(), *model.buffers()]
+        tensors = (*model.parameters(), *model.buffers())
+        self.tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # all, where there is a plan
         self.marks = self.now()
+        kinds: set[Any] = set(map(type, model.modules()))
+        self.forwards = {kind: kind.forward for kind in kinds}
 
     def now(self) -> list[tuple[int, int]]:
         return [(tensor._version, tensor.data_ptr()) for tensor in self.tensors]
 
-    def holds(self) -> bool:
-        ids = list(map(id, chain.from_iterable(state.values() for state in self.dicts)))
-        return ids == self.ids and self.now() == self.marks
+    def identities(self, own: dict[str, Any]) -> list[int]:
+        return list(map(id, chain(own.values(), chain.from_iterable(state.values() for state in self.dicts))))
+
+    def holds(self, model: nn.Module) -> bool:
+        if any(kind.forward is not forward for kind, forward in self.forwards.items()):
+            return False
+        return self.identities(model.__dict__) == self.ids and self.now() == self.marks
 
 
 def _dicts(module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -121,7 +131,7 @@ class Whole:
     def _current(self, model: nn.Module, x: Tensor) -> _Made:
         with self._lock:
             made = self._made
-            if made is None or not made.holds():
+            if made is None or not made.holds(model):
                 made = _make(model, x)
                 self._made = None if made.reason is not None and made.reason.startswith(_RAISED) else made
         return made

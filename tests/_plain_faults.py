@@ -39,7 +39,7 @@ PYTHON = [
     Fault("a recording serves what is laid otherwise", "ops/_node.py", "if tensor.stride() != stride or tensor.dtype != dtype:",
           "if False:", "test_replay.py::test_what_hooks_of_saved_tensors_lay_anew_is_what_it_was[False-False-basic]", {}),
     Fault("a recording serves parameters that are frozen", "ops/_node.py", "return (self.chain, key, needs)", "return (self.chain, key)",
-          "test_replay.py::test_other_kinds_are_recorded_anew[dtype0]", {}),
+          "test_replay.py::test_parameters_that_thaw_get_gradients", {}),
     Fault("a recording knows a weight of two layers by one name", "ops/_replay.py", "self.why_not = \"a tensor is given twice\"", "pass",
           "test_replay.py::test_a_recorder_says_what_it_cannot_make_again", {}),
     Fault("a mask is read in another order", "ops/bn_add_act.py", "x = x.contiguous(memory_format=ctx.layout)", "pass",

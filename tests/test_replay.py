@@ -117,6 +117,18 @@ def test_other_kinds_are_recorded_anew(dtype, formulas):
     assert len(formulas) > 2 * len(changes)  # by_python's, and the first of each kind
 
 
+def test_parameters_that_thaw_get_gradients():
+    block = BLOCKS["basic"]().to(memory_format=LAST)
+    block.conv1.requires_grad_(False)
+    step(block, images())
+    step(block, images())
+    assert block.conv1.weight.grad is None
+    block.conv1.requires_grad_(True)
+    x = images(1)
+    assert_same_bits(step(block, x), by_python(block, x))
+    assert block.conv1.weight.grad is not None
+
+
 def test_gradients_of_other_strides_are_recorded_anew(formulas):
     block = BLOCKS["basic"]().to(memory_format=LAST)
     for layout in (LAST, torch.contiguous_format, LAST, torch.contiguous_format):

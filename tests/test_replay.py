@@ -46,19 +46,20 @@ def formulas(monkeypatch):
     return found
 
 
-def images(seed=0, dtype=torch.float32, layout=LAST):
+def images(seed=0, dtype=torch.float32, layout=LAST, device="cpu"):
     x = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return x.to(dtype).contiguous(memory_format=layout).requires_grad_()
+    return x.to(device, dtype).contiguous(memory_format=layout).requires_grad_()
 
 
 def step(block, x, amp=False):
     """Output and all gradients; the block's buffers are its own."""
     for p in (x, *block.parameters()):
         p.grad = None
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp), torch.backends.cudnn.flags(deterministic=True):
         y = block(x)
-    seed = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
-    y.backward(seed.contiguous(memory_format=LAST) if y.is_contiguous(memory_format=LAST) else seed)
+    seed = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
+    with torch.backends.cudnn.flags(deterministic=True):
+        y.backward(seed.contiguous(memory_format=LAST) if y.is_contiguous(memory_format=LAST) else seed)
     return [y.detach(), *(p.grad.clone() for p in (x, *block.parameters()) if p.grad is not None)]
 
 
@@ -79,14 +80,15 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
-def test_calls_made_again_have_the_bits_of_pythons(name, amp, layout, formulas):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_calls_made_again_have_the_bits_of_pythons(device, name, amp, layout, formulas):
     torch.manual_seed(0)
-    block = BLOCKS[name]().to(memory_format=layout)
-    x = images(layout=layout)
+    block = BLOCKS[name]().to(device, memory_format=layout)
+    x = images(layout=layout, device=device)
     step(block, x, amp)
     recorded = len(formulas)
     for seed in (1, 2):
-        x, expected = images(seed, layout=layout), copy.deepcopy(block)
+        x, expected = images(seed, layout=layout, device=device), copy.deepcopy(block)
         found = step(block, x, amp)
         assert len(formulas) == recorded
         assert_same_bits(found, by_python(expected, x, amp))

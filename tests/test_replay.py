@@ -55,10 +55,10 @@ def step(block, x, amp=False):
     """Output and all gradients; the block's buffers are its own."""
     for p in (x, *block.parameters()):
         p.grad = None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp), torch.backends.cudnn.flags(deterministic=True):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp), torch.backends.cudnn.flags(enabled=True, deterministic=True):
         y = block(x)
     seed = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
-    with torch.backends.cudnn.flags(deterministic=True):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
         y.backward(seed.contiguous(memory_format=LAST) if y.is_contiguous(memory_format=LAST) else seed)
     return [y.detach(), *(p.grad.clone() for p in (x, *block.parameters()) if p.grad is not None)]
 

@@ -55,7 +55,8 @@ def step(block, x, amp=False):
     """Output and all gradients; the block's buffers are its own."""
     for p in (x, *block.parameters()):
         p.grad = None
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+    same = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=amp), same:
         y = block(x)
     seed = torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True):

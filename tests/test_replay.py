@@ -160,7 +160,9 @@ def test_a_weight_of_two_layers_is_not_recorded(formulas):
         x = images(seed)
         assert_same_bits(step(block, x), by_python(block, x))
     assert len(formulas) == 6
+    assert "come from Python every time: a tensor is given twice" in str(fastres.explain(nn.Sequential(block), images()))
     fastres.dispatch.forget()
+    assert "come from Python" not in str(fastres.explain(nn.Sequential(block), images()))
     step(BLOCKS["basic"]().to(memory_format=LAST), images())
     formulas.clear()
     x = images(3)

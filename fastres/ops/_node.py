@@ -95,6 +95,7 @@ class _Form:
         self.statistics: list[tuple[int, int, int]] = []
         self.laid: list[tuple[int, torch.dtype, tuple]] = []  # images and weights as they are kept: dtypes and strides
         self.forward: Recording | None = None
+        self.why_not: str | None = None  # its calls are recorded
         self.backward: dict[tuple, _Gradients | None] = {}  # by the kind of y's gradient; None where they cannot be recorded
 
     def __call__(self, index: int, op: Any, args: tuple, outputs: Any) -> None:
@@ -127,6 +128,11 @@ class _Form:
 _FORMS: dict[tuple, _Form] = dispatch.forgets({})
 
 
+def why_not_recorded() -> list[str]:
+    """Why the calls of some chains that ran in this process are not recorded; none where all are."""
+    return sorted({form.why_not for form in _FORMS.values() if form.why_not is not None})
+
+
 class _Call:
     """One call of a chain, and what it keeps."""
 
@@ -148,7 +154,8 @@ class _Call:
         try:
             with recorder or nullcontext():
                 y, statistics = compose(self.chain, tensors, form)
-        except Unrecorded:
+        except Unrecorded as reason:
+            recorder.why_not = str(reason)  # type: ignore[union-attr]
             form = self.form = _Form(self.chain, needs)
             y, statistics = compose(self.chain, tensors, form)
         kept = [*tensors]
@@ -161,6 +168,7 @@ class _Call:
         self.kept = kept
         if key is not None and recorder is not None:
             form.forward = recorder.recording([y, *kept[len(tensors) :]])
+            form.why_not = recorder.why_not
             if len(_FORMS) >= _MOST_FORMS:
                 _FORMS.clear()
             _FORMS[key] = form
@@ -230,6 +238,7 @@ def _gradients(form: _Form, kept: Sequence, grad: Tensor, grad2: Tensor | None) 
         if recorder is not None:
             places = [place for place, gradient in enumerate(found) if gradient is not None]
             calls = recorder.recording([found[place] for place in places])
+            form.why_not = form.why_not or recorder.why_not
             form.backward[key] = None if calls is None else _Gradients(calls, places)
     if form.chain.adds_x and found[0] is not None:
         found[0] = found[0].add_(found[1])

@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
             name = func._schema.name.removeprefix("fastres::")
             run = REGISTRY[name].chosen(*args)
             if name == CONV_STATISTICS.name:
-                raise Unrecorded  # what it found is given to a batch norm past the op
+                raise Unrecorded("a batch norm is given statistics that the convolution before found")
         if run is None:  # as a check's: it matters where one of its results is read, or where it writes
             if func._schema.is_mutable:
                 self.why_not = f"{func} writes, and is none of the calls that can be made again"

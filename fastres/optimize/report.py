@@ -18,6 +18,7 @@ from fastres.frozen import report as frozen_report
 from fastres.nn import _fused
 from fastres.ops import REGISTRY
 from fastres.ops._given import Before, Norms
+from fastres.ops._node import why_not_recorded
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends
 from fastres.ops.conv_statistics import CONV_STATISTICS
 from fastres.optimize.plan import Plan, Step
@@ -259,6 +260,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
         notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda, or conv_statistics")
         most = f"on a CPU those of inputs of up to {_fused.MOST_IN_ONE_NODE} values"
         notes.append(f"the layers of a block are one node of autograd ({most}), whose kernels' calls are recorded once")
+        notes += [f"calls that are not recorded, but come from Python every time: {reason}" for reason in why_not_recorded()]
         remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
         if remaking:
             notes.append(f"memory='low': {remaking} blocks, op by op, make again in backward what their batch norms hand on")

@@ -347,3 +347,14 @@ def test_other_files_are_refused(tmp_path):
     for strange in (None, 5, b"network"):
         with pytest.raises(TypeError, match="path must be"):
             fastres.load_frozen(strange)
+
+
+def test_a_default_device_changes_nothing():
+    """Every step of these kinds, so that no constant is made on it."""
+    for name in ("signed residual", "sum of values", "pools", "stem of 3 channels"):
+        torch.manual_seed(0)
+        model, size = CASES[name]()
+        x = torch.randn(size)
+        expected = quantized(model, x)(x)
+        with torch.device("meta"):
+            assert torch.equal(quantized(model, x)(x), expected), name

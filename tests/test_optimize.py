@@ -276,6 +276,14 @@ def test_dtype_is_cast_and_given_back(dtype):
     assert_restores(model, optimized, x.float())
 
 
+def test_a_model_optimised_in_inference_mode_can_be_trained():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with torch.inference_mode():
+        fastres.optimize(model, channels_last=True)
+    model(images(2, 3, 8, 8)).sum().backward()
+    assert model[0].weight.grad is not None and model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_part_that_was_optimised_before_the_whole_is_given_back_too():
     model = network("resnet18").eval()
     optimized = copy.deepcopy(model)

@@ -124,7 +124,7 @@ def calibrate(layers: list[Layer], x: Value, calibration: Calibration, progress:
     own = [x, *(layer.y for layer in layers if layer.kind not in INHERIT and layer is not last)]
     names = {layer.y: layer.name for layer in layers} | {x: "the images"}
     ranges = dict.fromkeys(own, (torch.inf, -torch.inf))
-    counts = {value: torch.zeros(_BINS, device="cpu") for value in own}
+    counts = {value: torch.zeros(_BINS, dtype=torch.float32, device="cpu") for value in own}
     batches, outputs = list(calibration.batches), list[Tensor]()
 
     def widen(value: Value, tensor: Tensor) -> None:

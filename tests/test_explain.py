@@ -65,6 +65,18 @@ def test_an_example_tells_the_backends():
     assert torch.equal(seed, torch.get_rng_state())
 
 
+def test_a_step_whose_modules_are_called_says_why():
+    model = fastres.optimize(small())
+    model.layer1[0].bn1.register_forward_hook(lambda *_: None)
+    model.layer2[0].downsample[0].padding_mode = "circular"
+    found = steps(fastres.explain(model))
+    called = {name: step.called for name, step in found.items() if step.called is not None}
+    assert called.keys() == {"layer1.0.conv1", "layer2.0.conv2", "layer2.0.downsample.0"}
+    assert "has hooks" in called["layer1.0.conv1"]
+    text = "not one op: Conv2d pads with 'circular'"
+    assert text in str(found["layer2.0.conv2"]) and "circular" in found["layer2.0.conv2"].to_dict()["called"]
+
+
 def test_two_convolutions_say_why_they_are_not_one():
     """At the ends of blocks with a projection, of an optimised model and of one of fastres; nowhere else."""
     model = fastres.optimize(small())

@@ -347,3 +347,19 @@ def test_other_files_are_refused(tmp_path):
     for strange in (None, 5, b"network"):
         with pytest.raises(TypeError, match="path must be"):
             fastres.load_frozen(strange)
+
+
+@pytest.mark.parametrize("default", ["device", "dtype"])
+def test_defaults_of_pytorch_change_nothing(default, request):
+    """Every step of these kinds, so that no constant is made by them."""
+    if default == "dtype":
+        request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    for name in ("signed residual", "sum of values", "pools", "stem of 3 channels"):
+        torch.manual_seed(0)
+        model, size = CASES[name]()
+        x = torch.randn(size)
+        expected = quantized(model, x)(x)
+        torch.set_default_dtype(torch.bfloat16) if default == "dtype" else None
+        with torch.device("meta" if default == "device" else "cpu"):
+            assert torch.equal(quantized(model, x)(x), expected), name
+        torch.set_default_dtype(torch.float32)

@@ -276,6 +276,22 @@ def test_dtype_is_cast_and_given_back(dtype):
     assert_restores(model, optimized, x.float())
 
 
+def test_a_model_optimised_in_inference_mode_can_be_trained():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with torch.inference_mode():
+        fastres.optimize(model, channels_last=True)
+    model(images(2, 3, 8, 8)).sum().backward()
+    assert model[0].weight.grad is not None and model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_part_that_was_optimised_before_the_whole_is_given_back_too():
+    model = network("resnet18").eval()
+    optimized = copy.deepcopy(model)
+    for part in (optimized.layer1, optimized.layer2[0], optimized):
+        fastres.optimize(part, channels_last=True)
+    assert_restores(model, optimized, images(2, 3, 64, 64))
+
+
 def test_a_cast_parameter_that_was_trained_keeps_its_training():
     model = fastres.optimize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), dtype=torch.float64)
     with torch.no_grad():

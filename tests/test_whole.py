@@ -235,6 +235,15 @@ def test_a_network_dies_with_its_last_name(model):
 
 
 @torch.no_grad()
+def test_a_default_device_is_no_mode_to_be_seen(model):
+    """``torch.set_default_device`` is for tensors without a device, of which fastres makes none."""
+    expected = model(X)
+    with torch.device("meta"):
+        assert runs_whole(model) and torch.equal(model(X), expected)
+        assert runs_whole(copy.deepcopy(model)) and torch.equal(fastres.freeze(model, X)(X), expected)
+
+
+@torch.no_grad()
 def test_the_bits_do_not_depend_on_the_sizes_seen_before(model):
     small, large = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 64, 64)
     first = copy.deepcopy(model)

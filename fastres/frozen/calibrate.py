@@ -124,7 +124,7 @@ def calibrate(layers: list[Layer], x: Value, calibration: Calibration, progress:
     own = [x, *(layer.y for layer in layers if layer.kind not in INHERIT and layer is not last)]
     names = {layer.y: layer.name for layer in layers} | {x: "the images"}
     ranges = dict.fromkeys(own, (torch.inf, -torch.inf))
-    counts = {value: torch.zeros(_BINS) for value in own}
+    counts = {value: torch.zeros(_BINS, dtype=torch.float32, device="cpu") for value in own}
     batches, outputs = list(calibration.batches), list[Tensor]()
 
     def widen(value: Value, tensor: Tensor) -> None:
@@ -158,7 +158,7 @@ def best_scale(low: float, high: float, counts: Tensor) -> Scale:
     if low == high == 0.0:
         return Scale(1.0 / LEVELS, 0)  # always zero in calibration
     step = (high - low) / _BINS
-    middle = low + step * (torch.arange(_BINS, dtype=torch.float64) + 0.5)
+    middle = low + step * (torch.arange(_BINS, dtype=torch.float64, device="cpu") + 0.5)
     low, high = min(low, 0.0), max(high, 0.0)  # zero is exact
     best, least = Scale(1.0, 0), torch.inf
     for share in _SHARES:

@@ -74,19 +74,24 @@ def packed(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor, ...]:
     if layer.kind in ("add", "relu"):
         other = REAL if layer.residual is None else scales[layer.residual]
         part = other.scale / y.scale
-        return (torch.tensor([ratio, part, bias - ratio * x.zero - part * other.zero]),)
+        return (_constants([ratio, part, bias - ratio * x.zero - part * other.zero]),)
     assert layer.kind == "avg_pool"
-    return (torch.tensor([ratio, bias - ratio * x.zero]),)
+    return (_constants([ratio, bias - ratio * x.zero]),)
+
+
+def _constants(values: list[float]) -> Tensor:
+    """As the kernels read them, whatever default dtype and device PyTorch has."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def input_constants(scale: Scale) -> tuple[Tensor, ...]:
     """Of the copy that quantises the images."""
-    return (torch.tensor([1.0 / scale.scale, float(scale.zero)]),)
+    return (_constants([1.0 / scale.scale, float(scale.zero)]),)
 
 
 def zero_constants(scale: Scale) -> tuple[Tensor, ...]:
     """Of another copy: what its padding holds."""
-    return (torch.tensor([float(scale.zero)]),)
+    return (_constants([float(scale.zero)]),)
 
 
 def conv_constants(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor, Tensor, float]:
@@ -125,7 +130,7 @@ def _check_range(layer: Layer, total: Tensor, offset: Tensor, part: float) -> No
 
 def _order(channels: int, packs: bool) -> Tensor:
     """Of the output channels: as they are, or, where the kernel packs bytes, whole blocks of 64 as it packs them."""
-    order = torch.arange(channels)
+    order = torch.arange(channels, device="cpu")
     whole = channels // _BLOCK * _BLOCK if packs else 0
     order[:whole] = order[:whole].view(-1, 4, 4, _LANES // 4).transpose(1, 2).reshape(whole)
     return order

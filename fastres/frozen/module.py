@@ -117,7 +117,7 @@ class NativeFrozen(Frozen):
         plan = self.program((max(x.shape[0], 1), *x.shape[1:]))
         with torch.inference_mode(False), torch.no_grad():
             channels, *pixels = plan.output
-            y = torch.empty((x.shape[0], *pixels, channels), dtype=self.result_dtype)
+            y = torch.empty((x.shape[0], *pixels, channels), dtype=self.result_dtype, device="cpu")
             if x.shape[0]:
                 self.run(plan, self.readable(x.detach().resolve_conj().resolve_neg()), y)
         y = y.permute(0, 3, 1, 2)

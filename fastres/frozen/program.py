@@ -169,7 +169,7 @@ def program(
         first, last = (len(tensors), len(tensors) + len(own) - 1) if own else (NONE, NONE)
         tensors += own
         rows.append(_row(step, places, dtype, first, last))
-    return Program(torch.tensor(rows), tensors, part_bytes * parts, found[-1].y_size, found, parts, chunks)
+    return Program(torch.tensor(rows, device="cpu"), tensors, part_bytes * parts, found[-1].y_size, found, parts, chunks)
 
 
 def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, weight: int, bias: int) -> list[int]:

@@ -142,13 +142,13 @@ def _times(frozen: NativeFrozen, plan: Program, x: Tensor) -> list[float | None]
     """Median milliseconds of each step over the batch, run one by one in their order."""
     rows, channels = plan.rows, plan.output
     arena = large_pages(plan.arena_bytes)
-    y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.result_dtype)
+    y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.result_dtype, device="cpu")
     singles = []
     for row in rows:
         if row[0] == 0:
             chunk = row[2].item()
         else:
-            singles.append(torch.stack([torch.tensor([0, 1, chunk] + [0] * (FIELDS - 3)), row]))
+            singles.append(torch.stack([torch.tensor([0, 1, chunk] + [0] * (FIELDS - 3), device="cpu"), row]))
     run = native.op("cpu_plan")
     found: list[list[float]] = [[] for _ in singles]
     for _ in range(_REPEATS):

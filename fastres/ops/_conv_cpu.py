@@ -80,7 +80,7 @@ class Packed:
         channels = weight.shape[1] * groups
         self.padded, self.channels = is_padded(channels, dtype), whole_words(channels, dtype)
         if winograd:
-            g = torch.tensor(_TRANSFORM, dtype=torch.float64)
+            g = torch.tensor(_TRANSFORM, dtype=torch.float64, device="cpu")
             rows = torch.einsum("yi,kcij,xj->kyxc", g, weight.double(), g).float()
         else:
             rows = torch.nn.functional.pad(weight.to(dtype).permute(0, 2, 3, 1), (0, self.channels - channels))

@@ -9,6 +9,8 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fastres import dispatch
 from fastres.dispatch import Backend, Choice
@@ -219,9 +221,16 @@ _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._are_functorch_transforms_active
 
 
+def has_modes() -> bool:
+    """Whether a mode must see the call; that of ``torch.set_default_device`` asks for new tensors alone."""
+    if _dispatch_modes():
+        return True
+    return bool(_function_modes()) and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
 def is_interposed() -> bool:
     """Whether a mode or a functorch transform must see the call."""
-    return bool(_dispatch_modes() or _function_modes() or _transforms())
+    return has_modes() or bool(_transforms())
 
 
 def _eager_function(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:

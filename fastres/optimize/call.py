@@ -96,7 +96,8 @@ def restore(model: Model) -> Model:
 
 
 def refresh(model: nn.Module | None = None) -> None:
-    """Drop the folded weights of a model, or all: needed after writes through ``tensor.data``, which go unseen."""
+    """Drop the folded weights of a model, or all: needed after writes through ``tensor.data`` and those of another process to
+    shared memory, which go unseen."""
     if model is None:
         functional.forget_folds()
         forget_all()
@@ -221,6 +222,9 @@ def _swap(
 
 
 def _install(module: nn.Module, state: State) -> None:
+    before = state_of(module)
+    if before is not None and not state.conversions:
+        state.conversions = before.conversions  # of a part that was optimised by itself
     swap(module, state)
     state.prepare(module)
 

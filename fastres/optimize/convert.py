@@ -86,7 +86,8 @@ def to_channels_last(model: nn.Module) -> list[Conversion]:
 
 def _lay(parameter: Tensor, layout: torch.memory_format) -> None:
     """Bring a parameter and its gradient to a memory format."""
-    parameter.data = parameter.data.contiguous(memory_format=layout)
+    with torch.inference_mode(parameter.is_inference()):  # it may be trained later, even where that is on now
+        parameter.data = parameter.data.contiguous(memory_format=layout)
     if parameter.grad is not None:
         parameter.grad.data = parameter.grad.data.contiguous(memory_format=layout)
     _watch_optimizers()

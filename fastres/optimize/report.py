@@ -39,15 +39,18 @@ class StepReport:
     apart: str | None = None  # why a convolution and its shortcut's are not one product
     # In training, of each convolution before a batch norm: which kernel finds the statistics beside it, or why none does.
     statistics: list[str] = dataclasses.field(default_factory=list)
+    called: str | None = None  # why its modules are called one by one instead
 
     def to_dict(self) -> dict[str, Any]:
         about = {"op": self.op, "modules": list(self.modules), "runs": [choice.to_dict() for choice in self.choices]}
         about |= {"statistics": list(self.statistics)} if self.statistics else {}
+        about |= {} if self.called is None else {"called": self.called}
         return about if self.apart is None else {**about, "apart": self.apart}
 
     def __str__(self) -> str:
         runs = ", ".join(f"{choice.op}: {choice.backend.name}" for choice in self.choices)
-        notes = [] if self.apart is None else [f"not {CONV_BN_ADD_CONV_BN_ACT.name}: {self.apart}"]
+        notes = [] if self.called is None else [f"not one op: {self.called}"]
+        notes += [] if self.apart is None else [f"not {CONV_BN_ADD_CONV_BN_ACT.name}: {self.apart}"]
         about = "".join(f" ({note})" for note in [*notes, *dict.fromkeys(self.statistics)])
         return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "") + about
 
@@ -248,10 +251,17 @@ def _module_report(site: Site, seen: _Seen) -> ModuleReport:
         heard = seen.get((site.name, step), [])
         apart = next((each.apart for each in heard if each.apart is not None), None)
         statistics = [text for each in heard for text in each.statistics]
-        steps.append(StepReport(step.op, step.modules, [each.choice for each in heard], apart, statistics))
+        called = _fused.why_not(*_layers(site.module, step))
+        steps.append(StepReport(step.op, step.modules, [each.choice for each in heard], apart, statistics, called))
     own = seen.get((site.name, None), [])  # a block of fastres.nn: one entry an op
     steps += [StepReport(each.choice.op, (), [each.choice], each.apart, each.statistics) for each in own]
     return ModuleReport(site.name, type(site.module).__name__, site.status, steps, dict(site.left))
+
+
+def _layers(module: nn.Module, step: Step) -> list[nn.Module | None]:
+    """The modules that a step reads instead of calling them, those of a shortcut too."""
+    children = [module._modules.get(name) for name in step.modules]
+    return [each for child in children for each in (child if isinstance(child, nn.Sequential) else [child])]
 
 
 def _notes(model: nn.Module, found: list[Site]) -> list[str]:

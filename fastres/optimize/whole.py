@@ -25,6 +25,7 @@ from fastres.frozen.record import record
 from fastres.nn import _fused
 from fastres.nn._fused import original_class
 from fastres.ops import _fold
+from fastres.ops._op import has_modes
 from fastres.optimize.plan import plan as planned
 from fastres.optimize.trace import is_trusted
 
@@ -33,8 +34,6 @@ _KEPT = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RAISED = "it raised"
 _KINDS = 256  # of input that are remembered
-_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
 
 
 class _Made:
@@ -140,7 +139,7 @@ class Whole:
 def _why_not_call(x: Any) -> str | None:
     if type(x) is not Tensor or x.device.type != "cpu" or x.dim() != 4 or x.numel() == 0:
         return "the input is not a plain batch of images on the CPU"
-    if _modes() or _function_modes() or _fused.is_followed(x):
+    if has_modes() or _fused.is_followed(x):
         return "a mode, a transform or a tracer follows the call"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses dtypes op by op"

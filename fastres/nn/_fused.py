@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
-from fastres.ops import _chain, _node
+from fastres.ops import _chain, _fold, _node
 from fastres.ops._given import Known
 from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
@@ -35,18 +35,15 @@ WRONG = (ArgumentError, ArgumentTypeError)
 # longer (AMD EPYC, 2 threads, 2026-11-25).
 MOST_IN_ONE_NODE = 2**20
 WHOLE = {"cuda"}  # where it is one node whatever its size: PyTorch keeps the memory that is freed there
+_AFFINE, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
 _FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something expects to see the module called."""
     state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    )
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+    return bool(hooks or state["_backward_pre_hooks"])
 
 
 # The class that a module had before optimize put one on top, whose forward does the same: that one's attribute.
@@ -71,8 +68,10 @@ def _why_not_module(module: nn.Module) -> str | None:
         return f"{kind.__name__} has a forward of its own on the instance"
     if kind.forward is not _FUSIBLE[kind]:
         return f"the forward of {kind.__name__} was replaced on the class"
-    if (kind is nn.Conv2d or kind is nn.BatchNorm2d) and "weight" not in module._parameters:
-        return f"{kind.__name__} keeps its weight elsewhere, as a replica of DataParallel does"
+    is_norm = kind is nn.BatchNorm2d
+    lacks = (is_norm or kind is nn.Conv2d) and not module._parameters.keys() >= _AFFINE
+    if lacks or (is_norm and not module._buffers.keys() >= _STATISTICS):
+        return f"{kind.__name__} keeps parameters or buffers elsewhere, as a replica of DataParallel does"
     if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
     if kind is nn.Conv2d and not all(isinstance(getattr(module, pair), tuple) for pair in ("stride", "padding", "dilation")):
@@ -324,7 +323,15 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
         else:
             _norm.count(bn)
             return y
-    return add_act(act, bn(x), residual)
+    return add_act(act, _call(bn, x), residual)
+
+
+def _call(bn: nn.Module, x: Tensor) -> Tensor:
+    """``bn(x)``; PyTorch's kernel writes running statistics past their versions, by which folded weights know that they changed."""
+    y = bn(x)
+    if bn.training and not torch.compiler.is_compiling():
+        _fold.forget_statistics(bn._buffers.get("running_mean"))
+    return y
 
 
 def bn_add_bn_act(
@@ -334,7 +341,7 @@ def bn_add_bn_act(
     """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics, of which some may be
     ``known``."""
     if bn is residual_bn:  # its buffers take both batches in PyTorch's order
-        return add_act(act, bn(x), bn(residual))
+        return add_act(act, _call(bn, x), _call(bn, residual))
     if fuses(x, None, bn, act, None) and fuses(residual, None, residual_bn, None, None):
         *own, training = _norm.statistics(bn)
         *others, residual_training = _norm.statistics(residual_bn)

@@ -32,7 +32,7 @@ def momentum(bn: nn.BatchNorm2d) -> float | Tensor:
     if bn.momentum is not None:
         return bn.momentum
     counter = bn._buffers["num_batches_tracked"]
-    return 0.0 if counter is None or not bn.training else 1.0 / (counter + 1)
+    return 0.0 if counter is None or not bn.training else (counter + 1).double().reciprocal()
 
 
 def affine(bn: nn.BatchNorm2d) -> tuple[Any, Any, float]:

@@ -140,3 +140,14 @@ def forget(parameters: Iterable[Tensor] | None = None) -> None:
             entry = _entries.get(key)
             if entry is not None and not entry.kept and (wanted is None or key[0] in wanted):
                 _entries.pop(key, None)
+
+
+def forget_statistics(mean: Tensor | None) -> None:
+    """Fold anew where these running statistics are the batch norm's: something wrote them that no version tells of."""
+    with _lock:
+        for key in [key for key in _entries if key[1] == id(mean)]:
+            entry = _entries.get(key)
+            if entry is not None and entry.kept:
+                entry.stale = set(entry.forms)
+            else:
+                _entries.pop(key, None)

@@ -1,5 +1,5 @@
-"""A module replaced by one of another kind, itself fusible elsewhere, is called as what it is; so is one that keeps what it needs
-elsewhere."""
+"""A module replaced by one of another kind, itself fusible elsewhere, is called as what it is; so is one that keeps
+elsewhere what it needs."""
 
 import copy
 

@@ -327,7 +327,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
 
 
 def _call(bn: nn.Module, x: Tensor) -> Tensor:
-    """``bn(x)``; PyTorch's kernel writes running statistics past their versions, by which folded weights know that they changed."""
+    """``bn(x)``; PyTorch's kernel writes running statistics past their versions, by which folds know that they changed."""
     y = bn(x)
     if bn.training and not torch.compiler.is_compiling():
         _fold.forget_statistics(bn._buffers.get("running_mean"))

@@ -176,8 +176,8 @@ def conv_bn_add_conv_bn_act(
 
 
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``conv_bn_act`` of each layer in turn, the residual added by the last; one node of autograd for all in training,
-    where the input is small."""
+    """``conv_bn_act`` of each layer in turn, the residual added by the last; in training one node of autograd for all where
+    ``in_one_node`` makes one."""
     y = in_one_node(chain, x, residual)
     if y is not None:
         return y

@@ -44,8 +44,6 @@ def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsampl
     both = at_once(layers, Value(x, x), downsample, False)
     if both is not None:
         return both.x
-    if downsample is None:
-        return _fused.layers(layers, x, x)
     if type(downsample) is ZeroPadShortcut:
         return _fused.layers(layers, x, downsample(x))
     return conv_bn_add_act(*layers[-1], _fused.layers(layers[:-1], x), downsample, x)
@@ -78,7 +76,7 @@ def block_in_two(
     added_as_it_is = downsample is None or type(downsample) is ZeroPadShortcut
     if added_as_it_is:
         shortcut = shortcut if downsample is None else downsample(shortcut)
-        y = None if again else _fused.in_one_node(layers, value.x, shortcut)
+        y = None if again or downsample is None else _fused.in_one_node(layers, value.x, shortcut)
         if y is not None:
             return _twice(y)
     z, known = _up_to_norm(layers, value, again)

@@ -166,7 +166,7 @@ class _Call:
         form.statistics = [tuple(places[id(tensor)] for tensor in each) for each in statistics]  # type: ignore[misc]
         form.laid = [(at, t.dtype, t.stride()) for at, t in enumerate(kept) if t is not None and t.dim() == 4]
         self.kept = kept
-        if key is not None and recorder is not None:
+        if key is not None and recorder is not None:  # its first call
             form.forward = recorder.recording([y, *kept[len(tensors) :]])
             form.why_not = recorder.why_not
             if len(_FORMS) >= _MOST_FORMS:

@@ -227,6 +227,27 @@ def test_the_op_refuses_what_would_leave_its_memory():
         conv(*good[:4], [11, 3], *good[5:])
 
 
+def test_packing_reads_any_strides():
+    weight = torch.randn(40, 64, 6, 3)[:, ::2, ::2]
+    for winograd in (False, True):
+        for other in (weight, weight.contiguous(memory_format=LAST), weight.transpose(0, 1).contiguous().transpose(0, 1)):
+            assert torch.equal(_conv_cpu.pack(other, 1, winograd), _conv_cpu.pack(weight.contiguous(), 1, winograd))
+
+
+def test_packing_refuses_what_would_leave_its_memory():
+    weight, pack = torch.randn(16, 16, 3, 3), native.op("cpu_conv_pack")
+    good = [weight, torch.empty(16 * 9 * 16), 16, 1, False]
+    pack(*good)
+    wrong = {
+        0: (weight.double(), "float32, bfloat16 or int8"), 1: (torch.empty(16 * 9 * 16 - 1), "words"), 2: (8, "channels"),
+        3: (3, "channels"), 4: (True, "words"),
+    }  # fmt: skip
+    further = [torch.randn(17, 16, 3, 3), weight[0], weight[:0], weight.to("meta"), weight.bfloat16(), weight[..., :1]]
+    for place, value, word in [(k, *v) for k, v in wrong.items()] + [(0, w, "weight|packed|cpu") for w in further]:
+        with pytest.raises((RuntimeError, NotImplementedError), match=word):
+            pack(*good[:place], value, *good[place + 1 :])
+
+
 def test_weights_that_are_not_finite_give_what_pytorch_gives():
     x, statistics = torch.randn(1, 32, 8, 8), (torch.zeros(32), torch.ones(32))
     weight = torch.randn(32, 32, 3, 3)

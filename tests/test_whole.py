@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import sys
 import weakref
 
@@ -71,6 +72,24 @@ def test_every_change_is_seen(model, change):
     after = model(X)
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, module_by_module(model), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_plan_takes_over_what_is_written(model):
+    sizes = (X, torch.randn(1, 3, 96, 64), X[:1])  # a layer or two by either algorithm
+    for x in sizes:
+        model(x)
+    plan = vars(model)[STATE].whole._made.plan
+    for _ in range(2):
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.mul_(1.125) if tensor.is_floating_point() else tensor.add_(1)
+        for x in (*sizes, torch.randn(2, 3, 48, 48)):
+            assert torch.equal(model(x), fastres.freeze(model, x)(x))
+    assert vars(model)[STATE].whole._made.plan is plan
+    model.layer2[0].conv1.weight[0, 0, 0, 0] = math.nan
+    assert model(X).isnan().all() and not runs_whole(model)
+    model.layer2[0].conv1.weight[0, 0, 0, 0] = 0.5
+    assert runs_whole(model) and torch.equal(model(X), fastres.freeze(model, X)(X))
 
 
 @torch.no_grad()

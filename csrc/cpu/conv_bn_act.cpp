@@ -1,4 +1,4 @@
-// Binding of conv_bn_act: packing of weights, checks, output, registration.
+// Binding of conv_bn_act: checks, output, registration.
 #include "cpu/conv_bn_act.h"
 
 #include <array>
@@ -26,29 +26,6 @@ DType convolved_dtype(const char* param, const Tensor& t) {
   const char* lacks = conv_lacks(dtype_of(t));
   FASTRES_CHECK(lacks == nullptr, kOp, "the processor", "one with " << lacks << " for " << show(t.scalar_type()), "one without");
   return dtype_of(t);
-}
-
-// Rows of words, one for each output channel, in the order that ConvArgs tells; of int8 too.
-Tensor conv_pack(const Tensor& weight) {
-  const bool int8 = weight.scalar_type() == ScalarType::Char;
-  const int64_t per_word = kWordBytes / (int8 ? 1 : element_size(convolved_dtype("weight", weight)));
-  FASTRES_CHECK(weight.dim() == 2 && weight.numel() > 0 && weight.is_contiguous() && weight.size(1) % per_word == 0, kOp,
-                "weight", "contiguous rows of whole words of 32 bits", show(weight.sizes()));
-  const int64_t out_channels = weight.size(0), depth = weight.size(1) / per_word;
-  Tensor packed = empty_vector(packed_words(out_channels, depth) * per_word, weight.scalar_type(), weight);
-  const auto* from = static_cast<const uint32_t*>(weight.data_ptr());
-  auto* to = static_cast<uint32_t*>(packed.data_ptr());
-  const int64_t block = conv_tile().channels, lanes = conv_tile().lanes;
-  parallel_for(0, ceil_div(out_channels, block), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin * block; first < std::min(end * block, out_channels); first += block) {
-      const int64_t found = std::min(block, out_channels - first), width = ceil_div(found, lanes) * lanes;
-      for (int64_t d0 = 0; d0 < depth; d0 += 16)  // a cache line of each row after the other
-        for (int64_t k = 0; k < width; ++k)
-          for (int64_t d = d0; d < std::min(d0 + 16, depth); ++d)
-            to[first * depth + d * width + k] = k < found ? from[(first + k) * depth + d] : 0;
-    }
-  });
-  return packed;
 }
 
 // With `winograd` the weights are transformed. `channels` is the number of x's that are read, in all groups, at least x's own:
@@ -118,10 +95,8 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv_bn_act(Tensor x, Tensor? residual, Tensor weight, Tensor bias, int[] kernel_size, int[] stride, "
         "int[] padding, int[] dilation, int groups, int channels, bool padded, bool winograd, str act) -> Tensor");
-  m.def("cpu_conv_pack(Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_conv_bn_act", TORCH_BOX(&fastres::cpu::conv_bn_act));
-  m.impl("cpu_conv_pack", TORCH_BOX(&fastres::cpu::conv_pack));
 }

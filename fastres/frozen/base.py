@@ -10,6 +10,7 @@ from fastres.errors import UnsupportedError, must, must_type
 from fastres.frozen.calibrate import Quality
 from fastres.frozen.layers import Network, network
 from fastres.frozen.record import Recording, Value, record
+from fastres.ops._conv_cpu import is_finite
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 RECORDED = 2  # images at most that a network runs on to be recorded
@@ -44,12 +45,22 @@ def recorded(model: nn.Module, example: Tensor) -> tuple[Network, Recording]:
     Raises:
         UnsupportedError: an operation or a weight (not finite) that a plan cannot serve.
     """
-    found = network(type(model).__name__, recording := record(model, example))
+    recording = record(model, example)
+    return layers_of(type(model).__name__, recording), recording
+
+
+def layers_of(name: str, recording: Recording) -> Network:
+    """The layers of a recorded model, with its parameters as they are now.
+
+    Raises:
+        UnsupportedError: as above.
+    """
+    found = network(name, recording)
     for layer in found.layers:
-        if layer.weight is not None and not layer.weight.isfinite().all():
+        if layer.weight is not None and not is_finite(layer.weight):
             what = "must be finite: a plan multiplies padding too"
             raise UnsupportedError(f"fastres.freeze: the weights of {layer.name} {what}")
-    return found, recording
+    return found
 
 
 def parameter_dtype(model: nn.Module) -> torch.dtype | None:
@@ -98,8 +109,8 @@ class Frozen(nn.Module):
         """Take over the weights and statistics of a model that does what the frozen one did, such as that one after more
         training.
 
-        The model runs once, on zeros of the example's size. On a GPU the new weights are written where the old ones lie, and
-        captured graphs read them; on the CPU plans are made anew at the next call. Calls that overlap use the old weights.
+        The model runs once, on zeros of the example's size. The new weights are written where the old ones lie, and plans and
+        captured graphs read them there. Calls that overlap use the old weights.
 
         Raises:
             TypeError, ValueError: no module, on another device, or one that does something else, or with other shapes.
@@ -114,11 +125,11 @@ class Frozen(nn.Module):
         found, recording = recorded(model, example)
         if _structure(found) != _structure(self.network):
             raise must("freeze", "model", f"one that does what the frozen {self.name} did", "another structure or other shapes")
-        self._take(found)
+        self.take(found)
         self.signature = recording.signature()
 
-    def _take(self, found: Network) -> None:
-        """Run with the weights of these layers."""
+    def take(self, found: Network) -> None:
+        """Run with the weights of these layers, of a network that does the same."""
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> None:

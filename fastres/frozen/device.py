@@ -203,7 +203,7 @@ class GraphFrozen(Frozen):
             plan.replay()
             return plan.y[:batch].clone()
 
-    def _take(self, found: Network) -> None:
+    def take(self, found: Network) -> None:
         with self.graphs.turn(), plainly(self.device):
             for layer, fresh in zip(self.network.layers, found.layers, strict=True):
                 for old, new in ((layer.weight, fresh.weight), (layer.bias, fresh.bias)):

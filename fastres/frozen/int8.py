@@ -13,7 +13,6 @@ from torch import Tensor
 from fastres.errors import UnsupportedError
 from fastres.frozen.layers import Layer
 from fastres.frozen.record import Value
-from fastres.kernels import native
 from fastres.ops import _conv_cpu
 from fastres.ops._int8 import LEVELS
 
@@ -113,11 +112,9 @@ def conv_constants(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor,
 def _packed_conv(layer: Layer, scales: Mapping[Value, Scale]) -> tuple[Tensor, ...]:
     assert layer.weight is not None
     weight, (total, offset, part) = layer.weight, conv_constants(layer, scales)
-    channels = weight.shape[1]
-    rows = torch.nn.functional.pad(weight.permute(0, 2, 3, 1), (0, _conv_cpu.whole_words(channels, torch.int8) - channels))
     order = _order(len(weight), layer.y in scales)
     constants = torch.cat([total[order], offset[order], offset.new_tensor([part])]).float()
-    return native.op("cpu_conv_pack")(rows.flatten(1)[order].contiguous()), constants
+    return _conv_cpu.pack(weight[order]), constants
 
 
 def _check_range(layer: Layer, total: Tensor, offset: Tensor, part: float) -> None:

@@ -1,6 +1,6 @@
 """Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
 
-import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,8 @@ class _Refused(Exception):
 class _Builder:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
+        operands = (arg for operation in recording.operations for arg in operation.args if isinstance(arg, Value))
+        self.uses = Counter((*operands, recording.y))
         self.found: list[Layer] = []
         self.same: dict[Value, Value] = {}  # a value that holds what an earlier one holds
         self.makers: dict[Value, Layer] = {}
@@ -125,7 +127,7 @@ class _Builder:
         self.makers[layer.y] = layer
 
     def pass_on(self, x: Value, y: Value) -> None:
-        x.uses += y.uses - 1
+        self.uses[x] += self.uses[y] - 1
         self.same[y] = x
 
     def stored(self, x: Value, y: Value) -> Value:
@@ -133,15 +135,20 @@ class _Builder:
         source = self.value(x)
         if len(source.shape) == len(y.shape):
             return y
-        self.same[y] = twin = Value(source.shape, uses=y.uses)
-        return twin
+        self.same[y] = self.between(source.shape, self.uses[y])
+        return self.same[y]
+
+    def between(self, shape: tuple[int, ...], uses: int = 1) -> Value:
+        """A further value, from one layer to so many others."""
+        self.uses[value := Value(shape)] = uses
+        return value
 
     def private(self, value: Any, *kinds: str) -> Layer | None:
         """The layer of one of these kinds that made a value nobody else uses, if it has no addition or ReLU yet."""
         value = self.value(value)
         layer = self.makers.get(value)
         fits = layer is not None and layer.kind in kinds and not layer.relu and layer.residual is None
-        return layer if fits and value.uses == 1 else None
+        return layer if fits and self.uses[value] == 1 else None
 
     def rename(self, layer: Layer, y: Value) -> None:
         del self.makers[layer.y]
@@ -154,7 +161,9 @@ class _Builder:
         if transposed or len(weight.shape) != 4:
             raise _Refused
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        self.add(_conv(x, weight, _constant(bias), *pairs, groups, y))
+        rows = _own(_constant(weight))
+        bias = torch.zeros(len(rows), device=rows.device) if bias is None else _own(_constant(bias))
+        self.add(_conv(x, weight, (rows, bias), *pairs, groups, y))
 
     def on_native_batch_norm(self, x, weight, bias, mean, var, training, _, eps, *, y):
         if training or mean is None or len(x.shape) != 4:
@@ -179,7 +188,7 @@ class _Builder:
         self.on_bn_add_act(x, None, weight, bias, mean, var, eps, act, y=y)
 
     def on_bn_add_act(self, x, residual, weight, bias, mean, var, eps, act, *, y):
-        normalised, added = Value(x.shape, uses=1), Value(x.shape, uses=1)
+        normalised, added = self.between(x.shape), self.between(x.shape)
         self.on_native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, y=normalised)
         if residual is not None:
             self.on_add(normalised, residual, y=added)
@@ -194,20 +203,20 @@ class _Builder:
 
     def on_conv_bn_add_act(self, x, residual, weight, bias, g, b, m, v, eps, stride, padding, dilation, groups, act, *, y):
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        conv = _conv(x, weight, _constant(bias), *pairs, groups, y)
-        conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *map(_constant, (g, b, m, v))), eps)
+        folded = _fold.fold(tuple(map(_constant, (weight, bias, g, b, m, v))), eps)
+        conv = _conv(x, weight, folded, *pairs, groups, y)
         conv.residual = None if residual is None else self.value(residual)
         conv.relu = act == "relu"
         self.add(conv)
 
     def on_conv_bn_add_conv_bn_act(self, x, shortcut, *parameters, y):
         main, own, act = parameters[:11], parameters[11:-1], parameters[-1]
-        residual = Value(y.shape, uses=1)
+        residual = self.between(y.shape)
         self.on_conv_bn_act(shortcut, *own, (0, 0), (1, 1), 1, "none", y=residual)
         self.on_conv_bn_add_act(x, residual, *main, act, y=y)
 
     def on_conv_bn_act_maxpool(self, x, *parameters, y):
-        pooled = Value(y.shape, uses=1)
+        pooled = self.between(y.shape)
         self.on_conv_bn_act(x, *parameters[:-3], y=pooled)
         self.on_max_pool2d_with_indices(pooled, *parameters[-3:], y=y)
 
@@ -234,7 +243,7 @@ class _Builder:
     def on_relu(self, x, *, y):
         x, y = self.value(x), self.stored(x, y)
         layer = self.makers.get(x)
-        if layer is not None and layer.kind in ("conv", "linear", "bn", "add") and not layer.relu and x.uses == 1:
+        if layer is not None and layer.kind in ("conv", "linear", "bn", "add") and not layer.relu and self.uses[x] == 1:
             layer.relu = True
             self.rename(layer, y)
             return
@@ -371,30 +380,8 @@ def _layer_name(parameter: Value) -> str:
 
 
 def _conv(
-    x: Value, weight: Value, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int, y: Value
+    x: Value, weight: Value, own: tuple[Tensor, Tensor], stride: Pair, padding: Pair, dilation: Pair, groups: int, y: Value
 ) -> Layer:
-    constant = _constant(weight)
-    assert constant is not None
-    zero = torch.zeros(len(constant), device=constant.device) if bias is None else _own(bias)
-    return Layer("conv", _layer_name(weight), x, y, None, False, _pair(constant.shape[2:]), stride, padding, dilation, groups,
-                 out_channels=len(constant), weight=_own(constant), bias=zero)  # fmt: skip
-
-
-def output_size(layer: Layer, size: Pair) -> Pair:
-    """Height and width of a layer's output."""
-    if layer.kind in ("bn", "add", "relu"):
-        return size
-    if layer.kind == "linear" or layer.kernel == (0, 0):
-        return _ONE
-    if layer.kind == "pad":
-        return tuple(math.ceil(s / t) for s, t in zip(size, layer.stride, strict=True))  # type: ignore[return-value]
-    found = []
-    geometry = zip(size, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
-    for s, k, t, p, d in geometry:
-        room = s + 2 * p - d * (k - 1) - 1
-        out = (-(-room // t) if layer.ceil else room // t) + 1
-        if layer.ceil and (out - 1) * t >= s + p:
-            out -= 1  # the last window must start inside the image or its left padding
-        found.append(out)
-    return found[0], found[1]
-
+    rows, bias = own
+    return Layer("conv", _layer_name(weight), x, y, None, False, _pair(rows.shape[2:]), stride, padding, dilation, groups,
+                 out_channels=len(rows), weight=rows, bias=bias)  # fmt: skip

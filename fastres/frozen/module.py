@@ -1,9 +1,10 @@
 """A frozen network on the CPU: a program for each input size, run by one native call."""
 
+import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,13 +41,34 @@ class NativeFrozen(Frozen):
     def _forget(self) -> None:
         self._programs: OrderedDict[tuple[Any, ...], Program] = OrderedDict()
         self._arenas: list[Tensor] = []
+        self._running = 0  # calls
         self._lock = threading.Lock()
 
-    def _take(self, found: Network) -> None:
-        with self._lock:
-            self.network = found
-            self._packed.clear()
-            self._programs.clear()
+    def take(self, found: Network) -> None:
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for layer, fresh in zip(self.network.layers, found.layers, strict=True):
+                layer.weight, layer.bias = fresh.weight, fresh.bias
+            try:
+                if not self._running:
+                    self._repack()
+                    return
+            except BaseException:
+                self._unpack()
+                raise
+            self._unpack()
+
+    def _repack(self) -> None:
+        """The constants of all programs anew, where they lie."""
+        for (layer, winograd), constants in self._packed.items():
+            for constant, fresh in zip(constants, self._pack(layer, winograd, constants[0]), strict=True):
+                if fresh is not constant:
+                    constant.copy_(fresh.flatten())
+        self._release(layer for layer, _ in self._packed)
+
+    def _unpack(self) -> None:
+        """Leave programs and constants to the calls that run: the next one makes others."""
+        self._packed = {}
+        self._programs.clear()
 
     def program(self, shape: tuple[int, ...]) -> Program:
         """The program for one input shape, made at the first call.
@@ -54,39 +76,44 @@ class NativeFrozen(Frozen):
         Raises:
             ArgumentError: images of that size do not fit the network.
         """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            return self._program(shape)
+
+    def _program(self, shape: tuple[int, ...]) -> Program:
         parts = parts_of(shape[0], torch.get_num_threads())
         key = (*shape, parts)
-        with self._lock:
-            found = self._programs.get(key)
-            if found is None:
-                batch, channels, height, width = shape
-                size = (channels, height, width)
-                laid = steps(self.network.layers, self.network.x, size, self.dtype, self._offset)
-                found = self._programs[key] = program(laid, batch, parts, self.dtype, self._constants(laid))
-                if len(self._programs) > _PROGRAMS:
-                    self._programs.popitem(last=False)
-            else:
-                self._programs.move_to_end(key)
+        found = self._programs.get(key)
+        if found is None:
+            batch, channels, height, width = shape
+            size = (channels, height, width)
+            laid = steps(self.network.layers, self.network.x, size, self.dtype, self._offset)
+            found = self._programs[key] = program(laid, batch, parts, self.dtype, self._constants(laid))
+            if len(self._programs) > _PROGRAMS:
+                self._programs.popitem(last=False)
+        else:
+            self._programs.move_to_end(key)
         return found
 
     def _constants(self, laid: list[Step]) -> dict[Layer, tuple[Tensor, ...]]:
-        """The packed constants of every step, in one block of large pages those that are packed now.
-
-        A 3x3 convolution keeps its weights as they were, for sizes that want the other algorithm; a quantised one to be saved.
-        """
-        constants = {}
-        wanted = {(step.layer, step.winograd) for step in laid if step.layer.kind in ("conv", "linear", "bn")}
+        """The packed constants of every step, in one block of large pages those that are packed now."""
+        constants, kinds = {}, {"conv", "linear", "bn"}
         if self.scales is not None:
             constants = {step.layer: self._copied(step) for step in laid if step.layer.kind == "pad"}
-            wanted |= {(step.layer, False) for step in laid if step.layer.kind in ("add", "relu", "avg_pool")}
-        missing = [step for step in laid if (step.layer, step.winograd) in wanted - self._packed.keys()]
-        self._packed |= _together({(step.layer, step.winograd): tuple(self._pack(step)) for step in missing})
-        for layer in (step.layer for step in missing if self.scales is None):
+            kinds |= {"add", "relu", "avg_pool"}
+        wanted = dict.fromkeys((step.layer, step.winograd) for step in laid if step.layer.kind in kinds)
+        missing = [key for key in wanted if key not in self._packed]
+        self._packed |= _together({key: tuple(self._pack(*key)) for key in missing})
+        self._release(layer for layer, _ in missing)
+        return constants | {key[0]: self._packed[key] for key in wanted}
+
+    def _release(self, packed: Iterable[Layer]) -> None:
+        """Drop the weights as they were, but for a 3x3 convolution, of which other sizes want the other algorithm; those of a
+        quantised network are saved."""
+        for layer in packed if self.scales is None else ():
             weight = layer.weight
             geometry = layer.stride, layer.dilation, _LARGE
             if weight is None or layer.groups > 1 or not _conv_cpu.suits_winograd(weight.shape, self.dtype, *geometry):
                 layer.weight = layer.bias = None
-        return constants | {layer: self._packed[layer, winograd] for layer, winograd in wanted}
 
     def _copied(self, step: Step) -> tuple[Tensor, ...]:
         """What a copy of 8-bit integers, or into them, reads."""
@@ -94,18 +121,17 @@ class NativeFrozen(Frozen):
         scale = self.scales[step.x]
         return int8.input_constants(scale) if step.x is self.network.x else int8.zero_constants(scale)
 
-    def _pack(self, step: Step) -> Iterator[Tensor]:
-        """What the runner reads for a layer."""
-        layer = step.layer
+    def _pack(self, layer: Layer, winograd: bool, into: Tensor | None = None) -> Iterator[Tensor]:
+        """What the runner reads for a layer, the weights of a convolution in memory that is given."""
         if self.scales is not None:
             yield from int8.packed(layer, self.scales)
             return
         assert layer.weight is not None
         if layer.bias is None:  # mean, scale and bias of a batch norm
-            yield layer.weight.contiguous()
+            yield layer.weight
         else:
-            packed = _conv_cpu.Packed(layer.weight, layer.bias, self.dtype, step.winograd, layer.groups)
-            yield from (packed.weight, packed.bias)
+            yield _conv_cpu.pack(layer.weight.to(self.dtype), layer.groups, winograd, into)
+            yield layer.bias
 
     def last_shape(self) -> tuple[int, ...] | None:
         """The input shape planned or run last."""
@@ -114,14 +140,25 @@ class NativeFrozen(Frozen):
 
     def call(self, x: Tensor) -> Tensor:
         self.check(x)
-        plan = self.program((max(x.shape[0], 1), *x.shape[1:]))
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._call((max(x.shape[0], 1), *x.shape[1:])) as plan:
             channels, *pixels = plan.output
             y = torch.empty((x.shape[0], *pixels, channels), dtype=self.result_dtype, device="cpu")
             if x.shape[0]:
                 self.run(plan, self.readable(x.detach().resolve_conj().resolve_neg()), y)
         y = y.permute(0, 3, 1, 2)
         return y.flatten(1) if self.network.flat else y
+
+    @contextlib.contextmanager
+    def _call(self, shape: tuple[int, ...]) -> Iterator[Program]:
+        """A program whose constants stay as they are meanwhile."""
+        with self._lock:
+            plan = self._program(shape)
+            self._running += 1
+        try:
+            yield plan
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def readable(self, x: Tensor) -> Tensor:
         """The images in a dtype that the plan reads: its results' own, or float32."""
@@ -144,6 +181,7 @@ class NativeFrozen(Frozen):
             super().save(path)
             return
         file.write(path, self.network, self.scales, self.quality)
+
 
 def _together(constants: dict[Any, tuple[Tensor, ...]]) -> dict[Any, tuple[Tensor, ...]]:
     """The same constants in one block of large pages, in the order in which they are read."""

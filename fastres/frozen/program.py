@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastres.errors import must
-from fastres.frozen.layers import Layer, output_size
+from fastres.frozen.layers import Layer, Pair
 from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu
 
@@ -123,6 +123,25 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
     if not fits or (layer.residual is not None and sizes[layer.residual] != sizes[layer.y]):
         raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
     return sizes[layer.y]
+
+
+def output_size(layer: Layer, size: Pair) -> Pair:
+    """Height and width of a layer's output."""
+    if layer.kind in ("bn", "add", "relu"):
+        return size
+    if layer.kind == "linear" or layer.kernel == (0, 0):
+        return 1, 1
+    if layer.kind == "pad":
+        return tuple(math.ceil(s / t) for s, t in zip(size, layer.stride, strict=True))  # type: ignore[return-value]
+    found = []
+    geometry = zip(size, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
+    for s, k, t, p, d in geometry:
+        room = s + 2 * p - d * (k - 1) - 1
+        out = (-(-room // t) if layer.ceil else room // t) + 1
+        if layer.ceil and (out - 1) * t >= s + p:
+            out -= 1  # the last window must start inside the image or its left padding
+        found.append(out)
+    return found[0], found[1]
 
 
 def parts_of(batch: int, threads: int) -> int:

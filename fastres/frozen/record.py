@@ -25,7 +25,6 @@ class Value:
     shape: tuple[int, ...]
     constant: Tensor | None = None
     name: str = ""  # of a parameter or buffer
-    uses: int = 0
 
 
 @dataclass
@@ -119,9 +118,6 @@ class _Recorder(TorchDispatchMode):
             raise UnsupportedError(f"fastres.freeze: the network changes dtype to {first.dtype} ({target})")
         if func._schema.is_mutable:
             self.refuse_shared_write(args[0], target)
-        for operand in operands:
-            if isinstance(operand, Value):
-                operand.uses += 1
         self.operations.append(Operation(target, operands, self.produce(first)))
         return out
 
@@ -155,6 +151,4 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     if not isinstance(y, Tensor) or id(y) not in recorder.values:
         what = type(y).__name__ if not isinstance(y, Tensor) else "one that does not depend on the input"
         raise UnsupportedError(f"fastres.freeze: the network must return one tensor, got {what}")
-    end = recorder.values[id(y)]
-    end.uses += 1
-    return Recording(start, end, recorder.operations)
+    return Recording(start, recorder.values[id(y)], recorder.operations)

@@ -2,10 +2,10 @@
 
 Eligible is a call without autograd on a plain CPU tensor of the network's dtype, where nothing follows the call (a mode, a
 transform, torch.compile) and no backend is forced. Unchanged means: every module's attributes, children, parameters,
-buffers and hooks, and the forward of its class, are the same objects as when the plan was made, and no tensor was written to
-since. Otherwise the network's modules run one by one, and a new plan is made for what it has become. The network's Python runs
-once for every new image size, and for one image and for several: the plan serves those for which it does the same. As
-everywhere in ``optimize``, Python whose effects could get lost is not planned.
+buffers and hooks, and the forward of its class, are the same objects as when the plan was made. The plan takes over what is
+written to parameters and buffers; after any other change a new one is made for what the network has become. The network's
+Python runs once for every new image size, and for one image and for several: the plan serves those for which it does the same.
+As everywhere in ``optimize``, Python whose effects could get lost is not planned.
 """
 
 import threading
@@ -21,7 +21,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastres import dispatch
 from fastres.errors import ArgumentError, UnsupportedError, is_out_of_memory
 from fastres.frozen import Frozen, freeze
-from fastres.frozen.record import record
+from fastres.frozen.base import layers_of
+from fastres.frozen.record import Recording, record
 from fastres.nn import _fused
 from fastres.nn._fused import original_class
 from fastres.ops import _fold
@@ -41,6 +42,7 @@ class _Made:
 
     def __init__(self, model: nn.Module, plan: Frozen | None, reason: str | None) -> None:
         self.plan, self.reason = plan, reason
+        self.recording: Recording | None = None  # once parameters were written to
         self.serves: dict[tuple[int, ...], bool] = {}  # whether the plan does what the network does, by kind of input
         own, *self.dicts = (state for module in model.modules() for state in _dicts(module))
         self.ids = self.identities(own)
@@ -63,7 +65,24 @@ class _Made:
     def holds(self, model: nn.Module) -> bool:
         if any(kind.forward is not forward for kind, forward in self.forwards.items()):
             return False
-        return self.identities(model.__dict__) == self.ids and self.now() == self.marks
+        return self.identities(model.__dict__) == self.ids and (self.now() == self.marks or self._takes_writes(model))
+
+    def _takes_writes(self, model: nn.Module) -> bool:
+        """Whether the plan could take over what was written to the same memory."""
+        marks = self.now()
+        if self.plan is None or self.plan.images is None or [mark[1] for mark in marks] != [mark[1] for mark in self.marks]:
+            return False
+        if self.recording is None:
+            found = _recorded(model, torch.zeros(self.plan.images, dtype=self.plan.dtype, device="cpu"))
+            if found is None or found.signature() != self.plan.signature:
+                return False
+            self.recording = found
+        try:
+            self.plan.take(layers_of(self.plan.name, self.recording))
+        except UnsupportedError:  # weights that are not finite
+            return False
+        self.marks = marks
+        return True
 
 
 def _dicts(module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -124,7 +143,8 @@ class Whole:
         if kind not in made.serves:
             if len(made.serves) >= _KINDS:
                 made.serves.clear()
-            made.serves[kind] = made.plan is not None and _recorded(model, x) == made.plan.signature
+            found = None if made.plan is None else _recorded(model, x)
+            made.serves[kind] = made.plan is not None and found is not None and found.signature() == made.plan.signature
         return made.serves[kind]
 
     def _current(self, model: nn.Module, x: Tensor) -> _Made:
@@ -163,10 +183,10 @@ def _kind(x: Tensor) -> tuple[int, ...]:
     return min(x.shape[0], 2), *x.shape[1:]
 
 
-def _recorded(model: nn.Module, x: Tensor) -> list[tuple[Any, ...]] | None:
+def _recorded(model: nn.Module, x: Tensor) -> Recording | None:
     """What the network does to such an input; None where it cannot be told."""
     try:
-        return record(model, x.detach()[:2].clone()).signature()
+        return record(model, x.detach()[:2].clone())
     except Exception as error:  # the network's own, on this input: its modules raise it again
         if is_out_of_memory(error):
             raise

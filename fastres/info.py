@@ -20,8 +20,6 @@ from fastres.kernels import native
 from fastres.ops import REGISTRY
 from fastres.ops._op import Op
 
-BACKENDS = ("cuda", "cuda_wide", "cuda_cluster", "triton", "cudnn", "cpu", "onednn", "torch")
-
 
 def collect() -> dict[str, Any]:
     """All of it as plain data."""

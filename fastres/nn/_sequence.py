@@ -30,16 +30,16 @@ class Value(NamedTuple):
     made: Made | None = None
 
 
-def remakes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
+def recomputes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
     """Whether what the layers hand on is to be made again in backward: where all batch norms are in training."""
-    if _fused.REMAKES not in block.__dict__ or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if _fused.RECOMPUTES not in block.__dict__ or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return all(bn.training for _, bn, _ in layers)
 
 
 def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
     """The layers of a block, and its shortcut added before the last act; downsample may be None."""
-    if remakes(owner, layers):
+    if recomputes(owner, layers):
         return block_in_two(owner, layers, Value(x, x), downsample, False).x
     both = at_once(layers, Value(x, x), downsample, False)
     if both is not None:
@@ -51,7 +51,7 @@ def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsampl
 
 def plain_block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor) -> Tensor:
     """The layers of a block without shortcut."""
-    if remakes(owner, layers):
+    if recomputes(owner, layers):
         _, bn, act = layers[-1]
         return _fused.bn_act(bn, act, _up_to_norm(layers, Value(x, x), True)[0])
     return _fused.layers(layers, x)
@@ -66,7 +66,7 @@ def block_in_two(
     What comes in and, without ``apart``, what goes out is one tensor twice; so it is where it cannot be two. Of blocks that
     make values again every other output is kept, of which, and of the convolution's, the next one is made.
     """
-    again = remakes(owner, layers)
+    again = recomputes(owner, layers)
     both = None if again else at_once(layers, value, downsample, apart)
     if both is not None:
         return both

@@ -54,12 +54,12 @@ def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     blocks = list(blocks)
     plain = _is_plain_training(x)
     divides = plain and x.device.type in DEVICES
-    opened = plain and (divides or any(_fused.REMAKES in block.__dict__ for block in blocks))
+    opened = plain and (divides or any(_fused.RECOMPUTES in block.__dict__ for block in blocks))
     parts = [_open(block) if opened else None for block in blocks]
     value = _sequence.Value(x, x)
     for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):
         apart = divides and own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
-        if own is not None and (apart or value.shortcut is not value.x or _sequence.remakes(block, own[0])):
+        if own is not None and (apart or value.shortcut is not value.x or _sequence.recomputes(block, own[0])):
             value = _sequence.block_in_two(block, own[0], value, own[1], apart)
         else:
             y = block(value.x)

@@ -24,7 +24,7 @@ def _identity(downsample: nn.Module | None, x: Tensor, activated: Tensor) -> Ten
     return downsample(x if isinstance(downsample, ZeroPadShortcut) else activated)
 
 
-def _remaking(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
+def _recomputing(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
     """A block in training that makes again in backward what its batch norms hand on."""
     out, handed = x, []
     for conv, bn, act in layers:
@@ -77,8 +77,8 @@ class PreActBasicBlock(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self._layers()
-        if _sequence.remakes(self, layers):
-            return _remaking(self, layers, x)
+        if _sequence.recomputes(self, layers):
+            return _recomputing(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         return convolve(self.conv2, out) + _identity(self.downsample, x, activated)
@@ -123,8 +123,8 @@ class PreActBottleneck(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self._layers()
-        if _sequence.remakes(self, layers):
-            return _remaking(self, layers, x)
+        if _sequence.recomputes(self, layers):
+            return _recomputing(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         out = conv_bn_act(self.conv2, self.bn3, self.relu, out)

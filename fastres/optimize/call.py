@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastres import functional
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.nn import _fused
+from fastres.ops import _fold
 from fastres.optimize.convert import Conversion, cast, to_channels_last
-from fastres.optimize.sites import Site, check_skip, follows_layout, remaking_blocks, sites, unwrap
+from fastres.optimize.sites import Site, check_skip, follows_layout, recomputing_blocks, sites, unwrap
 from fastres.optimize.swap import State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
 from fastres.optimize.whole import STATE, Whole, forget_all
@@ -99,7 +99,7 @@ def refresh(model: nn.Module | None = None) -> None:
     """Drop the folded weights of a model, or all: needed after writes through ``tensor.data`` and those of another process to
     shared memory, which go unseen."""
     if model is None:
-        functional.forget_folds()
+        _fold.forget()
         forget_all()
     else:
         forget(unwrap(model, "refresh"))
@@ -161,7 +161,7 @@ def _accept(
         _refuse_any(found)
     if memory is None:
         return []
-    blocks = remaking_blocks(network, found, patterns)
+    blocks = recomputing_blocks(network, found, patterns)
     if not blocks:
         what = "residual blocks of two or more layers of nn.Conv2d and nn.BatchNorm2d"
         raise UnsupportedError(f"fastres.optimize: memory='low' needs {what} to optimise, and finds none (leave memory out)")
@@ -171,9 +171,9 @@ def _accept(
 def _mark(network: nn.Module, blocks: Sequence[nn.Module]) -> None:
     """Let these blocks, and no others, keep less."""
     for module in network.modules():
-        vars(module).pop(_fused.REMAKES, None)
+        vars(module).pop(_fused.RECOMPUTES, None)
     for block in blocks:
-        vars(block)[_fused.REMAKES] = True
+        vars(block)[_fused.RECOMPUTES] = True
 
 
 def _wants_channels_last(network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None) -> bool:

@@ -167,7 +167,7 @@ def _outside(module: nn.Module, made: Plan) -> dict[str, str]:
     return left
 
 
-def remaking_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = ()) -> list[nn.Module]:
+def recomputing_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = ()) -> list[nn.Module]:
     """The blocks that can make again in backward what their layers hand to each other: swapped ones and those of fastres."""
     blocks = {site.module: site.plans[True].block for site in found if site.status in ("fusable", "fused")}
     swapped = [module for module, block in blocks.items() if block is not None and len(block.layers) > 1]

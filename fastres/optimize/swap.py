@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import functional
 from fastres.nn import _fused, _stage
 from fastres.nn._fused import original_class
+from fastres.ops import _fold
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
 from fastres.optimize.whole import STATE, Whole
@@ -145,7 +145,7 @@ def _rebuild_state(channels_last: bool, is_whole: bool) -> State:
 
 def forget(module: nn.Module) -> None:
     """Drop what was made of a module's parameters: they may have been written to unseen."""
-    functional.forget_folds(module.parameters())
+    _fold.forget(module.parameters())
     for state in map(state_of, module.modules()):
         if state is not None and state.whole is not None:
             state.whole.forget()

@@ -1,6 +1,6 @@
 """Pre-activation blocks of He et al. 2016b, "Identity Mappings in Deep Residual Networks" (figure 4e).
 
-Batch norm and ReLU come before each convolution, and nothing stands on the identity path. As in the paper's
+Batch norm and ReLU come before each convolution, and nothing is on the identity path. As in the paper's
 networks, a projection takes the activated input; the resizing of option A takes the input itself, as the
 identity would.
 """
@@ -25,7 +25,7 @@ def _identity(downsample: nn.Module | None, x: Tensor, activated: Tensor) -> Ten
 
 
 def _recomputing(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
-    """A block in training that makes again in backward what its batch norms hand on."""
+    """A block in training whose backward recomputes what its batch norms pass on."""
     out, handed = x, []
     for conv, bn, act in layers:
         y, made = _sequence.bn_act_made(bn, act, out)

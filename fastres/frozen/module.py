@@ -20,8 +20,8 @@ from fastres.memory import large_pages
 from fastres.ops import _conv_cpu
 
 _PROGRAMS = 32  # input sizes whose programs are kept
-_LARGE = (1 << 10, 1 << 10)  # an output that suits every algorithm
-_ARENAS = 4  # blocks of memory kept for calls to come, the largest that were needed
+_LARGE = (1 << 10, 1 << 10)  # an output size that suits every algorithm
+_ARENAS = 4  # blocks of memory kept for later calls
 
 
 class NativeFrozen(Frozen):
@@ -70,9 +70,9 @@ class NativeFrozen(Frozen):
         return found
 
     def _constants(self, laid: list[Step]) -> dict[Layer, tuple[Tensor, ...]]:
-        """The packed constants of every step, in one block of large pages those that are packed now.
+        """The packed constants of every step; those packed now go into one block of large pages.
 
-        A 3x3 convolution keeps its weights as they were, for sizes that want the other algorithm; a quantised one to be saved.
+        A 3x3 convolution keeps its original weights too, for sizes that want the other algorithm; a quantised one, to be saved.
         """
         constants = {}
         wanted = {(step.layer, step.winograd) for step in laid if step.layer.kind in ("conv", "linear", "bn")}
@@ -124,7 +124,7 @@ class NativeFrozen(Frozen):
         return y.flatten(1) if self.network.flat else y
 
     def readable(self, x: Tensor) -> Tensor:
-        """The images in a dtype that the plan reads: its results' own, or float32."""
+        """The images in a dtype that the plan reads: float32, or that of its results."""
         return x if x.dtype == torch.float32 else x.to(self.result_dtype)
 
     def run(self, plan: Program, x: Tensor, y: Tensor) -> None:
@@ -145,8 +145,9 @@ class NativeFrozen(Frozen):
             return
         file.write(path, self.network, self.scales, self.quality)
 
+
 def _together(constants: dict[Any, tuple[Tensor, ...]]) -> dict[Any, tuple[Tensor, ...]]:
-    """The same constants in one block of large pages, in the order in which they are read."""
+    """Move constants into one block of large pages, in the order in which they are read."""
     sizes = [-(-tensor.nbytes // 64) * 64 for own in constants.values() for tensor in own]
     if not sizes:
         return {}

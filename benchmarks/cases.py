@@ -14,7 +14,6 @@ from torch import Tensor
 from fastres import functional
 from fastres.ops import REGISTRY, conv_int8
 
-TRAIN = {"training": True}
 JOINED, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
 LONG_CHAIN = f"{CHAIN}_conv_bn_act"
 STEM, GRADIENT = "conv_bn_act_maxpool", "conv_backward_bn_act"

@@ -5,8 +5,8 @@ and the root mean square, relative to the root mean square. Each may be twice Py
 last place (more for float64, whose truth carries PyTorch's own rounding). NaN and infinity must stand where they stand in
 PyTorch's result, with the same sign.
 
-A sum over a channel may cancel to anything, and PyTorch's own error to nothing: its error is relative to no less than its
-spread, the size it would have if its terms had random signs.
+A sum over a channel may cancel to any size, and PyTorch's own error to nothing. Its error is therefore relative to at least
+its spread: the size it would have if its terms had random signs.
 """
 
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ class Verdict(NamedTuple):
 
 
 def spread_of_sums(sums: Tensor, terms: Tensor) -> float:
-    """Spread of sums of terms as large as these, of any sign: ``sums.numel()`` sums of all of them but NaN and infinity."""
+    """Spread of ``sums.numel()`` sums over terms of these magnitudes and any sign, NaN and infinity left out."""
     size = terms.detach().double().square().flatten()
     return (size[size.isfinite()].mean() * terms.numel() / sums.numel()).sqrt().nan_to_num().item()
 
 
 def spreads(op: str, args: Sequence[Any], truth: Sequence[Tensor]) -> list[float]:
-    """Spread of each output of a call of an op: of means and of parameters' gradients; 0 for what is no sum of any sign."""
+    """Spread of each output of a call of an op: of means and parameters' gradients; 0 for outputs that are no such sums."""
     found = [0.0] * len(truth)
     for index, out in enumerate(truth):
         if out.dim() != 1 or not out.is_floating_point():
@@ -52,8 +52,8 @@ def spreads(op: str, args: Sequence[Any], truth: Sequence[Tensor]) -> list[float
 
 
 def errors(actual: Tensor, truth: Tensor, spread: float = 0.0) -> dict[str, float]:
-    """Largest and root-mean-square error of actual against truth, relative to truth's largest and root mean square, each at
-    least the spread.
+    """Largest and root-mean-square error of actual against truth, relative to truth's largest and root mean square, or to the
+    spread where that is larger.
     """
     truth, actual = truth.detach().double().flatten(), actual.detach().double().flatten()
     finite = truth.isfinite() & actual.isfinite()

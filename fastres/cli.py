@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import fastres
 from fastres import cli_training
+from fastres.dispatch import GPU_KERNELS
 from fastres.errors import DivergenceError, UnsupportedError, VerificationError
 
 MODES = ("inference", "training")
@@ -125,7 +126,7 @@ def tune(arguments: argparse.Namespace) -> int:
             x,
             seconds=arguments.seconds,
             store=not arguments.dry_run,
-            step=lambda key, total: step(key, total),
+            step=step,
         )
     data = session.to_dict() | {"file": None if arguments.dry_run else str(tune.cache_file(x.device))}
     lines = [f"{r.chosen.backend:8} {r.speedup:6.2f}x over torch  {r.key}" for r in session.results]
@@ -208,7 +209,7 @@ def _parser() -> _Parser:
     require = command(info, "Show versions, what was built, and which backend runs each op or why not.")
     require.add_argument(
         "--require", action="append", default=[],
-        choices=("cuda", "cuda_wide", "cuda_cluster", "cpu", "triton", "cudnn", "onednn"),
+        choices=(*GPU_KERNELS, "cpu", "onednn"),
         help="exit with 1 where this backend runs no op here",
     )  # fmt: skip
     show = command(demo, "Train and run residual networks on real images, in plain PyTorch and with fastres.")

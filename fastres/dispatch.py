@@ -10,7 +10,7 @@ import torch
 from fastres import env, tune
 from fastres.errors import UnsupportedError
 
-# What runs on a GPU beside PyTorch's own way: chosen by default only where a device of the architecture validated it.
+# Kernels on a GPU other than PyTorch's own: chosen by default only where they are validated on the device's architecture.
 GPU_KERNELS = ("cuda", "cuda_wide", "cuda_cluster", "triton", "cudnn")
 
 
@@ -19,11 +19,11 @@ class Backend:
     """One implementation of an op.
 
     Args:
-        why_not: ``why_not(*args)`` says in a sentence why it cannot run a call, or None.
+        why_not: ``why_not(*args)`` says in a sentence why it cannot run a call, or returns None.
         load: ``load()`` returns the function that runs it (imported or looked up only then); ``load(config)`` one bound
             to that configuration.
-        configs: ``configs(*args)``, the configurations tuning may choose from for a call; None where there is but one.
-        only_tuned: it can be slower than the other ways: chosen where tuning found it the fastest, or where it is forced.
+        configs: ``configs(*args)``, the configurations tuning may choose from for a call; None where there is only one.
+        only_tuned: it can be slower than the others, so it is chosen only where tuning found it fastest, or where forced.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend chosen for one call, what decided, why each other backend was passed over, the tuned configuration."""
+    """The backend chosen for one call, what decided it, why each other one was passed over, and the tuned configuration."""
 
     op: str
     backend: Backend
@@ -58,18 +58,18 @@ class Choice:
 
 _forced: dict[str, str] = {}
 _caches: list[dict[Any, Any]] = []
-generation = 0  # of choices: one more whenever they are made anew
+generation = 0  # of choices: counts how often they were forgotten
 _known: dict[str, set[str]] = {}
 
 
 def register(op: str, backends: Sequence[Backend], *caches: dict[Any, Any]) -> None:
-    """Tell the dispatcher of an op, its backends and its caches of choices, to be emptied when the rules change."""
+    """Tell the dispatcher about an op, its backends, and its caches of choices, which are emptied when the rules change."""
     _known[op] = {backend.name for backend in backends}
     _caches.extend(caches)
 
 
 def forgets(cache: dict[Any, Any]) -> dict[Any, Any]:
-    """A cache of what choices led to, to be emptied with them."""
+    """Have a cache of what choices led to emptied together with them; returns it."""
     _caches.append(cache)
     return cache
 
@@ -90,7 +90,7 @@ def family(op: str) -> str:
 
 
 def _check_wishes(source: str, wishes: dict[str, Any]) -> dict[str, Any]:
-    """Refuse what names no op, or no backend of it: in silence it would change nothing."""
+    """Refuse names of unknown ops or backends, which would silently change nothing."""
     for op, name in wishes.items():
         names = set().union(*_known.values()) if op == "*" else _known.get(op)
         if names is None:
@@ -144,7 +144,7 @@ def _is_forced_by_environment() -> bool:
 
 
 def wished(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
-    """The backend forced for op and what forced it; a wish for all ops, or for its family, passes by an op without it."""
+    """The backend forced for op and what forced it; a wish for all ops, or for a family, skips ops without that backend."""
     names = [backend.name for backend in backends]
     environment = _check_wishes("FASTRES_BACKEND", env.forced_backend())
     for table, source in ((_forced, "forced by fastres.use"), (environment, "forced by FASTRES_BACKEND")):

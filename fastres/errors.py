@@ -38,7 +38,7 @@ def must_type(op: str, parameter: str, what: str, got: object) -> ArgumentTypeEr
 def renamed(
     error: ArgumentError | ArgumentTypeError, op: str, names: Mapping[str, str]
 ) -> ArgumentError | ArgumentTypeError:
-    """The error of an op in the words of the function of its name, which may call a parameter otherwise."""
+    """An op's error as the function of the same name words it, which may call a parameter differently."""
     where, _, message = str(error).partition(": ")
     parameter, _, rest = message.partition(" must be ")
     if where.removesuffix("_train") == f"fastres.{op}":
@@ -47,5 +47,5 @@ def renamed(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: nothing to conclude from, for the next time it may not."""
+    """Whether an error says that memory ran out, which says nothing about the next attempt."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

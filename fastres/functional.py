@@ -1,12 +1,12 @@
 """The ops as functions, in the argument order of ``torch.nn.functional``.
 
-All take and return real floating tensors; activations are (N, C, H, W), contiguous or channels_last for speed, any strides
-for correctness. Wrong arguments raise ``fastres.ArgumentError`` (a ValueError) or ``ArgumentTypeError`` (a TypeError)
-before any memory is touched. ``fastres.explain(op, *args)`` tells which backend a call gets and why.
+All take and return real floating-point tensors. Activations have shape (N, C, H, W) and any strides; contiguous and
+channels_last ones are fast. Wrong arguments raise ``fastres.ArgumentError`` (a ValueError) or ``ArgumentTypeError`` (a
+TypeError) before any memory is touched. ``fastres.explain(op, *args)`` tells which backend a call gets and why.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
@@ -14,18 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.errors import ArgumentError, ArgumentTypeError, must, must_type, renamed
-from fastres.ops import _fold
 from fastres.ops._running import check_momentum, check_running, is_training, needs_statistics, update_running
 from fastres.ops.add_act import ADD_ACT
 from fastres.ops.bn_act import BN_ACT, BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT, BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
-from fastres.ops.conv import CONV, why_not_fast
+from fastres.ops.conv import CONV
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_act_maxpool import CONV_BN_ACT_MAXPOOL
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
-from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, may_join
+from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT
 
 Size = int | tuple[int, int]
 P = ParamSpec("P")
@@ -36,7 +35,7 @@ _SHORTCUT = {f"shortcut_{name}": f"shortcut_{known}" for name, known in _CONVOLU
 
 
 def _names(**of_op: str) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """Errors of the ops' checks in the function's own words: by which name it knows each of the op's arguments."""
+    """Let errors of an op's checks name the function's own parameters; ``of_op`` maps the op's names to them."""
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         @functools.wraps(function)
@@ -131,7 +130,7 @@ def bn_add_bn_act(
 ) -> Tensor:
     """The end of a block with a projection: ``relu(F.batch_norm(x, ...) + F.batch_norm(residual, residual_...))``.
 
-    The normalised residual is never written. Buffers of both as in ``bn_act``; one ``training`` holds for both.
+    The normalised residual is never written to memory. Both sets of buffers as in ``bn_act``; ``training`` holds for both.
     """
     op, r_mean, r_var = "bn_add_bn_act", residual_running_mean, residual_running_var
     norm, r_norm = (weight, bias), (residual_weight, residual_bias)
@@ -189,14 +188,11 @@ def conv2d(
 ) -> Tensor:
     """Convolve as a training step does: ``F.conv2d(x, weight, bias, stride, padding, dilation, groups)``.
 
-    On the CPU 3x3 kernels with stride 1 in float32 and bfloat16 run by Winograd's F(2x2, 3x3), forward and both gradients,
-    where that is faster. On CUDA the stem of a network in float16 or bfloat16, channels_last, has kernels of its own, forward
-    and by the weight. ``fastres.explain(fastres.functional.conv2d, x, weight, ...)`` says where, and why not.
+    On the CPU, 3x3 kernels with stride 1 in float32 and bfloat16 use Winograd's F(2x2, 3x3), forward and for both gradients,
+    where that is faster. On CUDA, the stem of a network in float16 or bfloat16, channels_last, has kernels of its own, forward
+    and for the weight gradient. ``fastres.explain(fastres.functional.conv2d, x, weight, ...)`` says where, and why not.
     """
     return CONV(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
-
-
-why_not_fast_conv2d = why_not_fast  # why conv2d would be PyTorch's, for those who can do without its call
 
 
 @_names(**_CONVOLUTION)
@@ -284,9 +280,9 @@ def conv_bn_add_conv_bn_act(
     """The end of a block with a projection, in evaluation: ``relu(F.batch_norm(F.conv2d(x, conv_weight, ...), ...) + s)``,
     ``s = F.batch_norm(F.conv2d(shortcut, shortcut_conv_weight, shortcut_conv_bias, shortcut_stride), shortcut_...)``.
 
-    One product over the channels of both where a kernel is chosen, which never writes s; elsewhere, and where gradients are
-    asked for, ``conv_bn_act`` and ``conv_bn_add_act``. ``shortcut_conv_weight`` is (K, C2, 1, 1). In training
-    ``bn_add_bn_act`` follows two convolutions.
+    Where a kernel is chosen, it runs one product over the channels of both and never writes s; otherwise, and where gradients
+    are needed, ``conv_bn_act`` and ``conv_bn_add_act`` run. ``shortcut_conv_weight`` is (K, C2, 1, 1). In training, use two
+    convolutions and ``bn_add_bn_act``.
     """
     op = CONV_BN_ADD_CONV_BN_ACT
     x = _matched(op.name, x, conv_weight)
@@ -323,9 +319,9 @@ def conv_bn_act_maxpool(
     pool_stride: Size = 2,
     pool_padding: Size = 1,
 ) -> Tensor:
-    """The stem of a network, in evaluation: ``F.max_pool2d(z, kernel_size, pool_stride, pool_padding)`` of ``conv_bn_act``'s z.
+    """The stem of a network, in evaluation: ``F.max_pool2d(conv_bn_act(...), kernel_size, pool_stride, pool_padding)``.
 
-    One kernel that never writes z where it is chosen; elsewhere, and where gradients are asked for, two ops.
+    Where a kernel is chosen, it never writes what it pools; otherwise, and where gradients are needed, two ops run.
     """
     op = CONV_BN_ACT_MAXPOOL
     x = _matched(op.name, x, conv_weight)
@@ -339,11 +335,8 @@ def conv_bn_act_maxpool(
     return op(*args)
 
 
-may_join_convolutions = may_join  # whether a device has kernels to ask for, for those who can do without the call
-
-
 def _matched(op: str, x: Tensor, weight: Tensor, name: str = "x", of: str = "weight") -> Tensor:
-    """x in the dtype its convolution computes in: that of autocast, or of its weight."""
+    """x in the dtype in which its convolution computes: autocast's, or its weight's."""
     for parameter, tensor in ((name, x), (of, weight)):
         if not isinstance(tensor, Tensor):
             raise must_type(op, parameter, "a torch.Tensor", tensor)
@@ -383,11 +376,6 @@ def _conv(
     return bn_add_act(z, residual, mean, var, weight, bias, training, momentum, eps, act)
 
 
-def forget_folds(weights: Iterable[Tensor] | None = None) -> None:
-    """Drop the folded copies of these convolution weights, or all, as needed after a write through ``tensor.data``."""
-    _fold.forget(weights)
-
-
 def _pair(value: Any) -> Any:
-    """A pair of what is one whole number; the ops judge the rest."""
+    """A pair, where one whole number was given; the ops check the rest."""
     return (value, value) if type(value) is int else tuple(value) if isinstance(value, list) else value

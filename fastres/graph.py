@@ -1,7 +1,7 @@
-"""``graph``: a training step as one replay of a CUDA graph, where the host cannot launch kernels as fast as a GPU runs them.
+"""``graph``: a training step as one replay of a CUDA graph, for when the host cannot launch kernels as fast as a GPU runs them.
 
-The first calls are steps like any other, and the warm-up: kernels are chosen and compiled, the optimizer makes its state. Then
-the step is captured, which computes nothing, and replayed. So no call but the caller's own changes what is trained.
+The first calls are ordinary steps that serve as warm-up: kernels are chosen and compiled, the optimizer makes its state. Then
+the step is captured, which computes nothing, and replayed. So only the caller's own calls change what is trained.
 """
 
 import gc
@@ -27,21 +27,21 @@ _HOW_TO = (
 def graph(step: Callable[..., Any], model: nn.Module, optimizer: Optimizer) -> "GraphedStep":
     """A training step that runs as one CUDA graph from its fourth call on, with the same results.
 
-    ``loss = fastres.graph(step, model, optimizer)(x, y)`` is ``loss = step(x, y)``: its outputs come as detached copies.
-    ``step`` sets the gradients to None, and does forward, backward and ``optimizer.step()``; autocast and a GradScaler stand
+    ``loss = fastres.graph(step, model, optimizer)(x, y)`` is equivalent to ``loss = step(x, y)``; outputs are detached copies.
+    ``step`` sets the gradients to None and runs forward, backward and ``optimizer.step()``. Autocast and a GradScaler belong
     inside it, a learning rate scheduler outside. On the CPU every call runs ``step``; ``captured`` and ``why`` tell.
 
-    Inputs are tensors on the model's device. Shapes and dtypes are those of the first call; a batch with fewer in the first
-    dimension, such as the last one of an epoch, runs uncaptured. ``group["lr"]`` may change between calls, on a GPU it is
-    used in float32. All else is as it was captured: the mode, hooks, chosen kernels, what Python does in ``step``.
+    Inputs are tensors on the model's device, with the shapes and dtypes of the first call. A batch that is smaller in the first
+    dimension, such as the last one of an epoch, runs uncaptured. ``group["lr"]`` may change between calls; on a GPU it is
+    used in float32. Everything else stays as captured: the mode, hooks, chosen kernels, what Python does in ``step``.
 
     Args:
-        step: ``step(*inputs)`` gives a tensor, or tuples, lists and dicts of them.
-        model: owns the parameters and buffers that a step changes; several go into an ``nn.ModuleList``.
-        optimizer: on a GPU one that reads its rate there: ``SGD(..., fused=True)``, ``Adam(..., capturable=True)``.
+        step: ``step(*inputs)`` returns a tensor, or tuples, lists and dicts of tensors.
+        model: owns the parameters and buffers that a step changes; put several into an ``nn.ModuleList``.
+        optimizer: on a GPU, one that reads its learning rate there: ``SGD(..., fused=True)``, ``Adam(..., capturable=True)``.
 
     Raises:
-        ArgumentTypeError, ArgumentError: an argument, or at a call an input, is not what it must be.
+        ArgumentTypeError, ArgumentError: an argument, or an input of a call, is not what it must be.
         UnsupportedError: the optimizer, or at a call the step, cannot be captured; or what was captured has changed since: the
             mode, options of the optimizer, where parameters lie (``optimizer.load_state_dict``). Nothing was computed then.
     """
@@ -97,7 +97,7 @@ class GraphedStep:
             return self._uncaptured(inputs)
 
     def _check(self, inputs: tuple[Any, ...]) -> bool:
-        """Whether the inputs are as many and as large as those of the first call; raises where they may not even be smaller."""
+        """Whether the inputs are as large as those of the first call; raises where they differ in more than a smaller batch."""
         for index, x in enumerate(inputs):
             if not isinstance(x, Tensor):
                 raise must_type("graph", f"input {index}", "a torch.Tensor", x)
@@ -122,13 +122,13 @@ class GraphedStep:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _owned(self) -> list[Tensor]:
-        """What a step may change. Its versions, by which folded weights are known to be stale, are counted up after each: a
-        replay, fused optimizers and PyTorch's batch norm do not."""
+        """What a step may change. The versions of these tensors, by which stale folded weights are noticed, are advanced after
+        each step, since a replay, fused optimizers and PyTorch's batch norm do not advance them."""
         found = (*self._parameters(), *self._model.parameters(), *self._model.buffers())
         return list({id(t): t for t in found}.values())
 
     def _set_rates(self) -> None:
-        """Bring the groups' rates, which schedulers write, to where the GPU reads them."""
+        """Copy the groups' learning rates, which schedulers write, to where the GPU reads them."""
         groups = self._optimizer.param_groups
         if len(groups) != len(self._rates):
             raise UnsupportedError(
@@ -143,7 +143,7 @@ class GraphedStep:
                 self._filled[index] = lr
 
     def _once(self, inputs: Any) -> Any:
-        """The step with the rates on the device; refuses what a replay would not repeat."""
+        """Run the step with the rates on the device; refuses what a replay would not repeat."""
         if torch.is_autocast_enabled(self._device.type):
             raise UnsupportedError(
                 "fastres.graph: called under autocast, which would keep the weights that it cast: move it into step"
@@ -172,7 +172,7 @@ class GraphedStep:
         return tree_map_only(Tensor, Tensor.detach, outputs)  # which lets autograd's graph go
 
     def _uncaptured(self, inputs: tuple[Tensor, ...]) -> Any:
-        """A call like any other, on the stream that the capture takes: autograd keeps to one for each parameter."""
+        """An ordinary call, on the stream of the capture: autograd uses one stream per parameter."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), warnings.catch_warnings():
@@ -187,10 +187,10 @@ class GraphedStep:
         self._inputs = [x.clone() for x in inputs]
         before = self._fixed()
         captured = torch.cuda.CUDAGraph()
-        gc.collect()  # autograd's graph of an earlier step, caught in a cycle, would tie parameters to another stream
+        gc.collect()  # an earlier step's autograd graph that lives on in a cycle would tie parameters to another stream
         try:
-            # A capture that fails leaves its own stream current. Only this thread's calls are watched: those that load and pin
-            # the next batch may go on.
+            # The outer stream context restores the current stream, which a failed capture does not. Only this thread's calls
+            # are captured: threads that load and pin the next batch may go on.
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(captured, stream=self._stream, capture_error_mode="thread_local"),
@@ -225,7 +225,7 @@ class GraphedStep:
         return _copies(self._outputs)
 
     def _fixed(self) -> tuple[Any, ...]:
-        """All that a replay takes as it was captured: options, modes, and where the tensors lie."""
+        """Everything that a replay uses as it was captured: options, modes, and where tensors lie."""
         optimizer = self._optimizer
         names = [name for name in optimizer.defaults if name != "lr"]
         values = [group[name] for group in optimizer.param_groups for name in names]
@@ -250,7 +250,7 @@ def _device(optimizer: Optimizer) -> torch.device:
 
 
 def _check_capturable(optimizer: Optimizer) -> None:
-    """Refuse what would read the rate on the host, or wait for other processes."""
+    """Refuse optimizers that read the learning rate on the host, and training with other processes."""
     if (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()

@@ -1,6 +1,4 @@
-"""What is here: versions, devices, what was built, and per op and backend whether it runs or why not; for bug
-reports.
-"""
+"""``fastres info``, for bug reports: versions, devices, what was built, and per op and backend whether it runs or why not."""
 
 import functools
 import importlib.metadata
@@ -19,8 +17,6 @@ from fastres.dispatch import GPU_KERNELS, Backend
 from fastres.kernels import native
 from fastres.ops import REGISTRY
 from fastres.ops._op import Op
-
-BACKENDS = ("cuda", "cuda_wide", "cuda_cluster", "triton", "cudnn", "cpu", "onednn", "torch")
 
 
 def collect() -> dict[str, Any]:
@@ -73,7 +69,7 @@ def cpu_model() -> str:
 
 
 def status(op: Op, backend: Backend) -> str:
-    """``live`` (with what it still takes to be chosen), or why it cannot run here, over the op's samples."""
+    """Over the op's samples: ``live`` (and what is missing for it to be chosen), or why the backend cannot run here."""
     cuda = torch.cuda.is_available()
     interpreted = backend.name == "triton" and env.triton_interpret()
     if backend.name in GPU_KERNELS and not cuda and not interpreted:
@@ -139,7 +135,7 @@ def text(data: dict[str, Any]) -> str:
 
 
 def _op_lines(ops: dict[str, dict[str, str]]) -> list[str]:
-    """One line an op with its live backends, then each reason once with the backends it holds for."""
+    """A line per op with its live backends, then every reason once, with the ops it holds for."""
     lines: list[str] = []
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, backends in ops.items():
@@ -154,13 +150,13 @@ def _op_lines(ops: dict[str, dict[str, str]]) -> list[str]:
 
 
 def _general(state: str) -> str:
-    """A reason without the op's own example, so that equal reasons fold into one line."""
+    """A reason without the op's own example, so that equal reasons share one line."""
     return re.sub(r", or force it with fastres\.use\([^)]*\)", "", state)
 
 
 @functools.cache
 def _said(program: str, arguments: tuple[str, ...], pattern: str) -> str | None:
-    """What a program prints, as far as the pattern finds it; None where it is absent or fails."""
+    """What the pattern finds in a program's output; None where the program is absent or fails."""
     path = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""Memory of CPU tensors: ``reuse_memory``, an opt-in word to the C library's allocator, and memory in large pages."""
+"""Memory of CPU tensors: ``reuse_memory``, an opt-in setting of the C library's allocator, and memory in large pages."""
 
 import contextlib
 import ctypes
@@ -15,15 +15,15 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # mallopt's parameters, from glibc's malloc
 
 
 def reuse_memory() -> None:
-    """Let freed CPU tensors be used again instead of going back to the system, until the process ends.
+    """Keep the memory of freed CPU tensors for new ones, instead of returning it to the system, until the process ends.
 
-    By default glibc maps every large tensor anew and unmaps it when it dies, so that each step of a training loop waits
+    By default glibc maps every large tensor anew and unmaps it when it is freed, so that each step of a training loop waits
     for the system to clear the same pages again. This sets ``M_MMAP_MAX`` to 0 and ``M_TRIM_THRESHOLD`` to its largest
-    value for the whole process, for whatever allocates in it: call it once, before the first step. The price: memory
-    once used stays with the process, and what it holds may grow by what no new tensor fits into.
+    value for everything in this process that allocates: call it once, before the first step. The price: memory once used
+    stays with the process, and gaps that no new tensor fits into may make it grow.
 
     Raises:
-        UnsupportedError: the C library is not glibc, or it refuses; nothing has changed then.
+        UnsupportedError: the C library is not glibc, or it refuses.
     """
     if platform.libc_ver()[0] != "glibc":
         raise UnsupportedError(f"fastres.reuse_memory: needs glibc, this is {platform.system()} without it")
@@ -34,10 +34,10 @@ def reuse_memory() -> None:
 
 
 def large_pages(size: int) -> Tensor:
-    """Fresh bytes, in large pages where the system has them: fewer misses of the address cache.
+    """Fresh bytes, in large pages where the system has them: fewer TLB misses.
 
-    Straight from the system: what the allocator gives may have been used before, in small pages that stay small.
-    (ResNet-50 in int8 at batch 8 ran in either 75 or 82 ms from one process to the next. AMD EPYC, 2026-11-25.)
+    They come straight from the system: memory from the allocator may have been used before, in small pages that stay small.
+    (ResNet-50 in int8 at batch 8 then took 75 ms in one process and 82 ms in another. AMD EPYC, 2026-11-25.)
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)

@@ -32,14 +32,12 @@ def need(what: str, *modules: str, extra: str = "demo") -> list[ModuleType]:
 
 
 def note(text: str) -> None:
-    """Say something beside the results."""
+    """Print a remark to stderr, beside the results on stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
 class Progress:
-    """Steps of long work on stderr: a bar of rich on a terminal where that is installed, else one line a
-    step.
-    """
+    """Steps of long work on stderr: a progress bar on a terminal where rich is installed, else a line per step."""
 
     def __init__(self, title: str, total: int | None = None, *, quiet: bool = False) -> None:
         self.title, self.total, self.done, self.quiet = title, total, 0, quiet
@@ -47,10 +45,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if not self.quiet and sys.stderr.isatty() and installed("rich"):
-            progress, console = (
-                importlib.import_module("rich.progress"),
-                importlib.import_module("rich.console"),
-            )
+            progress, console = map(importlib.import_module, ("rich.progress", "rich.console"))
             columns = (
                 progress.SpinnerColumn(),
                 *progress.Progress.get_default_columns(),

@@ -1,10 +1,8 @@
-"""Measures calls side by side: candidates take turns in one run, and the median of many short batches is
-reported.
+"""Measures calls side by side: candidates take turns in one run, and the median of many short batches is reported.
 
-Taking turns makes slow drifts of a machine (clock, neighbours, temperature) hit all candidates alike, so that
-ratios hold where absolute times do not. A batch is a number of calls between two readings of the clock: wall
-time on the CPU; on CUDA events around the replay of a graph that holds the calls, or around the calls
-themselves where they cannot be captured.
+Taking turns makes slow drifts of a machine (clock, neighbours, temperature) hit all candidates alike, so that ratios hold where
+absolute times do not. A batch is a number of calls between two readings of the clock: wall time on the CPU; on CUDA, events
+around the replay of a graph that holds the calls, or around the calls themselves where they cannot be captured.
 """
 
 import functools
@@ -16,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-# A batch lasts at least this long: far above the clock's resolution, and so that most of its calls find the caches as the same
-# candidate left them. After a rival's turn they hold what that one wrote, which the next has to carry to memory first.
+# A batch lasts at least this long: far above the clock's resolution, and long enough that most of its calls find the caches as
+# the same candidate left them. After a rival's turn they hold what the rival wrote, which must be written to memory first.
 BATCH_SECONDS = 1e-2
 MAX_CALLS = 1000
 GRAPH_CALLS = 20
@@ -77,16 +75,16 @@ def interleaved(
 
 @functools.cache
 def peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes/s of a large copy, read and written, and flop/s of a large matrix product: what kernels are held
-    against. Measured once a process.
+    """Bytes/s of a large copy, read and written, and flop/s of a large matrix product: the peaks that kernels are held
+    against. Measured once per process.
     """
     size, side = (1 << 28, 8192) if device.type == "cuda" else (1 << 24, 512)
     return copy_peak(device, size, 0.3), matmul_peak(device, dtype, side, 0.3)
 
 
 def copy_peak(device: torch.device, size: int, seconds: float) -> float:
-    """Bytes/s of a copy of ``size`` bytes, counted read and written: the faster of copy_, which a GPU's graph makes a copy of
-    its driver, and of a pointwise kernel.
+    """Bytes/s of a copy of ``size`` bytes, counted read and written: the faster of ``copy_``, which in a CUDA graph is a copy
+    by the driver, and a pointwise kernel.
     """
     source = torch.ones(size // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
@@ -163,7 +161,7 @@ class _EventClock(_Clock):
 class _GraphClock(_EventClock):
     """Events around the replay of a CUDA graph of several calls: the GPU's time, without the host's."""
 
-    method = "graph"
+    method, captured = "graph", True
 
     def warm_up(self) -> None:
         side = torch.cuda.Stream()
@@ -178,8 +176,6 @@ class _GraphClock(_EventClock):
                 self.call()
         self.batch()
         self.estimate = self.batch()
-
-    captured = True
 
     def run(self) -> None:
         if self.captured:

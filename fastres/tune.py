@@ -1,6 +1,4 @@
-"""What tuning found: validated architectures and fastest backends, shipped as data and kept in the user's
-cache.
-"""
+"""What tuning found: validated architectures and fastest backends, shipped as data and kept in the user's cache."""
 
 import functools
 import json
@@ -17,10 +15,7 @@ from fastres import env
 from fastres.errors import UnsupportedError
 
 FORMAT = 1
-SECTIONS = (
-    "validated",
-    "failed",
-)  # per architecture and backend, the ops that kept or missed the error budget
+SECTIONS = ("validated", "failed")  # per architecture and backend, the ops that kept or missed the error budget
 _SHIPPED = Path(__file__).parent / "tuned"
 _warned: set[str] = set()
 
@@ -33,9 +28,7 @@ def device_name(device: torch.device) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """Architecture a kernel is validated for: ``sm_90``, or the device type where there is no compute
-    capability.
-    """
+    """Architecture a kernel is validated for: ``sm_90``, or the device type where there is no compute capability."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
@@ -48,9 +41,7 @@ def cache_file(device: torch.device) -> Path:
 
 
 def key(op: str, args: tuple) -> str:
-    """Key of a tuned choice: op, then per argument its dtype, layout and shape (batch in powers of two) or
-    its value.
-    """
+    """Key of a tuned choice: op, then per argument its dtype, layout and shape (batch in powers of two) or its value."""
     parts = [op]
     for arg in args:
         if isinstance(arg, torch.Tensor):
@@ -89,9 +80,7 @@ def _check(data: Any) -> dict:
 
 
 def read(path: Path) -> dict:
-    """Read one tuning file, raising ValueError with the reason where it is corrupt or others could have
-    written it.
-    """
+    """Read one tuning file; raises ValueError with the reason where it is corrupt or others could have written it."""
     try:
         if path.parent != _SHIPPED:
             _check_ownership(path)
@@ -111,7 +100,7 @@ def _check_ownership(path: Path) -> None:
         if stat.S_ISLNK(status.st_mode):
             raise ValueError("it is a symbolic link")
         if place is path and not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no plain file")  # a pipe would be waited for
+            raise ValueError("it is no plain file")  # opening a pipe would block
         if status.st_uid != os.getuid():
             raise ValueError(f"{place} belongs to another user")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -132,9 +121,7 @@ def _read_or_warn(path: Path) -> dict | None:
 
 @functools.lru_cache(maxsize=16)
 def _table(device: torch.device) -> tuple[dict, dict]:
-    """What the device's architecture validated, and tuned choices: shipped ones first, the user's over
-    them.
-    """
+    """What is validated on the device's architecture, and tuned choices: the shipped ones, overridden by the user's."""
     validated: dict[str, set[str]] = {}
     choices: dict[str, dict] = {}
     arch = architecture(device)
@@ -156,9 +143,7 @@ def forget() -> None:
 
 
 def choice(op: str, args: tuple, device: torch.device) -> tuple[str | None, tuple | None]:
-    """The backend tuning found fastest for these arguments on this device, and its configuration; None where
-    none.
-    """
+    """The backend that tuning found fastest for these arguments on this device, and its configuration; None where none."""
     found = _table(device)[1].get(key(op, args))
     if found is None:
         return None, None
@@ -181,7 +166,7 @@ def check_writable(device: torch.device) -> None:
 
 
 def _stored(path: Path) -> dict:
-    """What the cache holds and this torch may use; a new one where there is none."""
+    """What the cache holds for this version of torch; an empty one where there is none."""
     fresh: dict = {"format": FORMAT, "torch": torch.__version__, "validated": {}, "failed": {}, "choices": {}}
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -203,12 +188,10 @@ def store(
     choices: dict[str, dict],
     failed: dict[str, list[str]] | None = None,
 ) -> Path:
-    """Merge new results into the user's cache: directory 0700, file replaced atomically, a corrupt file never
-    touched.
+    """Merge new results into the user's cache: directory 0700, file replaced atomically, a corrupt file never touched.
 
     Args:
-        validated, failed: ops by backend that kept or missed the error budget on this device; the newest
-            verdict holds.
+        validated, failed: ops by backend that kept or missed the error budget on this device; the newest verdict holds.
         choices: ``{key: {"backend": name, ...}}``.
 
     Raises:
@@ -227,7 +210,7 @@ def store(
 
 
 def _merge(data: dict, arch: str, section: str, other: str, backend: str, ops: set[str]) -> None:
-    """Put ops under section, and take them out of the other."""
+    """Put ops under one section, and take them out of the other."""
     table = data[section].setdefault(arch, {})
     table[backend] = sorted(ops | set(table.get(backend, ())))
     former = data[other].get(arch, {})

@@ -1,9 +1,8 @@
 """Explicit tuning: validates every backend that can run a call, times those that pass, and keeps the fastest.
 
-A candidate is first held against float64 on the op's samples and on the call's own arguments; one that misses
-the error budget is discarded, reported, and never chosen on this device. PyTorch is always a candidate, so a
-tuned choice is never slower than it. Results go to the user's cache (``fastres.tune``) and are used from the
-next call on.
+A candidate is first compared with float64 on the op's samples and on the call's own arguments; one that misses the error budget
+is discarded, reported, and never chosen on this device. PyTorch is always a candidate, so a tuned choice is never slower than
+PyTorch. Results go to the user's cache (``fastres.tune``) and are used from the next call on.
 """
 
 import copy
@@ -27,7 +26,7 @@ from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends, m
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
-TIE = 1.02  # of the fastest time: within it the op page's order of preference decides
+TIE = 1.02  # times the fastest time: among candidates within it, the order on the op's page decides
 
 
 @dataclass(frozen=True)
@@ -73,28 +72,32 @@ class Tuned:
 
 @dataclass
 class Session:
-    """One run of the tuner: the verdicts on backends, kept over its calls, and the results."""
+    """One run of the tuner: its verdicts on backends, which hold for all calls, and its results."""
 
     device: torch.device
     seconds: float = 0.5
-    configurations: bool = True  # False: each backend only as it is by default
+    configurations: bool = True  # False: only each backend's default
     results: list[Tuned] = field(default_factory=list)
     _verdicts: dict[tuple[str, str], str | None] = field(default_factory=dict)
 
     def tune(self, op: Op, args: tuple) -> Tuned:
         """Validate and time every candidate for one call."""
         found, runs = [], {}
-        for backend, config, run in candidates(op, args, self.configurations):
+        for backend in op.backends:
             refusal = backend.why_not(*args)
-            failure = None if refusal else self._failure(op, backend, config, run, args)
-            found.append(Candidate(backend.name, config, refusal, failure))
-            if refusal is None and failure is None:
-                runs[len(found) - 1] = run
+            if refusal is not None:
+                found.append(Candidate(backend.name, refusal=refusal))
+                continue
+            for config, run in ways(op, backend, args, self.configurations):
+                failure = self._failure(op, backend, config, run, args)
+                if failure is None:
+                    runs[len(found)] = run
+                found.append(Candidate(backend.name, config, failure=failure))
         calls = {str(i): (lambda run=run: run(*args)) for i, run in runs.items()}
         with torch.no_grad():
             times = timing.interleaved(calls, self.device, seconds=self.seconds, batches=(5, 100))
         for name, measured in times.items():
-            # The quiet batches: on a shared machine a stalled thread can make half of all batches useless.
+            # The quiet batches: on a shared machine a stalled thread can spoil half of all batches.
             found[int(name)] = replace(found[int(name)], seconds=measured.p20)
         result = Tuned(op.name, tune.key(op.name, args), fastest(found), tuple(found))
         self.results.append(result)
@@ -142,9 +145,7 @@ class Session:
         return found
 
     def store(self) -> str:
-        """Write the results to the user's cache; the next call of each op uses them. Returns the file's
-        path.
-        """
+        """Write the results to the user's cache, where the next call of each op finds them. Returns the file's path."""
         verdicts: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
         for (op, backend), reason in self._verdicts.items():
             verdicts[reason is None].setdefault(backend, []).append(op)
@@ -188,21 +189,19 @@ def tune_model(
     store: bool = True,
     step: Callable[[str, int], object] | None = None,
 ) -> Session:
-    """Tune every distinct call of an op that the model makes on x, in the mode it is in; the model is not
-    changed.
+    """Tune every distinct call of an op that the model makes on x, in its present mode; the model is not changed.
 
     In training mode a copy of the model runs forward and backward, so that gradients are tuned too.
 
     Args:
-        configurations: False times each backend only as it is by default, in a fraction of the time.
+        configurations: False times only each backend's default, in a fraction of the time.
         step: called before each call with its key and the number of calls.
 
     Raises:
-        UnsupportedError: no fastres op runs in the model, or the user's cache is corrupt and was left as it
-            is.
+        UnsupportedError: no fastres op runs in the model, or the user's cache is corrupt and was left as it is.
     """
     if store:
-        tune.check_writable(x.device)  # minutes of work end there otherwise
+        tune.check_writable(x.device)  # or fail now, not after minutes of work
     calls = record(model, x)
     if not calls:
         raise UnsupportedError("fastres.tuner: no fastres op runs in this model (call fastres.optimize(model) first)")
@@ -211,7 +210,7 @@ def tune_model(
         if step is not None:
             step(key, len(calls))
         if op.fallback is not None and store:
-            session.store()  # the ops that it is held against run as they were tuned
+            session.store()  # so that the ops it is timed against run as tuned
         session.tune(op, args)
     if store:
         session.store()
@@ -219,9 +218,7 @@ def tune_model(
 
 
 def record(model: nn.Module, x: Tensor) -> dict[str, tuple[Op, tuple]]:
-    """The distinct op calls, by tuning key, that the model makes on x; in training mode those of the backward
-    pass too.
-    """
+    """The distinct op calls, by tuning key, that the model makes on x; in training mode those of backward too."""
     if model.training:
         twin = copy.deepcopy(model)
         return recorded(lambda: twin(x.detach().clone()).float().square().mean().backward())
@@ -253,7 +250,7 @@ class _Recorder(TorchDispatchMode):
             self.keep(REGISTRY[func._opname], args)
             self.ends.made(func._opname, args, y)
             end = self.ends.joined(func._opname, args) if may_join(_device(args)) else None
-            if end is not None:  # not chosen so far: tuning finds out whether it is to be
+            if end is not None:  # not chosen so far: tuning finds out whether it should be
                 self.keep(CONV_BN_ADD_CONV_BN_ACT, end)
             for op, call in self.norms.missed(func._opname, args):  # as above
                 self.keep(op, call)
@@ -273,20 +270,12 @@ def _device(args: tuple) -> torch.device:
     return next(arg.device for arg in args if isinstance(arg, Tensor))
 
 
-def candidates(op: Op, args: tuple, configurations: bool) -> Iterator[tuple[Backend, tuple | None, Callable]]:
-    """Every backend, and each of its configurations where wanted; refused ones once, to be reported."""
-    for backend in op.backends:
-        if backend.why_not(*args) is not None:
-            yield backend, None, _refused
-            continue
-        instead = op.fallback if backend.name == "torch" else None
-        yield backend, None, instead or backend.load()
-        for config in backend.configs(*args) if configurations and backend.configs is not None else ():
-            yield backend, tuple(config), backend.load(config)
-
-
-def _refused(*args: Any) -> None:
-    raise AssertionError("a refused backend is never called")
+def ways(op: Op, backend: Backend, args: tuple, configurations: bool) -> Iterator[tuple[tuple | None, Callable]]:
+    """A backend's function as it is by default and, where wanted, in each of its configurations."""
+    instead = op.fallback if backend.name == "torch" else None
+    yield None, instead or backend.load()
+    for config in backend.configs(*args) if configurations and backend.configs is not None else ():
+        yield tuple(config), backend.load(config)
 
 
 def laid_out_samples(op: Op, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, tuple]]:
@@ -298,7 +287,7 @@ def laid_out_samples(op: Op, device: torch.device, dtype: torch.dtype) -> Iterat
 
 
 def _with_nan(args: tuple) -> tuple:
-    """The arguments with one NaN in the first activation, channels_last as the fused convolutions of GPUs want it."""
+    """The arguments with one NaN in the first activation, in channels_last, which fused convolutions on GPUs need."""
     first, *rest = (
         a.clone(memory_format=torch.channels_last) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args
     )
@@ -308,7 +297,7 @@ def _with_nan(args: tuple) -> tuple:
 
 
 def judge(op: Op, run: Callable, args: tuple) -> str | None:
-    """Hold one backend's function against float64 on one call: why it fails, or None."""
+    """Compare one backend's function with float64 on one call: why it fails, or None."""
     return Truth(op, args).judge(run)
 
 
@@ -327,15 +316,15 @@ class Truth:
         try:
             with torch.no_grad():
                 actual = _outputs(run(*self.args))
-        except Exception as error:  # whatever a kernel raises on this device: it is out, with the reason
+        except Exception as error:  # whatever a kernel raises on this device rules it out, with the reason
             return f"it raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         outputs = zip(actual, self.same, self.exact, spreads(self.op, self.args, self.exact), strict=True)
         for index, (found, expected, exact, spread) in enumerate(outputs):
-            if found.dtype == torch.uint8:  # bits: of this backend's own output, which rounds as it may
+            if found.dtype == torch.uint8:  # a mask: of this backend's own output, which may round differently
                 if not torch.equal(found, _mask.pack(actual[0], self.args[-1])):
                     return f"output {index} is not the mask of output 0"
                 continue
-            if not expected.is_floating_point():  # integers are what they are
+            if not expected.is_floating_point():  # integers must be equal
                 if not torch.equal(found, expected):
                     return f"output {index} is of other integers"
                 continue
@@ -350,7 +339,7 @@ def _outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 def fastest(candidates: Sequence[Candidate]) -> Candidate:
-    """The fastest; among ties the first on the op's page, but none slower than PyTorch."""
+    """The fastest; among ties the first on the op's page, but never one slower than PyTorch."""
     timed = [c for c in candidates if c.seconds is not None]
     limit = min(c.seconds for c in timed if c.seconds is not None) * TIE
     torch_seconds = next(c.seconds for c in timed if c.backend == "torch")

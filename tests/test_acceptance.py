@@ -1,5 +1,6 @@
 """The acceptance run, on a CPU: its tasks at small sizes, its time, what dies on the way, what it promises and draws."""
 
+import functools
 import json
 import shutil
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import harness, report, sources
+from benchmarks import bench_overhead, harness, report, sources
 from benchmarks.acceptance import __main__ as acceptance
 from benchmarks.acceptance import lane, plot, promises, run, smoke, tasks
 from benchmarks.cases import CHAIN
@@ -229,6 +230,19 @@ def test_the_sanitizer_where_it_is_and_where_it_is_not(monkeypatch, tmp_path):
 def kernel_row(name, rival, median, share=0.9, dtype="bf16"):
     about = {"do": "kernel", "name": name, "shape": [2, 8, 4, 4], "dtype": dtype, "rival": rival}
     return about | {"median_s": median, "of_roof": share, "bound": "memory", "ratio": 1.0}
+
+
+def test_a_cpu_compares_networks_and_measures_the_overhead_of_a_call(monkeypatch):
+    monkeypatch.setattr(acceptance, "load", lambda name, **options: None)
+    rows = [{"name": "resnet50", "rival": way.name, "ok": True, "ratio": 2.0} for way in acceptance.CPU_WAYS]
+    monkeypatch.setattr(acceptance, "compare", lambda subject, ways, **options: rows)
+    few = functools.partial(bench_overhead.add_act_over_eager, batches=5)
+    monkeypatch.setattr(bench_overhead, "add_act_over_eager", few)
+    kept = []
+    found, promised = acceptance.cpu_parts(CPU, ["models"], run.Budget(60.0), kept.append, None)
+    assert kept == [found] and len(found) == 2 * len(rows) and all(row["do"] == "network" for row in found)
+    overheads = [text for text, _ in promised if text.startswith("add_act")]
+    assert len(overheads) == 2 and "without grad" in overheads[0] and "with grad" in overheads[1]
 
 
 def test_promises_of_kernels():

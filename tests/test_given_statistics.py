@@ -159,7 +159,7 @@ def assert_followed(block, x, seed, calls, counts):
     block.bn1.register_forward_hook(lambda *args: heard.append(args))
     step(block, x, seed)
     block.bn1._forward_hooks.clear()
-    setattr(block, _fused.REMAKES, True)
+    setattr(block, _fused.RECOMPUTES, True)
     step(block, x, seed)
     assert len(heard) == 1 and len(calls) == counts[1]
 

@@ -374,4 +374,4 @@ def test_what_is_made_again_has_the_bits_of_the_first_time(name, layout, dtype, 
             made = Made(op, tuple(args), tuple(statistics), y._version)
             bare = made.with_tensors((None,) * len(made.tensors()))
             assert not any(isinstance(value, torch.Tensor) for value in (*bare.args, *bare.statistics))
-            assert torch.equal(bare.with_tensors(tuple(made.tensors())).again(), y), sample.label
+            assert torch.equal(bare.with_tensors(tuple(made.tensors())).recompute(), y), sample.label

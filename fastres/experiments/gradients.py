@@ -78,7 +78,7 @@ def verify(model: Any, x: Tensor, labels: Tensor) -> dict[str, Any]:
         carried = identity(block, carried)
     (kept,) = torch.autograd.grad(carried, first, at_last, retain_graph=True)
     (through,) = torch.autograd.grad(branches, first, at_last)
-    forward, backward = _apart(last, carried + branches), _apart(at_first, kept + through)
+    forward, backward = _distance(last, carried + branches), _distance(at_first, kept + through)
     return {
         "blocks": len(found), "sum error": forward, "gradient error": backward, "must be at most": ROUNDING,
         "gradient at the last block": float(at_last.norm()), "identity term at the first": float(kept.norm()),
@@ -103,7 +103,7 @@ def branch(block: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max() / a.detach().abs().max())
 
 

@@ -21,8 +21,6 @@ from fastres.train import Data, Settings, Trainer, checkpoint, schedule
 from fastres.train import data as datasets
 from fastres.train.processes import Processes, started
 
-LOGS = ("csv", "tensorboard")
-
 
 @dataclass(frozen=True)
 class Request:

@@ -1,4 +1,4 @@
-"""A network frozen for inference: recorded once, laid out in advance, run by one native call or one CUDA graph."""
+"""A network frozen for inference: recorded once, laid out in advance, run as one native call or one CUDA graph."""
 
 from fastres.frozen import report
 from fastres.frozen.base import Frozen

@@ -17,19 +17,19 @@ from fastres.frozen.record import Value
 from fastres.terminal import Progress
 
 _BINS = 4096
-_SHARES = tuple(i / 64 for i in range(16, 65))  # of the range seen, that are tried
-INHERIT = ("max_pool", "pad")  # layers whose output is scaled as their input
+_SHARES = tuple(i / 64 for i in range(16, 65))  # shares of the observed range that are tried
+INHERIT = ("max_pool", "pad")  # layers whose output has the scale of their input
 
 
 @dataclass
 class Calibration:
-    """Images to quantise a network with, and how good it must be on them to be returned.
+    """Images to quantise a network with, and how good it must be on them.
 
     Args:
-        batches: image batches (N, C, H, W), or pairs of one and its labels (N,); some hundred images like those to come.
-        accuracy: least share of labels that the quantised network must name, 0..1; None asks for none.
-        agreement: least share of images that it must give the class that the network gives in float32; None asks for none.
-        error: largest relative L2 distance of its outputs from those in float32; None allows any.
+        batches: image batches (N, C, H, W), or pairs of a batch and its labels (N,); a few hundred typical images.
+        accuracy: least share, 0..1, of labels that the quantised network must predict; None for no threshold.
+        agreement: least share of images for which it must predict the same class as in float32; None for no threshold.
+        error: largest relative L2 distance of its outputs from those in float32; None for no threshold.
         progress: whether to show progress on stderr.
     """
 
@@ -42,7 +42,7 @@ class Calibration:
 
 @dataclass
 class Quality:
-    """What a quantised network does on its calibration images, beside what it did in float32: shares, and relative L2."""
+    """How a quantised network does on its calibration images, compared with float32: shares, and the relative L2 error."""
 
     images: int
     error: float
@@ -69,7 +69,7 @@ def checked(
     """The calibration with a list of pairs for batches, on the device.
 
     Raises:
-        TypeError, ValueError: there is no image, one is not finite, or all pixels are one value; a threshold is no share.
+        TypeError, ValueError: there is no image, one is not finite, or all pixels are equal; a threshold is not a share.
     """
     if not isinstance(calibration, Calibration):
         if isinstance(calibration, Tensor) or not isinstance(calibration, Iterable):
@@ -152,8 +152,8 @@ def calibrate(layers: list[Layer], x: Value, calibration: Calibration, progress:
 
 
 def best_scale(low: float, high: float, counts: Tensor) -> Scale:
-    """The scale that holds values spread so over [low, high] with the least square error, from a part of that range to all
-    of it: clipped few, finer for the rest.
+    """The scale with the least squared error for values distributed like this over [low, high]. Ranges from a quarter to all of
+    it are tried: a smaller one clips a few values and is finer for the rest.
     """
     if low == high == 0.0:
         return Scale(1.0 / LEVELS, 0)  # always zero in calibration
@@ -172,7 +172,7 @@ def best_scale(low: float, high: float, counts: Tensor) -> Scale:
 
 
 def run(layers: list[Layer], x: Value, images: Tensor, see: Any = lambda value, tensor: None) -> Tensor:
-    """The layers by PyTorch's own operations, in the weights' dtype; ``see(value, tensor)`` is told every result."""
+    """Run the layers as PyTorch's own operations, in the weights' dtype; ``see(value, tensor)`` is called with every result."""
     last = {value: index for index, layer in enumerate(layers) for value in (layer.x, layer.residual) if value is not None}
     values = {x: images.contiguous(memory_format=torch.channels_last)}
     with torch.no_grad(), _without_tf32():
@@ -187,7 +187,7 @@ def run(layers: list[Layer], x: Value, images: Tensor, see: Any = lambda value, 
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Convolutions in float32 as such, whatever is allowed on this GPU."""
+    """Float32 convolutions without TF32, whatever is allowed on this GPU."""
     before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     try:
@@ -225,7 +225,7 @@ def judge(results: list[Tensor], calibrated: Calibrated, wanted: Calibration) ->
     """How good the quantised network's results are.
 
     Raises:
-        VerificationError: not as good as the user wants; the text tells each number.
+        VerificationError: not as good as the user wants; the text gives each number.
     """
     truth = torch.cat([y.flatten(1) for y in calibrated.outputs]).double()
     found = torch.cat([y.flatten(1) for y in results]).double()

@@ -1,7 +1,7 @@
-"""Layers as calls of ops, each beside the ways in which PyTorch alone does the same; weights folded, backends pack them once.
+"""Layers as calls of ops, each with the ways in which PyTorch alone does the same.
 
-A backend folds batch norm into a convolution's weights and packs what comes out (``ops/_fold.py``). Here that is done: the op
-gets the folded weights beside a batch norm that changes nothing.
+A backend folds batch norm into a convolution's weights and packs the result once (``ops/_fold.py``). Here the weights are
+already folded, so the op gets them together with a batch norm that changes nothing.
 """
 
 import functools
@@ -33,8 +33,8 @@ Constants = tuple[Any, ...]
 
 @dataclass(eq=False)
 class Call:
-    """What a layer computes: ``op(*inputs, *rest)``, or, without an op, a function of PyTorch's; or several layers, after one
-    of which it is named."""
+    """What a layer computes: ``op(*inputs, *rest)``, or, without an op, a PyTorch function. A call may do the work of several
+    layers; ``layer`` then names it."""
 
     layer: Layer
     op: Op | None
@@ -54,7 +54,7 @@ def constants(layers: Iterable[Layer]) -> dict[Layer, Constants]:
     for layer in layers:
         if layer.weight is None:
             continue
-        if layer.weight.is_inference():  # whose changes no fold could see
+        if layer.weight.is_inference():  # folds cannot notice changes of such tensors
             layer.weight, layer.bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
         if layer.bias is None:
             mean, scale, shift = layer.weight

@@ -1,5 +1,5 @@
-"""The kernel of a call: of the backends that the device's architecture has validated and that keep the error budget on its
-shape, the fastest."""
+"""The kernel of a call: the fastest of the backends that are validated on the device's architecture and keep the error budget
+on its shape."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from fastres.ops._op import Op
 from fastres.tuner import Candidate
 
 SECONDS = 0.05  # of one call's timing
-_JUDGED = 4  # images from each end of a batch that are held against float64: each is computed by itself
+_JUDGED = 4  # images from each end of a batch that are compared with float64: each is computed by itself
 
 
 class Choice(NamedTuple):
-    """The kernel of a call, the function that runs it, and all that were tried."""
+    """The kernel of a call, the function that runs it, and all candidates that were tried."""
 
     kernel: str
     run: Run
@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Seconds that it takes less than PyTorch's way; 0 where they are not known."""
+        """Seconds that it saves over PyTorch's way; 0 where that is not known."""
         seconds = {c.backend: c.seconds or 0.0 for c in self.candidates}
         return seconds.get(TORCH, 0.0) - seconds.get(self.kernel, 0.0)
 
@@ -72,7 +72,7 @@ def choose(call: Call, op: Op, args: tuple[Any, ...], device: torch.device) -> C
 
 
 def _ways(call: Call, op: Op, args: tuple[Any, ...], device: torch.device) -> tuple[dict[str, Run], tuple[Candidate, ...]]:
-    """Functions that compute a call, by name, in order of preference; kernels that could, but are not proven here."""
+    """Functions that compute a call, by name, in order of preference; and kernels that could, but are not validated here."""
     if dispatch.wished(op.name, op.backends) is not None:
         forced = dispatch.choose(op.name, op.backends, args)
         return call.plain if forced.backend.name == TORCH else {forced.backend.name: forced.load()}, ()

@@ -1,6 +1,6 @@
-"""A frozen network as calls of ops: the fastest kernel of each layer, all of them in one CUDA graph a size.
+"""A frozen network as calls of ops: the fastest kernel of each layer, all of them in one CUDA graph per size.
 
-A plan is made for one batch and one size of images. It has a buffer for the images, and the kernels, run on it once, leave a
+A plan is made for one batch size and one image size. It has a buffer for the images; running the kernels on it once leaves a
 graph that reads the buffer and writes one output. A call copies its images in, replays, and copies the output out.
 """
 
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 @contextlib.contextmanager
 def plainly(device: torch.device) -> Iterator[None]:
-    """Whatever surrounds the call: no inference mode, whose tensors nobody may write to, no autograd, no autocast."""
+    """Without inference mode (whose tensors cannot be written to later), autograd and autocast, whatever surrounds the call."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -50,7 +50,7 @@ class Step:
 
 @dataclass(eq=False)
 class Plan:
-    """The steps for one shape of images, the buffer that they read, and what replays them into ``y``."""
+    """The steps for one shape of images, the buffer that they read, and the function that replays them into ``y``."""
 
     shape: Shape
     steps: list[Step]
@@ -80,7 +80,7 @@ class GraphFrozen(Frozen):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """That of images in a plan's buffer, and of results."""
+        """The dtype of images in a plan's buffer, and of results."""
         return self.dtype
 
     def _fixed(self) -> dict[Layer, calls.Constants]:
@@ -88,7 +88,7 @@ class GraphFrozen(Frozen):
         return calls.constants(self.network.layers)
 
     def _call_of(self, layer: Layer, channels: int) -> Call:
-        """A layer that reads so many channels as a call."""
+        """A layer with this many input channels, as a call."""
         return calls.call(layer, self._constants.get(layer, ()), channels, self.device)
 
     def _drawn(self, shapes: list[Shape], call: Call) -> tuple[Any, ...]:
@@ -134,7 +134,7 @@ class GraphFrozen(Frozen):
         return Plan(shape, steps, sizes, x, replay, y)
 
     def _steps(self, batch: int, sizes: dict[Value, Size]) -> list[Step]:
-        """A kernel for every layer, and one for several where that is faster."""
+        """A kernel for every layer, or one for several layers where that is faster."""
         readers = [value for layer in self.network.layers for value in (layer.x, layer.residual)]
         steps: dict[int, Step] = {}  # by their places
         makers: dict[Value, int] = {}
@@ -166,7 +166,7 @@ class GraphFrozen(Frozen):
         return Step(call, self._chosen(call, batch, sizes))
 
     def _chosen(self, call: Call, batch: int, sizes: dict[Value, Size]) -> Choice:
-        """Calls of one op that differ in nothing but values get one kernel."""
+        """The kernel of a call; calls of one op that differ only in values share it."""
         if call.op is None:
             return Choice(*next(iter(call.plain.items())))
         shapes: list[Shape] = [(batch, *sizes[value]) for value in call.inputs]
@@ -176,7 +176,7 @@ class GraphFrozen(Frozen):
         return self._choices[key]
 
     def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> Tensor:
-        """The kernels one after the other, on images as the plan's buffer holds them; ``see`` is shown each with its inputs."""
+        """Run the kernels in turn on images laid out like the plan's buffer; ``see`` is shown each step with its inputs."""
         values = {self.network.x: x}
         for step in steps:
             if see is not None:

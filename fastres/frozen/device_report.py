@@ -1,5 +1,5 @@
-"""What ``fastres.explain`` tells of a network frozen on a GPU: the kernel of each step, its time, and how near it is to the
-peak, of a copy or of a matrix product, that bounds it.
+"""What ``fastres.explain`` says about a network frozen on a GPU: the kernel of each step, its time, and its share of the peak
+that bounds it, of a copy or of a matrix product.
 """
 
 from typing import Any, cast

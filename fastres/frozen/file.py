@@ -66,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, dict[Value, Scale], Qua
     """
     if not isinstance(path, (str, os.PathLike)):
         raise must_type("load_frozen", "path", "a str or os.PathLike", path)
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(path):  # opening a pipe would block
         raise must("load_frozen", "path", "a file that Frozen.save wrote", f"{path}, which is no file")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
@@ -86,7 +86,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, dict[Value, Scale], Qua
 
 
 class _Damaged(Exception):
-    """What the file holds is no network."""
+    """The file does not hold a network."""
 
 
 def _need(fine: bool, what: str) -> None:

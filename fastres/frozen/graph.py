@@ -1,4 +1,4 @@
-"""CUDA graphs of one frozen network: captured once, replayed in turns. The only part of it that asks for a GPU."""
+"""CUDA graphs of one frozen network: captured once, replayed in turns. The only part of it that needs a GPU."""
 
 import contextlib
 import threading

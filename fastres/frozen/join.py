@@ -1,4 +1,4 @@
-"""Ways in which one call of an op does what two do, the first of which makes an operand of the last."""
+"""Ways in which one call of an op can replace two calls, the first of which makes an operand of the last."""
 
 import functools
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from fastres.ops.conv_bn_act_maxpool import CONV_BN_ACT_MAXPOOL
 
 
 class Way(NamedTuple):
-    """``suits(last, first)`` asks two calls; ``arguments(last, first)`` gives the inputs and the rest of the one for both,
-    ``composed(first, last, *args)`` runs a kernel of each on those."""
+    """``suits(last, first)`` says whether two calls can be joined; ``arguments(last, first)`` gives the inputs and the rest of
+    the joined call; ``composed(first, last, *args)`` runs the two kernels on those instead."""
 
     op: Op
     operand: str  # of the last call's layer, that the first call makes
     suits: Callable[[Call, Call], bool]
     arguments: Callable[[Call, Call], tuple[tuple[Value, ...], tuple[Any, ...]]]
     composed: Callable[..., Any]
-    constants: int = 0  # arguments of the last call, the first of its rest, that the op does without
-    at_last: bool = True  # it runs in the last one's place, and nobody else may read the operand; else the first one's, for all
+    constants: int = 0  # how many arguments of the last call, the first ones of its rest, the op does without
+    at_last: bool = True  # it runs in the last call's place, and nothing else may read the operand; else in the first one's
 
     def operand_of(self, last: Call) -> Value | None:
         return getattr(last.layer, self.operand)
@@ -37,7 +37,7 @@ class Way(NamedTuple):
         return self.suits(last, first) and not (self.at_last and readers.count(self.operand_of(last)) > 1)
 
     def call(self, last: Call, first: Call, run_last: Run, run_first: Run) -> Call:
-        """The call that does what both do, beside those one after the other."""
+        """The joined call, with the two calls in turn as its plain way."""
         inputs, rest = self.arguments(last, first)
         own = last.rest[: self.constants]
         apart: dict[str, Run] = {

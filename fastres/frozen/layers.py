@@ -18,8 +18,8 @@ _WHOLE = 2**31  # where a slice ends that takes all there is, whatever the size 
 
 @dataclass(eq=False)
 class Layer:
-    """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, relu or pad (strided identity with
-    further channels of zeros); ``kernel`` of an avg_pool is (0, 0) for all pixels."""
+    """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, relu or pad (a strided identity, with extra
+    channels of zeros); ``kernel`` of an avg_pool is (0, 0) for all pixels."""
 
     kind: str
     name: str
@@ -42,8 +42,8 @@ class Layer:
 
 @dataclass(eq=False)
 class Network:
-    """Layers in an order in which they can run, from images ``x`` of so many channels to the last layer's output, which is
-    flattened where ``flat``."""
+    """Layers in an order in which they can run, from images ``x`` with ``channels`` channels to the last layer's output, which
+    is flattened where ``flat``."""
 
     name: str
     layers: list[Layer]
@@ -131,7 +131,7 @@ class _Builder:
         self.same[y] = x
 
     def stored(self, x: Value, y: Value) -> Value:
-        """What a layer that keeps the shape of x makes for y: y itself, or, where that is flattened, what it is a view of."""
+        """The output value of a layer that keeps the shape of x: y itself or, where y is flattened, what y is a view of."""
         source = self.value(x)
         if len(source.shape) == len(y.shape):
             return y
@@ -144,7 +144,7 @@ class _Builder:
         return value
 
     def private(self, value: Any, *kinds: str) -> Layer | None:
-        """The layer of one of these kinds that made a value nobody else uses, if it has no addition or ReLU yet."""
+        """The layer that made a value, if it has one of these kinds, no addition or ReLU yet, and no other reader."""
         value = self.value(value)
         layer = self.makers.get(value)
         fits = layer is not None and layer.kind in kinds and not layer.relu and layer.residual is None
@@ -364,7 +364,7 @@ def _pair(value: Any) -> Pair:
 
 
 def _constant(value: Value | None) -> Tensor | None:
-    """The tensor of a parameter; what the network computes itself is none."""
+    """The tensor of a parameter; refuses a value that the network computes."""
     if value is not None and value.constant is None:
         raise _Refused
     return None if value is None else value.constant

@@ -21,8 +21,8 @@ from fastres.memory import large_pages
 from fastres.ops import _conv_cpu
 
 _PROGRAMS = 32  # input sizes whose programs are kept
-_LARGE = (1 << 10, 1 << 10)  # an output that suits every algorithm
-_ARENAS = 4  # blocks of memory kept for calls to come, the largest that were needed
+_LARGE = (1 << 10, 1 << 10)  # an output size that suits every algorithm
+_ARENAS = 4  # blocks of memory kept for later calls
 
 
 class NativeFrozen(Frozen):
@@ -95,7 +95,7 @@ class NativeFrozen(Frozen):
         return found
 
     def _constants(self, laid: list[Step]) -> dict[Layer, tuple[Tensor, ...]]:
-        """The packed constants of every step, in one block of large pages those that are packed now."""
+        """The packed constants of every step; those packed now go into one block of large pages."""
         constants, kinds = {}, {"conv", "linear", "bn"}
         if self.scales is not None:
             constants = {step.layer: self._copied(step) for step in laid if step.layer.kind == "pad"}
@@ -107,8 +107,8 @@ class NativeFrozen(Frozen):
         return constants | {key[0]: self._packed[key] for key in wanted}
 
     def _release(self, packed: Iterable[Layer]) -> None:
-        """Drop the weights as they were, but for a 3x3 convolution, of which other sizes want the other algorithm; those of a
-        quantised network are saved."""
+        """Drop original weights, but those of 3x3 convolutions, whose other sizes want the other algorithm, and those of a
+        quantised network, which are saved."""
         for layer in packed if self.scales is None else ():
             weight = layer.weight
             geometry = layer.stride, layer.dilation, _LARGE
@@ -161,7 +161,7 @@ class NativeFrozen(Frozen):
                 self._running -= 1
 
     def readable(self, x: Tensor) -> Tensor:
-        """The images in a dtype that the plan reads: its results' own, or float32."""
+        """The images in a dtype that the plan reads: float32, or that of its results."""
         return x if x.dtype == torch.float32 else x.to(self.result_dtype)
 
     def run(self, plan: Program, x: Tensor, y: Tensor) -> None:
@@ -184,7 +184,7 @@ class NativeFrozen(Frozen):
 
 
 def _together(constants: dict[Any, tuple[Tensor, ...]]) -> dict[Any, tuple[Tensor, ...]]:
-    """The same constants in one block of large pages, in the order in which they are read."""
+    """Move constants into one block of large pages, in the order in which they are read."""
     sizes = [-(-tensor.nbytes // 64) * 64 for own in constants.values() for tensor in own]
     if not sizes:
         return {}

@@ -1,4 +1,4 @@
-"""What ``fastres.explain`` tells of a frozen network: its steps in order, and how long each takes if asked."""
+"""What ``fastres.explain`` says about a frozen network: its steps in order and, if asked, how long each takes."""
 
 import statistics
 import time

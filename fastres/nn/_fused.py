@@ -2,7 +2,7 @@
 
 A step looks at its modules at every call. Where they are plain (exactly ``nn.Conv2d``, ``nn.BatchNorm2d``, ``nn.ReLU``,
 no hooks, no patched forward) it runs the fused op on their parameters; otherwise it calls them one by one, as PyTorch
-would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says which.
+would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says why.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,8 @@ from fastres.ops import _chain, _fold, _node
 from fastres.ops._given import Known
 from fastres.ops._made import Made
 from fastres.ops._op import is_interposed
+from fastres.ops.conv import why_not_fast
+from fastres.ops.conv_bn_add_conv_bn_act import may_join as device_may_join
 from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
 Act = nn.Module | str | None
@@ -30,11 +32,11 @@ Link = tuple[Any, Act]  # a convolution, or a batch norm with its activation
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 _transforms = torch._C._are_functorch_transforms_active
 WRONG = (ArgumentError, ArgumentTypeError)
-# Values of an input up to which a block's layers are one node of autograd: it spares the host's time, but keeps all that it
-# saved until its end, and memory that is not free must be fresh: ResNet-50 with batch 8 in float32 would take a thirtieth
-# longer (AMD EPYC, 2 threads, 2026-11-25).
+# Values of an input up to which a block's layers are one autograd node. It saves host time, but keeps all that it saved until
+# its backward has ended, so that more memory must come fresh from the system: ResNet-50 with batch 8 in float32 would take a
+# thirtieth longer (AMD EPYC, 2 threads, 2026-11-25).
 MOST_IN_ONE_NODE = 2**20
-WHOLE = {"cuda"}  # where it is one node whatever its size: PyTorch keeps the memory that is freed there
+WHOLE = {"cuda"}  # device types where it is one node whatever the size: PyTorch keeps freed memory there
 _AFFINE, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
 _FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
 
@@ -46,10 +48,10 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(hooks or state["_backward_pre_hooks"])
 
 
-# The class that a module had before optimize put one on top, whose forward does the same: that one's attribute.
+# Attribute of a class that optimize put on top of a module's own class: that own class.
 ORIGINAL = "_fastres_original"
-# Of a block: the mark by which optimize(memory="low") asks not to keep what its layers hand on.
-REMAKES = "_fastres_remakes"
+# Attribute of a block that optimize(memory="low") has marked: backward recomputes what its layers pass on.
+RECOMPUTES = "_fastres_recomputes"
 
 
 def original_class(module: nn.Module) -> Any:
@@ -84,22 +86,20 @@ def _why_not_module(module: nn.Module) -> str | None:
 def why_not(*modules: Act) -> str | None:
     """Why these modules cannot run as one op, or None: ``(conv, bn, act)``, ``(bn, act)``, ``(bn, act, pool)``."""
     for module in modules:
-        if isinstance(module, nn.Module):
-            reason = _why_not_module(module)
-            if reason is not None:
-                return reason
+        if isinstance(module, nn.Module) and (reason := _why_not_module(module)) is not None:
+            return reason
     if _any_global_hook():
         return "a global module hook is registered, which must fire"
     return None
 
 
 def _is_relu(act: Act) -> bool:
-    """Whether what stands in the activation's place is one that fuses, or nothing: it may have been replaced."""
+    """Whether the activation is one that fuses, or absent: it may have been replaced by any module."""
     return not isinstance(act, nn.Module) or type(act) is nn.ReLU
 
 
 def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
-    """Whether a call may be one op: each module is of the kind its place asks for, and nothing must see it called."""
+    """Whether a call may be one op: each module has the plain type that its place asks for, and nothing must see it called."""
     return (
         type(bn) is nn.BatchNorm2d
         and (conv is None or type(conv) is nn.Conv2d)
@@ -112,7 +112,7 @@ def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.M
 
 def is_followed(x: Tensor) -> bool:
     """Whether modules must be called because something follows the call that cannot see into an op: torch.fx and
-    torch.jit.trace, which name what they see after the modules; torch.func and forward-mode derivatives."""
+    torch.jit.trace, which name what they record after the modules; torch.func; forward-mode derivatives."""
     if torch.compiler.is_compiling():
         return False
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or _transforms() or forward_ad._current_level >= 0
@@ -141,8 +141,8 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
 
 
 def may_join(x: Tensor) -> bool:
-    """Whether it is worth asking ``dispatch`` for a kernel that makes one product of two convolutions."""
-    return type(x) is Tensor and not torch.compiler.is_compiling() and functional.may_join_convolutions(x.device)
+    """Whether it is worth asking ``dispatch`` for a kernel that computes two convolutions as one product."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and device_may_join(x.device)
 
 
 def conv_bn_add_conv_bn_act(
@@ -176,7 +176,7 @@ def conv_bn_add_conv_bn_act(
 
 
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``conv_bn_act`` of each layer in turn, the residual added by the last; in training one node of autograd for all where
+    """``conv_bn_act`` of each layer in turn, the residual added by the last; in training one autograd node for all where
     ``in_one_node`` makes one."""
     y = in_one_node(chain, x, residual)
     if y is not None:
@@ -189,11 +189,11 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
 def in_one_node(
     chain: Sequence[Layer], x: Tensor, residual: Tensor | None, projection: Sequence[Any] = (), apart: bool = False
 ) -> Any:
-    """``layers`` as one node of autograd, see ``ops._node``, where the input is small or on a GPU; None where they must run one
-    by one.
+    """``layers`` as one autograd node, see ``ops._node``, where the input is small or on a GPU; None where they must run one by
+    one.
 
-    ``projection``: the convolution and the batch norm through which the residual goes. ``apart``: the output is two tensors of
-    one memory.
+    ``projection``: the convolution and the batch norm through which the residual goes. ``apart``: the output comes as two
+    tensors that share memory.
     """
     if not torch.is_grad_enabled():
         return None
@@ -201,14 +201,14 @@ def in_one_node(
 
 
 def links(chain: Sequence[Layer]) -> list[Link]:
-    """The convolutions and batch norms of layers in a row, these with their activations."""
+    """The convolutions and batch norms of consecutive layers, batch norms with their activations."""
     return [link for conv, bn, act in chain for link in ((conv, None), (bn, act))]
 
 
 def _as_node(
     chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], apart: bool = False, made: Made | None = None
 ) -> Any:
-    """Plain links in a row as one node; None where a module must be called, or their tensors forbid it."""
+    """Consecutive plain links as one node; None where a module must be called, or their tensors forbid it."""
     every = chain + projection
     if not joins(every, x) or (made is None and x.numel() > MOST_IN_ONE_NODE and x.device.type not in WHOLE):
         return None
@@ -236,8 +236,8 @@ def _as_node(
 
 
 def joins(chain: Sequence[Link], x: Tensor) -> bool:
-    """Whether links may run without a look at their modules in between: all are plain and in training, and nothing but
-    autograd follows the call."""
+    """Whether links may run without checking their modules in between: all are plain and in training, and nothing but autograd
+    follows the call."""
     for module, act in chain:
         trains = type(module) is nn.BatchNorm2d and module.training
         if not (type(module) is nn.Conv2d or trains) or not _is_relu(act):
@@ -251,7 +251,7 @@ def joins(chain: Sequence[Link], x: Tensor) -> bool:
 
 def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
     """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide. Where it is
-    known how x was made, backward makes it again instead of keeping it."""
+    known how x was ``made``, backward recomputes x instead of keeping it."""
     if made is not None and made.version == x._version:
         y = _as_node([(conv, None)], x, None, [], made=made)
         if y is not None:
@@ -262,10 +262,10 @@ def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
 
 
 def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``convolve`` where nobody waits for the module's call, which takes twice the host's time."""
+    """``convolve`` without calling the module, which would take twice the host time."""
     operands: Any = x, conv._parameters["weight"], conv._parameters["bias"]
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
-    if functional.why_not_fast_conv2d(x, operands[1].shape, *geometry) is None:
+    if why_not_fast(x, operands[1].shape, *geometry) is None:
         try:
             return functional.conv2d(*cast(*operands), *geometry)
         except WRONG:
@@ -274,8 +274,8 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | None = None) -> tuple[Tensor, Known]:
-    """``convolve`` where ``act(bn(...))`` or ``pool(act(bn(...)))`` follows: in training also what the batch norm asks of the
-    output, where a kernel finds it beside the convolution."""
+    """``convolve`` where ``act(bn(...))`` or ``pool(act(bn(...)))`` follows: in training also the statistics of the output,
+    where one kernel computes both."""
     plain = not torch.compiler.is_compiling() and type(x) is Tensor and x.layout is torch.strided and not x.is_nested
     if plain and _chain.asks(x) and bn.training and fuses(x, conv, bn, act, pool):
         try:
@@ -286,7 +286,7 @@ def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | N
 
 
 def find_statistics(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Known]:
-    """``convolve_plain``, and the statistics of its output where a kernel is chosen that finds them beside it."""
+    """``convolve_plain``, and the statistics of its output where a kernel that computes both is chosen."""
     weight: Any = conv._parameters["weight"]
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
     if conv._parameters["bias"] is None and may_find(x, weight, *geometry):
@@ -307,8 +307,8 @@ def cast(*operands: Any) -> Sequence[Any]:
 
 
 def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = None, known: Known = None) -> Tensor:
-    """``act(bn(x) [+ residual])``, with the running buffers and the batch counter kept as torch keeps them; ``known``: what the
-    convolution before found."""
+    """``act(bn(x) [+ residual])``, with the running buffers and the batch counter updated as torch does; ``known``: the
+    statistics that the preceding convolution found."""
     if fuses(x, None, bn, act, None):
         try:
             if known is not None:
@@ -327,7 +327,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
 
 
 def _call(bn: nn.Module, x: Tensor) -> Tensor:
-    """``bn(x)``; PyTorch's kernel writes running statistics past their versions, by which folds know that they changed."""
+    """``bn(x)``; PyTorch's kernel does not advance the versions of running statistics, by which folds notice changes."""
     y = bn(x)
     if bn.training and not torch.compiler.is_compiling():
         _fold.forget_statistics(bn._buffers.get("running_mean"))
@@ -338,7 +338,7 @@ def bn_add_bn_act(
     bn: nn.BatchNorm2d, residual_bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor,
     known: tuple[Known, Known] = (None, None),
 ) -> Tensor:  # fmt: skip
-    """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics, of which some may be
+    """``act(bn(x) + residual_bn(residual))``; one op where both normalise by the same kind of statistics, some of which may be
     ``known``."""
     if bn is residual_bn:  # its buffers take both batches in PyTorch's order
         return add_act(act, _call(bn, x), _call(bn, residual))
@@ -379,7 +379,7 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor, 
 
 
 def add_act(act: Act, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """``act(x [+ residual])``, in x's dtype, as where a residual is added in place."""
+    """``act(x [+ residual])``, in x's dtype, as an addition in place gives."""
     y = x
     if residual is not None:
         if is_followed(x):

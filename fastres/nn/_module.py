@@ -4,22 +4,22 @@ from typing import Any
 
 from torch import nn
 
-from fastres import functional
+from fastres.ops import _fold
 
 
 class FusedModule(nn.Module):
-    """A module whose evaluation may use folded weights: switching mode drops them.
+    """A module whose evaluation may use folded weights; switching its mode drops them.
 
-    A fold notices every change of a parameter but a write through ``.data``, as some moving-average code
-    makes between ``train()`` and ``eval()``; so both calls start afresh.
+    A fold notices every change of a parameter except writes through ``.data``, which some moving-average code
+    makes between ``train()`` and ``eval()``; so both of these start afresh.
     """
 
     def _children(self, *names: str) -> list[Any]:
-        """The layers of these names, past ``nn.Module.__getattr__``, which takes several times as long."""
+        """The layers of these names, without ``nn.Module.__getattr__``, which takes several times as long."""
         modules = self._modules
         return [modules[name] if name in modules else getattr(self, name) for name in names]
 
     def train(self, mode: bool = True) -> "FusedModule":
         if mode != self.training:
-            functional.forget_folds(self.parameters())
+            _fold.forget(self.parameters())
         return super().train(mode)

@@ -13,8 +13,8 @@ from fastres.ops._made import Made
 
 
 def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
-    """``pool(act(bn(conv(x))))``: batch norm joins the pool where gradients flow, and on GPUs, where PyTorch pools slowly
-    (837 µs for 256x64x112x112 in bfloat16 on an H200, 2026-11-27); else the convolution.
+    """``pool(act(bn(conv(x))))``: batch norm is fused with the pool where gradients flow, and on GPUs, where PyTorch pools
+    slowly (837 µs for 256x64x112x112 in bfloat16 on an H200, 2026-11-27); else with the convolution.
     """
     if bn.training or torch.is_grad_enabled() or x.is_cuda:
         return _fused.bn_act_maxpool(bn, act, pool, *_fused.convolve_before(bn, act, conv, x, pool))
@@ -22,24 +22,24 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
 
 
 class Value(NamedTuple):
-    """What goes from block to block: for the convolutions and for the shortcut, the same or two tensors of one memory; how it
-    was made, None where it is kept anyway."""
+    """What goes from block to block: x for the convolutions and for the shortcut, one tensor or two that share memory; and how
+    it was made, None where it is kept anyway."""
 
     x: Tensor
     shortcut: Tensor
     made: Made | None = None
 
 
-def remakes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
-    """Whether what the layers hand on is to be made again in backward: where all batch norms are in training."""
-    if _fused.REMAKES not in block.__dict__ or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+def recomputes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
+    """Whether backward is to recompute what the layers pass on: it was asked for, and all batch norms are in training."""
+    if _fused.RECOMPUTES not in block.__dict__ or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return all(bn.training for _, bn, _ in layers)
 
 
 def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
     """The layers of a block, and its shortcut added before the last act; downsample may be None."""
-    if remakes(owner, layers):
+    if recomputes(owner, layers):
         return block_in_two(owner, layers, Value(x, x), downsample, False).x
     both = at_once(layers, Value(x, x), downsample, False)
     if both is not None:
@@ -51,7 +51,7 @@ def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsampl
 
 def plain_block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor) -> Tensor:
     """The layers of a block without shortcut."""
-    if remakes(owner, layers):
+    if recomputes(owner, layers):
         _, bn, act = layers[-1]
         return _fused.bn_act(bn, act, _up_to_norm(layers, Value(x, x), True)[0])
     return _fused.layers(layers, x)
@@ -60,13 +60,13 @@ def plain_block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor) -> 
 def block_in_two(
     owner: nn.Module, layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart: bool
 ) -> Value:
-    """``block`` in training, between blocks that keep a value in two tensors of one memory, one for their convolutions and
+    """``block`` in training, between blocks that hold a value as two tensors that share memory, one for their convolutions and
     one for their shortcut: each gets its part of the gradient, and no pass is spent on adding them.
 
-    What comes in and, without ``apart``, what goes out is one tensor twice; so it is where it cannot be two. Of blocks that
-    make values again every other output is kept, of which, and of the convolution's, the next one is made.
+    The output is one tensor twice without ``apart``, and where it cannot be two; the input may be either. Blocks that recompute
+    values keep every other output: the ones between are recomputed from those and from the convolutions' outputs.
     """
-    again = remakes(owner, layers)
+    again = recomputes(owner, layers)
     both = None if again else at_once(layers, value, downsample, apart)
     if both is not None:
         return both
@@ -123,8 +123,8 @@ def _twice(y: Tensor) -> Value:
 
 
 def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> tuple[Tensor, Known]:
-    """The layers but for the last batch norm and what follows it, and what this asks of its input. ``again``: what they hand on
-    is not kept, and nothing is asked, since a batch norm is then made again by its own statistics."""
+    """The layers up to the last batch norm, and the statistics of its input if they are known. ``again``: what the layers pass
+    on is recomputed, not kept, and no statistics are asked for, since a batch norm is then recomputed with its own."""
     *first, (conv, bn, act) = layers
     x, _, made = value
     if not again:
@@ -144,7 +144,7 @@ def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, sh
     """The end of a block, ``act(bn(conv(x)) + downsample(shortcut))``; downsample may be None.
 
     Where downsample ends with a convolution and its batch norm: with gradients both norms and the addition are one op; without,
-    both convolutions are one product if ``dispatch`` chooses a kernel for it, else each norm joins its own convolution.
+    both convolutions are one product if ``dispatch`` chooses a kernel for that, else each norm is folded into its convolution.
     """
     with_gradients = bn.training or torch.is_grad_enabled()
     steps = projection(downsample) if with_gradients or _fused.may_join(x) else None
@@ -195,5 +195,5 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def must_be_called(module: nn.Module) -> bool:
-    """Whether a hook, of the module or of all modules, or a patched forward waits for the call."""
+    """Whether a hook, of the module or of all modules, or a patched forward expects the call."""
     return _fused.why_not() is not None or _fused.has_hooks(module) or "forward" in module.__dict__

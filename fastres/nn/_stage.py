@@ -1,4 +1,4 @@
-"""Blocks in a row, between which the two gradients of a value are kept apart: scheme b+ of fused training."""
+"""Consecutive blocks, between which the two gradients of a value are kept apart."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from fastres.ops._op import is_interposed
 
 Parts = tuple[Sequence[_fused.Layer], nn.Module | None]  # the layers of a block, and its shortcut where it is not the identity
 # Where it pays: a GPU moves a tenth less around batch norm. A CPU's steps take as long either way (ResNet-50, batch 8: 0.96 to
-# 1.00 of the time in fp32 and bf16, AMD EPYC, 2 threads, 2026-11-27), and a gradient more would be alive.
+# 1.00 of the time in fp32 and bf16, AMD EPYC, 2 threads, 2026-11-27), with one more gradient alive.
 DEVICES = {"cuda"}
-# The method by which a class that optimize put on top says what its block is made of, None where it is none.
+# The method with which a class that optimize put on top of a block's own says what the block is made of; None for no block.
 PARTS = "_fastres_parts"
 
 
-# What blocks run, unless somebody replaces it on their class.
+# The forward of each block, unless somebody replaces it on the class.
 _FORWARD = {kind: kind.forward for kind in (BasicBlock, Bottleneck)}
 
 
@@ -31,7 +31,7 @@ class Stage(nn.Sequential):
 
 
 def run_all(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Stages in a row, as one where nobody waits for their calls."""
+    """Consecutive stages, run as one where nobody expects their calls."""
     training = _is_plain_training(x)
     blocks: list[nn.Module] = []
     for stage in stages:
@@ -43,23 +43,23 @@ def run_all(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """The blocks in a row.
+    """The blocks, one after the other.
 
     The output of a block is read twice by the next one, by its first convolution and by its shortcut, and autograd adds the
-    two gradients in a pass of its own. Where nobody else can get hold of that output (plain blocks without hooks, in
-    training, nothing following the call) it exists as two tensors of one memory, and the backward of the block's end reads
-    both gradients instead of their sum. Blocks that make values again in backward tell the next one how they made their output.
-    Everywhere else the blocks are called one by one.
+    two gradients in a pass of its own. Where nobody else can see that output (plain blocks without hooks, in training, nothing
+    following the call) it exists as two tensors that share memory, and the backward of the block's end reads both gradients
+    instead of their sum. Blocks that recompute values tell the next one how they made their output. Everywhere else the blocks
+    are called one by one.
     """
     blocks = list(blocks)
     plain = _is_plain_training(x)
     divides = plain and x.device.type in DEVICES
-    opened = plain and (divides or any(_fused.REMAKES in block.__dict__ for block in blocks))
+    opened = plain and (divides or any(_fused.RECOMPUTES in block.__dict__ for block in blocks))
     parts = [_open(block) if opened else None for block in blocks]
     value = _sequence.Value(x, x)
     for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):
         apart = divides and own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
-        if own is not None and (apart or value.shortcut is not value.x or _sequence.remakes(block, own[0])):
+        if own is not None and (apart or value.shortcut is not value.x or _sequence.recomputes(block, own[0])):
             value = _sequence.block_in_two(block, own[0], value, own[1], apart)
         else:
             y = block(value.x)
@@ -88,7 +88,7 @@ def _open(block: Any) -> Parts | None:
 
 
 def _hides_input(parts: Parts) -> bool:
-    """Whether a block reads its input by ops alone: the first convolution is plain, the shortcut the identity, zero padding, or
+    """Whether only ops read a block's input: the first convolution is plain, and the shortcut is the identity, zero padding or
     a plain projection."""
     layers, downsample = parts
     if not _is_plain_convolution(layers[0][0]):

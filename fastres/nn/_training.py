@@ -1,4 +1,4 @@
-"""The end of a residual block in training: its output in two, and how it was made."""
+"""The end of a residual block in training: its output as two tensors, and how it was made."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,8 @@ def in_training(
     apart: bool = False,
     known: Sequence[Known] = (),
 ) -> tuple[Tensor, Tensor, Made] | None:
-    """``bn_act`` or ``bn_add_bn_act`` in training, twice, and how it was made, see ``_norm.train``. None where they must run as
-    ever.
+    """The output of ``bn_act`` or ``bn_add_bn_act`` in training, twice, and how it was made, see ``_norm.train``. None where
+    they must run as usual.
     """
     norms: list[Any] = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
     if bn is residual_bn or not all(norm.training and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
@@ -29,4 +29,4 @@ def in_training(
     try:
         return train(norms, _fused.name(act), residual, known, apart=apart)
     except _fused.WRONG:
-        return None  # as above; nothing has been updated yet
+        return None  # the modules raise PyTorch's own error, or accept what the op does not; nothing has been updated yet

@@ -15,7 +15,7 @@ Norm = Callable[..., Any]
 
 
 def check_basic(groups: int, base_width: int, dilation: int, name: str = "BasicBlock") -> None:
-    """Refuse, with torchvision's errors, what a block of two 3x3 convolutions has not."""
+    """Refuse, with torchvision's errors, what a block of two 3x3 convolutions does not have."""
     if groups != 1 or base_width != 64:
         raise ValueError(f"{name} only supports groups=1 and base_width=64")
     if dilation > 1:

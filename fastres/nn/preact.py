@@ -1,6 +1,6 @@
 """Pre-activation blocks of He et al. 2016b, "Identity Mappings in Deep Residual Networks" (figure 4e).
 
-Batch norm and ReLU come before each convolution, and nothing stands on the identity path. As in the paper's
+Batch norm and ReLU come before each convolution, and nothing is on the identity path. As in the paper's
 networks, a projection takes the activated input; the resizing of option A takes the input itself, as the
 identity would.
 """
@@ -24,8 +24,8 @@ def _identity(downsample: nn.Module | None, x: Tensor, activated: Tensor) -> Ten
     return downsample(x if isinstance(downsample, ZeroPadShortcut) else activated)
 
 
-def _remaking(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
-    """A block in training that makes again in backward what its batch norms hand on."""
+def _recomputing(block: Any, layers: Sequence[Layer], x: Tensor) -> Tensor:
+    """A block in training whose backward recomputes what its batch norms pass on."""
     out, handed = x, []
     for conv, bn, act in layers:
         y, made = _sequence.bn_act_made(bn, act, out)
@@ -77,8 +77,8 @@ class PreActBasicBlock(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self._layers()
-        if _sequence.remakes(self, layers):
-            return _remaking(self, layers, x)
+        if _sequence.recomputes(self, layers):
+            return _recomputing(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         return convolve(self.conv2, out) + _identity(self.downsample, x, activated)
@@ -123,8 +123,8 @@ class PreActBottleneck(FusedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self._layers()
-        if _sequence.remakes(self, layers):
-            return _remaking(self, layers, x)
+        if _sequence.recomputes(self, layers):
+            return _recomputing(self, layers, x)
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         out = conv_bn_act(self.conv2, self.bn3, self.relu, out)

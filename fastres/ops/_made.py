@@ -1,4 +1,4 @@
-"""How a batch norm in training made a tensor, so that backward can make it again instead of keeping it."""
+"""How a batch norm in training made a tensor, so that backward can recompute it instead of keeping it."""
 
 from typing import Any, NamedTuple
 
@@ -25,16 +25,16 @@ class Made(NamedTuple):
         return [value if isinstance(value, Tensor) else None for value in (*self.args, *self.statistics)]
 
     def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "Made":
-        """The same call with these in the places of ``tensors()``; with none of them all that is left are numbers."""
+        """The same call with these in place of ``tensors()``; with none of them, only its numbers are left."""
         pairs = zip(self.args, tensors, strict=False)
         args = [tensor if arg is None or isinstance(arg, Tensor) else arg for arg, tensor in pairs]
         return self._replace(args=tuple(args), statistics=tensors[len(args) :])
 
-    def again(self) -> Tensor:
+    def recompute(self) -> Tensor:
         """What it made, to the bit; differentiable where gradients are recorded.
 
-        With the statistics given a pass is spared. Not every call may: PyTorch's two ways round differently, and on a GPU
-        kernels that write a mask are compiled apart from those that do not. These calls are repeated as they were.
+        Using the known statistics saves a pass, but not every call may: PyTorch rounds differently with given statistics, and
+        on a GPU kernels that write a mask are compiled separately from those that do not. Such calls are repeated as they were.
         """
         if not torch.is_grad_enabled():
             given, args = _GIVEN[self.op], self._args_of_given()

@@ -213,8 +213,8 @@ class _Node(torch.autograd.Function):
 
 
 def _with_x(kept: Sequence, form: _Form, made: Any) -> list:
-    """What was kept, and x made again from the last of it."""
-    x = made.with_tensors(kept[-len(made.tensors()) :]).again()
+    """What was kept, with x recomputed from the last of it."""
+    x = made.with_tensors(kept[-len(made.tensors()) :]).recompute()
     found = [x, *kept[1:]]
     as_cast: Any = form.steps[0].places[0]
     found[as_cast] = cast(form.chain, x)

@@ -32,7 +32,7 @@ _NAMES = {"x": "x", "x and weight": "last_weight"}
 _NAMES |= {name: f"last_{name}" for name in ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "act")}
 
 
-def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the first convolution takes, and what the last takes after middle."""
     x, residual, *first = args[:_FIRST]
     *last, act = args[_FIRST:]
@@ -41,7 +41,7 @@ def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 def composed(first: Callable[..., Tensor], last: Callable[..., Tensor], *args: Any) -> Tensor:
     """Two functions, with the arguments of ``conv_bn_act`` and of ``conv_bn_add_act``, one after the other."""
-    of_first, of_last = _apart(args)
+    of_first, of_last = _split(args)
     return last(first(*of_first), *of_last)
 
 
@@ -50,7 +50,7 @@ def reference(*args):
 
 
 def check(*args):
-    (x, weight, *first), (residual, last_weight, *last) = _apart(args)
+    (x, weight, *first), (residual, last_weight, *last) = _split(args)
     _conv.check(NAME, x, None, weight, *first)
     _check.tensors(NAME, x=x, mean=first[3], var=first[4])
     middle = x.new_empty(1).expand(_conv.output_shape(x, weight, *first[6:9]))
@@ -64,7 +64,7 @@ def check(*args):
 
 
 def fake(*args):
-    (x, weight, *first), (_, last_weight, *_) = _apart(args)
+    (x, weight, *first), (_, last_weight, *_) = _split(args)
     return _conv.fake(_conv.fake(x, weight, *first[6:9]), last_weight, *AT_ONE[:3])
 
 
@@ -99,7 +99,7 @@ def samples(device, dtype):
 
 
 def cost(*args):
-    (x, weight, *first), (residual, last_weight, *_) = _apart(args)
+    (x, weight, *first), (residual, last_weight, *_) = _split(args)
     shape = _conv.output_shape(x, weight, *first[6:9])
     places = shape[0] * shape[2] * shape[3]
     moved = x.numel() + weight.numel() + last_weight.numel() + 2 * residual.numel()
@@ -111,7 +111,7 @@ def fallback(*args):
 
 
 def why_not_cuda(*args) -> str | None:
-    (x, weight, *first), (residual, last_weight, *_) = _apart(args)
+    (x, weight, *first), (residual, last_weight, *_) = _split(args)
     stride, padding, dilation, groups, _ = first[6:]
     reason = _conv_cuda.why_not_chain(x, weight, stride, padding, dilation, groups, last_weight)
     return reason or _conv.why_not_folded(x, residual)
@@ -119,7 +119,7 @@ def why_not_cuda(*args) -> str | None:
 
 def run_cuda(*args, following=None):
     """``following``: parameters, eps and act of a convolution of y, whose output then comes too."""
-    (x, *first), (residual, *last) = _apart(args)
+    (x, *first), (residual, *last) = _split(args)
     return _conv_cuda.run_chain(x, tuple(first), residual, (last[:6], last[6], last[-1]), following)
 
 

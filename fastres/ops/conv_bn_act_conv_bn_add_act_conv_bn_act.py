@@ -29,7 +29,7 @@ _NAMES = {"x": "x", "x and weight": "next_weight"}
 _NAMES |= {name: f"next_{name}" for name in ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "act")}
 
 
-def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What the first two convolutions take, and what the next takes after y."""
     *following, act = args[_CHAIN:]
     return args[:_CHAIN], (*following, *chain.AT_ONE, act)
@@ -37,7 +37,7 @@ def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 def composed(first: Callable[..., Tensor], last: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Tensor]:
     """Two functions, with the arguments of ``conv_bn_act_conv_bn_add_act`` and of ``conv_bn_act``, one after the other."""
-    of_chain, of_next = _apart(args)
+    of_chain, of_next = _split(args)
     y = first(*of_chain)
     return y, last(y, *of_next)
 
@@ -47,7 +47,7 @@ def reference(*args):
 
 
 def check(*args):
-    of_chain, of_next = _apart(args)
+    of_chain, of_next = _split(args)
     try:
         chain.check(*of_chain)
     except (ArgumentError, ArgumentTypeError) as error:
@@ -64,7 +64,7 @@ def check(*args):
 
 
 def fake(*args):
-    of_chain, of_next = _apart(args)
+    of_chain, of_next = _split(args)
     y = chain.fake(*of_chain)
     return y, _conv.fake(y, of_next[0], *chain.AT_ONE[:3])
 
@@ -86,7 +86,7 @@ def samples(device, dtype):
 
 
 def cost(*args):
-    of_chain, (next_weight, *_) = _apart(args)
+    of_chain, (next_weight, *_) = _split(args)
     x, residual = of_chain[:2]
     moved, flops = chain.cost(*of_chain)
     pixels, values = residual.numel() // max(residual.shape[1], 1), next_weight.numel()
@@ -98,7 +98,7 @@ def fallback(*args):
 
 
 def why_not_cuda(*args) -> str | None:
-    of_chain, (next_weight, *_) = _apart(args)
+    of_chain, (next_weight, *_) = _split(args)
     reason = chain.why_not_cuda(*of_chain)
     if reason is None and len(next_weight) != of_chain[0].shape[1]:
         reason = f"its last convolution has as many channels out as x, {of_chain[0].shape[1]}, got {len(next_weight)}"
@@ -106,7 +106,7 @@ def why_not_cuda(*args) -> str | None:
 
 
 def run_cuda(*args):
-    of_chain, of_next = _apart(args)
+    of_chain, of_next = _split(args)
     return chain.run_cuda(*of_chain, following=(of_next[:6], of_next[6], of_next[-1]))
 
 

@@ -38,7 +38,7 @@ _MAIN = 13  # arguments up to those of the shortcut: x, shortcut, weight, bias, 
 _AT_ONE = (0, 0), (1, 1), 1  # padding, dilation and groups of the shortcut
 
 
-def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
     """What each convolution takes after its residual, or None in its place; and the activation."""
     x, shortcut, *main = args[:_MAIN]
     *own, act = args[_MAIN:]
@@ -47,7 +47,7 @@ def _apart(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], str
 
 def composed(own: Callable[..., Tensor], main: Callable[..., Tensor], *args: Any) -> Tensor:
     """Two functions, with the arguments of ``conv_bn_act`` and of ``conv_bn_add_act``, the first of them for the shortcut."""
-    (x, *of_main), (shortcut, *of_own), act = _apart(args)
+    (x, *of_main), (shortcut, *of_own), act = _split(args)
     return main(x, own(shortcut, *of_own, "none"), *of_main, act)
 
 
@@ -56,7 +56,7 @@ def reference(*args):
 
 
 def check(*args):
-    (x, *main), (shortcut, *own), act = _apart(args)
+    (x, *main), (shortcut, *own), act = _split(args)
     _conv.check(NAME, x, None, *main, act)
     _check.tensors(NAME, x=x, mean=main[4], var=main[5])
     _check.images(NAME, x=x, shortcut=shortcut)
@@ -127,7 +127,7 @@ def samples(device, dtype):
 
 
 def cost(*args):
-    (x, weight, *main), (shortcut, own, *_), _ = _apart(args)
+    (x, weight, *main), (shortcut, own, *_), _ = _split(args)
     moved, flops = _conv.cost(x, weight, None, *main[6:9])
     n, k, height, width = _conv.output_shape(x, weight, *main[6:9])
     pixels, channels = n * height * width, shortcut.shape[1]
@@ -177,7 +177,7 @@ def why_not_triton_kernel(x, shortcut, *rest) -> str | None:
 
 
 def why_not_cuda(*args) -> str | None:
-    (x, weight, *main), (shortcut, own, *rest), _ = _apart(args)
+    (x, weight, *main), (shortcut, own, *rest), _ = _split(args)
     stride, padding, dilation, groups = main[6:]
     reason = _why_not_dtype(x, shortcut) or _conv_cuda.why_not(x, weight, stride, padding, dilation, groups, adds=True)
     if reason is None:
@@ -187,7 +187,7 @@ def why_not_cuda(*args) -> str | None:
 
 
 def run_cuda(*args):
-    (x, *main), (shortcut, *own), act = _apart(args)
+    (x, *main), (shortcut, *own), act = _split(args)
     return _conv_cuda.run_joined((x, *main), (shortcut, *own[: -len(_AT_ONE)]), act)
 
 
@@ -198,7 +198,7 @@ def triton_configs(x, shortcut, weight, *rest) -> list[tuple]:
 
 def run_triton(*args, config=None):
     kernels = triton_module(NAME)
-    (x, *main), (shortcut, *own), act = _apart(args)
+    (x, *main), (shortcut, *own), act = _split(args)
     tf32 = kernels.is_tf32(x)
 
     def folded(parameters: tuple[Any, ...], eps: float) -> tuple[Tensor, Tensor]:  # the form that conv_bn_act keeps

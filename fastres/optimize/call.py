@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastres import functional
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.nn import _fused
+from fastres.ops import _fold
 from fastres.optimize.convert import Conversion, cast, to_channels_last
-from fastres.optimize.sites import Site, check_skip, follows_layout, remaking_blocks, sites, unwrap
+from fastres.optimize.sites import Site, check_skip, follows_layout, recomputing_blocks, sites, unwrap
 from fastres.optimize.swap import State, forget, is_stage, state_of, swap, unswap
 from fastres.optimize.verify import Reference
 from fastres.optimize.whole import STATE, Whole, forget_all
@@ -37,26 +37,29 @@ def optimize(
 
     Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped in place:
     each module gets a subclass of its own class, so parameters, buffers, hooks, keys, optimizers and ``isinstance`` stay.
-    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes all. Calling it again changes the options.
+    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes everything. Calling it again changes the
+    options.
 
     Args:
-        model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped. Better optimize it
-            before: the gradients of a DistributedDataParallel lie as the weights did when it was made, so these stay.
+        model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped. Optimize it before
+            wrapping where you can: a DistributedDataParallel lays out gradients as the weights were when it was made, so that
+            weights inside one keep their memory format.
         mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The swapped
             modules serve both; evaluation folds batch norm only where autograd is off.
         strict: raise if any batch norm of the model would stay outside a fused step.
         inplace: False optimises a deep copy and leaves the model alone.
-        skip: glob patterns of module names to be left alone with all inside them, such as ``"layer4.*"``.
-        channels_last: whether swapped modules bring their input to channels_last and 4-D weights are stored so, which
-            spares training three copies of each (values do not change); ``"auto"`` does on the CPU in float32 and bfloat16 and
-            on CUDA in half precision, for networks whose code follows the layout. LBFGS and pruning view weights: False.
+        skip: glob patterns of module names to leave alone, with everything inside them, such as ``"layer4.*"``.
+        channels_last: whether swapped modules bring their input to channels_last and store 4-D weights that way, which saves
+            training three copies of each (values do not change). ``"auto"`` does so on the CPU in float32 and bfloat16 and on
+            CUDA in half precision, for networks whose code follows the layout. LBFGS and pruning view weights: give False.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
-            The originals are kept, in this model but not in its copies, for ``restore``.
+            The originals are kept for ``restore``, in this model but not in its copies.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
             its error against float64 is within twice that of plain PyTorch at the same dtype, plus a floor.
-        memory: ``"low"`` keeps less for backward in training: what batch norms of residual blocks, also of ``fastres.nn``'s,
-            hand to convolutions, every other output of blocks in a row included, is made again from what is kept anyway, to
-            the same bits. All is kept with ``torch.compile``, batch norm in evaluation, layers with hooks, other norms.
+        memory: ``"low"`` keeps less for backward in training: what batch norms of residual blocks, those of ``fastres.nn``
+            included, pass to convolutions, and every other output of consecutive blocks, is recomputed in backward from what
+            is kept anyway, to the same bits. Everything is kept under ``torch.compile``, and for batch norm in evaluation,
+            layers with hooks and other norms.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
@@ -85,9 +88,9 @@ def optimize(
 
 
 def restore(model: Model) -> Model:
-    """Undo ``optimize`` exactly: the classes, the parameters' memory format and dtype; returns the model.
+    """Undo ``optimize`` exactly: the classes, and the parameters' memory format and dtype. Returns the model.
 
-    Parameters that were cast get their original bits back unless they were written since (trained, loaded): then
+    Parameters that were cast get their original bits back, unless they were written since (trained, loaded): then
     the new values stay, in the original dtype. The training mode stays as it is, and so does the memory format inside
     DistributedDataParallel.
     """
@@ -96,10 +99,10 @@ def restore(model: Model) -> Model:
 
 
 def refresh(model: nn.Module | None = None) -> None:
-    """Drop the folded weights of a model, or all: needed after writes through ``tensor.data`` and those of another process to
-    shared memory, which go unseen."""
+    """Drop the folded weights of a model, or of all models. Needed after writes that go unseen: those through ``tensor.data``,
+    and those of another process to shared memory."""
     if model is None:
-        functional.forget_folds()
+        _fold.forget()
         forget_all()
     else:
         forget(unwrap(model, "refresh"))
@@ -124,8 +127,8 @@ def _apply(
 
 
 def _is_distributed(model: nn.Module) -> bool:
-    """Whether gradients are read where, and as, they lay when DistributedDataParallel saw the weights: in another memory format
-    it would take them for others, and say nothing."""
+    """Whether the model is inside DistributedDataParallel, which reads gradients as the weights were laid out when it was made:
+    in another memory format it would silently mix them up."""
     return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
 
 
@@ -156,12 +159,12 @@ def _refuse_any(found: list[Site]) -> None:
 def _accept(
     network: nn.Module, found: list[Site], patterns: tuple[str, ...], strict: bool, memory: str | None
 ) -> list[nn.Module]:
-    """The blocks that are to keep less; refuse what cannot be done as asked."""
+    """The blocks that are to keep less; refuses what cannot be done as asked."""
     if strict:
         _refuse_any(found)
     if memory is None:
         return []
-    blocks = remaking_blocks(network, found, patterns)
+    blocks = recomputing_blocks(network, found, patterns)
     if not blocks:
         what = "residual blocks of two or more layers of nn.Conv2d and nn.BatchNorm2d"
         raise UnsupportedError(f"fastres.optimize: memory='low' needs {what} to optimise, and finds none (leave memory out)")
@@ -169,11 +172,11 @@ def _accept(
 
 
 def _mark(network: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Let these blocks, and no others, keep less."""
+    """Make these blocks, and no others, keep less."""
     for module in network.modules():
-        vars(module).pop(_fused.REMAKES, None)
+        vars(module).pop(_fused.RECOMPUTES, None)
     for block in blocks:
-        vars(block)[_fused.REMAKES] = True
+        vars(block)[_fused.RECOMPUTES] = True
 
 
 def _wants_channels_last(network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None) -> bool:
@@ -189,7 +192,7 @@ def _wants_channels_last(network: nn.Module, found: list[Site], option: bool | s
 def _convert(
     network: nn.Module, found: list[Site], option: bool | str, dtype: torch.dtype | None, distributed: bool
 ) -> tuple[bool, list[Conversion]]:
-    """Whether inputs go to channels_last, and what was done to parameters, now or in an earlier call."""
+    """Whether inputs go to channels_last, and what was done to parameters, in this call or an earlier one."""
     channels_last = _wants_channels_last(network, found, option, dtype)
     before = state_of(network)
     conversions = [] if before is None else list(before.conversions)
@@ -207,7 +210,7 @@ def _swap(
     channels_last: bool,
     conversions: list[Conversion],
 ) -> None:
-    """Swap the sites, and the network itself: it carries what concerns the whole."""
+    """Swap the sites, and the network itself, which carries what concerns the whole."""
     for site in found:
         if site.status == "skipped":
             unswap(site.module)

@@ -1,7 +1,7 @@
 """Parameters in another memory format or dtype, and back: the same bits, unless they were written in between.
 
-Gradients and what fused optimizers keep go with the memory format: their kernels walk through memory as it lies, and would take
-one weight for another.
+Gradients and the state of fused optimizers follow the memory format: the optimizers' kernels walk through memory in order, and
+would otherwise mix up weights.
 """
 
 import functools
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-_followed: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()  # the states that lie as their parameters do
+_followed: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()  # states laid out as their parameters
 
 
 @dataclass
 class Conversion:
-    """One parameter or buffer: where it lives, what it held, and the mark of what it was made to hold."""
+    """One parameter or buffer: where it lives, what it held, and the mark of what it was converted to."""
 
     owner: nn.Module
     name: str
@@ -49,7 +49,7 @@ def _mark(tensor: Any) -> tuple[Any, ...]:
 
 
 def _tensors(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every parameter and buffer with each module that holds it."""
+    """Every parameter and buffer, with the module that holds it and its name there."""
     found = []
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -100,7 +100,7 @@ def _watch_optimizers() -> None:
 
 
 def _follow(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Bring what a fused optimizer keeps, and what it was given by ``load_state_dict``, to its parameters' memory format."""
+    """Bring the state of a fused optimizer, also that from ``load_state_dict``, to its parameters' memory format."""
     state = optimizer.state
     if torch.compiler.is_compiling() or _followed.get(optimizer) is state:
         return

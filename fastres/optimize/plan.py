@@ -1,10 +1,10 @@
 """The graph of a forward rewritten into fused steps over the same children, and compiled to Python by torch.fx.
 
 Found, wherever the values in between have no other use: conv-bn, conv-bn-relu, conv-bn-add, conv-bn-add-relu, bn-relu,
-bn-add-relu, add-relu, conv-bn-relu-maxpool; conv-bn-add-relu with a shortcut that ends with conv-bn, which in training is one
-step with its batch norm, in evaluation one that asks for a kernel of both convolutions.
-A step reads its modules at every call and falls back to calling them one
-by one (``fastres.nn._fused``), so a plan only has to be right about how values flow. ``nn.Identity`` is passed by.
+bn-add-relu, add-relu, conv-bn-relu-maxpool; and conv-bn-add-relu with a shortcut that ends with conv-bn: in training one step
+with the shortcut's batch norm, in evaluation one that asks for a kernel of both convolutions.
+A step reads its modules at every call and falls back to calling them one by one (``fastres.nn._fused``), so a plan only has to
+be right about how values flow. ``nn.Identity`` is skipped.
 """
 
 import operator
@@ -52,7 +52,7 @@ class Block:
         return layers, None if self.downsample is None else found[self.downsample]
 
     def run(self, _: None, module: nn.Module, x: Any) -> Any:
-        """The steps, by which the host looks at the modules once for all."""
+        """The steps, checking the modules once for all of them."""
         layers, downsample = self.parts(module)
         return _sequence.block(module, layers, x, downsample)
 
@@ -72,7 +72,7 @@ class Plan:
 
 
 def plan(module: nn.Module, base: Any, training: bool) -> Plan:
-    """Plan ``base.forward`` on this module in one mode; never raises, ``reason`` says what stood in the way."""
+    """Plan ``base.forward`` on this module in one mode; never raises, ``reason`` says what prevented a plan."""
     try:
         graph = trace(module, base, training)
     except CannotTrace as error:
@@ -91,7 +91,7 @@ def plan(module: nn.Module, base: Any, training: bool) -> Plan:
 
 
 def _block(graph: fx.Graph, rewriting: "_Rewriting") -> Block | None:
-    """The residual block that these steps are: layers in a row, to whose last one x or its projection is added."""
+    """The residual block that these steps form: consecutive layers, with x or its projection added in the last; else None."""
     _, x, *steps = [node for node in graph.nodes if node.op not in ("get_attr", "output")]
     (result,) = next(node for node in graph.nodes if node.op == "output").args
     layers: list[tuple[str, str, str]] = []
@@ -311,7 +311,7 @@ class _Rewriting:
         return step
 
     def child(self, name: str) -> Node:
-        """A child as a value, not yet said where from: ``_read_children_from_owner`` does."""
+        """A child as a value; ``_read_children_from_owner`` says later where it is read from."""
         return self.graph.create_node("get_attr", name)
 
     def pass_identities(self) -> tuple[nn.Module, ...]:
@@ -333,7 +333,7 @@ def _reshape(graph: fx.Graph) -> bool:
 
 
 def _read_children_from_owner(graph: fx.Graph) -> None:
-    """Read children from ``owner._modules`` at every call: past nn.Module's slow attribute lookup, always current."""
+    """Read children from ``owner._modules`` at every call: always current, without nn.Module's slow attribute lookup."""
     owner, first = list(graph.nodes)[:2]
     with graph.inserting_after(first):
         children = graph.call_function(getattr, (owner, "_modules"))

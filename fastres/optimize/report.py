@@ -271,9 +271,9 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
         most = f"on a CPU those of inputs of up to {_fused.MOST_IN_ONE_NODE} values"
         notes.append(f"the layers of a block are one node of autograd ({most}), whose kernels' calls are recorded once")
         notes += [f"calls that are not recorded, but come from Python every time: {reason}" for reason in why_not_recorded()]
-        remaking = sum(_fused.REMAKES in module.__dict__ for module in model.modules())
-        if remaking:
-            notes.append(f"memory='low': {remaking} blocks, op by op, make again in backward what their batch norms hand on")
+        recomputing = sum(_fused.RECOMPUTES in module.__dict__ for module in model.modules())
+        if recomputing:
+            notes.append(f"memory='low': {recomputing} blocks, op by op, make again in backward what their batch norms hand on")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)

@@ -1,4 +1,4 @@
-"""Which modules of a model can run fused steps, and what stands in the way of the others."""
+"""Which modules of a model can run fused steps, and what prevents the others."""
 
 import fnmatch
 from collections.abc import Iterator, Sequence
@@ -167,8 +167,8 @@ def _outside(module: nn.Module, made: Plan) -> dict[str, str]:
     return left
 
 
-def remaking_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = ()) -> list[nn.Module]:
-    """The blocks that can make again in backward what their layers hand to each other: swapped ones and those of fastres."""
+def recomputing_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = ()) -> list[nn.Module]:
+    """The blocks that can recompute in backward what their layers pass to each other: swapped ones and those of fastres."""
     blocks = {site.module: site.plans[True].block for site in found if site.status in ("fusable", "fused")}
     swapped = [module for module, block in blocks.items() if block is not None and len(block.layers) > 1]
     own = [
@@ -181,7 +181,7 @@ def remaking_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = (
 
 
 def follows_layout(model: nn.Module) -> str | None:
-    """Why a network might not take channels_last values: code that is not known and cannot be read, or views memory."""
+    """Why a network might not work in channels_last: it has unknown code that cannot be read, or that views memory."""
     for name, module in model.named_modules():
         base = original_class(module)
         if not is_trusted(base.forward) or "forward" in module.__dict__:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres import functional
 from fastres.nn import _fused, _stage
 from fastres.nn._fused import original_class
+from fastres.ops import _fold
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
 from fastres.optimize.whole import STATE, Whole
@@ -22,7 +22,7 @@ _transforms = torch._C._are_functorch_transforms_active
 
 
 class State:
-    """What a swapped module carries: its options, and its plans, which copies and pickles leave behind."""
+    """What a swapped module carries: its options, and its plans, which copies and pickles do not take along."""
 
     def __init__(self, channels_last: bool = False, whole: Whole | None = None) -> None:
         self.channels_last = channels_last
@@ -44,15 +44,15 @@ class State:
         return State(self.channels_last, None if self.whole is None else Whole())
 
     def prepare(self, module: nn.Module) -> None:
-        """Plan both modes anew; what is fastres's own runs fused steps as it is."""
+        """Plan both modes anew; fastres's own modules run fused steps without a plan."""
         base = original_class(module)
         if not base.__module__.startswith("fastres."):
             self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
         self.children = tuple(module._modules.values())
 
     def current(self, module: nn.Module) -> Plan:
-        """The plan of the module's mode, if it can run now: its children are those it was made for, no identity that it
-        passes by has a hook."""
+        """The plan of the module's mode, if it can run now: its children are those it was made for, and no identity that it
+        skips has a hook."""
         if not torch.compiler.is_compiling() and self.children != tuple(module._modules.values()):
             self.prepare(module)
         now = self.training if module.training else self.evaluation
@@ -73,7 +73,7 @@ def swapped_class(base: Any) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
         if state is None or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-            return base.forward(self, *args, **kwargs)  # also for torch.fx, which so sees the layers it knows
+            return base.forward(self, *args, **kwargs)  # for torch.fx too, which then sees the layers it knows
         (x,) = args
         if state.whole is not None and not self.training:
             y = state.whole.run(self, x)
@@ -108,7 +108,7 @@ def swapped_class(base: Any) -> Any:
     def __reduce_ex__(self: Any, protocol: int) -> Any:
         reduced: Any = base.__reduce_ex__(self, protocol)
         if reduced[1][:1] != (type(self),):
-            return reduced  # the class has its own way
+            return reduced  # the class has its own way to be copied
         return (rebuild, (base,), *reduced[2:])
 
     def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ def swapped_class(base: Any) -> Any:
 
 
 def is_stage(module: nn.Module) -> bool:
-    """Whether a plain ``nn.Sequential`` holds swapped blocks, one behind another."""
+    """Whether a plain ``nn.Sequential`` holds consecutive swapped blocks."""
     if original_class(module) is not nn.Sequential:
         return False
     states = [child is not None and state_of(child) is not None for child in module._modules.values()]
@@ -133,7 +133,7 @@ def is_stage(module: nn.Module) -> bool:
 
 
 def _has_layout(x: Tensor) -> bool:
-    """Whether an input can be brought to channels_last: strided images that torch.func does not batch."""
+    """Whether an input can be brought to channels_last: strided images, not batched by torch.func."""
     if x.layout is not torch.strided or x.dim() != 4:
         return False
     return torch.compiler.is_compiling() or not _transforms()
@@ -144,8 +144,8 @@ def _rebuild_state(channels_last: bool, is_whole: bool) -> State:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop what was made of a module's parameters: they may have been written to unseen."""
-    functional.forget_folds(module.parameters())
+    """Drop what was computed from a module's parameters: they may have been written to unseen."""
+    _fold.forget(module.parameters())
     for state in map(state_of, module.modules()):
         if state is not None and state.whole is not None:
             state.whole.forget()

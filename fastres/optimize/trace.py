@@ -1,9 +1,9 @@
-"""A module's own forward as a graph in which every child is a leaf; refused, with a reason, where a graph could lie.
+"""A module's own forward as a graph in which every child is a leaf; refused, with a reason, where the graph might be wrong.
 
 The forward runs once on a stand-in for ``self`` and a proxy for the input, so nothing global is patched and the module
-is not touched. The stand-in answers only what cannot change unseen: children (to be called, no more), plain constants
-of the instance, parameters, methods. A forward that is not from a library known to trace must also name nothing, in its
-code, but those and the pure functions listed here: one that counts, prints or draws a number would lose its effect.
+is not touched. The stand-in gives access only to what cannot change unseen: children (only to be called), plain constants
+of the instance, parameters, methods. A forward from a library that is not known to trace may also name, in its code, only
+those and the pure functions listed here: one that counts, prints or draws a number would lose its effect.
 """
 
 import dis
@@ -62,7 +62,7 @@ for _name in _IN_PLACE:
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
-    """Records calls; remembers the first refusal, which a bare ``except`` in a forward cannot swallow."""
+    """Records calls; remembers the first refusal, so that a bare ``except`` in a forward cannot swallow it."""
 
     refusal: str | None = None
 
@@ -185,7 +185,7 @@ def _check_code(module: nn.Module, base: type, function: types.FunctionType, tra
             raise tracer.refuse(f"its forward uses {min(impure)}")
         return
     own = module.__dict__.keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
-    # what is read of self, the stand-in judges
+    # The stand-in judges what is read from self.
     unknown = {name for name in attributes - _PURE - own if not hasattr(base, name)}
     unknown |= {name for name in names if not _is_pure(name, function.__globals__, base)}
     if unknown:

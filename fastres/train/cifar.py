@@ -1,7 +1,7 @@
 """Reads CIFAR-10 from disk: the Python layout, whose pickles are read without running code, and the binary one.
 
-A pickle may name any function of the machine; this reader knows the four names that CIFAR's files hold, and answers
-them with its own harmless stand-ins.
+A pickle may name any function of the machine; this reader knows the five names that CIFAR's files hold, and answers
+them with harmless stand-ins of its own.
 """
 
 import io

@@ -7,7 +7,6 @@ whenever the error stops falling (section 3.4), and a tenth to begin with in a n
 import math
 from collections.abc import Sequence
 
-SCHEDULES = ("step", "plateau", "cosine")
 MILESTONES = (0.5, 0.75)
 PATIENCE = 5  # epochs without a lower test error that make a plateau
 DEEP = 110  # layers from which on the paper warms up
@@ -17,7 +16,7 @@ def factor(schedule: str, done: float, warmup: float, errors: Sequence[float]) -
     """What the base rate is multiplied by.
 
     Args:
-        schedule: of ``SCHEDULES``.
+        schedule: ``"step"``, ``"plateau"`` or ``"cosine"``.
         done: share of the training that lies behind, from 0 to 1.
         warmup: share of the training that runs at a tenth.
         errors: test error of every epoch so far, for ``"plateau"``.

@@ -12,6 +12,8 @@ from fastres.frozen.layers import Network, network
 from fastres.frozen.record import Recording, Value, record
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+# A graph that holds the plan's native call would hold the memory that it works in too: calls that overlap would share it.
+_CLOSED = "fastres.freeze: a frozen network cannot be traced, scripted or exported: pickle it, or export its model"
 RECORDED = 2  # images at most that a network runs on to be recorded
 
 
@@ -39,12 +41,13 @@ def check_images(name: str, x: Any, device: torch.device | None = None) -> None:
 
 
 def recorded(model: nn.Module, example: Tensor) -> tuple[Network, Recording]:
-    """The layers of a model as it is now.
+    """The layers of a model as it is now, run in its parameters' dtype, whatever that of the example.
 
     Raises:
         UnsupportedError: an operation or a weight (not finite) that a plan cannot serve.
     """
-    found = network(type(model).__name__, recording := record(model, example))
+    recording = record(model, example.to(parameter_dtype(model) or example.dtype))
+    found = network(type(model).__name__, recording)
     for layer in found.layers:
         if layer.weight is not None and not layer.weight.isfinite().all():
             what = "must be finite: a plan multiplies padding too"
@@ -78,6 +81,8 @@ class Frozen(nn.Module):
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise UnsupportedError(_CLOSED)
         if torch.compiler.is_compiling():  # decorated here: doing so above would import the compiler with fastres
             return torch.compiler.disable(type(self).call)(self, x)
         return self.call(x)
@@ -85,6 +90,10 @@ class Frozen(nn.Module):
     def call(self, x: Tensor) -> Tensor:
         """What ``forward`` does, never compiled."""
         raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> "Frozen":
+        """Called by ``torch.jit.script``."""
+        raise UnsupportedError(_CLOSED)
 
     def check(self, x: Any) -> None:
         """Images that this network can be called with."""
@@ -110,7 +119,7 @@ class Frozen(nn.Module):
         if self.images is None:
             raise UnsupportedError("fastres.freeze: a quantised network has scales for its weights: freeze the model again")
         check_device(model, self.device)
-        example = torch.zeros(self.images, dtype=parameter_dtype(model) or self.dtype, device=self.device)
+        example = torch.zeros(self.images, dtype=self.dtype, device=self.device)
         found, recording = recorded(model, example)
         if _structure(found) != _structure(self.network):
             raise must("freeze", "model", f"one that does what the frozen {self.name} did", "another structure or other shapes")

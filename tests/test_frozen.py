@@ -328,6 +328,8 @@ def test_bad_arguments():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             frozen(bad)
+    with pytest.raises(ValueError, match="without gradient"):
+        torch.func.jvp(frozen, (x,), (x,))
     vgg = fastres.freeze(vision.vgg11_bn(num_classes=2).features, images((1, 3, 32, 32)))
     with pytest.raises(ValueError, match="suit the layer"):
         vgg(images((1, 3, 8, 8)))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.frozen.calibrate import Quality
@@ -100,7 +101,8 @@ class Frozen(nn.Module):
         check_images("x", x, self.device)
         if x.shape[1] != self.network.channels or 0 in x.shape[1:]:
             raise must("freeze", "x", f"of {self.network.channels} channels and not without pixels", tuple(x.shape))
-        if x.requires_grad and torch.is_grad_enabled():
+        forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if forward or (x.requires_grad and torch.is_grad_enabled()):
             raise must("freeze", "x", "without gradient", "one that requires it", "fastres.optimize has a backward")
 
     def update(self, model: nn.Module) -> None:

@@ -166,6 +166,13 @@ def test_a_wrong_network_is_refused_before_its_images_are_read(capsys, tmp_path,
     assert code == 2 and "--data" not in err and not out.exists(), err
 
 
+@pytest.mark.parametrize("words", [["train", "cifar.resnet8"], ["degradation", "--quick"]], ids=lambda words: words[0])
+def test_results_among_the_images_are_refused(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(folder(tmp_path / "images"))
+    code, _, err = run(capsys, *words, "--data", "folder", ".")  # the default place is a folder here
+    assert code == 2 and "--out must be outside of ." in err and len(os.listdir()) == 3
+
+
 def test_packages_that_are_missing_are_named(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(terminal, "installed", lambda module: False)
     monkeypatch.chdir(tmp_path)

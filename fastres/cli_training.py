@@ -20,7 +20,7 @@ def train(arguments: argparse.Namespace) -> int:
     from fastres.experiments import trainer
     from fastres.train import Settings
 
-    name, path = _data(arguments.data)
+    name, path = _data(arguments.data, arguments.out)
     settings = Settings(
         epochs=arguments.epochs or EPOCHS[name], batch=arguments.batch or (256 if name == "folder" else 128),
         rate=RATES[name] if arguments.rate is None else arguments.rate, momentum=arguments.momentum,
@@ -47,7 +47,7 @@ def degradation(arguments: argparse.Namespace) -> int:
     from fastres.experiments import degradation as experiment
     from fastres.experiments import gradients, speed
 
-    name, path = _data(arguments.data)
+    name, path = _data(arguments.data, arguments.out)
     settings = experiment.settings_for(name, arguments.quick)
     given = {"epochs": arguments.epochs, "batch": arguments.batch, "rate": arguments.rate, "amp": arguments.amp}
     settings = replace(settings, **{key: value for key, value in given.items() if value is not None})
@@ -64,11 +64,13 @@ def degradation(arguments: argparse.Namespace) -> int:
     return 0 if result["ok"] else 1
 
 
-def _data(words: Sequence[str]) -> tuple[str, Path | None]:
+def _data(words: Sequence[str], out: Path) -> tuple[str, Path | None]:
     """``digits``, or the kind and the path of a user's images."""
     name, *rest = words
     if name not in DATA or len(rest) != (name != "digits"):
         raise ArgumentError(f"--data must be digits, cifar10 PATH or folder PATH, got {' '.join(words)}")
+    if name == "folder" and out.resolve().is_relative_to(Path(rest[0]).resolve()):
+        raise ArgumentError(f"--out must be outside of {rest[0]}, where it would count as a class of images, got {out}")
     return name, Path(rest[0]) if rest else None
 
 

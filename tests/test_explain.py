@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import re
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from _modules import lively
 from _torchvision import torchvision
 from torch import nn
+from torch.nn.utils import prune
 
 import fastres
 import fastres.nn as fnn
@@ -75,6 +77,26 @@ def test_a_step_whose_modules_are_called_says_why():
     assert "has hooks" in called["layer1.0.conv1"]
     text = "not one op: Conv2d pads with 'circular'"
     assert text in str(found["layer2.0.conv2"]) and "circular" in found["layer2.0.conv2"].to_dict()["called"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_of_computed_tensors_runs_as_a_copy(training):
+    model = small().train(training)
+    prune.random_unstructured(model.layer1[0].conv1, "weight", 0.5)  # keeps its product with a mask, not a leaf of autograd
+    with torch.no_grad():
+        fastres.optimize(model, channels_last=False, verify=X)
+    own = model.layer1[0].conv1.weight
+    assert steps(fastres.explain(model, X))["layer1.0.conv2"].choices and model.layer1[0].conv1.weight is own
+
+
+def test_a_model_that_cannot_be_copied_says_what_to_do():
+    model = small()
+    model.lock = threading.Lock()
+    with pytest.raises(fastres.UnsupportedError, match=r"cannot be copied to be run .*lock.*; leave out verify"):
+        fastres.optimize(model, verify=X)
+    with pytest.raises(fastres.UnsupportedError, match=r"cannot be copied to be run .*lock.*; give no input"):
+        fastres.explain(fastres.optimize(model), X)
+    assert steps(fastres.explain(model))
 
 
 def test_two_convolutions_say_why_they_are_not_one():

@@ -227,14 +227,14 @@ def test_programs_that_fail_hang_or_are_absent_say_nothing(monkeypatch):
 
 def test_networks_are_built_for_classes_and_colours(tmp_path):
     for name, classes, channels in (("plain18", 10, 3), ("cifar.plain8", 5, 1), ("resnet18", 7, 3)):
-        model = subject.build(name, classes, channels).eval()
+        model = subject.builder(name)(classes, channels).eval()
         with torch.no_grad():
             assert model(torch.zeros(1, channels, 32, 32)).shape == (1, classes)
     mine = tmp_path / "mine.py"
     mine.write_text("import torch.nn as nn\ndef make():\n    return nn.Linear(2, 3)\ndef number():\n    return 3\n")
-    assert subject.build(f"{mine}:make", 10, 3).out_features == 3  # as it is
+    assert subject.builder(f"{mine}:make")(10, 3).out_features == 3  # as it is
     with pytest.raises(ArgumentError, match=r"must give a torch\.nn\.Module, got int"):
-        subject.build(f"{mine}:number", 10, 3)
+        subject.builder(f"{mine}:number")(10, 3)
     with pytest.raises(ArgumentError, match=r"has no nn\.Conv2d"):
         subject.load(f"{mine}:make")
 

@@ -84,6 +84,12 @@ def test_a_folder_is_trained_on_and_told(capsys, tmp_path):
     )
     for name in ("model", "average"):
         load_weights(cifar.resnet(8, num_classes=3), out / f"{name}.safetensors")
+    told = f"cifar.resnet8 on folder {images}: 15 training and 3 test images of 3x32x32, 3 classes; 4 epochs of 3 steps on cpu"
+    assert f"{told}\n" in err
+    code, text, err = run(capsys, *arguments, *options)
+    assert code == 0 and f"{told}; {out} holds this run, finished\n" in err
+    code, text, err = run(capsys, *arguments, *options, "--epochs", "5")
+    assert code == 2 and "(epochs=4)" in err and "a run cannot be made longer" in err
     code, text, err = run(capsys, *arguments, *options, "--strict")
     assert code == 2 and text == "" and "red/bad.png cannot be read" in err
     code, text, err = run(capsys, *arguments, "--json")
@@ -151,6 +157,20 @@ def test_a_wrong_request_is_one_line_and_code_2(capsys, tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("fastres "), err
+
+
+@pytest.mark.parametrize("model", ["resnet51", "cifar.resnet9", "nowhere.py:make"])
+def test_a_wrong_network_is_refused_before_its_images_are_read(capsys, tmp_path, model):
+    out = tmp_path / "out"
+    code, _, err = run(capsys, "train", model, "--data", "folder", tmp_path / "nowhere", "--out", out)
+    assert code == 2 and "--data" not in err and not out.exists(), err
+
+
+@pytest.mark.parametrize("words", [["train", "cifar.resnet8"], ["degradation", "--quick"]], ids=lambda words: words[0])
+def test_results_among_the_images_are_refused(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(folder(tmp_path / "images"))
+    code, _, err = run(capsys, *words, "--data", "folder", ".")  # the default place is a folder here
+    assert code == 2 and "--out must be outside of ." in err and len(os.listdir()) == 3
 
 
 def test_packages_that_are_missing_are_named(capsys, monkeypatch, tmp_path):

@@ -259,13 +259,17 @@ def test_bad_folders_are_told(tmp_path):
 
 
 def test_corrupt_images_are_left_out_and_counted_or_refused(tmp_path):
+    from PIL import Image
+
     two_classes(tmp_path)
     whole = (tmp_path / "red" / "0.png").read_bytes()
     (tmp_path / "red" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "red" / "text.jpg").write_text("no picture")
     (tmp_path / "red" / "nothing.png").write_bytes(b"")
+    Image.new("I;16", (20, 20), 30000).save(tmp_path / "red" / "deep.png")
     found = folder(tmp_path, 16)
-    assert found.notes["skipped"] == ["red/cut.png", "red/nothing.png", "red/text.jpg"] and sum(found.counts()) == 10
+    assert found.notes["skipped"] == [f"red/{name}" for name in ("cut.png", "deep.png", "nothing.png", "text.jpg")]
+    assert sum(found.counts()) == 10
     with pytest.raises(ArgumentError, match=r"red/cut\.png cannot be read .* without --strict it is left out"):
         folder(tmp_path, 16, strict=True)
 

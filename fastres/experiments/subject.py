@@ -102,24 +102,31 @@ def enliven(model: nn.Module) -> None:
                 draw(module.bias, -0.2, 0.2)
 
 
-def build(name: str, classes: int, channels: int) -> nn.Module:
-    """A network by name, to be trained: for images of so many classes and colours, with new weights.
+def builder(name: str) -> Callable[[int, int], nn.Module]:
+    """What builds a network by name, to be trained: for images of so many classes and colours, with new weights.
 
-    A factory of the user's own file is called as it is.
+    It is tried here, before the images are read. A factory of the user's own file is called once only, and as it is.
 
     Raises:
         ArgumentError, UnsupportedError: as ``load``.
     """
     make: Callable[..., Any] = _factory(name)
-    if name.partition(":")[0].endswith(".py"):
-        model = make()
-    elif CIFAR.fullmatch(name):
-        model = make(num_classes=classes, in_channels=channels)
-    else:
-        model = make(num_classes=classes)
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"{name} must give a torch.nn.Module, got {type(model).__name__}")
-    return model
+    own = name.partition(":")[0].endswith(".py")
+
+    def build(classes: int, channels: int) -> nn.Module:
+        if own:
+            model = make()
+        elif CIFAR.fullmatch(name):
+            model = make(num_classes=classes, in_channels=channels)
+        else:
+            model = make(num_classes=classes)
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"{name} must give a torch.nn.Module, got {type(model).__name__}")
+        return model
+
+    if not own:
+        build(10, 3)
+    return build
 
 
 def _in_channels(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ def run(request: Request, *, quiet: bool = False) -> dict[str, Any]:
     """Train, from the last checkpoint in ``out`` if there is one; writes logs and ``model.safetensors`` there."""
     if "tensorboard" in request.logs:
         terminal.need("--log tensorboard", "tensorboard", extra="train")
+    build = subject.builder(request.model)
     request.out.mkdir(parents=True, exist_ok=True)  # or fail now
     with ExitStack() as stack:
         processes, device = stack.enter_context(started(request.device))
@@ -57,7 +59,9 @@ def run(request: Request, *, quiet: bool = False) -> dict[str, Any]:
         if (skipped := data.notes.get("skipped")) and not quiet:
             terminal.note(f"{len(skipped)} images cannot be read and are left out, {skipped[0]} first")
         log = stack.enter_context(_Log(request, quiet))
-        trainer = make(request, data, device, processes, log)
+        trainer = make(request, build, data, device, processes, log)
+        if not quiet:
+            terminal.note(_about(request, trainer))
         log.begin(trainer)
         history = trainer.run()
         if processes.rank == 0:
@@ -85,10 +89,13 @@ def load(request: Request) -> Data:
     return datasets.folder(request.path, request.size or (32 if request.small else 224), request.strict, seed)
 
 
-def make(request: Request, data: Data, device: torch.device, processes: Processes, log: "_Log") -> Trainer:
+def make(
+    request: Request, build: Callable[[int, int], nn.Module], data: Data, device: torch.device, processes: Processes,
+    log: "_Log",
+) -> Trainer:  # fmt: skip
     """The network, as its blocks were wished, in a trainer."""
     torch.manual_seed(request.settings.seed)
-    model = subject.build(request.model, len(data.classes), data.channels)
+    model = build(len(data.classes), data.channels)
     if request.zero_init:
         zero_last_norms(model)
     model = torch_twin(model) if request.blocks == "torch" else fastres.optimize(model)
@@ -96,6 +103,20 @@ def make(request: Request, data: Data, device: torch.device, processes: Processe
     return Trainer(
         model, data, request.settings, out=request.out, device=device, processes=processes, name=name, told=log.row
     )  # fmt: skip
+
+
+def _about(request: Request, trainer: Trainer) -> str:
+    """What is trained on what, and whether it begins, goes on or is finished."""
+    data, settings = trainer.data, trainer.settings
+    where = "scikit-learn's digits (--data names others)" if request.data == "digits" else f"{request.data} {request.path}"
+    training, test = data.counts()
+    size = f"{data.channels}x{data.size}x{data.size}"
+    images = f"{training} training and {test} test images of {size}, {len(data.classes)} classes"
+    length = f"{settings.epochs} epochs of {trainer.steps} steps on {trainer.device.type}"
+    state = "" if not trainer.step else f"; goes on in {request.out} after step {trainer.step}"
+    if len(trainer.history) == settings.epochs:
+        state = f"; {request.out} holds this run, finished"
+    return f"{request.model} on {where}: {images}; {length}{state}"
 
 
 def zero_last_norms(model: nn.Module) -> None:

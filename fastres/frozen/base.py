@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.frozen.calibrate import Quality
@@ -13,6 +14,8 @@ from fastres.frozen.record import Recording, Value, record
 from fastres.ops._conv_cpu import is_finite
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
+# A graph that holds the plan's native call would hold the memory that it works in too: calls that overlap would share it.
+_CLOSED = "fastres.freeze: a frozen network cannot be traced, scripted or exported: pickle it, or export its model"
 RECORDED = 2  # images at most that a network runs on to be recorded
 
 
@@ -40,12 +43,12 @@ def check_images(name: str, x: Any, device: torch.device | None = None) -> None:
 
 
 def recorded(model: nn.Module, example: Tensor) -> tuple[Network, Recording]:
-    """The layers of a model as it is now.
+    """The layers of a model as it is now, run in its parameters' dtype, whatever that of the example.
 
     Raises:
         UnsupportedError: an operation or a weight (not finite) that a plan cannot serve.
     """
-    recording = record(model, example)
+    recording = record(model, example.to(parameter_dtype(model) or example.dtype))
     return layers_of(type(model).__name__, recording), recording
 
 
@@ -89,6 +92,8 @@ class Frozen(nn.Module):
         super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise UnsupportedError(_CLOSED)
         if torch.compiler.is_compiling():  # decorated here: doing so above would import the compiler with fastres
             return torch.compiler.disable(type(self).call)(self, x)
         return self.call(x)
@@ -97,12 +102,17 @@ class Frozen(nn.Module):
         """What ``forward`` does, never compiled."""
         raise NotImplementedError
 
+    def __prepare_scriptable__(self) -> "Frozen":
+        """Called by ``torch.jit.script``."""
+        raise UnsupportedError(_CLOSED)
+
     def check(self, x: Any) -> None:
         """Images that this network can be called with."""
         check_images("x", x, self.device)
         if x.shape[1] != self.network.channels or 0 in x.shape[1:]:
             raise must("freeze", "x", f"of {self.network.channels} channels and not without pixels", tuple(x.shape))
-        if x.requires_grad and torch.is_grad_enabled():
+        forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if forward or (x.requires_grad and torch.is_grad_enabled()):
             raise must("freeze", "x", "without gradient", "one that requires it", "fastres.optimize has a backward")
 
     def update(self, model: nn.Module) -> None:
@@ -121,7 +131,7 @@ class Frozen(nn.Module):
         if self.images is None:
             raise UnsupportedError("fastres.freeze: a quantised network has scales for its weights: freeze the model again")
         check_device(model, self.device)
-        example = torch.zeros(self.images, dtype=parameter_dtype(model) or self.dtype, device=self.device)
+        example = torch.zeros(self.images, dtype=self.dtype, device=self.device)
         found, recording = recorded(model, example)
         if _structure(found) != _structure(self.network):
             raise must("freeze", "model", f"one that does what the frozen {self.name} did", "another structure or other shapes")

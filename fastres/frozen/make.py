@@ -48,7 +48,7 @@ def freeze(
         model: a network from one image batch to one tensor: any composition of convolutions, batch norm, additions, ReLU,
             max and average pooling and linear layers, however its Python is written.
         example: images (N, C, H, W) on the model's device, float32, bfloat16 or, on a GPU, float16; the network runs once on
-            them, on a GPU on the first two.
+            them, on a GPU on the first two, in its parameters' dtype and without autocast.
         dtype: ``torch.float32`` or ``torch.bfloat16``, or on a GPU ``torch.float16``, for weights and activations; None is the
             parameters' own. In 16 bits sums, biases and batch norm are float32, and each layer rounds once; PyTorch's own
             operations, where they are the fastest, round after each.

@@ -143,7 +143,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         with torch.inference_mode(False), torch.no_grad():  # in inference mode other operations would be recorded
             x = example.detach().clone()
             start = recorder.x = recorder.produce(x)
-            with recorder:
+            with torch.autocast(x.device.type, enabled=False), recorder:  # what the caller casts is not the model's doing
                 y = model(x)
     finally:
         for module, training in modes:

@@ -1,6 +1,5 @@
 """``explain``: which kernel runs where in a model, or why a module was left alone; which backend one call gets."""
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from fastres.ops.conv_statistics import CONV_STATISTICS
 from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
 from fastres.optimize.swap import state_of
-from fastres.optimize.verify import unseen_randomness
+from fastres.optimize.verify import copied, unseen_randomness
 
 _UNSEEN = {"fusable": "fastres.optimize(model) would fuse it", "skipped": "skipped by optimize(skip=...)"}
 
@@ -290,7 +289,7 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
     """The choices of each module's steps when a copy of the model runs on inputs."""
     seen: _Seen = {}
     where: list[tuple[str, Step | None]] = []
-    subject = copy.deepcopy(model)
+    subject = copied(model, "explain", "give no input")
     for name, module in subject.named_modules():
         state = state_of(module)
         if type(module).__module__.startswith("fastres."):

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fastres import budget
-from fastres.errors import VerificationError, must, must_type
+from fastres.errors import UnsupportedError, VerificationError, must, must_type
 from fastres.optimize.swap import unswap
 
 
@@ -24,7 +25,7 @@ class Reference:
             raise must_type("optimize", "verify", "a tensor or a tuple of tensors", inputs)
         if dtype is not None:
             self.inputs = _cast(self.inputs, dtype)
-        original = copy.deepcopy(model)
+        original = copied(model, "optimize", "leave out verify")
         for module in original.modules():
             unswap(module)
         plain = original if dtype is None else original.to(dtype)
@@ -60,6 +61,29 @@ class Reference:
         return worst
 
 
+class _Values(TorchFunctionMode):
+    """Copies computed tensors too, by value, which ``copy.deepcopy`` refuses: pruning and weight norm keep such ones."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        computed, memo = args
+        return memo.setdefault(id(computed), computed.detach().clone().requires_grad_(computed.requires_grad))
+
+
+def copied(model: nn.Module, function: str, do: str) -> nn.Module:
+    """A copy to run once.
+
+    Raises:
+        UnsupportedError: the model holds what cannot be copied; ``do`` says what works without.
+    """
+    try:
+        with _Values():
+            return copy.deepcopy(model)
+    except TypeError as error:  # of pickle, about a lock, a file, a generator
+        raise UnsupportedError(f"fastres.{function}: the model cannot be copied to be run ({error}); {do}") from error
+
+
 def _channels_last(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     last = torch.channels_last
     return tuple(value.contiguous(memory_format=last) if value.dim() == 4 else value for value in inputs)
@@ -80,7 +104,7 @@ def unseen_randomness() -> Iterator[None]:
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """All floating tensors a copy of the model returns, and in training its buffers after the step."""
-    model = copy.deepcopy(model)
+    model = copied(model, "optimize", "leave out verify")
     with unseen_randomness(), torch.no_grad():
         result = model(*(value.clone() for value in inputs))
     found = pytree.tree_leaves(result)

@@ -66,6 +66,8 @@ def _opened(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would cut their values off at 255
+                raise ValueError(f"pixels of more than 8 bits, of Pillow's mode {image.mode}")
             return image.convert("RGB")
 
 

@@ -49,7 +49,7 @@ PYTHON = [
     Fault("a plan keeps its old weights", "optimize/whole.py", "self.plan.take(layers_of(self.plan.name, self.recording))", "pass",
           "test_whole.py::test_a_plan_takes_over_what_is_written", {}),
     Fault("weights change under a call that runs", "frozen/module.py", "if not self._running:", "if True:",
-          "test_frozen.py::test_a_call_that_runs_keeps_its_weights", {}),
+          "test_whole.py::test_a_call_that_runs_keeps_its_weights", {}),
     Fault("integers hide what is not finite", "frozen/device_int8.py", "mul_(0.0).float()", "zero_().float()",
           "test_frozen_int8.py::test_values_that_are_not_finite_give_nan_in_their_image_alone", {}),
     Fault("a kernel of integers that is not proven", "frozen/device_int8.py", "if None not in reasons:", "if False:",

@@ -257,18 +257,6 @@ class Function(nn.Module):
         return self.function(self.conv(x))
 
 
-def test_a_call_that_runs_keeps_its_weights():
-    model, x = small(), images((2, 3, 32, 32))
-    frozen, other = fastres.freeze(model, x), copy.deepcopy(model)
-    other.bn1.weight.data.mul_(2)
-    before, y = frozen(x), torch.empty(2, 1, 1, 10)
-    with frozen._call(tuple(x.shape)) as plan:
-        frozen.update(other)
-        assert not torch.equal(frozen(x), before)
-        frozen.run(plan, x, y)
-    assert torch.equal(y.flatten(1), before) and torch.equal(frozen(x), fastres.freeze(other, x)(x))
-
-
 @pytest.mark.parametrize(
     "function, why",
     [

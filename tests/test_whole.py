@@ -93,6 +93,18 @@ def test_a_plan_takes_over_what_is_written(model):
 
 
 @torch.no_grad()
+def test_a_call_that_runs_keeps_its_weights(model):
+    frozen, other = fastres.freeze(model, X), copy.deepcopy(model)
+    other.bn1.weight.mul_(2)
+    before, y = frozen(X), torch.empty(2, 1, 1, 10)
+    with frozen._call(tuple(X.shape)) as plan:
+        frozen.update(other)
+        assert not torch.equal(frozen(X), before)
+        frozen.run(plan, X, y)
+    assert torch.equal(y.flatten(1), before) and torch.equal(frozen(X), fastres.freeze(other, X)(X))
+
+
+@torch.no_grad()
 def test_hooks_fire_whenever_they_came(model):
     seen = []
     model(X)

@@ -384,4 +384,4 @@ def _conv(
 ) -> Layer:
     rows, bias = own
     return Layer("conv", _layer_name(weight), x, y, None, False, _pair(rows.shape[2:]), stride, padding, dilation, groups,
-                 out_channels=len(rows), weight=rows, bias=bias)  # fmt: skip
+                 out_channels=len(rows), weight=rows.float(), bias=bias.float())  # fmt: skip

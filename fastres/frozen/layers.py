@@ -203,8 +203,8 @@ class _Builder:
 
     def on_conv_bn_add_act(self, x, residual, weight, bias, g, b, m, v, eps, stride, padding, dilation, groups, act, *, y):
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        folded = _fold.fold(tuple(map(_constant, (weight, bias, g, b, m, v))), eps)
-        conv = _conv(x, weight, folded, *pairs, groups, y)
+        rows, *others = map(_constant, (weight, bias, g, b, m, v))
+        conv = _conv(x, weight, _fold.fold((rows.float(), *others), eps), *pairs, groups, y)
         conv.residual = None if residual is None else self.value(residual)
         conv.relu = act == "relu"
         self.add(conv)
@@ -384,4 +384,4 @@ def _conv(
 ) -> Layer:
     rows, bias = own
     return Layer("conv", _layer_name(weight), x, y, None, False, _pair(rows.shape[2:]), stride, padding, dilation, groups,
-                 out_channels=len(rows), weight=rows.float(), bias=bias.float())  # fmt: skip
+                 out_channels=len(rows), weight=rows, bias=bias)  # fmt: skip

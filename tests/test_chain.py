@@ -12,7 +12,7 @@ import fastres
 import fastres.nn as fnn
 from fastres.experiments.twin import torch_twin
 from fastres.kernels import native
-from fastres.nn import _fused
+from fastres.nn import _fused, _plain
 from fastres.ops import _node, _running
 
 LAST = torch.channels_last
@@ -207,7 +207,7 @@ def test_a_convolution_without_pairs_is_called(change, nodes):
     for what in own:
         if own[what].is_floating_point():
             assert_close_to_truth(own[what], same[what], truth[what], torch.float32, what)
-    assert "has no pairs" in _fused.why_not(block.conv1)
+    assert "has no pairs" in _plain.why_not(block.conv1)
     block.eval()
     with torch.no_grad():
         torch.testing.assert_close(block(x), torch_twin(block)(x), rtol=1e-4, atol=1e-4)

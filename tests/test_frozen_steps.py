@@ -42,6 +42,15 @@ STEPS = {
     "our batch norm and a residual without ReLU": lambda m, y: fastres.functional.bn_add_act(y, y, *statistics(m), act="none"),
     "our addition": lambda m, y: fastres.functional.add_act(y, m.bn(y)),
     "a batch norm of a value that has other users": lambda m, y: m.bn(y) + y,
+    "a scale for each channel": lambda m, y: y * m.bn.weight.view(1, -1, 1, 1),
+    "a shift and a scale in place": lambda m, y: y.add_(m.bn.bias.view(-1, 1, 1)).mul_(m.bn.weight[:1]),
+    "a quotient": lambda m, y: y / m.bn.running_var[0],
+    "a difference behind a ReLU": lambda m, y: y.relu() - m.bn.bias[:, None, None],
+    "a shift behind a batch norm that others read": lambda m, y: (z := m.bn(y)) + (m.bn.bias[:, None, None] + z),
+    "values brought to a mean and a deviation": lambda m, y: m.small(
+        (y.relu() - m.bn.bias[:, None, None]) / m.bn.running_var[:, None, None]
+    ),
+    "weights that the network computes": lambda m, y: F.conv2d(y, m.small.weight / m.small.weight.std(), m.small.bias * 2),
     "zeros for channels": lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8)),
     "zeros for channels, then a part": lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8))[:, :, ::2, ::2],
     "a part, then zeros for channels": lambda m, y: F.pad(y[:, :, ::2, ::3], (0, 0, 0, 0, 0, 8)),
@@ -75,6 +84,14 @@ REFUSED = {
     "a matrix that the network computes": (
         lambda m, y: torch.addmm(m.bn.bias[:2], y.mean((2, 3)), y.mean((2, 3)).t()), "aten.addmm|aten.t",
     ),
+    "a scale for each pixel": (lambda m, y: y * m.small.weight[0, :, :, :], "aten.mul"),
+    "a random scale": (lambda m, y: y * torch.rand_like(m.bn.weight)[:, None, None], "aten.rand_like|aten.mul"),
+    "a scale that the images give": (lambda m, y: y * y.mean((0, 2, 3), keepdim=True), "aten.mul"),
+    "a number": (lambda m, y: y * 2, "aten.mul"),
+    "a part of the weights that the images choose": (
+        lambda m, y: y * m.bn.weight[y.mean((0, 2, 3)).long().clamp(0, 15)][:, None, None], "aten.mul|dtype",
+    ),
+    "a view of a parameter, written": (lambda m, y: y * m.bn.weight.view(-1, 1, 1).mul_(1), "into its input or its parameters"),
     "a pad of pixels": (lambda m, y: F.pad(y, (1, 1)), "aten.constant_pad_nd"),
     "a pad that is not zero": (lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8), value=1.0), "aten.constant_pad_nd"),
     "a norm with computed parameters": (

@@ -9,7 +9,7 @@ from torch import nn
 
 import fastres
 from fastres.experiments.twin import torch_twin
-from fastres.nn import BasicBlock, _fused
+from fastres.nn import BasicBlock, _plain
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -48,7 +48,7 @@ def test_parameters_and_buffers_kept_elsewhere_are_used():
         setattr(module, own, value.detach())
         plain, x = torch_twin(block), torch.randn(2, 8, 6, 6)
         torch.testing.assert_close(block(x), plain(x))
-        assert "elsewhere" in _fused.why_not(module)
+        assert "elsewhere" in _plain.why_not(module)
 
 
 def test_statistics_that_a_called_batch_norm_writes_are_folded_anew():

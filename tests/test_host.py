@@ -11,7 +11,7 @@ from torch import nn
 import fastres
 import fastres.nn as fnn
 from fastres.experiments.twin import torch_twin
-from fastres.nn import _fused, _sequence, _stage
+from fastres.nn import _fused, _plain, _sequence, _stage
 from fastres.ops import _running
 
 LAST = torch.channels_last
@@ -149,7 +149,7 @@ def test_a_forward_replaced_on_the_class_is_called(kind, monkeypatch):
     monkeypatch.setattr(kind, "forward", lambda self, x: called.append(self) or forward(self, x))
     step(block, images(16))
     assert len(called) == 2
-    assert "replaced on the class" in _fused.why_not(kind(16, 16, 1) if kind is nn.Conv2d else kind(16))
+    assert "replaced on the class" in _plain.why_not(kind(16, 16, 1) if kind is nn.Conv2d else kind(16))
 
 
 def test_a_weight_that_is_kept_elsewhere_is_used():

@@ -14,7 +14,7 @@ import fastres
 import fastres.nn as fnn
 from fastres.dispatch import Backend
 from fastres.experiments.twin import torch_twin
-from fastres.nn import _fused, _stage
+from fastres.nn import _fused, _plain, _stage
 from fastres.ops import REGISTRY, _node
 from fastres.ops._replay import Recorder
 
@@ -337,4 +337,4 @@ def test_evaluation_and_hooks_go_their_own_way(formulas):
     mean = block.bn1.running_mean.clone()
     step(block, images())
     assert torch.equal(block.bn1.running_mean, mean)
-    assert isinstance(block.relu, nn.ReLU) and _fused.why_not(block.relu) is None
+    assert isinstance(block.relu, nn.ReLU) and _plain.why_not(block.relu) is None

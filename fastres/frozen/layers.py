@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from fastres.errors import UnsupportedError
-from fastres.frozen.record import Operation, Recording, Value
+from fastres.frozen import weights
+from fastres.frozen.record import Recording, Value
 from fastres.ops import _fold
 
 Pair = tuple[int, int]
 _ONE = (1, 1)
+_IN_PLACE = ("relu_", "add_", "sub_", "mul_", "div_")
 _WHOLE = 2**31  # where a slice ends that takes all there is, whatever the size of the images
 
 
@@ -78,12 +80,12 @@ class _Builder:
         self.found: list[Layer] = []
         self.same: dict[Value, Value] = {}  # a value that holds what an earlier one holds
         self.makers: dict[Value, Layer] = {}
-        self.sources: dict[Value, Operation] = {}
         self.refused: dict[str, int] = {}
 
     def build(self) -> list[Layer]:
         for operation in self.recording.operations:
-            self.sources[operation.result] = operation
+            if operation.result.constant is not None:
+                continue
             take = getattr(self, "on_" + _stem(operation.target), None)
             try:
                 if take is None or operation.target.endswith("out"):
@@ -161,8 +163,8 @@ class _Builder:
         if transposed or len(weight.shape) != 4:
             raise _Refused
         pairs = [_pair(value) for value in (stride, padding, dilation)]
-        rows = _own(_constant(weight))
-        bias = torch.zeros(len(rows), device=rows.device) if bias is None else _own(_constant(bias))
+        rows = weights.own(_constant(weight))
+        bias = torch.zeros(len(rows), device=rows.device) if bias is None else weights.own(_constant(bias))
         self.add(_conv(x, weight, (rows, bias), *pairs, groups, y))
 
     def on_native_batch_norm(self, x, weight, bias, mean, var, training, _, eps, *, y):
@@ -174,10 +176,7 @@ class _Builder:
             conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *parameters), eps)
             self.rename(conv, y)
             return
-        gamma, beta, mu, variance = parameters
-        scale = (variance.double() + eps).rsqrt() * (1.0 if gamma is None else gamma.double())
-        beta = torch.zeros_like(mu) if beta is None else beta
-        self.add(Layer("bn", _layer_name(mean), x, y, weight=torch.stack([mu.float(), scale.float(), beta.float()])))
+        self.add(Layer("bn", _layer_name(mean), x, y, weight=weights.batch_norm(*parameters, eps)))
 
     on_cudnn_batch_norm = on_native_batch_norm
 
@@ -220,7 +219,30 @@ class _Builder:
         self.on_conv_bn_act(x, *parameters[:-3], y=pooled)
         self.on_max_pool2d_with_indices(pooled, *parameters[-3:], y=y)
 
+    def on_mul(self, x, factor, *, y):
+        x, factor = (factor, x) if x.constant is not None else (x, factor)
+        self.scale_and_shift(x, _of_channels(x, factor), None, y)
+
+    def on_div(self, x, divisor, *, y):
+        self.scale_and_shift(x, _of_channels(x, divisor).reciprocal(), None, y)
+
+    def on_sub(self, x, shift, alpha=1, *, y):
+        self.scale_and_shift(x, None, -alpha * _of_channels(x, shift), y)
+
+    def scale_and_shift(self, x: Value, scale: Tensor | None, shift: Tensor | None, y: Value) -> None:
+        """``x * scale + shift`` by channels, in the layer before where that is linear, else as a batch norm."""
+        layer, rows = self.private(x, "conv", "bn"), weights.scale_and_shift(scale, shift)
+        if layer is None:
+            self.add(Layer("bn", "scale and shift", x, y, weight=rows.float()))
+            return
+        layer.weight, layer.bias = weights.with_rows(layer.weight, layer.bias, rows)
+        self.rename(layer, y)
+
     def on_add(self, x, residual, alpha=1, *, y):
+        if isinstance(residual, Value) and (x.constant is not None or residual.constant is not None):
+            x, shift = (residual, x) if x.constant is not None else (x, residual)
+            self.scale_and_shift(x, None, alpha * _of_channels(x, shift), y)
+            return
         if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
             raise _Refused
         if _image_shape(self.value(x)) != _image_shape(self.value(residual)):
@@ -275,25 +297,13 @@ class _Builder:
             raise _Refused
 
     def on_addmm(self, bias, x, weight, beta=1, alpha=1, *, y):
-        matrix = self.transposed(weight)
-        source = self.value(x)
-        if matrix is None or matrix.constant is None or bias.constant is None or beta != 1 or alpha != 1:
-            raise _Refused
-        if bias.constant.shape != matrix.constant.shape[:1]:
+        source, rows, added = self.value(x), _constant(weight).t(), _constant(bias)
+        if beta != 1 or alpha != 1 or added.shape != rows.shape[:1]:
             raise _Refused
         kernel = _pair(source.shape[2:]) if len(source.shape) == 4 else _ONE
-        rows = matrix.constant.detach()
         rows = rows.reshape(len(rows), -1, *kernel)
-        self.add(Layer("linear", _layer_name(matrix), source, y, None, False, kernel, out_channels=len(rows),
-                       expects=kernel, weight=_own(rows), bias=_own(bias.constant)))  # fmt: skip
-
-    def transposed(self, weight: Value) -> Value | None:
-        source = self.sources.get(weight)
-        return source.args[0] if source is not None and source.target == "aten.t.default" else None
-
-    def on_t(self, weight, *, y):
-        if weight.constant is None:
-            raise _Refused
+        self.add(Layer("linear", _layer_name(weight), source, y, None, False, kernel, out_channels=len(rows),
+                       expects=kernel, weight=weights.own(rows), bias=weights.own(added)))  # fmt: skip
 
     def on_view(self, x, shape, *, y):
         flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
@@ -355,7 +365,7 @@ def _image_shape(value: Value) -> tuple[int, ...]:
 
 def _stem(target: str) -> str:
     name = target.split(".")[1]
-    return {"relu_": "relu", "add_": "add", "flatten": "view", "reshape": "view"}.get(name, name)
+    return {"flatten": "view", "reshape": "view"}.get(name, name.removesuffix("_") if name in _IN_PLACE else name)
 
 
 def _pair(value: Any) -> Pair:
@@ -370,9 +380,12 @@ def _constant(value: Value | None) -> Tensor | None:
     return None if value is None else value.constant
 
 
-def _own(parameter: Tensor) -> Tensor:
-    """A copy in float32: the model may change later, and two layers may share one."""
-    return parameter.detach().to(torch.float32, copy=True)
+def _of_channels(x: Value, constant: Any) -> Tensor:
+    """A constant that scales or shifts channels of x, one value for each."""
+    found = weights.of_channels(_constant(constant), x.shape) if isinstance(constant, Value) else None
+    if found is None:
+        raise _Refused
+    return found
 
 
 def _layer_name(parameter: Value) -> str:

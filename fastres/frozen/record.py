@@ -44,6 +44,11 @@ class Recording:
     y: Value
     operations: list[Operation] = field(default_factory=list)
 
+    def reads_parameters(self) -> bool:
+        """Whether every constant is a parameter's memory, so that layers made again have what was written there."""
+        computed = [operation for operation in self.operations if operation.result.constant is not None]
+        return all(any(_storage(arg) == _storage(operation.result) for arg in operation.args) for operation in computed)
+
     def signature(self) -> list[tuple]:
         """What was done to what, without the sizes of images: equal for recordings that one plan can serve."""
         order = {self.x: 0} | {operation.result: index + 1 for index, operation in enumerate(self.operations)}
@@ -51,7 +56,7 @@ class Recording:
         def told(arg: Any) -> Any:
             if not isinstance(arg, Value):
                 return tuple(arg) if isinstance(arg, list) else arg
-            return order[arg] if arg.constant is None else (arg.name, arg.constant.data_ptr())
+            return order[arg] if arg in order else (arg.name, None if arg.constant is None else arg.constant.data_ptr())
 
         found = []
         for operation in self.operations:
@@ -61,10 +66,19 @@ class Recording:
         return [*found, (order[self.y],)]
 
 
+def _storage(value: Any) -> int | None:
+    constant = value.constant if isinstance(value, Value) else None
+    return None if constant is None else constant.untyped_storage().data_ptr()
+
+
 def _in_order(func: Any, args: tuple, kwargs: dict) -> list:
     """The arguments of a call, in its schema's order with the defaults of those not given."""
     further = func._schema.arguments[len(args) :]
     return [*args, *(kwargs.get(argument.name, argument.default_value) for argument in further)]
+
+
+def _holds_tensors(args: tuple) -> bool:
+    return any(isinstance(each, Tensor) for arg in args if isinstance(arg, list | tuple) for each in arg)
 
 
 class _Recorder(TorchDispatchMode):
@@ -90,8 +104,11 @@ class _Recorder(TorchDispatchMode):
             self.alive.append(tensor)
         return found
 
-    def produce(self, tensor: Tensor) -> Value:
+    def produce(self, tensor: Tensor, of: Value | None = None) -> Value:
+        """A value between operations, or one computed of constants alone."""
         value = self.values[id(tensor)] = Value(tuple(tensor.shape))
+        if of is not None:
+            value.constant, value.name = tensor.detach(), of.name
         self.keep(tensor)
         return value
 
@@ -118,11 +135,15 @@ class _Recorder(TorchDispatchMode):
             raise UnsupportedError(f"fastres.freeze: the network changes dtype to {first.dtype} ({target})")
         if func._schema.is_mutable:
             self.refuse_shared_write(args[0], target)
-        self.operations.append(Operation(target, operands, self.produce(first)))
+        constant = next((arg for arg in operands if isinstance(arg, Value)), None)
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        of = None if computed or is_random or func._schema.is_mutable or _holds_tensors(args) else constant
+        self.operations.append(Operation(target, operands, self.produce(first, of)))
         return out
 
     def refuse_shared_write(self, tensor: Tensor, target: str) -> None:
-        if self.values.get(id(tensor)) in (None, self.x):
+        written = self.values.get(id(tensor))
+        if written in (None, self.x) or written.constant is not None:
             raise UnsupportedError(f"fastres.freeze: the network writes into its input or its parameters ({target})")
         if len(self.in_storage.get(tensor.untyped_storage().data_ptr(), ())) > 1:
             raise UnsupportedError(f"fastres.freeze: the network writes into memory that a view shares ({target})")

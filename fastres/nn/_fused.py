@@ -13,11 +13,11 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
+from fastres.nn._plain import Act, is_norm, keeps_dtype, trains, why_not
 from fastres.ops import _chain, _fold, _node
 from fastres.ops._given import Known
 from fastres.ops._made import Made
@@ -26,7 +26,6 @@ from fastres.ops.conv import why_not_fast
 from fastres.ops.conv_bn_add_conv_bn_act import may_join as device_may_join
 from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
-Act = nn.Module | str | None
 Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
 Link = tuple[Any, Act]  # a convolution, or a batch norm with its activation
 _PLAIN = {Tensor, nn.Parameter, type(None)}
@@ -37,60 +36,8 @@ WRONG = (ArgumentError, ArgumentTypeError)
 # thirtieth longer (AMD EPYC, 2 threads, 2026-11-25).
 MOST_IN_ONE_NODE = 2**20
 WHOLE = {"cuda"}  # device types where it is one node whatever the size: PyTorch keeps freed memory there
-_AFFINE, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var", "num_batches_tracked"}
-_FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something expects to see the module called."""
-    state = module.__dict__
-    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
-    return bool(hooks or state["_backward_pre_hooks"])
-
-
-# Attribute of a class that optimize put on top of a module's own class: that own class.
-ORIGINAL = "_fastres_original"
 # Attribute of a block that optimize(memory="low") has marked: backward recomputes what its layers pass on.
 RECOMPUTES = "_fastres_recomputes"
-
-
-def original_class(module: nn.Module) -> Any:
-    """The class a module has, or had before it was swapped."""
-    return getattr(type(module), ORIGINAL, type(module))
-
-
-def _why_not_module(module: nn.Module) -> str | None:
-    """Why a module must be called rather than read."""
-    kind = type(module)
-    if kind not in _FUSIBLE:
-        return f"{kind.__name__} is not one of the plain torch.nn modules that fuse"
-    if has_hooks(module):
-        return f"{kind.__name__} has hooks, which must fire"
-    if "forward" in module.__dict__:
-        return f"{kind.__name__} has a forward of its own on the instance"
-    if kind.forward is not _FUSIBLE[kind]:
-        return f"the forward of {kind.__name__} was replaced on the class"
-    is_norm = kind is nn.BatchNorm2d
-    lacks = (is_norm or kind is nn.Conv2d) and not module._parameters.keys() >= _AFFINE
-    if lacks or (is_norm and not module._buffers.keys() >= _STATISTICS):
-        return f"{kind.__name__} keeps parameters or buffers elsewhere, as a replica of DataParallel does"
-    if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
-    if kind is nn.Conv2d and not all(isinstance(getattr(module, pair), tuple) for pair in ("stride", "padding", "dilation")):
-        return f"Conv2d has no pairs, got {module.stride!r}, {module.padding!r}, {module.dilation!r}: only those fuse"
-    if kind is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
-        return "MaxPool2d has dilation, ceil_mode or return_indices"
-    return None
-
-
-def why_not(*modules: Act) -> str | None:
-    """Why these modules cannot run as one op, or None: ``(conv, bn, act)``, ``(bn, act)``, ``(bn, act, pool)``."""
-    for module in modules:
-        if isinstance(module, nn.Module) and (reason := _why_not_module(module)) is not None:
-            return reason
-    if _any_global_hook():
-        return "a global module hook is registered, which must fire"
-    return None
 
 
 def _is_relu(act: Act) -> bool:
@@ -101,12 +48,13 @@ def _is_relu(act: Act) -> bool:
 def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
     """Whether a call may be one op: each module has the plain type that its place asks for, and nothing must see it called."""
     return (
-        type(bn) is nn.BatchNorm2d
+        is_norm(bn)
         and (conv is None or type(conv) is nn.Conv2d)
         and (pool is None or type(pool) is nn.MaxPool2d)
         and _is_relu(act)
         and not is_followed(x)
         and why_not(conv, bn, act, pool) is None
+        and keeps_dtype(conv, bn, x)
     )
 
 
@@ -123,15 +71,13 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
     y = in_one_node([(conv, bn, act)], x, residual)
     if y is not None:
         return y
-    buffers = bn._buffers
-    if not bn.training and fuses(x, conv, bn, act, None) and buffers["running_mean"] is not None:
-        convolution, norm = conv._parameters, bn._parameters
+    if not trains(bn) and fuses(x, conv, bn, act, None) and bn._buffers["running_mean"] is not None:
+        convolution, (mean, var, weight, bias, _) = conv._parameters, _norm.statistics(bn)
         inputs = (x,) if residual is None else (x, residual)
         run: Callable[..., Tensor] = functional.conv_bn_act if residual is None else functional.conv_bn_add_act
         try:
             return run(
-                *inputs, convolution["weight"], convolution["bias"], buffers["running_mean"], buffers["running_var"],
-                norm["weight"], norm["bias"], False, 0.0, bn.eps,
+                *inputs, convolution["weight"], convolution["bias"], mean, var, weight, bias, False, 0.0, bn.eps,
                 conv.stride, conv.padding, conv.dilation, conv.groups, name(act),
             )  # fmt: skip
         except WRONG:
@@ -277,7 +223,7 @@ def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | N
     """``convolve`` where ``act(bn(...))`` or ``pool(act(bn(...)))`` follows: in training also the statistics of the output,
     where one kernel computes both."""
     plain = not torch.compiler.is_compiling() and type(x) is Tensor and x.layout is torch.strided and not x.is_nested
-    if plain and _chain.asks(x) and bn.training and fuses(x, conv, bn, act, pool):
+    if plain and _chain.asks(x) and trains(bn) and fuses(x, conv, bn, act, pool):
         try:
             return find_statistics(conv, x)
         except WRONG:

@@ -1,4 +1,7 @@
-"""What an ``nn.BatchNorm2d`` gives to an op and gets back from it: its parameters, its running buffers, its counter."""
+"""What a batch norm gives to an op and gets back from it: its parameters, its running buffers, its counter.
+
+A frozen one, torchvision's ``FrozenBatchNorm2d``, only gives.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.nn._plain import is_frozen_norm, trains
 from fastres.ops import _running
 from fastres.ops._given import Known, runner
 from fastres.ops._made import Made
@@ -22,6 +26,8 @@ def statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor
     """running_mean, running_var, weight, bias and training, as ``nn.BatchNorm2d.forward`` passes them on."""
     parameters, buffers = bn._parameters, bn._buffers
     mean, var = buffers["running_mean"], buffers["running_var"]
+    if is_frozen_norm(bn):
+        return mean, var, buffers["weight"], buffers["bias"], False
     if bn.training and not bn.track_running_stats:
         mean = var = None
     return mean, var, parameters["weight"], parameters["bias"], bn.training or mean is None
@@ -29,6 +35,8 @@ def statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor
 
 def momentum(bn: nn.BatchNorm2d) -> float | Tensor:
     """The update's weight; the reciprocal of the batches counted, this one included, where momentum is None."""
+    if is_frozen_norm(bn):
+        return 0.0
     if bn.momentum is not None:
         return bn.momentum
     counter = bn._buffers["num_batches_tracked"]
@@ -94,6 +102,5 @@ def _batch(bn: nn.BatchNorm2d, x: Tensor, mean: Tensor, var: Tensor) -> _running
 
 def count(bn: nn.BatchNorm2d) -> None:
     """Count a batch, where the module does."""
-    counter = bn._buffers["num_batches_tracked"]
-    if bn.training and bn.track_running_stats and counter is not None:
+    if trains(bn) and bn.track_running_stats and (counter := bn._buffers["num_batches_tracked"]) is not None:
         counter.add_(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn import _fused, _training
+from fastres.nn._plain import has_hooks, kind_of, original_class, trains, why_not
 from fastres.nn.shortcut import ZeroPadShortcut
 from fastres.ops._given import Known
 from fastres.ops._made import Made
@@ -16,7 +17,7 @@ def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> T
     """``pool(act(bn(conv(x))))``: batch norm is fused with the pool where gradients flow, and on GPUs, where PyTorch pools
     slowly (837 µs for 256x64x112x112 in bfloat16 on an H200, 2026-11-27); else with the convolution.
     """
-    if bn.training or torch.is_grad_enabled() or x.is_cuda:
+    if trains(bn) or torch.is_grad_enabled() or x.is_cuda:
         return _fused.bn_act_maxpool(bn, act, pool, *_fused.convolve_before(bn, act, conv, x, pool))
     return pool(_fused.conv_bn_act(conv, bn, act, x))
 
@@ -34,7 +35,7 @@ def recomputes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
     """Whether backward is to recompute what the layers pass on: it was asked for, and all batch norms are in training."""
     if _fused.RECOMPUTES not in block.__dict__ or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return all(bn.training for _, bn, _ in layers)
+    return all(trains(bn) for _, bn, _ in layers)
 
 
 def block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor, downsample: Any) -> Tensor:
@@ -146,7 +147,7 @@ def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, sh
     Where downsample ends with a convolution and its batch norm: with gradients both norms and the addition are one op; without,
     both convolutions are one product if ``dispatch`` chooses a kernel for that, else each norm is folded into its convolution.
     """
-    with_gradients = bn.training or torch.is_grad_enabled()
+    with_gradients = trains(bn) or torch.is_grad_enabled()
     steps = projection(downsample) if with_gradients or _fused.may_join(x) else None
     if steps is None or must_be_called(downsample):
         return _fused.conv_bn_act(conv, bn, act, x, shortcut if downsample is None else run(downsample, shortcut))
@@ -166,10 +167,10 @@ def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, sh
 
 def projection(module: Any) -> list[Any] | None:
     """The layers of a shortcut that ends with a convolution and its batch norm, in an ``nn.Sequential``; else None."""
-    if module is None or _fused.original_class(module) is not nn.Sequential:
+    if module is None or original_class(module) is not nn.Sequential:
         return None
     steps = list(module)
-    return steps if [type(step) for step in steps[-2:]] == [nn.Conv2d, nn.BatchNorm2d] else None
+    return steps if [kind_of(step) for step in steps[-2:]] == [nn.Conv2d, nn.BatchNorm2d] else None
 
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
     steps: list[Any] = list(module)
     while steps:
-        kinds = [type(step) for step in steps[:4]]
+        kinds = [kind_of(step) for step in steps[:4]]
         if kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]:
             conv, bn, act, pool, *steps = steps
             x = conv_bn_act_maxpool(conv, bn, act, pool, x)
@@ -196,4 +197,4 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
 
 def must_be_called(module: nn.Module) -> bool:
     """Whether a hook, of the module or of all modules, or a patched forward expects the call."""
-    return _fused.why_not() is not None or _fused.has_hooks(module) or "forward" in module.__dict__
+    return why_not() is not None or has_hooks(module) or "forward" in module.__dict__

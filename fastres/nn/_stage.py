@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn import _fused, _sequence
+from fastres.nn._plain import why_not
 from fastres.nn.blocks import BasicBlock, Bottleneck
 from fastres.nn.shortcut import ZeroPadShortcut
 from fastres.ops._op import is_interposed
@@ -105,7 +106,7 @@ def _hides_input(parts: Parts) -> bool:
 
 
 def _is_plain_convolution(module: Any) -> bool:
-    return type(module) is nn.Conv2d and _fused.why_not(module) is None
+    return type(module) is nn.Conv2d and why_not(module) is None
 
 
 def _ends_in_training(parts: Parts) -> bool:

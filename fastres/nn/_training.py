@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from fastres.nn import _fused
 from fastres.nn._norm import train
+from fastres.nn._plain import Act, trains
 from fastres.ops._given import Known
 from fastres.ops._made import Made
 
 
 def in_training(
     bn: nn.BatchNorm2d,
-    act: _fused.Act,
+    act: Act,
     x: Tensor,
     residual: Tensor | None = None,
     residual_bn: nn.BatchNorm2d | None = None,
@@ -24,7 +25,7 @@ def in_training(
     they must run as usual.
     """
     norms: list[Any] = [(bn, x)] if residual_bn is None else [(bn, x), (residual_bn, residual)]
-    if bn is residual_bn or not all(norm.training and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
+    if bn is residual_bn or not all(trains(norm) and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
         return None
     try:
         return train(norms, _fused.name(act), residual, known, apart=apart)

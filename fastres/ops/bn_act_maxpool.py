@@ -97,7 +97,9 @@ def fake_backward(grad_y, x, weight, bias, mean, var, eps, act, training, *windo
 def setup_context(ctx, inputs, output):
     *inputs, kernel_size, stride, padding = inputs
     ctx.window = tuple(kernel_size), tuple(stride), tuple(padding)
-    bn_act.setup_context(ctx, inputs, output)
+    x, weight, bias, mean, var, ctx.eps, ctx.act = inputs
+    ctx.training = False
+    ctx.save_for_backward(x, weight, bias, *_bn.constants(mean, var))
 
 
 def setup_context_train(ctx, inputs, output):

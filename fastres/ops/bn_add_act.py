@@ -2,8 +2,9 @@
 
 x, residual: (N, C, H, W) of one shape; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
 activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and the ReLU's mask of one bit an
-element (``_mask``), which training writes beside y; evaluation saves y and goes backward through ``add_act`` and ``bn_act``.
-Backward takes the gradient of y in two parts where two paths of the next block lead to it, and adds them in fp32 on the way.
+element (``_mask``), which training writes beside y; evaluation saves y, and x where weight or bias take a gradient, and goes
+backward through ``add_act`` and ``bn_act``. Backward takes the gradient of y in two parts where two paths of the next block
+lead to it, and adds them in fp32 on the way.
 Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts; by the backend
 ``cuda_cluster`` 3 in training, 4 in backward, 5 with two parts.
 """
@@ -13,8 +14,7 @@ import torch
 from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _bn_cluster, _check, _mask
 from fastres.ops._op import Op, Sample
-from fastres.ops.add_act import ADD_ACT_BACKWARD
-from fastres.ops.bn_act import BN_ACT_BACKWARD
+from fastres.ops.bn_act import BN_ACT_BACKWARD, are_fixed, scaled, through_relu
 
 SCHEMA = (
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, str act) -> Tensor"
@@ -83,14 +83,14 @@ def cost_backward(grad_y, grad_y2=None, *rest):
 def setup_context(ctx, inputs, output):
     x, residual, weight, bias, mean, var, ctx.eps, ctx.act = inputs
     mean, var = _bn.constants(mean, var)
-    ctx.training = False
-    _save(ctx, x, residual, weight, bias, mean, var, _mask.needed(output, ctx.act))
+    ctx.training, ctx.fixed, ctx.layout = False, are_fixed(weight, bias), memory_format(x)
+    _save(ctx, None if ctx.fixed else x, residual, weight, bias, mean, var, _mask.needed(output, ctx.act))
 
 
 def setup_context_train(ctx, inputs, output):
     x, residual, weight, bias, ctx.eps, ctx.act = inputs
     _, mean, var, mask = output
-    ctx.training = True
+    ctx.training, ctx.fixed = True, False
     ctx.mark_non_differentiable(mean, var, mask)
     ctx.layout = memory_format(x)
     _save(ctx, x, residual, weight, bias, mean, var, mask)
@@ -104,6 +104,9 @@ def _save(ctx, x, residual, weight, bias, mean, var, mask_or_y):
 def gradients(ctx, grad_y, grad_y2):
     """Gradients of x, residual, weight and bias; None where none is asked for."""
     x, weight, bias, mean, var, mask_or_y = ctx.saved_tensors
+    if ctx.fixed:
+        dz = through_relu(_bn.whole(grad_y, grad_y2).contiguous(memory_format=ctx.layout), mask_or_y, ctx.act)
+        return scaled(dz, weight, mean, var, ctx.eps), dz.to(ctx.residual_dtype), None, None
     if ctx.training:  # the mask's order; hooks of saved tensors may have laid x anew
         x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
@@ -116,7 +119,7 @@ def gradients(ctx, grad_y, grad_y2):
         args = weight, mean, var, ctx.eps, ctx.act
         grad_x, dz, grad_weight, grad_bias = BN_ADD_ACT_BACKWARD(grad_y, grad_y2, mask_or_y, x, *args)
     else:
-        dz = grad_y if mask_or_y is None else ADD_ACT_BACKWARD(grad_y, mask_or_y, ctx.act)
+        dz = through_relu(grad_y, mask_or_y, ctx.act)
         grad_x, grad_weight, grad_bias = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, ctx.eps, "none", False)
     found = grad_x, dz.to(ctx.residual_dtype), grad_weight, grad_bias.to(ctx.bias_dtype or grad_bias.dtype)
     return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=False))

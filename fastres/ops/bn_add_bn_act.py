@@ -14,8 +14,7 @@ import torch
 from fastres.kernels.layout import memory_format
 from fastres.ops import _backends, _bn, _check, _mask
 from fastres.ops._op import Op, Sample
-from fastres.ops.add_act import ADD_ACT_BACKWARD
-from fastres.ops.bn_act import BN_ACT_BACKWARD
+from fastres.ops.bn_act import BN_ACT_BACKWARD, are_fixed, scaled, through_relu
 
 _SHORTCUT = "Tensor? residual_weight, Tensor? residual_bias"
 SCHEMA = (
@@ -99,7 +98,10 @@ def setup_context(ctx, inputs, output):
     mean, var = _bn.constants(mean, var)
     r_mean, r_var = _bn.constants(r_mean, r_var)
     ctx.flags = eps, r_eps, act, False
+    ctx.fixed, ctx.layout = are_fixed(weight, bias, r_weight, r_bias), memory_format(x)
+    ctx.residual_like = residual.dtype, memory_format(residual)
     y = _mask.needed(output, act)
+    x, residual = (None, None) if ctx.fixed else (x, residual)
     ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, y)
 
 
@@ -107,7 +109,7 @@ def setup_context_train(ctx, inputs, output):
     x, residual, weight, bias, eps, r_weight, r_bias, r_eps, act = inputs
     _, *constants = output
     ctx.mark_non_differentiable(*constants)
-    ctx.flags = eps, r_eps, act, True
+    ctx.flags, ctx.fixed = (eps, r_eps, act, True), False
     ctx.layout = memory_format(x)
     mean, var, r_mean, r_var, mask = constants
     ctx.save_for_backward(x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask)
@@ -117,6 +119,10 @@ def gradients(ctx, grad_y, grad_y2):
     """Gradients of x, residual, weight, bias, residual_weight and residual_bias, whether asked for or not."""
     x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask_or_y = ctx.saved_tensors
     eps, r_eps, act, training = ctx.flags
+    if ctx.fixed:
+        dz, (dtype, layout) = through_relu(grad_y.contiguous(memory_format=ctx.layout), mask_or_y, act), ctx.residual_like
+        grad_residual = scaled(dz.to(dtype).contiguous(memory_format=layout), r_weight, r_mean, r_var, r_eps)
+        return scaled(dz, weight, mean, var, eps), grad_residual, None, None, None, None
     if training:  # the mask's order; hooks of saved tensors may have laid x anew
         x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
@@ -132,7 +138,7 @@ def gradients(ctx, grad_y, grad_y2):
         args = weight, mean, var, eps, r_weight, r_mean, r_var, r_eps, act
         grad_x, grad_residual, *grads = BN_ADD_BN_ACT_BACKWARD(grad_y, grad_y2, mask_or_y, x, residual, *args)
     else:
-        dz = grad_y if mask_or_y is None else ADD_ACT_BACKWARD(grad_y, mask_or_y, act)
+        dz = through_relu(grad_y, mask_or_y, act)
         grad_x, *own = BN_ACT_BACKWARD(dz, x, weight, None, mean, var, eps, "none", False)
         r_dz = _bn.laid_as(residual, dz.to(residual.dtype))
         grad_residual, *other = BN_ACT_BACKWARD(r_dz, residual, r_weight, None, r_mean, r_var, r_eps, "none", False)

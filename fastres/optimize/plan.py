@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastres.nn import _fused, _sequence
+from fastres.nn._plain import kind_of
 from fastres.optimize.trace import CannotTrace, trace
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
@@ -136,7 +137,7 @@ class _Rewriting:
     def kind(self, node: Any) -> type | None:
         """Exact type of the child a node calls with one value, or None."""
         if _is_node(node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            return type(self.module._modules[node.target])
+            return kind_of(self.module._modules[node.target])
         return None
 
     def is_relu(self, node: Node) -> bool:
@@ -192,7 +193,7 @@ class _Rewriting:
             child = todo.pop()
             if isinstance(child, nn.Sequential):
                 todo += child.children()
-            elif not (type(child) in _READ_ONLY or (type(child) is nn.ReLU and not child.inplace)):
+            elif not (kind_of(child) in _READ_ONLY or (type(child) is nn.ReLU and not child.inplace)):
                 return False
         return True
 

@@ -15,6 +15,7 @@ from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
 from fastres.nn import _fused
+from fastres.nn._plain import why_not
 from fastres.ops import REGISTRY
 from fastres.ops._given import Before, Norms
 from fastres.ops._node import why_not_recorded
@@ -250,7 +251,7 @@ def _module_report(site: Site, seen: _Seen) -> ModuleReport:
         heard = seen.get((site.name, step), [])
         apart = next((each.apart for each in heard if each.apart is not None), None)
         statistics = [text for each in heard for text in each.statistics]
-        called = _fused.why_not(*_layers(site.module, step))
+        called = why_not(*_layers(site.module, step))
         steps.append(StepReport(step.op, step.modules, [each.choice for each in heard], apart, statistics, called))
     own = seen.get((site.name, None), [])  # a block of fastres.nn: one entry an op
     steps += [StepReport(each.choice.op, (), [each.choice], each.apart, each.statistics) for each in own]

@@ -10,8 +10,8 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from fastres.errors import UnsupportedError, must, must_type
-from fastres.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, _fused
-from fastres.nn._fused import original_class
+from fastres.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck, _plain
+from fastres.nn._plain import original_class, why_not
 from fastres.optimize.plan import Plan, Step, plan
 from fastres.optimize.swap import state_of
 from fastres.optimize.trace import is_trusted
@@ -135,7 +135,7 @@ def _is_run(child: nn.Module | None) -> bool:
 
 def _own_steps(module: nn.Module) -> list[Step]:
     """What a fastres module covers: its plain batch norms."""
-    return [Step("bn_act", (name,)) for name, child in module._modules.items() if type(child) is nn.BatchNorm2d]
+    return [Step("bn_act", (name,)) for name, child in module._modules.items() if _plain.is_norm(child)]
 
 
 def _examined(name: str, module: nn.Module) -> Iterator[Site]:
@@ -162,7 +162,7 @@ def _outside(module: nn.Module, made: Plan) -> dict[str, str]:
     left = {}
     for name, child in module._modules.items():
         if child is not None and is_norm(child) and name not in covered:
-            reason = _fused.why_not(child) or (None if made.steps else made.reason)
+            reason = why_not(child) or (None if made.steps else made.reason)
             left[name] = reason or "no convolution before it or activation after it can join it"
     return left
 
@@ -170,7 +170,11 @@ def _outside(module: nn.Module, made: Plan) -> dict[str, str]:
 def recomputing_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] = ()) -> list[nn.Module]:
     """The blocks that can recompute in backward what their layers pass to each other: swapped ones and those of fastres."""
     blocks = {site.module: site.plans[True].block for site in found if site.status in ("fusable", "fused")}
-    swapped = [module for module, block in blocks.items() if block is not None and len(block.layers) > 1]
+    swapped = [
+        module
+        for module, block in blocks.items()
+        if block is not None and len(block.layers) > 1 and not any(map(_plain.is_frozen_norm, module.children()))
+    ]
     own = [
         module
         for name, module in model.named_modules()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn import _fused, _stage
-from fastres.nn._fused import original_class
+from fastres.nn import _stage
+from fastres.nn._plain import ORIGINAL, has_hooks, original_class, why_not
 from fastres.ops import _fold
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
@@ -56,7 +56,7 @@ class State:
         if not torch.compiler.is_compiling() and self.children != tuple(module._modules.values()):
             self.prepare(module)
         now = self.training if module.training else self.evaluation
-        if now.identities and (_fused.why_not() is not None or any(map(_fused.has_hooks, now.identities))):
+        if now.identities and (why_not() is not None or any(map(has_hooks, now.identities))):
             return Plan(reason="an Identity has hooks, which must fire")
         return now
 
@@ -120,7 +120,7 @@ def swapped_class(base: Any) -> Any:
     functools.update_wrapper(forward, base.forward)
     members = {f.__name__: f for f in (train, __setattr__, __delattr__, __reduce_ex__, __setstate__)}
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    own = {"forward": forward, _stage.PARTS: parts, _fused.ORIGINAL: base}
+    own = {"forward": forward, _stage.PARTS: parts, ORIGINAL: base}
     return type(base)(base.__name__, (base,), {**names, **members, **own})
 
 

@@ -22,6 +22,10 @@ from fastres.errors import is_out_of_memory
 _TRUSTED = (
     "torchvision.models.resnet",
     "torchvision.models.vgg",
+    "torchvision.models._utils",
+    "torchvision.models.detection.backbone_utils",
+    "torchvision.ops.feature_pyramid_network",
+    "torchvision.ops.misc",
     "timm.models.",
     "timm.layers.",
     "torch.nn.",

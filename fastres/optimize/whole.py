@@ -24,7 +24,7 @@ from fastres.frozen import Frozen, freeze
 from fastres.frozen.base import layers_of
 from fastres.frozen.record import Recording, record
 from fastres.nn import _fused
-from fastres.nn._fused import original_class
+from fastres.nn._plain import has_hooks, original_class
 from fastres.ops import _fold
 from fastres.ops._op import has_modes
 from fastres.optimize.plan import plan as planned
@@ -74,7 +74,7 @@ class _Made:
             return False
         if self.recording is None:
             found = _recorded(model, torch.zeros(self.plan.images, dtype=self.plan.dtype, device="cpu"))
-            if found is None or found.signature() != self.plan.signature:
+            if found is None or not found.reads_parameters() or found.signature() != self.plan.signature:
                 return False
             self.recording = found
         try:
@@ -214,7 +214,7 @@ def _why_not_model(model: nn.Module) -> str | None:
     if _has_any_global_hook():
         return "a global module hook is registered, which must fire"
     for name, module in model.named_modules():
-        if _fused.has_hooks(module):
+        if has_hooks(module):
             return f"{name or 'the network'} has hooks, which must fire"
         if module.training:
             return f"{name or 'the network'} is in training mode"

@@ -1,0 +1,102 @@
+"""Which modules are plain, so that a fused step may read them instead of calling them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
+
+Act = nn.Module | str | None
+_FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
+_FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"  # recognised by name: torchvision need not be there
+_AFFINE, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var"}
+
+
+def is_frozen_norm(module: Any) -> bool:
+    """Whether it is torchvision's batch norm of fixed statistics, weight and bias, all of them buffers."""
+    kind = type(module)
+    return (kind.__module__, kind.__qualname__) == _FROZEN
+
+
+def is_norm(module: Any) -> bool:
+    """Whether a fused step knows this batch norm."""
+    return type(module) is nn.BatchNorm2d or is_frozen_norm(module)
+
+
+def kind_of(module: Any) -> Any:
+    """Its class, that of a batch norm for a frozen one."""
+    return nn.BatchNorm2d if is_frozen_norm(module) else type(module)
+
+
+def trains(norm: Any) -> bool:
+    """Whether a batch norm normalises by the batch and counts it."""
+    return norm.training and not is_frozen_norm(norm)
+
+
+def keeps_dtype(conv: Any, norm: Any, x: Tensor) -> bool:
+    """Whether PyTorch's modules give x's dtype, as the op does: the products and sums of a frozen norm promote theirs."""
+    if type(norm) is nn.BatchNorm2d:
+        return True
+    cast = conv is not None and torch.is_autocast_enabled(x.device.type)
+    return x.dtype == norm._buffers["weight"].dtype and not cast
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something expects to see the module called."""
+    state = module.__dict__
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+    return bool(hooks or state["_backward_pre_hooks"])
+
+
+# Attribute of a class that optimize put on top of a module's own class: that own class.
+ORIGINAL = "_fastres_original"
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class a module has, or had before it was swapped."""
+    return getattr(type(module), ORIGINAL, type(module))
+
+
+def _why_not_module(module: nn.Module) -> str | None:
+    """Why a module must be called rather than read."""
+    kind = type(module)
+    is_frozen = is_frozen_norm(module)
+    if kind not in _FUSIBLE and not is_frozen:
+        return f"{kind.__name__} is not one of the plain modules that fuse"
+    if has_hooks(module):
+        return f"{kind.__name__} has hooks, which must fire"
+    if "forward" in module.__dict__:
+        return f"{kind.__name__} has a forward of its own on the instance"
+    own = kind.forward.__qualname__ == f"{kind.__name__}.forward" if is_frozen else kind.forward is _FUSIBLE[kind]
+    if not own:
+        return f"the forward of {kind.__name__} was replaced on the class"
+    if not _keeps_tensors(module, is_frozen):
+        return f"{kind.__name__} keeps parameters or buffers elsewhere, as a replica of DataParallel does"
+    if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
+    if kind is nn.Conv2d and not all(isinstance(getattr(module, pair), tuple) for pair in ("stride", "padding", "dilation")):
+        return f"Conv2d has no pairs, got {module.stride!r}, {module.padding!r}, {module.dilation!r}: only those fuse"
+    if kind is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
+        return "MaxPool2d has dilation, ceil_mode or return_indices"
+    return None
+
+
+def _keeps_tensors(module: nn.Module, is_frozen: bool) -> bool:
+    """Whether parameters and buffers are where a step reads them."""
+    if is_frozen:
+        return module._buffers.keys() >= _AFFINE | _STATISTICS
+    if type(module) is nn.BatchNorm2d and not module._buffers.keys() >= _STATISTICS | {"num_batches_tracked"}:
+        return False
+    return type(module) not in (nn.Conv2d, nn.BatchNorm2d) or module._parameters.keys() >= _AFFINE
+
+
+def why_not(*modules: Act) -> str | None:
+    """Why these modules cannot run as one op, or None: ``(conv, bn, act)``, ``(bn, act)``, ``(bn, act, pool)``."""
+    for module in modules:
+        if isinstance(module, nn.Module) and (reason := _why_not_module(module)) is not None:
+            return reason
+    if _any_global_hook():
+        return "a global module hook is registered, which must fire"
+    return None
+
+

@@ -1,6 +1,4 @@
-"""Every public op against the PyTorch a user would write, eager and compiled, forward and forward +
-backward.
-"""
+"""Every public op against the PyTorch a user would write, eager and compiled, forward and forward + backward."""
 
 import itertools
 

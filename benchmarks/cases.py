@@ -1,6 +1,4 @@
-"""The public ops as a user calls them, beside the PyTorch a user would write; every op of the registry is in
-one case.
-"""
+"""The public ops as a user calls them, beside the PyTorch a user would write; every op of the registry is in one case."""
 
 import itertools
 from collections.abc import Callable
@@ -38,9 +36,7 @@ class Case:
         return f"{self.op}-{'forward+backward' if self.backward else 'forward'}"
 
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """x (channels_last), then what the op takes: convolution weight, residual, statistics, weight,
-        bias.
-        """
+        """x (channels_last), then what the op takes: convolution weight, residual, statistics, weight, bias."""
         if self.op == INTEGERS:
             kernel, pad = self.convolution, self.convolution // 2
             weight, geometry = (shape[1], shape[1], kernel, kernel), ((1, 1), (pad, pad), (1, 1))

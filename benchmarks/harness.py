@@ -150,9 +150,7 @@ def rows_of(
 
 
 def copy_peak(place: torch.device) -> float:
-    """GB/s of a large copy, read and written: the memory peak that bandwidth-bound kernels are held
-    against.
-    """
+    """GB/s of a large copy, read and written: the memory peak that bandwidth-bound kernels are held against."""
     return timing.copy_peak(place, 1 << (30 if place.type == "cuda" else 28), 1.0) / 1e9
 
 

@@ -1,5 +1,4 @@
-"""The command line ``fastres`` (= ``python -m fastres``). Exit codes: 0 fine, 1 a check failed, 2 a wrong
-request.
+"""The command line ``fastres`` (= ``python -m fastres``). Exit codes: 0 fine, 1 a check failed, 2 a wrong request.
 
 Results go to stdout, as JSON alone with ``--json``; progress and messages to stderr.
 """

@@ -37,11 +37,11 @@ def optimize(
 
     Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped in place:
     each module gets a subclass of its own class, so parameters, buffers, hooks, keys, optimizers and ``isinstance`` stay.
-    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes everything. A second call changes the options.
+    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes it. A second call changes the options.
 
     Args:
         model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped. Better optimize
-            before wrapping: DistributedDataParallel fixes the layout of gradients, so weights inside it keep their memory format.
+            before wrapping: DistributedDataParallel fixes the layout of gradients, so weights inside it keep theirs.
         mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The swapped
             modules serve both; evaluation folds batch norm only where autograd is off.
         strict: raise if any batch norm of the model would stay outside a fused step.

@@ -1,5 +1,5 @@
-"""What a call costs before any work: add_act on a tiny tensor, over eager ``relu(x + r)``; a block's training step on a tiny
-image, over that of PyTorch's modules; and the clock's own test.
+"""What a call costs before any work: add_act on a tiny tensor, compared with eager ``relu(x + r)``; a block's training step
+on a tiny image, compared with that of PyTorch's modules; and a test of the clock itself.
 """
 
 import functools
@@ -19,7 +19,7 @@ from fastres.nn import Bottleneck
 LIMIT = {False: 5e-6, True: 10e-6}  # seconds over eager, by whether gradients are wanted
 BLOCK_LIMIT = 1.6  # times the time of PyTorch's modules
 BATCHES = 2001
-CALLS = 20  # few: a batch is over before the scheduler takes the core away
+CALLS = 20  # few, so that a batch ends before the scheduler takes the core away
 SLEEP = 0.05
 COMMON = {"name": "add_act", "shape": [1, 8, 2, 2], "dtype": "float32", "layout": "contiguous"}
 

@@ -397,4 +397,3 @@ def output_size(layer: Layer, size: Pair) -> Pair:
             out -= 1  # the last window must start inside the image or its left padding
         found.append(out)
     return found[0], found[1]
-

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # torch, pinned, holds itself to one
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # before a pinned torch keeps to one
 PINNED = "torch" not in sys.modules
 if PINNED:
     os.environ.setdefault("OMP_PROC_BIND", "true")

@@ -1,6 +1,4 @@
-"""Every public op against the PyTorch a user would write, eager and compiled, forward and forward +
-backward.
-"""
+"""Every public op against the PyTorch a user would write, eager and compiled, forward and forward + backward."""
 
 import itertools
 
@@ -15,7 +13,6 @@ from fastres.ops import REGISTRY
 CPU_SHAPES = [(8, 64, 56, 56), (8, 256, 14, 14)]
 GPU_SHAPES = [(256, 64, 56, 56), (256, 256, 56, 56), (256, 1024, 14, 14)]
 CASE_IDS = {f"{case.id}{f'-{case.convolution}x{case.convolution}' if case.convolution else ''}": case for case in CASES}
-ROUND = 16  # most copies of the inputs that a GPU row rotates through, so that none is found in the cache
 
 
 def test_every_op_has_a_case(benchmark):
@@ -76,13 +73,13 @@ def call(function, case, tensors):
 
 
 def rotated(function, case, tensors, device):
-    """The call on one set of inputs; on a GPU on several in turn, more than its cache holds."""
+    """The call on one set of inputs; on a GPU, on several in turn, more than its cache holds."""
     copies = [wanting(case, tensors)]
     seeds = torch.ones_like(function(*copies[0])).detach()
     if device.type == "cuda":
         size = sum(t.numel() * t.element_size() for t in tensors)
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-        copies += [wanting(case, tensors) for _ in range(min(3 * cache // size, ROUND - 1))]
+        copies += [wanting(case, tensors) for _ in range(min(3 * cache // size, harness.MOST_COPIES - 1))]
     turn = itertools.cycle([(c, [t for t in c if t.requires_grad]) for c in copies])
 
     def forward():
@@ -98,7 +95,7 @@ def rotated(function, case, tensors, device):
 def check_parity(case, tensors):
     """Refuse to time what misses the budget."""
     fused, same = (call(function, case, wanting(case, tensors)) for function in (case.fused, case.eager))
-    if not same[0].is_floating_point():  # integers are what they are
+    if not same[0].is_floating_point():  # integers must be equal
         if not torch.equal(fused[0], same[0]):
             raise harness.ParityError(f"{case.id}: other integers")
         return

@@ -1,5 +1,5 @@
-"""What a call costs before any work: add_act on a tiny tensor, over eager ``relu(x + r)``; a block's training step on a tiny
-image, over that of PyTorch's modules; an evaluation after a change of weights; and the clock's own test.
+"""What a call costs before any work: add_act on a tiny tensor, compared with eager ``relu(x + r)``; a block's training step
+on a tiny image, compared with that of PyTorch's modules; an evaluation after a change of weights; a test of the clock itself.
 """
 
 import copy
@@ -23,7 +23,7 @@ LIMIT = {False: 5e-6, True: 10e-6}  # seconds over eager, by whether gradients a
 BLOCK_LIMIT = 1.6  # times the time of PyTorch's modules
 CHANGED_LIMIT = 8
 BATCHES = 2001
-CALLS = 20  # few: a batch is over before the scheduler takes the core away
+CALLS = 20  # few, so that a batch ends before the scheduler takes the core away
 SLEEP = 0.05
 COMMON = {"name": "add_act", "shape": [1, 8, 2, 2], "dtype": "float32", "layout": "contiguous"}
 

@@ -1,6 +1,4 @@
-"""The public ops as a user calls them, beside the PyTorch a user would write; every op of the registry is in
-one case.
-"""
+"""The public ops as a user calls them, with the PyTorch a user would write; every op of the registry is in a case."""
 
 import itertools
 from collections.abc import Callable
@@ -38,9 +36,7 @@ class Case:
         return f"{self.op}-{'forward+backward' if self.backward else 'forward'}"
 
     def tensors(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """x (channels_last), then what the op takes: convolution weight, residual, statistics, weight,
-        bias.
-        """
+        """x (channels_last), then what the op takes: convolution weight, residual, statistics, weight, bias."""
         if self.op == INTEGERS:
             kernel, pad = self.convolution, self.convolution // 2
             weight, geometry = (shape[1], shape[1], kernel, kernel), ((1, 1), (pad, pad), (1, 1))
@@ -55,7 +51,7 @@ class Case:
             return self.several_convolutions(shape, image, generator, device)
         channels, found = shape[1], [image(*shape)]
         depth = 3 if self.op == STEM else channels
-        if self.op == STEM:  # which makes the shape that is pooled of images of twice its size
+        if self.op == STEM:  # shape is that of what is pooled, which comes from images of twice its size
             found = [image(shape[0], depth, 2 * shape[2], 2 * shape[3])]
         if self.residual:
             found.append(image(*shape))
@@ -82,7 +78,7 @@ class Case:
         return tuple(found)
 
     def cost(self, tensors: tuple[Tensor, ...]) -> tuple[int, int]:
-        """Bytes and flops of all ops of this case, as their pages tell."""
+        """Bytes and flops of all ops of this case, as their pages give them."""
         forward, y = self.op_args(tensors), self.eager(*tensors)
         backward = (y, y, "relu") if self.op == "add_act" else (y, *forward)
         args = {name: backward if name.endswith("_backward") else forward for name in self.covers}
@@ -158,7 +154,7 @@ def _of_several(op: str, kernel: int, tensors: tuple[Tensor, ...]) -> tuple[Any,
 
 
 def _chain(op: str, kernel: int) -> tuple[Callable, Callable]:
-    """What comes out at the end."""
+    """The last output of a chain of convolutions."""
 
     def fused(*tensors: Tensor) -> Tensor:
         found = REGISTRY[op](*_of_several(op, kernel, tensors))
@@ -173,7 +169,7 @@ def _chain(op: str, kernel: int) -> tuple[Callable, Callable]:
 
 
 def _statistics() -> tuple[Callable, Callable]:
-    """A convolution in training and the batch norm that takes the statistics which it found."""
+    """A convolution in training and the batch norm that takes the statistics it found."""
 
     def fused(x: Tensor, w: Tensor, *norm: Tensor) -> Tensor:
         y, mean, var = REGISTRY["conv_statistics"](x, w, (1, 1), (1, 1), (1, 1), 1)
@@ -211,7 +207,7 @@ def _of_integers(kernel: int, tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
 
 
 def _integers(kernel: int) -> tuple[Callable, Callable]:
-    """A convolution of 8-bit integers, beside its definition: PyTorch has none."""
+    """A convolution of 8-bit integers, with its definition, since PyTorch has none."""
     op = REGISTRY[INTEGERS]
     return lambda *t: op(*_of_integers(kernel, t)), lambda *t: op.reference(*_of_integers(kernel, t))
 

@@ -22,7 +22,7 @@ def pytest_configure(config):
 
 
 def pytest_collect_file(file_path, parent):
-    named = parent.session.isinitpath(file_path)  # by the user: pytest collects it by itself
+    named = parent.session.isinitpath(file_path)  # named by the user: pytest collects it by itself
     if file_path.name.startswith("bench_") and file_path.suffix == ".py" and not named:
         return pytest.Module.from_parent(parent, path=file_path)
     return None
@@ -36,9 +36,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def record(request, benchmark):
-    """Keep rows under the name of the file (``models`` for bench_models.py), and show their ratios beside the
-    benchmark.
-    """
+    """Keep rows under the name of the file (``models`` for bench_models.py), and show their ratios with the benchmark."""
     name = Path(request.node.path).stem.removeprefix("bench_")
 
     def keep(rows):

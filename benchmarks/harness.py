@@ -1,7 +1,6 @@
 """What every benchmark shares: the machine, rivals of an op, parity before time, timing in turns, result files.
 
-A result file holds the machine, the versions, the commit, the date and the rows; README's tables come from
-these files.
+A result file holds the machine, the versions, the commit, the date and the rows; README's tables come from these files.
 """
 
 import copy
@@ -30,7 +29,7 @@ from fastres.experiments.subject import Subject
 ROOT = benchmarks.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 1.0  # for the rivals of one row together
-MOST_COPIES = 16  # of the arguments that a GPU row rotates through
+MOST_COPIES = 16  # of the arguments that a GPU row rotates through, so that none is found in the cache
 
 
 def device() -> torch.device:
@@ -48,7 +47,7 @@ def device_name(place: torch.device) -> str:
 
 def about(place: torch.device) -> dict[str, Any]:
     """Machine, versions, commit and date of a result file."""
-    revision = os.environ.get("FASTRES_COMMIT") or _git("rev-parse", "HEAD")  # of a copy that left its history behind
+    revision = os.environ.get("FASTRES_COMMIT") or _git("rev-parse", "HEAD")  # for a copy of the tree without its history
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return {
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else info.cpu_model(),
@@ -69,7 +68,7 @@ def save(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS
 
 
 def write(path: Path, rows: list[Row], place: torch.device, **more: Any) -> Path:
-    """Write one result file, in one step; ``more`` stands before its rows."""
+    """Write one result file, in one step; ``more`` goes before its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     data = {"name": path.stem, **about(place), **more, "rows": rows}
@@ -79,14 +78,14 @@ def write(path: Path, rows: list[Row], place: torch.device, **more: Any) -> Path
 
 
 def extend(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS) -> Path:
-    """Write a result file that keeps the rows of other cases which this commit measured before on this machine."""
+    """Write a result file that keeps the rows of other cases that this commit measured before on this machine."""
     measured = cases(rows)
     kept = [row for row in measured_before(name, place, folder) if case_of(row) not in measured]
     return save(name, [*kept, *rows], place, folder)
 
 
 def measured_before(name: str, place: torch.device, folder: Path = RESULTS) -> list[Row]:
-    """The rows of a result file where this commit wrote it on this machine."""
+    """The rows of a result file, if this commit wrote it on this machine."""
     path, now = folder / device_name(place) / f"{name}.json", about(place)
     if not path.is_file():
         return []
@@ -123,14 +122,14 @@ def rows_of(
     common: Row, calls: Mapping[str, Callable], extra: Mapping[str, Row], place: torch.device, base: str = FASTRES,
     **options: Any,
 ) -> list[Row]:  # fmt: skip
-    """Time calls in turns: one row each, with its ratio to fastres, and GB/s and GFLOP/s where ``bytes``,
-    ``flops`` are given.
+    """Time calls in turns: one row each, with its ratio to fastres, and GB/s and GFLOP/s where ``bytes`` and ``flops`` are
+    given.
 
     Args:
         common: what all rows share.
         calls: fastres and its rivals by name.
-        extra: more of each row; a rival that is only here is missing.
-        base: the rival that the ratios are taken to.
+        extra: further entries of each row; a rival that is only here is missing.
+        base: the rival to which ratios are taken.
     """
     times = timing.interleaved(calls, place, **{"seconds": SECONDS, **options})
     rows = []
@@ -150,9 +149,7 @@ def rows_of(
 
 
 def copy_peak(place: torch.device) -> float:
-    """GB/s of a large copy, read and written: the memory peak that bandwidth-bound kernels are held
-    against.
-    """
+    """GB/s of a large copy, read and written: the memory peak that bandwidth-bound kernels are held against."""
     return timing.copy_peak(place, 1 << (30 if place.type == "cuda" else 28), 1.0) / 1e9
 
 
@@ -162,7 +159,7 @@ def matmul_peak(place: torch.device, dtype: torch.dtype) -> float:
 
 
 def rotated(run: Callable, args: tuple, place: torch.device) -> Callable[[], Any]:
-    """The call on copies of its arguments in turn, on a GPU more than its cache holds, so that none is found there."""
+    """The call on copies of its arguments in turn; on a GPU, more than its cache holds, so that none is found there."""
     size = sum(a.numel() * a.element_size() for a in args if isinstance(a, torch.Tensor))
     cache = torch.cuda.get_device_properties(place).L2_cache_size if place.type == "cuda" else 0
     copies = [args]
@@ -173,7 +170,7 @@ def rotated(run: Callable, args: tuple, place: torch.device) -> Callable[[], Any
 
 
 def clocks(place: torch.device) -> dict[str, str] | None:
-    """A GPU's clocks, power and temperature as its driver tells them; None where there is none."""
+    """A GPU's clocks, power and temperature as its driver reports them; None where there is no GPU."""
     if place.type != "cuda":
         return None
     fields = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,power.limit,temperature.gpu"
@@ -186,7 +183,7 @@ def clocks(place: torch.device) -> dict[str, str] | None:
 
 
 def refuse_wrong(rows: list[Row]) -> None:
-    """Fail where fastres itself was refused for its error, or did not run."""
+    """Fail if fastres itself was refused for its error, or did not run."""
     for row in rows:
         if row["rival"] == FASTRES and "median_s" not in row:
             reason = row.get("missing") or f"error {row['error']:.3g}, allowed {row['allowed']:.3g}"

@@ -66,7 +66,7 @@ def closure(start: list[Path], leads_to: Callable[[Path], list[Path]]) -> set[Pa
 
 def included(path: Path) -> list[Path]:
     """What a C++ file includes of this repository; the header of launchers leads to their kernels."""
-    names = re.findall(r'^#include "(.+)"$', path.read_text(encoding="utf-8"), re.M)
+    names = re.findall(r'^#include "(.+)"$', path.read_text(encoding="utf-8"), re.MULTILINE)
     found = [CSRC / name for name in names]
     stems = [header.stem for header in found if header.parent == ROOMS["cuda"]]
     names = [name for stem in stems for name in (stem, f"{stem}_backward", f"sm90_{stem}")]

@@ -63,7 +63,7 @@ def find_torch() -> dict:
         if not (torch / "version.py").is_file() or not (torch / "include").is_dir():
             continue
         text = (torch / "version.py").read_text()
-        lines = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *(.+)$", text, re.M))
+        lines = dict(re.findall(r"^(__version__|cuda)\b[^=\n]*= *(.+)$", text, re.MULTILINE))
         version, cuda = (ast.literal_eval(lines.get(name, "None")) for name in ("__version__", "cuda"))
         if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 11):
             raise Unmet(f"torch {version} is too old: native code needs 2.11 or newer (pip install -U torch)")
@@ -104,7 +104,7 @@ def probe_nvcc(nvcc: str) -> dict:
     release = re.search(r"release (\d+\.\d+)", answer)
     if not release:
         raise Unmet(f"`{nvcc} --version` names no release, got {answer.strip()[:80]!r}")
-    report = dict(re.findall(r"^#\$ (TOP|_TARGET_DIR_)=(.+)$", ask(nvcc, "--dryrun", "-c", "x.cu"), re.M))
+    report = dict(re.findall(r"^#\$ (TOP|_TARGET_DIR_)=(.+)$", ask(nvcc, "--dryrun", "-c", "x.cu"), re.MULTILINE))
     top = Path(report.get("TOP", Path(nvcc).parents[1])).resolve()
     folders = [top / report.get("_TARGET_DIR_", ""), top]
     include = [folder / "include" for folder in folders if (folder / "include/cuda_runtime.h").is_file()]

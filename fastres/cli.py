@@ -1,5 +1,4 @@
-"""The command line ``fastres`` (= ``python -m fastres``). Exit codes: 0 fine, 1 a check failed, 2 a wrong
-request.
+"""The command line ``fastres`` (= ``python -m fastres``). Exit codes: 0 fine, 1 a check failed, 2 a wrong request.
 
 Results go to stdout, as JSON alone with ``--json``; progress and messages to stderr.
 """
@@ -119,7 +118,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     subject = _subject(arguments)
     model = fastres.optimize(subject.model.train(arguments.mode == "training"))
-    x = fastres_input(subject.x)
+    x = _channels_last(subject.x)
     with _progress(arguments, "tune", None) as step:
         session = tuner.tune_model(
             model,
@@ -137,8 +136,8 @@ def tune(arguments: argparse.Namespace) -> int:
     return 1 if data["discarded"] else 0
 
 
-def fastres_input(x: Any) -> Any:
-    """An input as an optimised model gets it in use."""
+def _channels_last(x: Any) -> Any:
+    """An input in the memory format in which an optimised model is used."""
     import torch
 
     return x.contiguous(memory_format=torch.channels_last)
@@ -150,7 +149,7 @@ def explain(arguments: argparse.Namespace) -> int:
     subject = _subject(arguments)
     model = fastres.optimize(subject.model.train(arguments.mode == "training"))
     with torch.set_grad_enabled(model.training):
-        report = fastres.explain(model, fastres_input(subject.x))
+        report = fastres.explain(model, _channels_last(subject.x))
     _show(arguments, {"model": subject.label, **report.to_dict()}, str(report))
     return 0
 

@@ -165,7 +165,7 @@ def _said(program: str, arguments: tuple[str, ...], pattern: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     found = re.search(pattern, done.stdout) if done.returncode == 0 else None
-    return found[found.re.groups and 1] if found else None
+    return found[1 if found.re.groups else 0] if found else None
 
 
 def _triton() -> str | None:

@@ -1,4 +1,4 @@
-"""What runs beside the tasks: the build, the tests of a lane, the kernels under compute-sanitizer."""
+"""What runs besides the tasks: the build, the tests of a lane, the kernels under compute-sanitizer."""
 
 import importlib.util
 import os
@@ -63,14 +63,14 @@ def sanitized(budget: Budget) -> list[Row]:
             rows.append(row | {"missing": "compute-sanitizer is not installed"})
             continue
         command = [program, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "benchmarks.acceptance.smoke"]
-        # Out of torch's cache every tensor has an allocation of its own, whose ends are watched.
+        # Without torch's cache every tensor has an allocation of its own, whose ends are checked.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         rows.append(row | outcome(command, environment, budget.share(1 / (len(TOOLS) - TOOLS.index(tool)))))
     return rows
 
 
 def outcome(command: list[str], environment: dict[str, str], budget: Budget) -> Row:
-    """Run a program as long as the time allows: whether it succeeded, else its last words."""
+    """Run a program for as long as the time allows: whether it succeeded, else the end of its output."""
     say(f"{budget.left():4.0f} s left: {' '.join(command[:4])} ...")
     pipes: dict = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with subprocess.Popen(command, env=environment, cwd=ROOT, text=True, start_new_session=True, **pipes) as program:

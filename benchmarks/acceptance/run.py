@@ -1,4 +1,4 @@
-"""Tasks within a time: performed one after the other in a process of their own, which is started again where it dies."""
+"""Tasks within a time limit, performed one after the other in a process of their own, which is restarted if it dies."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ OUT_OF_TIME = "out of time"
 
 
 class Budget:
-    """Seconds that are left, of a whole or of a share of it that ends earlier."""
+    """The seconds that are left, of the whole or of a share of it that ends earlier."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._end = clock, clock() + seconds
@@ -29,15 +29,15 @@ class Budget:
         return self._end - self._clock()
 
     def share(self, part: float) -> "Budget":
-        """A part of what is left now; what it leaves over is the others'."""
+        """A part of what is left now; whatever it leaves unused goes to the others."""
         return Budget(self.left() * part, self._clock)
 
 
 def perform_all(
     tasks: Iterable[Task], budget: Budget, place: torch.device, module: str = "benchmarks.acceptance.worker", at_once: int = 1
 ) -> list[Row]:
-    """The rows of all tasks, in their order; those that time did not allow, and those that ended their process, say so in
-    theirs.
+    """The rows of all tasks, in their order; tasks for which there was no time, and tasks that killed their process, have
+    rows that say so.
 
     Args:
         at_once: processes that perform them; more than one only where nothing is timed.
@@ -69,7 +69,7 @@ def perform_all(
 def perform_one(
     task: Task, process: Process | None, peaks: list[Task], budget: Budget, place: torch.device, module: str
 ) -> tuple[Process | None, list[Row]]:
-    """The process that the next task goes to, and the rows of this one."""
+    """The process for the next task, and the rows of this one."""
     if budget.left() < LEAST_S:
         return process, missing(task, OUT_OF_TIME)
     say(f"{budget.left():4.0f} s left: {label(task)}")

@@ -1,6 +1,6 @@
 """``python -m benchmarks.acceptance.smoke``: the first samples of every op on every backend of this device.
 
-Small enough to run under compute-sanitizer; what the results are worth is judged elsewhere.
+Small enough to run under compute-sanitizer; results are judged elsewhere.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """What is done on a device, one task at a time: a task is plain data, ``perform`` gives its rows.
 
-Nothing here knows a GPU but the lists of tasks: on the CPU the same code runs the backends that are there.
+Only the lists of tasks are about GPUs: on the CPU the same code runs the backends that exist there.
 """
 
 import copy

@@ -27,8 +27,8 @@ def perform(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
     end = time.monotonic() + message["seconds"]
     try:
         return {"rows": worker.perform(message["task"], lambda: end - time.monotonic())}
-    except Exception as error:  # whatever a task raises is its result, and the next one is still performed
-        if "CUDA error" in str(error):  # the context is lost: so would be all that follows
+    except Exception as error:  # whatever a task raises is its result; the next one still runs
+        if "CUDA error" in str(error):  # the context is lost, and with it all that follows
             raise
         return {"missing": reason(error)}
 

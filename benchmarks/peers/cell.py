@@ -17,7 +17,7 @@ from fastres.experiments.subject import load
 
 Row = dict[str, Any]
 ROUNDS = (5, 40)  # least and most batches of a way
-REST_S = 0.05  # before each turn: after its last call ONNX Runtime's threads spin for 37 ms, OpenMP's for 10 (EPYC, 2 cores)
+REST_S = 0.05  # before each turn: ONNX Runtime's threads spin for 37 ms after their last call, OpenMP's for 10 (EPYC, 2 cores)
 
 
 class Cell(NamedTuple):
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 
     @property
     def common(self) -> Row:
-        """What its rows share."""
+        """What all rows of the cell share."""
         dtype = str(DTYPES[self.dtype]).removeprefix("torch.")
         return {"name": self.model, "pass": "inference", "shape": self.shape, "dtype": dtype}
 
@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
 
 def write_truth(cell: Cell, path: str, threads: int) -> None:
-    """Compute what results of this network and batch are held against, in a process."""
+    """Compute, in a process, the truth for this network and batch."""
     order = {"model": cell.model, "batch": cell.batch, "size": cell.size, "truth": path}
     with contextlib.closing(Process("benchmarks.peers.truth", order, threads=threads, pinned=True)) as process:
         process.answer()
@@ -102,7 +102,7 @@ def _start(cell: Cell, way: Way, truth: str, threads: int) -> Process:
 
 
 def _make_ready(way: Way, row: Row, processes: dict[str, Process]) -> None:
-    """Wait for a process to be ready; end it where it will not be timed: it failed, or it is wrong and our own."""
+    """Wait for a process to be ready; end it if it will not be timed: it failed, or it is our own and wrong."""
     try:
         row |= processes[way.name].answer()
     except Died as reason:
@@ -112,7 +112,7 @@ def _make_ready(way: Way, row: Row, processes: dict[str, Process]) -> None:
 
 
 def _take_turns(processes: dict[str, Process], rows: dict[str, Row], seconds: float) -> dict[str, list[dict[str, float]]]:
-    """What each batch took, by way; one that dies on the way is dropped, and its row says so."""
+    """What each batch took, by way; a process that dies meanwhile is dropped, and its row says so."""
     a_round = sum(rows[name].pop("estimate_s") * rows[name]["calls"] + REST_S for name in processes)
     rounds = min(max(math.ceil(seconds / max(a_round, 1e-9)), ROUNDS[0]), ROUNDS[1])
     names = list(processes)

@@ -1,4 +1,4 @@
-"""The handle of a process that measures: started once, told over a pipe when to go on."""
+"""The handle of a process that measures: started once, and told over a pipe when to go on."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ class Process:
         return json.loads(line)
 
     def ask(self, patience: float = PATIENCE_S, line: str = "") -> dict[str, Any]:
-        """Let it go on, told one line, and wait for its answer."""
+        """Send it one line, which makes it go on, and wait for its answer."""
         assert self._child.stdin is not None
         try:
             self._child.stdin.write(f"{line}\n")
@@ -80,7 +80,7 @@ class Process:
 
 @contextlib.contextmanager
 def _all_cores() -> Iterator[None]:
-    """Give a child every core that this process had: pinned, it would hand on the one it is held to."""
+    """Let a child use every core that this process had: a pinned process would pass on only its own."""
     if not benchmarks.CORES:
         yield
         return

@@ -1,7 +1,7 @@
 """The ways to run a network that are compared, and how each is made ready.
 
-Every way gets the same float32 network and is handed the same contiguous float32 images at each call: what it converts
-is part of its time. Its maker runs in the way's own process and gives the call and its first result.
+Every way gets the same float32 network and, at each call, the same contiguous float32 images: converting them is part of its
+time. Its maker runs in the way's own process and returns the call and its first result.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from fastres.experiments.rivals import Rival
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 FREEZE, OPTIMIZE = "fastres.freeze", "fastres.optimize"
-OWN = (FREEZE, OPTIMIZE)  # the first of them that was timed is what the others are held against
+OWN = (FREEZE, OPTIMIZE)  # the others are compared with the first of these that was timed
 NO_INT8 = {"int8": "PyTorch quantises whole networks with another package (torchao)"}
 NO_BF16 = {"bf16": "ONNX Runtime has no bfloat16 convolution for the CPU (1.32: no implementation for Conv)"}
 

@@ -1,7 +1,7 @@
 """The process of one way: makes it ready, judges its first result, then times calls whenever it is told to.
 
-It is given its order as JSON on the command line, and answers every line on stdin with a line on stdout: first what
-became of it, then what a batch of calls took. What libraries print goes to stderr.
+It gets its order as JSON on the command line. Its first line on stdout says what became of that; then it answers every line on
+stdin with what a batch of calls took. What libraries print goes to stderr.
 """
 
 import importlib
@@ -23,7 +23,7 @@ from fastres.experiments.subject import Subject, load
 
 CALIBRATION_IMAGES = 32
 INT8_ALLOWED = 1.5e-2  # relative to the root mean square of the logits; PyTorch has no int8 result to be held against
-SETTLE_S = 0.01  # of calls before the clock starts: threads sleep, and the caches hold another way's weights
+SETTLE_S = 0.01  # of calls before the clock starts: threads are asleep, and the caches hold another way's weights
 LONG_S = 0.3  # a call so long that this does not matter
 BATCH_S = 0.05  # a batch lasts about as long, or is one call
 
@@ -73,7 +73,7 @@ def ready(order: dict[str, Any]) -> tuple[Callable[[], Any], dict[str, Any]]:
 
 
 def calibration(subject: Subject) -> list[Tensor]:
-    """Batches of other images than the one that is timed."""
+    """Batches of images other than those that are timed."""
     generator = torch.Generator().manual_seed(3)
     count = math.ceil(CALIBRATION_IMAGES / len(subject.x))
     return [torch.randn(subject.x.shape, generator=generator) for _ in range(count)]

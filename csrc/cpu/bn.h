@@ -9,9 +9,9 @@
 
 namespace fastres::cpu {
 
-// Of passes whose tensors together take this much, outputs are written past the caches, which could not hold them until they
-// are read. In the backward of bn_add_act, 32x2048x7x7 in bf16 takes 0.84 times as long, 32x256x14x14 in fp32 0.92; in that of
-// bn_act, with fewer tensors, they take 1.1 times as long (AMD EPYC, Zen 4, 2026-11-25).
+// Passes whose tensors together take at least this much write their outputs past the caches, which could not hold them until they
+// are read. In the backward of bn_add_act, 32x2048x7x7 in bf16 then takes 0.84 times as long, 32x256x14x14 in fp32 0.92 times; in
+// that of bn_act, which has fewer tensors, they would take 1.1 times as long (AMD EPYC, Zen 4, 2026-11-25).
 constexpr int64_t kCacheBytes = int64_t{24} << 20;
 
 // One call: the checked problem as kernels see it, and its per-channel values. Stages fill it in order.
@@ -68,7 +68,7 @@ struct BnCall {
     return args.dtype == DType::kFloat64 ? table_of<double>(value) : table_of<float>(value);
   }
 
-  // An infinite scale multiplies x and the mean one by one, as in torch, so that NaN comes of infinities that cancel.
+  // An infinite scale multiplies x and the mean separately, as in torch, so that infinities that cancel give NaN.
   void fill_tables() {
     Channels scale(args.channels), shift = bias;
     origin = mean;
@@ -94,7 +94,7 @@ struct BnCall {
     parallel_for(0, args.channels, grain, [&](int64_t begin, int64_t end) { bn_merge(args, begin, end); });
   }
 
-  // A thread has whole bytes of the mask: rows of channels_last are whole vectors, of contiguous planes it takes eight.
+  // A thread writes whole bytes of the mask: rows of channels_last are whole vectors; of contiguous planes it takes eight.
   template <typename Kernel>
   void run_rows(Kernel kernel) {
     const int64_t group = args.channels_last ? 1 : 8, groups = (args.rows + group - 1) / group;
@@ -104,7 +104,7 @@ struct BnCall {
     });
   }
 
-  // The mask of x's ReLU, to be written; without one nothing.
+  // A mask for the ReLU to write; empty without a ReLU.
   Tensor empty_mask() {
     Tensor mask = empty_vector(args.act == Act::kRelu ? (args.numel + 7) / 8 : 0, ScalarType::Byte, x);
     args.mask = static_cast<uint8_t*>(mask.data_ptr());
@@ -155,8 +155,8 @@ struct Statistics {
   Tensor mean, var;
 };
 
-// The mean of a few values of each channel. A constant channel gives its constant; an outlier v among them moves it by v/8
-// only, and the loss of digits in shifted sums, ((shift - mean) / std)^2, stays below count/64 whatever the data.
+// The mean of a few values of each channel. A constant channel gives its constant; an outlier v among them moves it only by v/8,
+// so that the loss of digits in shifted sums, ((shift - mean) / std)^2, stays below count/64 whatever the data.
 inline Channels sample_channels(const BnCall& call) {
   const BnArgs& args = call.args;
   const int64_t count = args.numel / args.channels, samples = std::min<int64_t>(8, args.channels_last ? count : args.cols);

@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& grad_y, const T
   return {grad_x, grads.weight, grads.bias};
 }
 
-// Of each batch norm running = (1 - momentum) * running + momentum * batch, the batch's biased var times `unbiased`; then one more
-// on each counter, of which there may be none. All is checked before anything is written.
+// For each batch norm running = (1 - momentum) * running + momentum * batch, with the batch's biased var times `unbiased`; then
+// each counter, if there are any, is advanced. Everything is checked before anything is written.
 void bn_running_(const std::vector<Tensor>& running_mean, const std::vector<Tensor>& running_var,
                  const std::vector<Tensor>& counters, const std::vector<Tensor>& mean, const std::vector<Tensor>& var,
                  const std::vector<double>& momentum, const std::vector<double>& unbiased) {
@@ -67,7 +67,8 @@ void bn_running_(const std::vector<Tensor>& running_mean, const std::vector<Tens
     with_data(running.data_ptr(), running.scalar_type(), [&](auto* p) {
       for (size_t c = 0; c < values.size(); ++c) {
         auto& value = p[static_cast<int64_t>(c) * running.stride(0)];
-        value = static_cast<std::remove_reference_t<decltype(value)>>((1 - momentum) * static_cast<double>(value) + weight * values[c]);
+        const double updated = (1 - momentum) * static_cast<double>(value) + weight * values[c];
+        value = static_cast<std::remove_reference_t<decltype(value)>>(updated);
       }
     });
   };
@@ -77,7 +78,8 @@ void bn_running_(const std::vector<Tensor>& running_mean, const std::vector<Tens
   }
   for (const Tensor& counter : counters) {
     check_cpu(op, "counter", counter);
-    FASTRES_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op, "counter", "one int64", show(counter.sizes()));
+    FASTRES_CHECK(counter.scalar_type() == ScalarType::Long && counter.numel() == 1, op, "counter", "one int64",
+                  show(counter.sizes()));
   }
   for (size_t i = 0; i < norms; ++i) {
     update(running_mean[i], mean[i], momentum[i], momentum[i]);

@@ -13,9 +13,9 @@ using Pads = std::vector<int64_t>;
 
 constexpr int64_t kGroupBytes = 4 << 20;  // of transformed tiles, written and read again: they stay in L3
 constexpr int64_t kLeastGroup = 64;       // words of tiles
-// With so few channels a tile costs more to move between cores than to multiply: 700 us instead of 150 for 128x16x8x8 where
-// one core's tiles are multiplied by both (AMD EPYC, Zen 4, 2026-11-25). The tiles then fall into parts, each with sums of
-// its own and its groups in the L2 of the one core that works on it.
+// With so few channels it takes longer to move a tile between cores than to multiply it: 700 us instead of 150 for 128x16x8x8
+// where two cores multiply the tiles of one (AMD EPYC, Zen 4, 2026-11-25). The tiles are then split into parts, each with its
+// own sums, and with its groups in the L2 of the one core that works on it.
 constexpr int64_t kFewProducts = 4096;
 constexpr int64_t kPartBytes = 256 << 10;
 constexpr int64_t kMostParts = 16;
@@ -50,8 +50,8 @@ ConvArgs arguments(const Tensor& x, int64_t out_channels, const Pads& padding) {
           .dilation_h = 1, .dilation_w = 1, .run = pixel / kWordBytes, .dense = false, .share_channels = false, .block = 0};
 }
 
-// conv2d(x, weight, padding=padding); `turned`: with each kernel turned about and the places of the channels exchanged. An
-// empty tensor where a weight or an output is not finite: the transform would spread it.
+// conv2d(x, weight, padding=padding); `turned`: with each kernel rotated by 180 degrees and input and output channels exchanged.
+// Returns an empty tensor where a weight or an output is not finite: the transform would spread it.
 Tensor conv(const Tensor& x, const Tensor& weight, const Pads& padding, bool turned) {
   const char* op = turned ? "conv_backward_input" : "conv";
   check_activation(op, turned ? "grad_y" : "x", x);
@@ -81,7 +81,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Pads& padding, bool tur
   return finite ? y : empty_vector(0, ScalarType::Float, x);
 }
 
-// The gradient by the weights of conv2d(x, weight, padding=padding), dense in channels_last; empty where it is not finite.
+// The weight gradient of conv2d(x, weight, padding=padding), dense in channels_last; empty where it is not finite.
 Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& padding) {
   const char* op = "conv_backward_weight";
   check_activation(op, "x", x);
@@ -89,15 +89,16 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& p
   check_padding(op, padding, x);
   const int64_t channels = x.size(1), out_channels = grad_y.size(1), lanes = conv_tile().channels;
   const ConvArgs conv = arguments(x, out_channels, padding);
-  FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type() && grad_y.size(0) == x.size(0) && grad_y.size(2) == conv.out_h && grad_y.size(3) == conv.out_w, op, "grad_y",
-                "of x's dtype and the output's " << conv.out_h << "x" << conv.out_w << " pixels", show(grad_y.sizes()));
+  FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type() && grad_y.size(0) == x.size(0) && grad_y.size(2) == conv.out_h &&
+                    grad_y.size(3) == conv.out_w,
+                op, "grad_y", "of x's dtype and the output's " << conv.out_h << "x" << conv.out_w << " pixels", show(grad_y.sizes()));
   const WinogradArgs forward{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0};
   const int64_t tiles = conv.images * forward.tiles_h * forward.tiles_w, sums = kWinogradPoints * channels * out_channels;
   const int64_t together = kWordBytes / element_size(conv.dtype);
   const bool few = channels * out_channels <= kFewProducts;
   const int64_t wanted = few ? std::clamp<int64_t>(tiles / (together * kLeastGroup), 1, kMostParts) : 1;
   const int64_t part = ceil_div(tiles, wanted * together) * together, parts = ceil_div(tiles, part);
-  // A group's tiles are written and read once, the sums once a group: as many tiles as make both alike, or fill a cache.
+  // A group's tiles are written and read once, the sums once per group: as many tiles as balance the two, or fill a cache.
   const int64_t fit = (few ? kPartBytes : kGroupBytes) / (kWinogradPoints * (channels + out_channels) * kWordBytes);
   const int64_t most = together * std::max({kLeastGroup, channels * out_channels / (channels + out_channels), fit});
   const int64_t groups = ceil_div(part, most), group = ceil_div(part, groups * together) * together;

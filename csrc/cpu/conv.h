@@ -1,5 +1,5 @@
-// Arguments and kernels of a training step's 3x3 convolutions by Winograd: weights transformed anew at every step, and the
-// gradient by the weights.
+// Arguments and kernels of a training step's 3x3 convolutions by Winograd: weights, transformed at every step, and the weight
+// gradient.
 #pragma once
 
 #include <atomic>
@@ -9,7 +9,7 @@
 namespace fastres::cpu {
 
 // Transforms and packs weights as the convolution reads them. Steps in elements; those of rows and columns may be negative:
-// the gradient by the input is the convolution with each kernel turned about and the channels' places exchanged.
+// the input gradient is the convolution with each kernel rotated by 180 degrees and input and output channels exchanged.
 struct ConvWeightArgs {
   DType dtype;         // float32 or bfloat16
   const void* weight;  // its first tap
@@ -22,9 +22,9 @@ inline int64_t conv_weight_vectors(const ConvWeightArgs& args) { return args.cha
 
 FASTRES_FMA_KERNEL(conv_transform_weight, ConvWeightArgs)  // a range counts blocks of output channels times vectors of channels
 
-// The gradient by the weights: the sum over tiles of A dy A' times B' d B, point by point, transformed back by G. Passes,
-// transform a group of tiles, multiply them (for every group), then add up the parts and transform back. A word of tiles is one in
-// float32, two in bfloat16, whose transformed values are rounded to it.
+// The weight gradient: the sum over tiles of A dy A' times B' d B, point by point, transformed back by G. Passes: for every group
+// of tiles, transform and multiply them; then add up the parts and transform back. A word of tiles is one tile in float32, two in
+// bfloat16, whose transformed values are rounded to bfloat16.
 struct ConvGradArgs {
   WinogradArgs forward;  // of the convolution: x, and the tiles of its output
   const void* grad_y;    // channels last, like x

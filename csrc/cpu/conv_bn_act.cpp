@@ -28,8 +28,8 @@ DType convolved_dtype(const char* param, const Tensor& t) {
   return dtype_of(t);
 }
 
-// With `winograd` the weights are transformed. `channels` is the number of x's that are read, in all groups, at least x's own:
-// with `padded`, x is copied with that many and its padding first.
+// With `winograd` the weights are transformed. `channels` is how many channels of x are read, over all groups, at least x's own:
+// with `padded`, x is first copied with that many channels and its padding.
 Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, const Tensor& bias,
                    const Ints& kernel_size, const Ints& stride, const Ints& padding, const Ints& dilation,
                    int64_t groups, int64_t channels, bool padded, bool winograd, const Text& act) {
@@ -79,8 +79,8 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
             .x = source.data_ptr(), .weight = weight.data_ptr(), .bias = static_cast<const float*>(bias.data_ptr()),
             .residual = residual ? residual->data_ptr() : nullptr, .y = y.data_ptr(), .images = x.size(0),
             .height = height, .width = width, .image_step = height * width * pixel_step, .row_step = width * pixel_step,
-            .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels, .out_step = out_channels,
-            .kernel_h = kernel[0], .kernel_w = taps_w, .stride_h = by[0], .stride_w = by[1],
+            .pixel_step = pixel_step, .out_h = y.size(2), .out_w = y.size(3), .out_channels = out_channels,
+            .out_step = out_channels, .kernel_h = kernel[0], .kernel_w = taps_w, .stride_h = by[0], .stride_w = by[1],
             .pad_h = padded ? 0 : pads[0], .pad_w = padded ? 0 : pads[1], .dilation_h = spread[0],
             .dilation_w = spread[1], .run = run, .dense = false, .share_channels = false, .block = 0};
   if (winograd) run_winograd(args);

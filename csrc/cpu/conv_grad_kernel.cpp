@@ -1,8 +1,8 @@
 // Formula: dg = G' [sum over tiles of (A dy A') * (B' d B)] G, the transpose of Winograd's F(2x2, 3x3) (Lavin 2016).
 // Layout: channels last; for each point a matrix product of x's channels (vectors) by output channels over the tiles.
 // Bytes per tile: 16 pixels of x and 4 of grad_y read, 16 points of each written and read; the sums once a group.
-// Accumulate type: float, kRunWords words of tiles at a time, those sums one after the other, and those of parts; the order of tiles is fixed.
-// Invariants: the same bits for any number of threads; what is not finite is told, for the transform spreads it.
+// Accumulate type: float: kRunWords words of tiles at a time, then those sums, then those of parts; the order of tiles is fixed.
+// Invariants: the same bits for any number of threads; values that are not finite are reported, since the transform spreads them.
 #include "cpu/conv.h"
 #include "cpu/winograd_tile.h"
 

@@ -25,10 +25,10 @@ inline const char* conv_lacks(DType dtype) {
   return dtype == DType::kBFloat16 && !has_bf16_dot() ? "AVX-512 BF16" : nullptr;
 }
 
-// A convolution shared out to threads: kernel(args, begin, end). By pixels a thread reads what it wrote a layer before, and
-// all weights, once for each block of pixels; by channels all of x, its half maybe from another core, and each weight once.
-// What costs fewer cycles, counting the rounds of tiles and the bytes that come from beyond a core's cache; weights come
-// while others are multiplied.
+// A convolution shared out to threads: kernel(args, begin, end). Split by pixels, a thread reads what it wrote a layer before,
+// and all weights once per block of pixels; split by channels, it reads all of x, half of it perhaps from another core, and each
+// weight once. The split with fewer cycles is taken, counting rounds of tiles and bytes from beyond a core's cache; weights are
+// loaded while others are multiplied.
 template <typename Args, typename Kernel>
 Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
   ConvArgs& args = conv_of(whole);
@@ -69,16 +69,18 @@ struct Slices {
   }
 };
 
-// As many channels in as out; a group is of whole vectors, or a vector of whole groups. Null for what suits.
+// What a grouped convolution lacks: as many channels in as out; groups of whole vectors, or vectors of whole groups. Null for
+// nothing.
 inline const char* groups_lack(int64_t channels, int64_t out_channels, int64_t groups, int64_t size) {
   const int64_t lanes = conv_tile().lanes, own = groups < 1 ? 0 : out_channels / groups;
-  if (own < 1 || channels != out_channels || own * groups != out_channels) return "as many channels in as out, shared by the groups";
+  if (own < 1 || channels != out_channels || own * groups != out_channels)
+    return "as many channels in as out, shared by the groups";
   if (own * size % kWordBytes != 0 || (own % lanes != 0 && lanes % own != 0) || out_channels % lanes != 0)
     return "groups of whole words that make whole vectors";
   return nullptr;
 }
 
-// The same in groups; `args` tells of the whole, its run of one group.
+// A grouped convolution; `whole` describes all of it, but its `run` that of one group.
 inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads) {
   const Slices slices(whole.out_channels, groups);
   ConvArgs args = whole;
@@ -123,8 +125,8 @@ inline Work winograd_work(const ConvArgs& conv, std::atomic<bool>* finite = null
 inline void run_conv(const ConvArgs& args) { run_now(conv_work(args, torch::stable::get_num_threads())); }
 inline void run_winograd(const ConvArgs& args, std::atomic<bool>* finite = nullptr) { run_now(winograd_work(args, finite)); }
 
-// Images with their padding written out and `out_channels` channels, the further ones zero, so that a row of taps is one
-// run of neighbours. Steps of x in elements.
+// Images with their padding written out and `out_channels` channels, the additional ones zero, so that a row of taps is one
+// contiguous run. Steps of x in elements.
 struct PadArgs {
   int64_t element;  // bytes
   const void* x;

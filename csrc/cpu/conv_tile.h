@@ -61,15 +61,15 @@ FASTRES_INLINE Sum words_of(const char* x) {
   return words;
 }
 
-// Weights that are wanted after those being multiplied: on their way into the second-level cache meanwhile, `lines` of them
-// for every 16 words. Without it one image of ResNet-50 took 1.02 to 1.06 times as long (AMD EPYC, 2026-11-25).
+// Weights that are needed after those being multiplied, and meanwhile prefetched into the second-level cache, `lines` of them for
+// every 16 words. Without this one image of ResNet-50 took 1.02 to 1.06 times as long (AMD EPYC, 2026-11-25).
 struct Coming {
   const char* from;
   int64_t lines;
 };
 
-// What follows `weight` in memory, fetched in `turns` turns of which this is number `turn`, each a run through `words` words.
-// At the end of a network's layer that is the next one's weights.
+// What follows `weight` in memory, fetched in `turns` turns, of which this is number `turn`; each goes through `words` words.
+// At the end of a network's layer these are the weights of the next one.
 FASTRES_INLINE Coming coming_after(const float* weight, int64_t words, int64_t vectors, int64_t turn, int64_t turns) {
   const char* next = reinterpret_cast<const char*>(weight) + words * vectors * kVectorBytes;
   return {next + turn * words * vectors / turns * kVectorBytes, ceil_div(vectors * 16 * kVectorBytes / 64, turns)};
@@ -124,7 +124,7 @@ FASTRES_DOT FASTRES_INLINE const float* add_own_words(Sum (&sum)[kPixels][1], co
   return weight;
 }
 
-// What a tile will write when its sums are done: this core's meanwhile, wherever it is now. (1.01 to 1.02 times the speed of
+// Brings the lines that a tile will write into this core's cache while its sums are computed. (1.01 to 1.02 times the speed of
 // ResNet-50 at batch 8 in bfloat16. AMD EPYC, 2026-11-25.)
 template <int64_t kCount, typename T>
 FASTRES_INLINE void own(T* to) {
@@ -132,7 +132,7 @@ FASTRES_INLINE void own(T* to) {
   for (int64_t i = 0; i < kCount; i += 64 / static_cast<int64_t>(sizeof(T))) asm volatile("prefetchw %0" : : "m"(to[i]));
 }
 
-// What it will add to them: on its way.
+// The same for what it will read and add to them.
 template <int64_t kCount, typename T>
 FASTRES_INLINE void prefetch(const T* from) {
 #pragma GCC unroll 4
@@ -182,7 +182,8 @@ struct Window {
   }
 };
 
-// Runs the tiles of the units [begin, end) of a convolution: run(place in a table of TileShapes, weight, coming, pixel, channel, last).
+// Runs the tiles of the units [begin, end) of a convolution:
+// run(place in a table of TileShapes, weight, coming, pixel, channel, last).
 template <typename Run>
 FASTRES_INLINE void for_tiles(const ConvArgs& args, int64_t begin, int64_t end, Run run) {
   const int64_t pixels = args.images * args.out_h * args.out_w, tiles = ceil_div(pixels, kMostPixels);

@@ -11,7 +11,8 @@ namespace {
 Work pad(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const PadSource source(call, row, first, images, call.size);
   char* y = call.at(row.y, first, images, padded_elements(row) * call.size);
-  if (row.x.offset == kInput && dtype_of(call.x) != call.dtype) return image_work(call, row, source, y, images, false, 1.0f, 0.0f);
+  if (row.x.offset == kInput && dtype_of(call.x) != call.dtype)
+    return image_work(call, row, source, y, images, false, 1.0f, 0.0f);
   return pad_work({call.size, source.x, y, images, row.channels, row.out_h,
            row.out_w, source.image_step, source.channel_step, source.row_step, source.pixel_step, row.out_channels, row.pad_h,
            row.pad_w});
@@ -26,8 +27,8 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(dtype_of(weight) == call.dtype &&
                     weight.numel() * call.size == packed_words(row.out_channels, depth) * kWordBytes,
                 kPlan, "weights", "packed for their convolution", show(weight.sizes()));
-  FASTRES_CHECK(!row.winograd || (call.dtype == DType::kFloat32 && row.channels % conv_tile().lanes == 0 && row.run == row.channels &&
-                                  row.kernel_h * row.kernel_w == 9 && row.kernel_h == 3 &&
+  FASTRES_CHECK(!row.winograd || (call.dtype == DType::kFloat32 && row.channels % conv_tile().lanes == 0 &&
+                                  row.run == row.channels && row.kernel_h * row.kernel_w == 9 && row.kernel_h == 3 &&
                                   row.stride_h * row.stride_w * row.dilation_h * row.dilation_w == 1),
                 kPlan, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
   const char* lack = row.groups == 1 ? nullptr : groups_lack(row.channels, row.out_channels, row.groups, call.size);
@@ -100,16 +101,17 @@ std::vector<Work> works_of(const Call& call, const Tensor& program, int64_t imag
   return works;
 }
 
-// With one part, all threads share each work; with several, each part is seen through by one thread, in its own part of the
-// arena: nobody waits for another, and what a core wrote is what it reads.
-void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena, const Tensor& y,
-              int64_t parts) {
+// With one part, all threads share each piece of work; with several, one thread does all of a part, in its own part of the arena:
+// no thread waits for another, and a core reads what it wrote itself.
+void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena,
+              const Tensor& y, int64_t parts) {
   for (const Tensor* t : {&x, &program, &arena, &y}) check_cpu(kPlan, "every tensor", *t);
   const DType dtype = dtype_of(y);
   FASTRES_CHECK(conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16, kPlan, "the output",
                 "float32, or bfloat16 where the processor multiplies it", show(y.scalar_type()));
-  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && (dtype_of(x) == dtype || x.scalar_type() == ScalarType::Float) && y.is_contiguous() &&
-                    y.size(0) == x.size(0), kPlan, "the input", "a batch of images, as many as outputs", show(x.sizes()));
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && (dtype_of(x) == dtype || x.scalar_type() == ScalarType::Float) &&
+                    y.is_contiguous() && y.size(0) == x.size(0),
+                kPlan, "the input", "a batch of images, as many as outputs", show(x.sizes()));
   FASTRES_CHECK(program.scalar_type() == ScalarType::Long && program.is_contiguous() && program.numel() % kRowFields == 0,
                 kPlan, "the program", "whole rows of " << kRowFields << " int64", show(program.sizes()));
   FASTRES_CHECK(arena.scalar_type() == ScalarType::Byte && arena.is_contiguous(), kPlan, "the arena", "contiguous bytes",
@@ -117,7 +119,8 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
   FASTRES_CHECK(parts >= 1 && x.size(0) % parts == 0 && arena.numel() % parts == 0, kPlan, "the parts",
                 "as many as divide images and arena", parts);
   for (const Tensor& constant : constants)
-    FASTRES_CHECK(constant.is_cpu() && constant.is_contiguous(), kPlan, "a constant", "contiguous on cpu", show(constant.sizes()));
+    FASTRES_CHECK(constant.is_cpu() && constant.is_contiguous(), kPlan, "a constant", "contiguous on cpu",
+                  show(constant.sizes()));
   std::atomic<bool> finite{true};
   const int64_t images = x.size(0) / parts, bytes = arena.numel() / parts;
   std::vector<std::vector<Work>> works;

@@ -9,7 +9,7 @@ namespace fastres::cpu {
 
 constexpr const char* kPlan = "freeze";
 
-// The tensors of one call, and the part of its images that some threads see through: its first image, its own arena.
+// The tensors of one call, and the part of its images that some threads work on: the first image, an arena of its own.
 struct Call {
   const Tensor& x;
   const std::vector<Tensor>& constants;
@@ -35,7 +35,8 @@ struct Call {
   }
 
   const Tensor& constant(int64_t index) const {
-    FASTRES_CHECK(index >= 0 && index < static_cast<int64_t>(constants.size()), kPlan, "a step's constant", "one of the call", index);
+    FASTRES_CHECK(index >= 0 && index < static_cast<int64_t>(constants.size()), kPlan, "a step's constant", "one of the call",
+                  index);
     return constants[index];
   }
 };
@@ -83,9 +84,10 @@ inline Work image_work(const Call& call, const PlanRow& row, const PadSource& so
 inline ConvArgs conv_args(const Call& call, const PlanRow& row, int64_t first, int64_t images, int64_t size, int64_t y_size) {
   const int64_t pixel_step = row.channels * size, image_step = row.height * row.width * pixel_step;
   const int64_t reach_w = (row.out_w - 1) * row.stride_w * pixel_step + row.run * kWordBytes;
-  FASTRES_CHECK(row.run > 0 && row.run <= kConvMostRun && row.groups >= 1 && row.groups <= row.channels && row.kernel_w >= 1 && row.kernel_h >= 1 && row.stride_h >= 1 &&
-                    row.stride_w >= 1 && row.dilation_h >= 1 && row.dilation_w >= 1 &&
-                    (row.run * row.groups * kWordBytes == pixel_step || (row.groups == 1 && row.pad_w == 0 && row.kernel_w == 1 && reach_w <= row.width * pixel_step)),
+  FASTRES_CHECK(row.run > 0 && row.run <= kConvMostRun && row.groups >= 1 && row.groups <= row.channels && row.kernel_w >= 1 &&
+                    row.kernel_h >= 1 && row.stride_h >= 1 && row.stride_w >= 1 && row.dilation_h >= 1 && row.dilation_w >= 1 &&
+                    (row.run * row.groups * kWordBytes == pixel_step ||
+                     (row.groups == 1 && row.pad_w == 0 && row.kernel_w == 1 && reach_w <= row.width * pixel_step)),
                 kPlan, "a convolution's taps", "within its pixels", row.run);
   const int64_t y_numel = row.out_h * row.out_w * row.out_channels;
   const bool added = row.residual.offset != kNone;
@@ -94,14 +96,16 @@ inline ConvArgs conv_args(const Call& call, const PlanRow& row, int64_t first, i
           .residual = added ? call.at(row.residual, first, images, y_numel * size) : nullptr,
           .y = call.at(row.y, first, images, y_numel * y_size), .images = images, .height = row.height, .width = row.width,
           .image_step = image_step, .row_step = row.width * pixel_step, .pixel_step = pixel_step, .out_h = row.out_h,
-          .out_w = row.out_w, .out_channels = row.out_channels, .out_step = row.out_channels, .kernel_h = row.kernel_h, .kernel_w = row.kernel_w,
-          .stride_h = row.stride_h, .stride_w = row.stride_w, .pad_h = row.pad_h, .pad_w = row.pad_w,
-          .dilation_h = row.dilation_h, .dilation_w = row.dilation_w, .run = row.run, .dense = false, .share_channels = false, .block = 0};
+          .out_w = row.out_w, .out_channels = row.out_channels, .out_step = row.out_channels, .kernel_h = row.kernel_h,
+          .kernel_w = row.kernel_w, .stride_h = row.stride_h, .stride_w = row.stride_w, .pad_h = row.pad_h, .pad_w = row.pad_w,
+          .dilation_h = row.dilation_h, .dilation_w = row.dilation_w, .run = row.run, .dense = false,
+          .share_channels = false, .block = 0};
 }
 
 inline void check_windows(const PlanRow& row) {
   FASTRES_CHECK(row.stride_h >= 1 && row.stride_w >= 1 && row.pad_h < row.kernel_h && row.pad_w < row.kernel_w &&
-                    (row.out_h - 1) * row.stride_h - row.pad_h < row.height && (row.out_w - 1) * row.stride_w - row.pad_w < row.width,
+                    (row.out_h - 1) * row.stride_h - row.pad_h < row.height &&
+                    (row.out_w - 1) * row.stride_w - row.pad_w < row.width,
                 kPlan, "a window", "one that touches its image", row.kernel_h);
 }
 

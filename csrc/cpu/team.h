@@ -1,4 +1,4 @@
-// Work cut into units, and a team of threads that does several works in turn without parting in between.
+// Work cut into units, and a team of threads that does several pieces of work in turn without breaking up in between.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@
 
 namespace fastres::cpu {
 
-// run(begin, end) does the units [begin, end); `grain` is the least number that is worth a thread.
+// run(begin, end) does the units [begin, end); `grain` is the smallest number that is worth a thread.
 struct Work {
   int64_t units, grain;
   std::function<void(int64_t, int64_t)> run;
@@ -20,14 +20,14 @@ struct Work {
 
 inline void run_now(const Work& work) { parallel_for(0, work.units, work.grain, work.run); }
 
-// Where members wait for one another. Those that come early look for the others some microseconds long before they let
-// the system run somebody else: a region of OpenMP for each of a network's fifty works cost 2 to 15 % of it, depending on
-// where the virtual machine's processors were (ResNet-50, batch 1, bfloat16; AMD EPYC, 2 threads, 2026-11-25).
+// Where members wait for one another. Those that arrive early spin for some microseconds before they yield: an OpenMP region for
+// each of a network's fifty pieces of work cost 2 to 15 % of its time, depending on where the virtual machine's processors were
+// (ResNet-50, batch 1, bfloat16; AMD EPYC, 2 threads, 2026-11-25).
 class Meeting {
  public:
   explicit Meeting(int64_t shares) : shares_(shares) {}
 
-  void wait(int64_t shares) {  // with so many shares of the work done
+  void wait(int64_t shares) {  // having done this many shares of the work
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (come_.fetch_add(shares, std::memory_order_acq_rel) + shares == shares_) {
       come_.store(0, std::memory_order_relaxed);
@@ -45,8 +45,8 @@ class Meeting {
   alignas(64) std::atomic<uint32_t> round_{0};
 };
 
-// All works in their order, each shared out as run_now would; one begins when the one before it is done. The first
-// exception ends the works after it, and is thrown here.
+// All pieces of work in order, each shared out as run_now would; one begins when the one before it is done. After the first
+// exception nothing more is run, and it is thrown here.
 inline void run_team(const std::vector<Work>& works) {
   const int64_t team = torch::stable::get_num_threads();
   Meeting meeting(team);

@@ -104,7 +104,8 @@ void block_of_channels(const WinogradArgs& args, int64_t first, int64_t count, i
   const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, conv.out_channels - channel);
   const int64_t vectors = ceil_div(channels, kWide), width = vectors * kWide;
   const auto* weight = static_cast<const float*>(conv.weight) + channel * kPoints * conv.run;
-  const int64_t parts = ceil_div(count, kMostPixels), v_step = point_step(count * conv.run), m_step = point_step(count * kBlockChannels);
+  const int64_t parts = ceil_div(count, kMostPixels);
+  const int64_t v_step = point_step(count * conv.run), m_step = point_step(count * kBlockChannels);
   for (int point = 0; point < kPoints; ++point)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = count * part / parts, end = count * (part + 1) / parts;

@@ -1,6 +1,4 @@
-"""Parity first, then speed: every way to run a model judged against float64, and those that pass timed in
-turns.
-"""
+"""Parity first, then speed: every way to run a model judged against float64, and those that pass timed in turns."""
 
 import copy
 import functools
@@ -21,7 +19,7 @@ from fastres.experiments.subject import Subject
 from fastres.graph import WARM_UPS
 
 Row = dict[str, Any]
-JUDGED = 32  # images of an inference batch that are held against float64: each is computed by itself
+JUDGED = 32  # images of an inference batch that are compared with float64: each is computed by itself
 
 
 def compare(
@@ -39,19 +37,18 @@ def compare(
 ) -> list[Row]:
     """Compare the ways to run one model.
 
-    Every row names its rival and says what became of it: ``missing`` (it cannot run here, with the reason),
-        or its parity, and, unless that failed, its times and ``ratio``: how many times as long as fastres it
-        takes.
+    Every row names its rival and says what became of it: ``missing`` (it cannot run here, with the reason), or its parity and,
+    unless that failed, its times and ``ratio``: how many times as long as fastres it takes.
 
     Args:
         training: time a training step (forward, backward, SGD with momentum) instead of evaluation.
-        lower: dtype of autocast, under which all of them run; None without it.
+        lower: dtype of autocast, under which all of them run; None for no autocast.
         seconds, batches: as for ``timing.interleaved``.
         replay: on a GPU, inference is replayed from CUDA graphs where it can be, without the host's share; False times
             calls as they are made.
         warm: rivals whose compilations may come out of torch.compile's caches.
-        step: called with what begins.
-        seconds_left: until all of it must be over; a rival that needs longer to get ready is missing.
+        step: called with the name of each stage as it begins.
+        seconds_left: time until all of it must be over; a rival that needs longer to get ready is missing.
     """
     rivals.forget_compiled()
     step("float64 truth")
@@ -84,7 +81,7 @@ def compare(
 
 
 def _row(rival: Rival, subject: Subject, lower: torch.dtype | None) -> Row:
-    """What a row tells of its case."""
+    """What a row says about its case."""
     dtype = str(lower or subject.dtype).removeprefix("torch.")
     return {
         "name": subject.name, "pass": "training" if subject.model.training else "inference",
@@ -96,7 +93,7 @@ def _row(rival: Rival, subject: Subject, lower: torch.dtype | None) -> Row:
 def prepared(
     rival: Rival, model: nn.Module, x: Tensor, lower: torch.dtype | None, cold: bool = True
 ) -> tuple[Callable[[Tensor], Tensor], Tensor, dict[str, Tensor]]:
-    """What is called, its input, and what its first call leaves, see ``parity.outputs``."""
+    """What is called, its input, and the outputs of its first call, see ``parity.outputs``."""
     with rival.settings(cold):
         run, x = rival.prepare(model, x.clone())
         run = run if lower is None else functools.partial(parity.autocast, run, lower)
@@ -106,7 +103,7 @@ def prepared(
 def _prepare(
     rival: Rival, subject: Subject, reference: parity.Reference, lower: torch.dtype | None, cold: bool
 ) -> tuple[Row, Callable[[], object] | None]:
-    """Make one rival ready: its row so far, and its call where it runs and passes."""
+    """Prepare one rival: its row so far, and its call if it runs and passes."""
     row = _row(rival, subject, lower)
     model = copy.deepcopy(subject.model)
     start = time.perf_counter()
@@ -138,8 +135,7 @@ def _prepare(
 def training_step(
     run: Callable[[Tensor], Tensor], model: torch.nn.Module, x: Tensor, graph: bool = False
 ) -> Callable[[], object]:
-    """Forward, backward and an SGD step with momentum; the learning rate is 0, so that the work never
-    changes.
+    """Forward, backward and an SGD step with momentum; the learning rate is 0, so that the work never changes.
 
     Args:
         graph: by ``fastres.graph``, which on a GPU needs the fused SGD; there all take it.

@@ -21,7 +21,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int]) -> int:
-    """Of one image's convolutions and linear layers, as the paper counts; the model may be on the device meta."""
+    """Multiply-adds of one image's convolutions and linear layers, as the paper counts; the model may be on the meta device."""
     device = next(model.parameters()).device
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
@@ -40,7 +40,7 @@ def stride_first(model: nn.Module) -> nn.Module:
 def beside_paper(
     kind: str, depth: int, family: str, make: Callable[..., nn.Module], shape: tuple[int, int, int], classes: int
 ) -> dict[str, Any]:
-    """Counts of the network as trained, and at the paper's input (32x32 or 224x224 in colour) beside its figures."""
+    """Counts of the network as trained, and at the paper's input (32x32 or 224x224 in colour) next to the paper's figures."""
     with torch.device("meta"):
         trained = make(kind, depth, family, classes, shape[0])
         theirs = make(kind, depth, family, 10 if family == "cifar" else 1000, 3)

@@ -1,7 +1,7 @@
 """The degradation study (He et al. 2016, sections 1, 4.1, 4.2): plain and residual networks of growing depth.
 
-Every network of every seed is one run, kept as a file once it is done and as a checkpoint until then, so that a study
-that was stopped goes on where it was.
+Every network of every seed is one run, kept as a checkpoint until it is done and as a file afterwards, so that a study that was
+stopped resumes where it was.
 """
 
 import datetime
@@ -31,9 +31,9 @@ BLOCKS = tuple(FILES)
 DEPTHS = {"cifar": (20, 32, 44, 56, 110), "imagenet": (18, 34, 50, 101, 152)}
 QUICK_DEPTHS = {"cifar": (20, 110), "imagenet": (18, 34)}
 SEEDS = (0, 1, 2)
-MARGIN = 3.0  # times the spread of the seeds that make a clear margin
-# On the digits 264 steps, where the paper has 64,000: at its rate of 0.1 the residual networks of 110 layers and more do
-# not settle in so few; at 0.02 they do. For images by the thousand, the paper's own.
+MARGIN = 3.0  # a clear margin, in multiples of the spread over the seeds
+# The digits get 264 steps where the paper has 64,000: at its rate of 0.1 residual networks of 110 layers and more do not
+# settle in so few; at 0.02 they do. Data sets with more images use the paper's rate.
 DIGITS = Settings(epochs=24, batch=128, rate=0.02)
 PAPER = Settings(epochs=164, batch=128, rate=0.1)
 QUICK_EPOCHS = 16
@@ -89,13 +89,13 @@ def network(kind: str, depth: int, family: str = "cifar", classes: int = 10, cha
 
 def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
     """Run what is missing of a study; writes ``degradation.json`` and ``.png`` (``degradation-torch`` with torch's blocks) and
-    prints a table, and how far both kinds of blocks agree where the other's study is there too.
+    prints a table. Where the study with the other blocks exists too, it also prints how far the two agree.
 
-    The result says per network the error of every epoch and seed, and whether the effect was there.
+    The result has the error of every network, epoch and seed, and says whether the effect was there.
     """
     terminal.need("the degradation study", "matplotlib", "rich")
     images = study.load()
-    for kind, depth in study.networks():  # every depth is one that exists, before any work
+    for kind, depth in study.networks():  # refuse depths that do not exist before any work
         with torch.device("meta"):
             network(kind, depth, study.family, len(images.classes), images.channels)
     (study.out / "runs").mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _one(study: Study, images: Data, kind: str, depth: int, seed: int, progress: terminal.Progress) -> dict[str, Any]:
-    """One run: read if it was done before, else trained, from its last checkpoint if there is one."""
+    """One run: read from its file if it is done, else trained, from its last checkpoint if there is one."""
     name = f"{study.blocks}-{study.family}-{kind}{depth}-seed{seed}"
     folder, done = study.out / "runs" / name, study.out / "runs" / f"{name}.json"
     warmup = 1.0 if study.family == "cifar" and depth >= schedule.DEEP else 0.0
@@ -193,7 +193,7 @@ def final(entry: dict[str, Any], key: str = "train_error") -> list[float]:
 
 
 def spread(*entries: dict[str, Any], key: str = "train_error") -> float:
-    """The range over the seeds, of the network where it is widest."""
+    """The widest range over the seeds, of all these networks."""
     return max(max(final(entry, key)) - min(final(entry, key)) for entry in entries)
 
 

@@ -81,7 +81,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def agreement(result: dict[str, Any], other: dict[str, Any]) -> str | None:
     """How many errors with torch's blocks and with those of fastres differ by no more than the seeds do; None for two studies
-    that are not alike."""
+    that cannot be compared."""
     if any(result[key] != other[key] for key in ("family", "data", "settings", "seeds")):
         return None
     theirs = {(entry["kind"], entry["depth"]): entry["runs"] for entry in other["networks"]}

@@ -1,6 +1,4 @@
-"""The demo: residual networks on real images, in plain PyTorch and with fastres; do they agree, and how fast
-are they?
-"""
+"""The demo: residual networks on real images, in plain PyTorch and with fastres; do they agree, and how fast are they?"""
 
 import json
 import statistics
@@ -29,8 +27,7 @@ MOST_DIFFERENCE = {"early losses": 1e-2, "epoch losses": 0.1, "test accuracy": 0
 
 
 def run(out: Path, *, epochs: int | None = None, quick: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Run the demo, print its table, write ``demo.json`` and ``demo.png``; the result says whether all checks
-    held.
+    """Run the demo, print its table, write ``demo.json`` and ``demo.png``; the result says whether all checks held.
 
     Args:
         out: directory of the two files.

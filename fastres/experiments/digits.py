@@ -1,6 +1,4 @@
-"""Trains one small residual network twice from the same weights, in plain PyTorch and with fastres, on
-scanned digits.
-"""
+"""Trains one small residual network twice from the same weights, in plain PyTorch and with fastres, on scanned digits."""
 
 import time
 from collections.abc import Callable

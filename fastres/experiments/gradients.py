@@ -1,8 +1,8 @@
 """The mathematics of identity shortcuts on a real network, and the gradient that reaches each block.
 
-With pre-activation blocks x_L = x_l + Σ F(x_i) (He et al. 2016b, equation 4), and so the gradient at x_l is that at x_L
-plus what comes through the sum (equation 5): the first term passes every block unchanged. Where option A changes the
-size, "unchanged" means its own linear map.
+With pre-activation blocks x_L = x_l + Σ F(x_i) (He et al. 2016b, equation 4), so the gradient at x_l is the gradient at x_L
+plus what comes through the sum (equation 5): the first term passes every block unchanged. Where option A changes the size,
+"unchanged" means its own linear map.
 """
 
 import copy
@@ -60,9 +60,9 @@ def make(kind: str, images: Data, depth: int | None = None, seed: int = 0) -> nn
 
 
 def verify(model: Any, x: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Hold a pre-activation network of two-layer blocks, in float64, against both equations from its first block on.
+    """Check both equations on a pre-activation network of two-layer blocks, in float64, from its first block on.
 
-    The branches F are computed from their layers, apart from the blocks that the network runs.
+    The branches F are computed from their layers, independently of the blocks that the network runs.
     """
     model = copy.deepcopy(model).double().train()
     found = blocks(model)
@@ -95,7 +95,7 @@ def identity(block: Any, x: Tensor) -> Tensor:
 
 
 def branch(block: Any, x: Tensor) -> Tensor:
-    """F(x) of a pre-activation block of two layers, by its batch's statistics, in plain PyTorch."""
+    """F(x) of a pre-activation block of two layers, with batch statistics, in plain PyTorch."""
     out = x
     for norm, convolution in ((block.bn1, block.conv1), (block.bn2, block.conv2)):
         out = F.relu(F.batch_norm(out, None, None, norm.weight, norm.bias, training=True, eps=norm.eps))
@@ -125,7 +125,7 @@ def norms(model: nn.Module, x: Tensor, labels: Tensor) -> list[float]:
 def _during_training(
     study: Study, images: Data, kind: str, batch: tuple[Tensor, Tensor], progress: terminal.Progress
 ) -> dict[str, list[float]]:
-    """By the number of the epoch: before training, after the first epoch, half-way, and at the end."""
+    """The norms by epoch: before training, after the first epoch, half-way, and at the end."""
     epochs, seed = study.settings.epochs, study.seeds[0]
     model = make(kind, images, seed=seed)
     found = {"0": norms(model, *batch)}

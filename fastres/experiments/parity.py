@@ -1,6 +1,4 @@
-"""Judges a whole model's results: error against the same model in float64, beside PyTorch's own at the same
-dtype.
-"""
+"""Judges a whole model's results: error against the same model in float64, beside PyTorch's own at the same dtype."""
 
 import copy
 import functools
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from fastres import budget
 from fastres.experiments.subject import laid_out
 
-NEGLIGIBLE = 1e-9  # of the largest gradient: zero but for rounding, as that of a bias before batch norm
+NEGLIGIBLE = 1e-9  # times the largest gradient: zero up to rounding, such as that of a bias before batch norm
 
 
 class Verdict(NamedTuple):
@@ -42,8 +40,7 @@ def autocast(run: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> 
 
 
 def outputs(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What one call leaves: the logits; in training mode the loss, every gradient and every running
-    statistic.
+    """What one call leaves: the logits; in training mode the loss, every gradient and every running statistic.
 
     Args:
         run: the model, or what stands for it (compiled).
@@ -62,8 +59,7 @@ def outputs(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> dic
 
 
 class Reference:
-    """The float64 truth of a model on an input, in the mode it is in, with PyTorch's results in both memory
-    formats.
+    """The float64 truth of a model on an input, in the mode it is in, with PyTorch's results in both memory formats.
 
     Args:
         lower: the dtype of autocast, under which PyTorch's results are computed; None without it.
@@ -80,10 +76,10 @@ class Reference:
             self.torch.append(outputs(run, twin, x.contiguous(memory_format=layout)))
 
     def judge(self, actual: dict[str, Tensor]) -> Verdict:
-        """Hold results against the truth; PyTorch's own error is the larger one of its two memory formats.
+        """Compare results with the truth; PyTorch's own error is the larger one of its two memory formats.
 
-        Several tensors, as in training, count together: the root mean square of their relative errors, which
-            one wrong tensor ruins and the luck of rounding does not.
+        Several tensors, as in training, are judged together, by the root mean square of their relative errors: one wrong tensor
+        fails it, lucky or unlucky rounding does not.
         """
         theirs = max(self.torch, key=self._error)
         if set(actual) != set(self.truth):
@@ -98,7 +94,7 @@ class Reference:
         return Verdict(error <= allowed, error, self._error(theirs), allowed)
 
     def _same_measure(self, found: Tensor, theirs: Tensor, name: str, verdict: budget.Verdict) -> float:
-        """PyTorch's error by the measure that a verdict was given by."""
+        """PyTorch's error by the measure that decided the verdict."""
         ours, beside = budget.errors(found, self.truth[name]), budget.errors(theirs, self.truth[name])
         return next((beside[measure] for measure, error in ours.items() if error == verdict.error), math.nan)
 

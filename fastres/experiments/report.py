@@ -13,7 +13,7 @@ TORCH_COLOUR, FASTRES_COLOUR = "#8a94a6", "#c2410c"
 
 
 def need_tables() -> None:
-    """Fail now, not after minutes of work, where tables cannot be drawn."""
+    """Fail now, not after minutes of work, if tables cannot be drawn."""
     terminal.need("the table", "rich")
 
 

@@ -19,9 +19,7 @@ _numbers = itertools.count()
 
 
 class Rival(NamedTuple):
-    """One way: ``prepare(model, x)`` may change its own copy of the model, and gives what is called and its
-    input.
-    """
+    """One way: ``prepare(model, x)`` may change its own copy of the model, and gives what is called and its input."""
 
     name: str
     prepare: Callable[[nn.Module, Tensor], tuple[Callable[[Tensor], Tensor], Tensor]]
@@ -33,8 +31,8 @@ class Rival(NamedTuple):
 
     @contextlib.contextmanager
     def settings(self, cold: bool = True) -> Iterator[None]:
-        """What must hold while it prepares and is first called: every compilation is a cold one, unless ``cold`` is False,
-        and none is given up.
+        """Settings while it prepares and is first called: every compilation is a cold one, unless ``cold`` is False, and none
+        is abandoned.
         """
         if not self.compiles:
             yield
@@ -48,9 +46,7 @@ class Rival(NamedTuple):
 
 @contextlib.contextmanager
 def all_cores() -> Iterator[None]:
-    """Let compilers use every core: where threads are pinned, this one, and so what it starts, is held to
-    one.
-    """
+    """Let compilers use every core: where threads are pinned, this one, and so what it starts, is held to one."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -76,7 +72,7 @@ def _compiled(model: nn.Module, x: Tensor) -> tuple[Callable, Tensor]:
     def forward(x: Tensor) -> Tensor:
         return network(x)
 
-    # What torch.compile made belongs to a code object: with one of its own no rival gets what another one compiled.
+    # torch.compile keeps its results per code object: with a code object of its own, no rival gets what another one compiled.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
     return torch.compile(forward, dynamic=False), x
 
@@ -115,5 +111,5 @@ TRAINING = (OPTIMIZED, EAGER, CHANNELS_LAST, COMPILE)
 
 
 def forget_compiled() -> None:
-    """Drop what torch.compile keeps of earlier models, so that each comparison starts alike."""
+    """Drop what torch.compile keeps of earlier models, so that all comparisons start alike."""
     torch._dynamo.reset()

@@ -19,7 +19,7 @@ from fastres.nn._stage import Stage
 
 
 class Plain(nn.Module):
-    """A module of plain PyTorch; it does not pass for one of fastres, which ``fastres.optimize`` leaves alone."""
+    """A module of plain PyTorch. It must not count as a fastres module, which ``fastres.optimize`` would leave alone."""
 
     if TYPE_CHECKING:
 

@@ -1,4 +1,4 @@
-"""Verifies one optimised model: within the error budget, and restored to the bit."""
+"""Verifies one optimised model: it keeps the error budget, and is restored bit for bit."""
 
 import contextlib
 import copy
@@ -15,9 +15,9 @@ from fastres.experiments.subject import Subject, laid_out
 def verify(
     subject: Subject, *, training: bool = False, step: Callable[[str], object] = lambda text: None
 ) -> dict[str, Any]:
-    """Optimise a copy of the subject's model, hold it against float64, restore it, and compare bits.
+    """Optimise a copy of the subject's model, compare it with float64, restore it, and compare bits.
 
-    ``ok`` says that all of it holds; the error and what it is measured by stand beside it.
+    ``ok`` in the result says that everything holds; the errors are next to it.
     """
     x = subject.x.contiguous(memory_format=torch.channels_last)
     step("PyTorch and float64")
@@ -39,7 +39,7 @@ def verify(
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """cuDNN with algorithms that give the same bits in every run; its other settings stay."""
+    """Make cuDNN use algorithms that give the same bits in every run; its other settings stay."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False

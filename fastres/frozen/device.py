@@ -176,7 +176,7 @@ class GraphFrozen(Frozen):
         return self._choices[key]
 
     def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> Tensor:
-        """Run the kernels in turn on images laid out like the plan's buffer; ``see`` is shown each step with its inputs."""
+        """The kernels one after the other, on images as the plan's buffer holds them; ``see`` is shown each with its inputs."""
         values = {self.network.x: x}
         for step in steps:
             if see is not None:

@@ -187,5 +187,3 @@ def _quality(found: dict[str, Any]) -> Quality:
     numbers = all(value is None or isinstance(value, (int, float)) for value in found.values())
     _need(set(found) == fields and numbers, "the quality")
     return Quality(**found)
-
-

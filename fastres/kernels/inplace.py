@@ -1,4 +1,4 @@
-"""The in-place epilogue behind a convolution that cannot apply its own."""
+"""The in-place epilogue of a convolution that has none of its own."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Loads the native libraries, once and only when first asked for; a failure is a sentence, never a traceback.
+"""Loads the native libraries, once, when first asked for; a failure is a sentence, never a traceback.
 
 ``fastres._C`` holds the CPU ops (``fastres_C::cpu_*``), ``_cuda.so`` the CUDA ops (``fastres_C::cuda_*``).
 """
@@ -18,7 +18,7 @@ _refusals: dict[str, str | None] | None = None  # why not, by part; None until l
 
 
 def load() -> None:
-    """Load what was built and this torch can run; thread-safe, and only the first call does anything."""
+    """Load whatever was built and this torch can run; thread-safe, and only the first call does anything."""
     global _refusals
     if _refusals is None:
         with _lock:
@@ -45,14 +45,14 @@ def why_not(name: str) -> str | None:
 
 
 def op(name: str) -> torch._ops.OpOverload:
-    """The native op of this name, once ``why_not(name)`` said None."""
+    """The native op of this name, once ``why_not(name)`` has returned None."""
     return getattr(torch.ops.fastres_C, name).default
 
 
 def build_info() -> dict:
     """What was built, with what (compiler, CUDA, architectures, torch, git revision), and why not the rest.
 
-    Read from inside the library where that loads, else from the record that the installation left.
+    Read from the library where it loads, else from the record that the installation left.
     """
     if why_not_cpu() is None:
         return importlib.import_module("fastres._C").build_info()
@@ -92,7 +92,7 @@ def _old_torch() -> str | None:
 
 
 def _load_cpu() -> str | None:
-    if not any(_PACKAGE.glob("_C.*")):  # looked for here alone: an editable install elsewhere may offer its own
+    if not any(_PACKAGE.glob("_C.*")):  # looked for only here: an editable install elsewhere may offer its own
         return _not_built("cpu")
     if reason := _old_torch():
         return reason

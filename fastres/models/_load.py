@@ -1,7 +1,7 @@
 """The ``weights=`` of the builders: a local file, or torchvision's enums where torchvision can be imported.
 
-A file is read without running code (safetensors, or ``torch.load(weights_only=True)``) and reaches the model
-only once every name and shape was checked, so that a refused one changes nothing.
+A file is read without running code (safetensors, or ``torch.load(weights_only=True)``) and loaded into the model only after
+every name and shape was checked, so that a refused one changes nothing.
 """
 
 import os
@@ -21,7 +21,7 @@ _SHOWN = 3  # names listed in a message
 
 
 def from_torchvision(name: str, weights: Any) -> Any:
-    """The member of torchvision's enum for network ``name`` that weights is or names; None for a file.
+    """The member of torchvision's enum for network ``name`` that ``weights`` is, or names; None for a file.
 
     Raises:
         UnsupportedError: weights names a member and torchvision cannot be imported.

@@ -223,7 +223,7 @@ def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | N
     """``convolve`` where ``act(bn(...))`` or ``pool(act(bn(...)))`` follows: in training also the statistics of the output,
     where one kernel computes both."""
     plain = not torch.compiler.is_compiling() and type(x) is Tensor and x.layout is torch.strided and not x.is_nested
-    if plain and _chain.asks(x) and trains(bn) and fuses(x, conv, bn, act, pool):
+    if plain and _chain.may_join_layers(x) and trains(bn) and fuses(x, conv, bn, act, pool):
         try:
             return find_statistics(conv, x)
         except WRONG:

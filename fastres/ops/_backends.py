@@ -55,7 +55,7 @@ def triton_module(name: str) -> ModuleType:
 
 
 def why_not_triton(*args: object) -> str | None:
-    """What every Triton kernel asks: the package, a GPU or the interpreter, a dtype it has."""
+    """What every Triton kernel needs: the package, a GPU or the interpreter, a dtype it has."""
     x = next(arg for arg in args if isinstance(arg, torch.Tensor))
     return why_not_device(x.device) or _refuse(args, (x.device.type,), _GPU_DTYPES)
 

@@ -25,7 +25,7 @@ def activate(y: Tensor, act: str) -> Tensor:
 
 
 def match(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
-    """Parameters in one dtype that torch's batch norm takes beside x: fp32 beside a narrower x, else x's dtype."""
+    """Parameters in a dtype that torch's batch norm takes together with x: fp32 for a narrower x, else x's dtype."""
     dtype = statistics_dtype(x)
     return tuple(None if p is None else p.to(dtype) for p in parameters)
 
@@ -40,8 +40,8 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tenso
 def normalize_train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Batch norm with the batch's statistics: y, mean and biased var.
 
-    The running buffers of torch's own pass, at momentum 1, hand out mean and var; the saved 1/sqrt(var + eps) could not
-    give var back where eps dominates it.
+    Mean and var come from the running buffers of torch's own pass, at momentum 1: the 1/sqrt(var + eps) that it saves does not
+    give var back where eps dominates.
     """
     weight, bias = match(x, weight, bias)
     channels, values = x.shape[1], x.shape[0] * x.shape[2] * x.shape[3]
@@ -103,22 +103,22 @@ def parameter_grads(
 
 
 def laid_as(x: Tensor, grad_y: Tensor) -> Tensor:
-    """The gradient of y in y's memory format, which it mostly has: then to ask for x's strides is all it costs."""
+    """The gradient of y in y's memory format. It mostly has that already: then this only compares strides."""
     return grad_y if grad_y.stride() == x.stride() else grad_y.contiguous(memory_format=memory_format(x))
 
 
 def laid_as_both(x: Tensor, grad_y: Tensor, grad_y2: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The same of a gradient that may come in two parts."""
+    """The same for a gradient that may come in two parts."""
     return laid_as(x, grad_y), None if grad_y2 is None else laid_as(x, grad_y2)
 
 
 def whole(grad_y: Tensor, grad_y2: Tensor | None) -> Tensor:
-    """The sum of a gradient's parts, differentiable by both."""
+    """The sum of a gradient's parts, differentiable with respect to both."""
     return grad_y if grad_y2 is None else grad_y + grad_y2
 
 
 def two_parts(grad_y2: Tensor | None) -> dict[str, Tensor]:
-    """The second part among the activations to be checked."""
+    """The second part, where there is one, as an activation to be checked."""
     return {} if grad_y2 is None else {"grad_y2": grad_y2}
 
 
@@ -126,12 +126,12 @@ def refuse_statistics_gradient(mean: Tensor, var: Tensor) -> None:
     """Given statistics are constants, as in PyTorch."""
     if mean.requires_grad or var.requires_grad:
         raise RuntimeError(
-            "fastres: mean and var must not require grad: batch norm is not differentiated by given statistics"
+            "fastres: mean and var must not require grad: batch norm is not differentiated with respect to given statistics"
         )
 
 
 def constants(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Given statistics, to be saved: copies, since a batch in training may change the running ones before backward."""
+    """Copies of given statistics, to be saved: a training batch may change the running ones before backward."""
     refuse_statistics_gradient(mean, var)
     return mean.clone(), var.clone()
 
@@ -169,7 +169,7 @@ def fake_parameter_grads(x: Tensor, weight: Tensor | None, bias: Tensor | None) 
 
 
 def why_not(*args: object) -> str | None:
-    """What every kernel of these ops asks of the activations among its arguments."""
+    """What every kernel of these ops requires of the activations among its arguments."""
     activations = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4]
     dtypes = {tensor.dtype for tensor in activations}
     if len(dtypes) > 1:
@@ -226,7 +226,7 @@ def samples(device: torch.device, dtype: torch.dtype, build: Callable) -> list[S
 
 
 def samples_of_two_parts(found: list[Sample]) -> list[Sample]:
-    """The samples of a backward without and, behind the first of them, with a second part of the gradient."""
+    """The samples of a backward, and the same with a second part of the gradient, inserted after the first."""
     two = [
         Sample(f"{sample.label}, two parts", (sample.args[0], sample.args[0].flip(3).contiguous(), *sample.args[2:]))
         for sample in found
@@ -235,7 +235,7 @@ def samples_of_two_parts(found: list[Sample]) -> list[Sample]:
 
 
 def cost(tensors: int, bits: int = 0) -> Callable[..., tuple[int, int]]:
-    """Cost of an op that moves ``tensors`` activations of x's size, and ``bits`` bits an element, of a mask."""
+    """Cost of an op that moves ``tensors`` activations of x's size and ``bits`` bits per element of a mask."""
 
     def bytes_and_flops(x: Tensor, *rest: object) -> tuple[int, int]:
         return tensors * x.numel() * x.element_size() + bits * x.numel() // 8, 8 * x.numel()

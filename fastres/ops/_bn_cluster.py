@@ -1,9 +1,9 @@
-"""The second CUDA backend of batch norm in training (csrc/cuda/bn_cluster_kernel.cu): a cluster of blocks holds all of some
-channels in its shared memory, between their statistics and what is made with them, so that x is read once.
+"""The second CUDA backend of batch norm in training (csrc/cuda/bn_cluster_kernel.cu): a cluster of blocks holds all values of a
+few channels in its shared memory from computing their statistics to using them, so that x is read once.
 
-fp16, bf16 and fp32, channels_last, channels in eights, and so few pixels that 16 channels of them fit into eight blocks: in
-ResNet-50 stages 3 and 4 of up to 64 images, also in backward, where the gradient of y is held beside x. No GPU has run it:
-chosen where ``fastres tune`` found it the fastest, or forced.
+fp16, bf16 and fp32, channels_last, a multiple of 8 channels, and so few pixels that 16 channels of them fit into eight
+blocks: in ResNet-50 stages 3 and 4 with up to 64 images, also in backward, where the gradient of y is held beside x. No GPU
+has run it yet: it is chosen where ``fastres tune`` found it fastest, or forced.
 """
 
 import functools
@@ -59,13 +59,13 @@ def why_not_device(device: torch.device) -> str | None:
 
 
 def most_pixels(op: str, dtype: torch.dtype) -> int:
-    """Of a batch whose narrowest slice of channels a cluster holds: of x, in backward of x and the gradient of y."""
+    """Most pixels of a batch of which a cluster can hold the narrowest slice of channels: of x, in backward of grad_y too."""
     held = (2 if op.endswith("_backward") else 1) * VECTOR * dtype.itemsize
     return CLUSTER * (THREADS // LEAST_VECTORS) * (HELD_BYTES // THREADS // held)
 
 
 def why_not_arguments(op: str, *args: object) -> str | None:
-    """What it asks of activations that lie alike in memory, on any device."""
+    """What it requires of the arguments, on any device."""
     x = next(arg for arg in args if isinstance(arg, Tensor) and arg.dim() == 4)
     if x.dtype not in DTYPES:
         return f"it has float16, bfloat16 and float32 kernels, got {x.dtype}"

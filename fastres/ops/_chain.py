@@ -1,8 +1,8 @@
-"""Convolutions and batch norms in a row, y = act(bn(conv(...act(bn(conv(x)))))[+ shortcut]), where the shortcut may be another
-tensor, x itself, or a convolution and a batch norm of either: what the layers of a block do.
+"""Consecutive convolutions and batch norms, y = act(bn(conv(...act(bn(conv(x)))))[+ shortcut]), where the shortcut may be
+another tensor, x itself, or a convolution and a batch norm of either: what the layers of a block do.
 
-The ops are those of the pages. A convolution tells the batch norm behind it the statistics where a kernel is chosen that finds
-them (``_given``). ``_node`` makes one node of autograd of a chain.
+The ops are those of the pages. A convolution passes the statistics to the batch norm behind it where a kernel that finds them
+is chosen (``_given``). ``_node`` turns a chain into one autograd node.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,22 +22,22 @@ from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
 
 class Convolution(NamedTuple):
-    """What a convolution does beside its tensors: stride, padding, dilation and groups."""
+    """What defines a convolution besides its tensors: stride, padding, dilation and groups."""
 
     geometry: tuple
 
 
 class Norm(NamedTuple):
-    """What a batch norm and the activation behind it do beside their tensors."""
+    """What defines a batch norm and the activation behind it, besides their tensors."""
 
     eps: float
     act: str
 
 
 class Chain(NamedTuple):
-    """The links, the last of which adds the shortcut; whether that starts from x; the dtype that autocast asks of convolutions,
-    None where it is off; the shortcut's own convolution and batch norm, None where it has none; whether y is wanted as two
-    tensors of one memory; how x was made, None where it is kept."""
+    """The links, the last of which adds the shortcut; whether the shortcut starts from x; the dtype that autocast gives
+    convolutions, None where it is off; the shortcut's own convolution and batch norm, None where it has none; whether y is
+    wanted as two tensors that share memory; how x was made, None where it is kept."""
 
     links: tuple[Convolution | Norm, ...]
     adds_x: bool
@@ -48,19 +48,19 @@ class Chain(NamedTuple):
 
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var
-FIRST, TENSORS = 2, 2  # tensors before those of the links, x and the residual; of a link, weight and bias
+FIRST, TENSORS = 2, 2  # tensors before those of the links: x and the residual; tensors per link: weight and bias
 
 
 def cast(chain: Chain, tensor: Any) -> Any:
-    """As autocast casts what goes into a convolution."""
+    """Cast as autocast casts the inputs of a convolution."""
     if tensor is None or chain.dtype is None or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(chain.dtype)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple, before_norm: bool) -> tuple:
-    """The op that did the convolution, None where PyTorch's is the faster; its arguments and outputs. ``before_norm``: the
-    statistics of y are of use."""
+    """The op that did the convolution, None where PyTorch's is faster; its arguments; its outputs. ``before_norm``: a batch
+    norm can use the statistics of y."""
     if before_norm and bias is None and may_find(x, weight, *geometry):
         args = x, weight, *geometry
         if not CONV_STATISTICS.falls_back(*args):
@@ -70,17 +70,18 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple, b
     return None, (x, weight, bias, *geometry), (torch.conv2d(x, weight, bias, *geometry),)
 
 
-def asks(x: Tensor) -> bool:
-    """Whether kernels may be there that do more than one layer's work; asked once for all layers."""
+def may_join_layers(x: Tensor) -> bool:
+    """Whether there may be kernels that do the work of more than one layer; asked once for all layers."""
     return x.is_cuda or dispatch.is_forced()
 
 
 def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) -> tuple[Tensor, Statistics]:
-    """Run the layers on ``(x, residual, *parameters)``; ``told`` hears of every op that ran, and which link it was, that of the
-    projection's convolution being one more than there are. Gives y, and the statistics of the batch norms' inputs."""
+    """Run the layers on ``(x, residual, *parameters)``; returns y and the statistics of the batch norms' inputs. ``told`` is
+    called with every op that ran and the index of its link; the projection's convolution has the index behind the last
+    link's."""
     x, residual, *parameters = tensors
     statistics: Statistics = []
-    before_norms = len(chain.links) > 1 and asks(x)  # of a convolution alone, none takes its statistics
+    before_norms = len(chain.links) > 1 and may_join_layers(x)  # a convolution alone has no batch norm here
 
     def convolve(index: int, value: Tensor, link: Convolution) -> tuple[Tensor, Known]:
         weight, bias = parameters[TENSORS * index :][:TENSORS]

@@ -6,11 +6,11 @@ from torch import Tensor
 from fastres.errors import must, must_type
 
 ACTS = ("relu", "none")
-MOST = 2**31 - 1  # of a window's numbers: what every convolution library takes
+MOST = 2**31 - 1  # largest number that describes a window: what every convolution library takes
 
 
 def tensors(op: str, **arguments: Tensor) -> None:
-    """Plain strided real floating tensors on one device."""
+    """Plain strided real floating-point tensors on one device."""
     first = None
     for name, tensor in arguments.items():
         if not isinstance(tensor, Tensor):
@@ -42,7 +42,7 @@ def same_shape(op: str, **arguments: Tensor) -> None:
 
 
 def per_channel(op: str, channels: int, like: Tensor, **parameters: Tensor | None) -> None:
-    """One value a channel, on the device of the activation; None passes."""
+    """One value per channel, on the device of the activation; None passes."""
     given = {name: tensor for name, tensor in parameters.items() if tensor is not None}
     tensors(op, x=like, **given)
     whose = "x" if channels == like.shape[1] else "the output"
@@ -66,7 +66,7 @@ def eps(op: str, value: float) -> None:
 
 
 def batch_statistics(op: str, x: Tensor) -> None:
-    """The check of torch.nn.BatchNorm2d, with its type and text: one value a channel has no variance."""
+    """The check of torch.nn.BatchNorm2d, with the same error: one value per channel has no variance."""
     values = x.shape[0] * x.shape[2] * x.shape[3]
     if values == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")

@@ -41,7 +41,7 @@ def reference(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, str
 def differentiable(
     x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act
 ):
-    """The same without in-place steps, for autograd."""
+    """``reference`` without in-place steps, for autograd."""
     y = normalize(convolve(x, weight, bias, stride, padding, dilation, groups), bn_weight, bn_bias, mean, var, eps)
     y = y if residual is None else y + residual
     return F.relu(y) if act == "relu" else y
@@ -136,10 +136,10 @@ def why_not_onednn(x, residual, weight, *rest) -> str | None:
 
 class _Packings:
     """Folded weights in oneDNN's own layouts: one for each input shape, since a layout that is best for one is slow for
-    another (ResNet-50 packed for 224x224 ran 32x32 images 8 times slower than PyTorch: AMD EPYC, 2026-11-24).
+    another (ResNet-50 packed for 224x224 ran 32x32 images 8 times slower than PyTorch; AMD EPYC, 2026-11-24).
     """
 
-    MOST = 4  # shapes; inputs of ever-changing sizes get the unpacked weights, which suit all
+    MOST = 4  # shapes; further ones get the unpacked weights, which suit all
 
     def __init__(self, weight: Tensor, bias: Tensor, form: tuple) -> None:
         _, dtype, *self.geometry = form
@@ -184,7 +184,7 @@ def why_not_triton_conv(x, residual, weight, *rest) -> str | None:
 
 def why_not_tf32(x) -> str | None:
     """Why the Triton convolutions leave float32 on a GPU to cuDNN: where TF32 is allowed, cuDNN uses it only if that is faster,
-    so that its error, and the budget, may be that of float32."""
+    so that PyTorch's error, and with it the budget, may be that of float32."""
     if x.is_cuda and x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "in float32 it would round to TF32 where cuDNN may not (torch.backends.cudnn.conv.fp32_precision is 'tf32')"
     return None
@@ -245,7 +245,7 @@ def run_cpu(x, residual, *rest):
 
 
 def backends(with_residual: bool) -> list[Backend]:
-    """Native CPU, oneDNN, two native CUDA kernels, cuDNN and Triton; an op without residual passes None in its place."""
+    """Native CPU, oneDNN, two native CUDA kernels, cuDNN and Triton; for an op without residual, None takes its place."""
 
     def adapt(function: Callable) -> Callable:
         return function if with_residual else lambda x, *rest: function(x, None, *rest)
@@ -263,7 +263,7 @@ def backends(with_residual: bool) -> list[Backend]:
 
 
 def samples(device: torch.device, dtype: torch.dtype, with_residual: bool) -> list[Sample]:
-    """Every convolution of a residual network, at a small size, and the corners: groups, dilation, odd channels, bias."""
+    """Every convolution of a residual network, at a small size, and corner cases: groups, dilation, odd channels, bias."""
     generator = torch.Generator().manual_seed(0)
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
 

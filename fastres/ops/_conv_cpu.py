@@ -1,7 +1,7 @@
 """The native CPU backend of the convolution ops: a direct convolution in registers with the whole epilogue fused.
 
-Folded weights are packed once for the machine's registers and serve every input size. Activations travel channels_last;
-an image of few channels (the stem's) is first copied with its padding written out, so that a row of taps is one run.
+Folded weights are packed once for the machine's registers and serve every input size. Activations are channels_last; an image
+of few channels (the stem's) is first copied with its padding written out, so that a row of taps is one contiguous run.
 """
 
 import functools
@@ -15,13 +15,13 @@ from fastres.kernels import native
 from fastres.kernels.layout import memory_format
 from fastres.ops import _fold
 
-FEW_CHANNELS = 16  # below, the copy costs less than a tap for every few channels (7x7 stem of 3 channels)
+FEW_CHANNELS = 16  # with fewer, the copy costs less than taps of a few channels each (7x7 stem of 3 channels)
 Pair = tuple[int, int]
 _PER_WORD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # channels in the 32 bits a kernel multiplies at once
 
 
 def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> str | None:
-    """Why the kernel cannot run a call, beyond what all folded backends ask."""
+    """Why the kernel cannot run a call, beyond what all folded backends require."""
     if x.device.type != "cpu":
         return f"it runs on cpu, the tensors are on {x.device.type}"
     reason = native.why_not("cpu_conv_bn_act")
@@ -53,12 +53,12 @@ def why_not_groups(channels: int, out_channels: int, groups: int, dtype: torch.d
 
 @functools.cache
 def _lanes() -> int:
-    """Channels of a vector of sums."""
+    """Channels in a vector of sums."""
     return 16 if native.cpu_features()["level"] >= 4 else 8
 
 
 def lacks(dtype: torch.dtype) -> str | None:
-    """Why the native library, once loaded, has no convolution of a dtype for this processor."""
+    """Why the native library, once loaded, has no convolution in a dtype for this processor."""
     if dtype not in _PER_WORD:
         return f"it has no {str(dtype).removeprefix('torch.')} kernel"
     features = native.cpu_features()
@@ -103,8 +103,8 @@ def is_finite(weight: Tensor) -> bool:
 
 
 def suits_winograd(weight: Sequence[int], dtype: torch.dtype, stride: Pair, dilation: Pair, out: Pair) -> bool:
-    """Whether Winograd's F(2x2, 3x3) is the faster way for weights of this shape and outputs of this size: 16
-    multiplications for four outputs instead of 36.
+    """Whether Winograd's F(2x2, 3x3), 16 multiplications for four outputs instead of 36, is faster for weights of this shape
+    and outputs of this size.
     """
     out_channels, channels, *kernel = weight
     if kernel != [3, 3] or (*stride, *dilation) != (1, 1, 1, 1) or dtype != torch.float32:
@@ -113,7 +113,7 @@ def suits_winograd(weight: Sequence[int], dtype: torch.dtype, stride: Pair, dila
 
 
 def is_padded(channels: int, dtype: torch.dtype) -> bool:
-    """Whether an input of so many channels is copied with its padding first."""
+    """Whether an input with this many channels is first copied with its padding."""
     return channels < FEW_CHANNELS or channels != whole_words(channels, dtype)
 
 
@@ -123,13 +123,12 @@ def whole_words(channels: int, dtype: torch.dtype) -> int:
 
 
 def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor | None:
-    """The convolution with its epilogue, in x's memory format; None for weights that are not finite, which would meet the
-    zeros of the padding."""
+    """The convolution with its epilogue, in x's memory format; None for weights that are not finite, which the kernel would
+    multiply by the zeros of the padding."""
     dtype = x.dtype
     parameters: tuple[Any, ...] = (weight, bias, bn_weight, bn_bias, mean, var)
     out = (x.shape[2] + 2 * padding[0] - 2, x.shape[3] + 2 * padding[1] - 2)  # of a 3x3 convolution with stride 1
-    winograd = suits_winograd(weight.shape, dtype, stride, dilation, out)
-    winograd = winograd and groups == 1
+    winograd = groups == 1 and suits_winograd(weight.shape, dtype, stride, dilation, out)
     kind = ("cpu", dtype, winograd, groups)
     packed = _fold.folded(parameters, eps, kind, lambda w, b: Packed(w, b, dtype, winograd, groups))
     if not packed.finite:

@@ -1,8 +1,8 @@
-"""The CUDA backend of the convolution ops: one kernel for sm_90a (csrc/cuda/sm90_conv_bn_act_kernel.cu), batch norm folded,
-and for few input channels those of ``conv`` (_conv_rows.py).
+"""The CUDA backend of the convolution ops, batch norm folded: one kernel for sm_90a (csrc/cuda/sm90_conv_bn_act_kernel.cu), and
+for few input channels those of ``conv`` (_conv_rows.py). Chains of two and three convolutions have a kernel of their own
+(csrc/cuda/sm90_conv_bn_act_conv_bn_add_act_kernel.cu).
 
-fp16 and bf16, channels_last, one group, any small window. Compiled, and executed on the CPU by the tests; until a Hopper GPU
-has validated it, it is chosen only where it is forced.
+fp16 and bf16, channels_last, one group, any small window.
 """
 
 import functools
@@ -17,14 +17,14 @@ from fastres.ops import _conv_rows, _fold
 
 OP = "sm90_conv_act"
 CHAIN, CHAIN_OF_THREE = "sm90_conv_act_conv_act", "sm90_conv_act_conv_act_conv_act"
-CHAIN_CHANNELS = (64, 128)  # of x and between two convolutions
+CHAIN_CHANNELS = (64, 128)  # of x, and between two convolutions
 CHAIN_REACH = 8192  # of a window along the padded rows, in pixels times channels: what shared memory holds beyond a tile
 DTYPES = (torch.float16, torch.bfloat16)
 ARCH = "90a"
 
 
 def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, adds: bool = False) -> str | None:
-    """Why no kernel can run a convolution, to which something is added or not, beyond what all folded backends ask."""
+    """Why no kernel can run a convolution, with or without an addition, beyond what all folded backends require."""
     if x.device.type != "cuda":
         return f"it runs on cuda, the tensors are on {x.device.type}"
     if _conv_rows.is_few(x):
@@ -44,7 +44,7 @@ def why_not_device(device: torch.device) -> str | None:
 
 
 def why_not_arguments(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
-    """What it asks of the arguments, on any device."""
+    """What it requires of the arguments, on any device."""
     if x.dtype not in DTYPES:
         return f"it has float16 and bfloat16 kernels, got {x.dtype}"
     if x.numel() == 0 or x.numel() // x.shape[1] >= 2**31:
@@ -82,7 +82,7 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
 
 
 def run_joined(main: tuple[Any, ...], own: tuple[Any, ...], act: str) -> Tensor:
-    """The same with the products of a projected shortcut added in the accumulators; main and own are what ``run`` takes of
+    """The same with the products of a projected shortcut added in the accumulators; main and own are what ``run`` takes for
     each convolution, without residual and act.
     """
     (x, *parameters, eps, stride, padding, dilation, _), (shortcut, *others, own_eps, own_stride) = main, own
@@ -92,7 +92,7 @@ def run_joined(main: tuple[Any, ...], own: tuple[Any, ...], act: str) -> Tensor:
 
 
 def why_not_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, last_weight: Tensor) -> str | None:
-    """Why no kernel can run a convolution and one of 1x1 in one launch, beyond what all folded backends ask."""
+    """Why no kernel can run a convolution and a 1x1 one in one launch, beyond what all folded backends require."""
     if x.device.type != "cuda":
         return f"it runs on cuda, the tensors are on {x.device.type}"
     reason = why_not_device(x.device) or native.why_not(CHAIN)
@@ -102,7 +102,7 @@ def why_not_chain(x: Tensor, weight: Tensor, stride, padding, dilation, groups: 
 def why_not_chain_arguments(
     x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, last_weight: Tensor
 ) -> str | None:
-    """What it asks of the arguments, on any device."""
+    """What it requires of the arguments, on any device."""
     if reason := why_not_arguments(x, weight, stride, padding, dilation, groups):
         return reason
     channels = x.shape[1]
@@ -126,8 +126,8 @@ def why_not_chain_arguments(
 def run_chain(
     x: Tensor, first: tuple[Any, ...], residual: Tensor, last: tuple[Any, ...], following: tuple[Any, ...] | None
 ) -> Any:
-    """One launch; first is what ``conv_bn_act`` takes after x, last and following are parameters, eps and act of a convolution
-    of 1x1 each. The output of the last, and that of the following where there is one."""
+    """One launch; returns the output of the last convolution, and that of the following one where there is one. ``first`` is
+    what ``conv_bn_act`` takes after x; ``last`` and ``following`` are parameters, eps and act of a 1x1 convolution each."""
     *parameters, eps, _, _, dilation, _, act = first
     tensors = aligned(x), *packed(x, tuple(parameters), eps), *packed(x, *last[:2]), aligned(residual)
     if following is None:

@@ -1,9 +1,8 @@
 """The CUDA kernels for convolutions of few input channels, the stem of a network (csrc/cuda/conv_kernel.cu and beside it).
 
-fp16 and bf16, channels_last, one group, no dilation; in NHWC a row of a window is then one run of values, 9 to 24 of them: 7x7
-and 3x3 windows over 3 channels. Forward with folded weights (``conv_bn_act``), also with the pool behind it
-(``conv_bn_act_maxpool``), and in training (``conv``), and the gradient by the weight. Executed on the CPU by the tests; until a
-GPU has validated them, they are chosen only where they are forced.
+fp16 and bf16, channels_last, one group, no dilation: in NHWC a row of a window is then one run of values, 9 to 24 of them, as
+in 7x7 and 3x3 windows over 3 channels. Forward with folded weights (``conv_bn_act``), also with the pool behind it
+(``conv_bn_act_maxpool``); forward in training (``conv``); and the weight gradient.
 """
 
 import functools
@@ -19,12 +18,12 @@ from fastres.ops import _fold
 
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_ROWS, MOST_STRIDE, MOST_PADDING = 7, 8, 127  # of a window
-LEAST_VALUES, MOST_VALUES = 9, 24  # of a row of a window, with the one before it that aligns it
+LEAST_VALUES, MOST_VALUES = 9, 24  # of a row of a window, including one before it where that aligns it
 OPS = ("conv_rows", "conv_rows_backward_weight", "conv_rows_maxpool")
 
 
 def is_few(x: Tensor) -> bool:
-    """Whether x has so few channels, or so odd a number, that these kernels are the ones for it."""
+    """Whether these kernels are the ones for x: its channels are few, no multiple of 8."""
     return x.shape[1] % 8 != 0
 
 
@@ -43,7 +42,7 @@ def why_not_device(device: torch.device) -> str | None:
 
 
 def why_not_arguments(x: Tensor, dtype: torch.dtype, weight_shape, stride, padding, dilation, groups: int) -> str | None:
-    """What they ask of the arguments, on any device, once x is of the dtype."""
+    """What they require of the arguments, on any device, once x has the dtype."""
     if not is_few(x):
         return f"it is for few input channels, got {x.shape[1]}, a multiple of 8"
     if dtype not in DTYPES:
@@ -66,7 +65,7 @@ def why_not_arguments(x: Tensor, dtype: torch.dtype, weight_shape, stride, paddi
 
 
 def why_not_fast(x: Tensor, weight_shape, *geometry: Any) -> str | None:
-    """Why a convolution in training is left to PyTorch's, which ``conv`` would run in the end too."""
+    """Why a convolution in training is left to PyTorch, which ``conv`` would run in the end too."""
     if not is_few(x):
         return "on cuda it convolves few input channels, not multiples of 8"
     dtype = x.dtype
@@ -89,7 +88,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilatio
 
 
 def _folded(x: Tensor, parameters: tuple[Any, ...], eps: float, padding) -> tuple[Any, ...]:
-    """What kernels take of a convolution's parameters, folded and packed once: weights, bias, channels, kernel."""
+    """A convolution's parameters as kernels take them, folded and packed once: weights, bias, channels, kernel."""
 
     def finish(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return _pack(w.to(x.dtype), padding), b.float()

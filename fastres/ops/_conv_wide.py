@@ -1,9 +1,8 @@
-"""The second CUDA backend of the convolution ops, by Hopper's widest products (csrc/cuda/sm90_conv_wide_kernel.cu), batch norm
-folded; and of ``conv_statistics`` and ``conv_backward_bn_act``, for training.
+"""The second CUDA backend of the convolution ops, with Hopper's widest products (csrc/cuda/sm90_conv_wide_kernel.cu), batch
+norm folded; also that of ``conv_statistics`` and ``conv_backward_bn_act`` in training.
 
-Where windows keep the image's size it reads x once for all their taps; blocks share what they read. It takes what the kernel of
-the backend ``cuda`` takes. Compiled, and executed on the CPU by the tests; chosen by default only where a device of the
-architecture validated it.
+Where windows keep the image's size it reads x once for all their taps, and blocks share what they read. It takes the same
+arguments as the kernel of the backend ``cuda``.
 """
 
 from typing import Any
@@ -18,17 +17,17 @@ OP, STATISTICS, GRADIENT = "sm90_conv_wide", "sm90_conv_wide_statistics", "sm90_
 
 
 def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
-    """Why the kernel cannot run a convolution, beyond what all folded backends ask."""
+    """Why the kernel cannot run a convolution, beyond what all folded backends require."""
     return _why_not(OP, x, weight, stride, padding, dilation, groups)
 
 
 def why_not_statistics(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
-    """The same of its form without bias, which finds the statistics of what it computes."""
+    """The same for its form without bias, which finds the statistics of its output."""
     return _why_not(STATISTICS, x, weight, stride, padding, dilation, groups)
 
 
 def why_not_gradient(grad_y: Tensor, weight: Tensor, x: Tensor, *geometry: Any) -> str | None:
-    """The same of its form for gradients, which reads the batch norm's input beside what it computes."""
+    """The same for its form for gradients, which also reads the batch norm's input."""
     return _why_not_here(GRADIENT, grad_y) or why_not_gradient_arguments(grad_y, weight, x, *geometry)
 
 
@@ -43,7 +42,7 @@ def _why_not_here(op: str, x: Tensor) -> str | None:
 
 
 def why_not_arguments(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> str | None:
-    """What it asks of the arguments, on any device."""
+    """What it requires of the arguments, on any device."""
     if reason := _conv_cuda.why_not_arguments(x, weight, stride, padding, dilation, groups):
         return reason
     if x.shape[0] * (x.shape[2] + 2 * padding[0]) * (x.shape[3] + 2 * padding[1]) >= 2**30:
@@ -54,7 +53,7 @@ def why_not_arguments(x: Tensor, weight: Tensor, stride, padding, dilation, grou
 def why_not_gradient_arguments(
     grad_y: Tensor, weight: Tensor, x: Tensor, stride, padding, dilation, groups: int
 ) -> str | None:
-    """As ``why_not_arguments``: the gradient by a convolution's input is a convolution of grad_y with turned weights."""
+    """As ``why_not_arguments``: the input gradient is a convolution of grad_y with rotated weights."""
     if stride != (1, 1):
         return f"the gradient by the input is a convolution where the stride is 1, got {stride}"
     if groups != 1:
@@ -68,7 +67,7 @@ def why_not_gradient_arguments(
 
 
 def _turned(weight: Tensor, padding, dilation) -> tuple[int, ...]:
-    """The padding with which the gradient by the input is a convolution of grad_y."""
+    """The padding with which the input gradient is a convolution of grad_y."""
     return tuple((k - 1) * d - p for k, p, d in zip(weight.shape[2:], padding, dilation, strict=True))
 
 
@@ -81,7 +80,7 @@ def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, p
 
 
 def run_statistics(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolution, then the merge of what it found; the weight is copied where it is not channels_last."""
+    """The convolution, then the merge of its statistics; the weight is copied where it is not channels_last."""
     packed = aligned(weight).permute(0, 2, 3, 1).contiguous()
     return native.op(STATISTICS)(aligned(x), packed, stride, padding, dilation)
 
@@ -89,7 +88,7 @@ def run_statistics(x: Tensor, weight: Tensor, stride, padding, dilation, groups:
 def run_gradient(
     grad_y, weight, x, bn_weight, bn_bias, mean, var, eps, act, stride, padding, dilation, groups
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The convolution of grad_y by the weight turned, the merge of the sums, and the pass that applies them."""
+    """The convolution of grad_y with the rotated weight, the merge of the sums, and the pass that applies them."""
     packed = weight.permute(1, 2, 3, 0).contiguous()  # input channels, window, output channels
     args = aligned(grad_y), packed, aligned(x), bn_weight, bn_bias, mean, var, eps, act
     return native.op(GRADIENT)(*args, _turned(weight, padding, dilation), dilation)

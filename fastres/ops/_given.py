@@ -1,8 +1,8 @@
-"""Batch norms in training whose batch's statistics are known beforehand: the convolution before them found them, see
-``conv_statistics``.
+"""Batch norms in training whose batch statistics the preceding convolution has already found (``conv_statistics``).
 
-Only the pass that would find them is left out. Outputs, what is saved and the backward are the op's own. And what tuning looks
-for: where kernels for a convolution and a batch norm together could run.
+Only the pass that would find them is left out; outputs, what is saved, and the backward are the op's own. Also what tuning
+looks
+for: places where kernels for a convolution and a batch norm together could run.
 """
 
 import functools
@@ -54,16 +54,16 @@ _RUNS: dict[Op, Callable] = {
 
 
 def runner(op: Op, args: tuple[Any, ...], known: Sequence[Known]) -> Callable | None:
-    """What computes a call's outputs by the kernels of the backend ``cuda`` without that pass; None where some statistics are
-    not known, or another backend is chosen, which finds its own."""
+    """The function that computes a call's outputs with the kernels of the backend ``cuda`` without that pass; None where some
+    statistics are not known, or another backend is chosen, which finds its own."""
     if not known or any(each is None for each in known) or op.backend(*args) != "cuda":
         return None
     return functools.partial(_RUNS[op], known)
 
 
 class Before(NamedTuple):
-    """The convolution whose output a batch norm takes: what it made and at which version, the arguments of ``conv_statistics``,
-    its bias, and whether it was that op."""
+    """The convolution whose output a batch norm takes: that output and its version, the arguments of ``conv_statistics``, its
+    bias, and whether it was that op."""
 
     y: Tensor  # kept, so that no id is used twice
     version: int
@@ -73,15 +73,15 @@ class Before(NamedTuple):
 
 
 class Norms:
-    """Finds in the calls of a training step the convolutions whose output a batch norm takes, and those whose gradient goes on
-    to one."""
+    """Finds, among the calls of a training step, convolutions whose output a batch norm takes, and convolutions whose input
+    gradient a batch norm's backward takes."""
 
     def __init__(self) -> None:
         self._made: dict[int, Before] = {}
         self._gradient: Any = None  # the last one of a convolution's input, and what of
 
     def made(self, func: Any, args: tuple[Any, ...], y: Any) -> None:
-        """Tell of a call that ran."""
+        """Note a call that ran."""
         if func is torch.ops.aten.convolution_backward.default:
             grad_y, _, weight, _, stride, padding, dilation, transposed, _, groups, _ = args
             window = tuple(stride), tuple(padding), tuple(dilation), groups
@@ -109,7 +109,7 @@ class Norms:
         return [each for each in made if each.version == each.y._version]
 
     def missed(self, op: str, args: tuple[Any, ...]) -> list[tuple[Op, tuple[Any, ...]]]:
-        """``conv_statistics`` and ``conv_backward_bn_act`` with their arguments, where a kernel was there but not chosen."""
+        """``conv_statistics`` and ``conv_backward_bn_act`` with their arguments, where a kernel exists but was not chosen."""
         if REGISTRY[op] is BN_ACT_BACKWARD:
             return self._joined(*args)
         calls = [each.args for each in self.before(op, args) if each.bias is None and not each.found]

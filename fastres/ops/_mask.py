@@ -36,17 +36,17 @@ def _positions(like: Tensor) -> Tensor:
 
 
 def gradient(grad_y: Tensor, mask: Tensor, x: Tensor, act: str) -> Tensor:
-    """The gradient behind the activation, differentiable by grad_y."""
+    """The gradient behind the activation, differentiable with respect to grad_y."""
     return torch.where(unpack(mask, x), grad_y, 0) if act == "relu" else grad_y
 
 
 def needed(y: Tensor, act: str) -> Tensor | None:
-    """What evaluation saves of y: nothing without a ReLU, so that an activation behind the op may write into it."""
+    """What evaluation saves of y: nothing without a ReLU, so that a later activation may write into it."""
     return y if act == "relu" else None
 
 
 def gradient_at(grad_y: Tensor, y: Tensor | None) -> Tensor:
-    """The same from what evaluation saves: an op of inference writes no mask."""
+    """The same, from what evaluation saves: ops of evaluation write no mask."""
     return grad_y if y is None else torch.ops.aten.threshold_backward(grad_y, y, 0)
 
 
@@ -69,5 +69,5 @@ def check(op: str, mask: Tensor, x: Tensor, act: str) -> None:
 
 
 def why_not(mask: Tensor) -> str | None:
-    """What every kernel asks of it."""
+    """What every kernel requires of the mask."""
     return None if mask.is_contiguous() else f"the mask must be contiguous, got stride {mask.stride(0)}"

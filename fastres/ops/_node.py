@@ -1,10 +1,10 @@
-"""A chain of layers as one node of autograd, which after its first call makes its kernels' calls again as they were recorded.
+"""A chain of layers as one autograd node, which after its first call repeats the recorded calls of its kernels.
 
-The gradients are the formulas of the ops' pages, and what is saved is what they save. One node instead of two a layer spares
-the host a third of its time, recordings most of the rest, which decides where layers are small. The gradient of a shortcut that
+The gradients are the formulas of the ops' pages, and the node saves what they save. One node instead of two per layer saves the
+host a third of its time, and recordings most of the rest, which matters where layers are small. The gradient of a shortcut that
 is x itself is added in place. With create_graph the chain is run again, op by op, and differentiated. Where it is known how x
-was made, for a convolution x is not kept but made again (``_made``). A convolution's backward takes that of the batch norm
-before it along where a kernel is chosen for that (``conv_backward_bn_act``).
+was made, the node of a convolution recomputes x instead of keeping it (``_made``). A convolution's backward includes that of
+the batch norm before it where a kernel for both is chosen (``conv_backward_bn_act``).
 """
 
 import copy
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from fastres import dispatch
 from fastres.kernels.layout import memory_format
-from fastres.ops._chain import FIRST, TENSORS, Chain, Statistics, asks, cast, compose
+from fastres.ops._chain import FIRST, TENSORS, Chain, Statistics, cast, compose, may_join_layers
 from fastres.ops._op import signature
 from fastres.ops._replay import Recorder, Recording, Unrecorded
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv_backward_bn_act import CONV_BACKWARD_BN_ACT, may_run
 
-_FLOWS, _SHORTCUT = -1, -2  # whose gradient a step gives: the value before it, the shortcut's before its batch norm
-_MOST_FORMS = 4096  # kept at once; emptied beyond, so that ever-changing shapes cannot grow memory without bound
+_FLOWS, _SHORTCUT = -1, -2  # whose gradient a step gives: the value before it, or the shortcut before its batch norm
+_MOST_FORMS = 4096  # kept at once, then dropped, so that ever-changing shapes cannot grow memory without bound
 
 
 class _Step:
-    """An op's context, as its formula knows it from autograd, and which of the node's tensors it saved."""
+    """An op's context, as its formula expects it from autograd, and which of the node's tensors it saved."""
 
     saved_tensors: tuple
 
@@ -43,7 +43,7 @@ class _Step:
         pass
 
     def leaves(self, kept: list, places: dict[int, int]) -> None:
-        """Leave to the node what is saved: autograd sees to it that an output does not keep itself alive."""
+        """Hand what is saved over to the node: autograd makes sure that a saved output does not keep itself alive."""
         for tensor in self.saved_tensors:
             if tensor is not None and id(tensor) not in places:
                 places[id(tensor)] = len(kept)
@@ -55,7 +55,7 @@ class _Step:
         return tuple(None if place is None else kept[place] for place in self.places)
 
     def backward(self, kept: Sequence, grad_y: Tensor, **parts: Tensor) -> tuple:
-        step = copy.copy(self)  # one may be asked by two threads
+        step = copy.copy(self)  # two threads may use one
         step.saved_tensors = self.saved(kept)
         return self.formula(step, grad_y, *(None,) * self.others, **parts)  # outputs that have no gradient
 
@@ -67,7 +67,7 @@ class _Step:
 
 
 def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
-    """Of PyTorch's convolution."""
+    """The gradients of PyTorch's convolution."""
     x, weight = step.saved_tensors
     stride, padding, dilation, groups = step.geometry
     return torch.ops.aten.convolution_backward(
@@ -76,22 +76,22 @@ def _torch_gradients(step: Any, grad_y: Tensor) -> tuple:
 
 
 class _Gradients(NamedTuple):
-    """The recorded calls of a gradient, and whose gradients they give."""
+    """The recorded calls of a backward, and whose gradients they give."""
 
     calls: Recording
     places: list[int]
 
 
 class _Form:
-    """What a chain does with tensors of one kind: the steps of its gradient, where its statistics are among what it keeps, and
-    the calls of its kernels where they were recorded."""
+    """What a chain does with tensors of one kind: the steps of its backward, where its statistics are in what it keeps, and the
+    calls of its kernels if they were recorded."""
 
     def __init__(self, chain: Chain, needs: Sequence[bool]) -> None:
         self.chain, self.needs, self.generation = chain, needs, dispatch.generation
         self.steps: list[_Step] = []
         self.projection: Any = None  # the step of the shortcut's convolution
         x, residual = needs[:FIRST]
-        self._flows, self._shortcut = x, x if chain.adds_x else residual  # whether a gradient is asked for before the next step
+        self._flows, self._shortcut = x, x if chain.adds_x else residual  # whether gradients are needed there
         self.statistics: list[tuple[int, int, int]] = []
         self.laid: list[tuple[int, torch.dtype, tuple]] = []  # images and weights as they are kept: dtypes and strides
         self.forward: Recording | None = None
@@ -99,7 +99,7 @@ class _Form:
         self.backward: dict[tuple, _Gradients | None] = {}  # by the kind of y's gradient; None where they cannot be recorded
 
     def __call__(self, index: int, op: Any, args: tuple, outputs: Any) -> None:
-        """Hear of an op that ran, see ``compose``."""
+        """Note an op that ran, see ``compose``."""
         own = FIRST + TENSORS * index
         first, shortcut = (self._flows, _FLOWS), (self._shortcut, FIRST - 1)
         asked = [first, *((self.needs[at], at) for at in (own, own + 1))]
@@ -129,7 +129,7 @@ _FORMS: dict[tuple, _Form] = dispatch.forgets({})
 
 
 def why_not_recorded() -> list[str]:
-    """Why the calls of some chains that ran in this process are not recorded; none where all are."""
+    """Why the calls of some chains that ran in this process are not recorded; empty where all are."""
     return sorted({form.why_not for form in _FORMS.values() if form.why_not is not None})
 
 
@@ -175,7 +175,7 @@ class _Call:
         return y
 
     def name(self, tensors: tuple, needs: tuple[bool, ...]) -> tuple | None:
-        """Under which the form is kept; None where it is not."""
+        """The key under which the form is kept; None where it is not kept."""
         key, plain, _ = signature(tensors)
         return (self.chain, key, needs) if plain and self.chain.made is None else None
 
@@ -189,7 +189,7 @@ class _Node(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         y = call.run(tensors, ctx.needs_input_grad[1:])
         ctx.form, ctx.made, kept = call.form, call.chain.made, call.kept
-        if ctx.made is not None:  # x is not kept, but what it is made of
+        if ctx.made is not None:  # keep what x is made from, not x
             call.form.chain = call.chain._replace(made=None)
             kept = [None if place in (0, call.form.steps[0].places[0]) else tensor for place, tensor in enumerate(kept)]
             kept += ctx.made.tensors()
@@ -222,7 +222,7 @@ def _with_x(kept: Sequence, form: _Form, made: Any) -> list:
 
 
 def _gradients(form: _Form, kept: Sequence, grad: Tensor, grad2: Tensor | None) -> list[Tensor | None]:
-    """Of the node's tensors: as it was recorded for gradients of this kind, else by the formulas."""
+    """The gradients of the node's tensors: from a recording for gradients of this kind, else by the formulas."""
     inputs = (grad, grad2, *kept)
     key, plain, _ = signature(inputs[:2])
     may_record = plain and form.forward is not None and form.generation == dispatch.generation and _are_laid(form, kept)
@@ -247,7 +247,7 @@ def _gradients(form: _Form, kept: Sequence, grad: Tensor, grad2: Tensor | None) 
 
 
 def _are_laid(form: _Form, kept: Sequence) -> bool:
-    """Whether what was kept came back as it was: hooks of saved tensors may lay it in memory anew, as ``save_on_cpu`` does."""
+    """Whether what was kept came back unchanged: hooks on saved tensors may change its layout, as ``save_on_cpu`` does."""
     for place, dtype, stride in form.laid:
         tensor = kept[place]
         if tensor.stride() != stride or tensor.dtype != dtype:
@@ -256,7 +256,7 @@ def _are_laid(form: _Form, kept: Sequence) -> bool:
 
 
 def _by_formulas(form: _Form, kept: Sequence, grad: Any, grad2: Tensor | None) -> list[Any]:
-    """The gradients of x, the residual and the parameters, from the last step on, as far as any are asked for."""
+    """The gradients of x, the residual and the parameters, from the last step backwards, as far as any are needed."""
     found: list[Any] = [None] * len(form.needs)
     shortcut: Any = None
 
@@ -272,12 +272,12 @@ def _by_formulas(form: _Form, kept: Sequence, grad: Any, grad2: Tensor | None) -
                 is_x = whose == FIRST - 1 and form.chain.adds_x
                 found[whose] = _of_dtype(kept[0 if is_x else whose], gradient)
 
-    index, asked = len(form.steps), asks(grad)
+    index, may_join = len(form.steps), may_join_layers(grad)
     parts = {} if grad2 is None else {"grad_y2": grad2}
     while index and any(form.steps[index - 1].needs_input_grad):
         index -= 1
         step = form.steps[index]
-        joined = _joined(form.steps[index - 1], step, kept, grad) if index and asked else None
+        joined = _joined(form.steps[index - 1], step, kept, grad) if index and may_join else None
         if joined is None:
             sort(step, step.backward(kept, grad, **parts))
         else:
@@ -297,8 +297,8 @@ def _by_formulas(form: _Form, kept: Sequence, grad: Any, grad2: Tensor | None) -
 
 
 def _joined(norm: Any, step: Any, kept: Sequence, grad_y: Tensor) -> tuple | None:
-    """The arguments of the op that does a batch norm's backward with that of the convolution behind it, where a kernel of it
-    is chosen."""
+    """The arguments of the op that does a batch norm's backward together with that of the convolution behind it, where a kernel
+    for that op is chosen."""
     geometry = getattr(step, "geometry", None)
     if geometry is None or not step.needs_input_grad[0]:  # it is no convolution
         return None
@@ -312,14 +312,14 @@ def _joined(norm: Any, step: Any, kept: Sequence, grad_y: Tensor) -> tuple | Non
 
 
 def _of_dtype(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """The gradient in its tensor's dtype, from which autocast may have cast it."""
+    """The gradient in its tensor's dtype, from which autocast may have cast the tensor."""
     if tensor is None or grad is None:
         return None
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
 def _differentiate_twice(chain: Chain, tensors: Sequence, needs: Sequence, grad_y: Tensor) -> list[Tensor | None]:
-    # One may be made of another, as a residual of x: each by a name of its own, through which nothing else leads.
+    # One tensor may depend on another, as a residual on x: views keep their gradients apart.
     tensors = tuple(t.view_as(t) if need else t for t, need in zip(tensors, needs, strict=True))
     inputs = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     with torch.enable_grad():
@@ -329,7 +329,7 @@ def _differentiate_twice(chain: Chain, tensors: Sequence, needs: Sequence, grad_
 
 
 def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Any, Statistics]:
-    """``compose`` as one node; y twice, as two tensors of one memory, where it is wanted ``apart``."""
+    """``compose`` as one node; y twice, as two tensors that share memory, where the chain wants it ``apart``."""
     call = _Call(chain)
     y = _Node.apply(call, *tensors)
     return y, call.statistics()

@@ -16,7 +16,7 @@ from fastres import dispatch
 from fastres.dispatch import Backend, Choice
 
 _LIBRARY = torch.library.Library("fastres", "DEF")
-_MAX_CHOICES = 4096  # per op; emptied beyond, so that ever-changing shapes cannot grow memory without bound
+_MAX_CHOICES = 4096  # per op, then dropped, so that ever-changing shapes cannot grow memory without bound
 
 _SCALARS = frozenset((str, int, float, bool, tuple, type(None)))
 
@@ -34,9 +34,9 @@ class Sample:
 class Op:
     """One public op ``torch.ops.fastres.<name>``: schema, checks, fake, autograd, samples, cost and backends.
 
-    Called directly it takes an eager shortcut past the dispatcher, where nothing could tell the difference: no
+    Called directly it takes an eager shortcut past PyTorch's dispatcher, where nothing could tell the difference: no
     compilation, no mode, no transform, plain tensors. The backend is looked up by the arguments' dtypes, devices,
-    shapes, strides and flags, and chosen by ``dispatch`` the first time a combination is seen.
+    shapes, strides and flags; ``dispatch`` chooses it the first time a combination is seen.
 
     Args:
         name, schema: the op and its TorchScript schema without the name, ``"(Tensor x) -> Tensor"``.
@@ -47,7 +47,7 @@ class Op:
         cost: ``cost(*args) -> (bytes, flops)``.
         backends: in order of preference, without the reference.
         setup_context, backward: as for ``torch.library.register_autograd``; None for an op without gradient.
-        fallback: other ops that callers run where ``falls_back`` says so; what tuning holds the kernels against.
+        fallback: other ops that callers run where ``falls_back`` says so; tuning times the kernels against it.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class Op:
         return run(*args)
 
     def by(self, run: Callable | None, *args: Any) -> Any:
-        """The call by ``run``, which computes what a backend does, in place of the chosen one: for callers who know part of the
-        outputs. The chosen one for None, and where something but autograd must see the op."""
+        """The call with ``run`` in place of the chosen backend's function: for callers who know part of the outputs. The chosen
+        one runs where ``run`` is None, and where something other than autograd must see the op."""
         if run is None or is_interposed():
             return self(*args)
         if self._function is not None and torch.is_grad_enabled() and signature(args)[2]:
@@ -111,11 +111,11 @@ class Op:
         return run(*args)
 
     def in_two(self, *args: Any, run: Callable | None = None) -> Any:
-        """The outputs with the first one twice, two tensors of one memory: their gradients reach ``backward`` apart, as its
-        ``grad_y`` and ``grad_y2``, and a kernel adds them on its way instead of autograd in a pass of its own.
+        """The outputs, with the first one as two tensors that share memory: their gradients reach ``backward`` separately, as
+        ``grad_y`` and ``grad_y2``, and a kernel adds them as it reads them, instead of autograd in a pass of its own.
 
-        Each of the two knows only its part of the gradient, so the caller must keep both to itself. None where there is no
-        gradient, or something but autograd follows the call. ``run`` as in ``by``.
+        Each of the two gets only its part of the gradient, so the caller must not let others see them. None where there is no
+        gradient, or something other than autograd follows the call. ``run`` as in ``by``.
         """
         if torch.compiler.is_compiling() or is_interposed() or not torch.is_grad_enabled():
             return None
@@ -176,7 +176,7 @@ class Op:
 
 
 def signature(args: tuple) -> tuple[tuple, bool, bool]:
-    """All of a call that a choice may depend on, whether its tensors are plain, and whether one requires grad."""
+    """Everything in a call that a choice may depend on; whether its tensors are plain; whether one requires grad."""
     key: list[Any] = []
     plain, needs_grad = True, False
     for arg in args:
@@ -203,7 +203,7 @@ class Once:
         self._passed: set[tuple] = set()
 
     def __call__(self, *args: Any) -> None:
-        if torch.compiler.is_compiling():  # else what has passed would guard the graph, and break it once it is added to
+        if torch.compiler.is_compiling():  # else the graph would be guarded by the set of what passed, which grows
             self.check(*args)
             return
         key, plain, _ = signature(args)
@@ -222,7 +222,7 @@ _transforms = torch._C._are_functorch_transforms_active
 
 
 def has_modes() -> bool:
-    """Whether a mode must see the call; that of ``torch.set_default_device`` asks for new tensors alone."""
+    """Whether a mode must see the call; that of ``torch.set_default_device`` only concerns new tensors."""
     if _dispatch_modes():
         return True
     return bool(_function_modes()) and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
@@ -234,7 +234,7 @@ def is_interposed() -> bool:
 
 
 def _eager_function(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    """The op's autograd formula as a Function, which costs a third of the registered one's call.
+    """The op's autograd formula as a Function, whose call costs a third of the registered one's.
 
     Its last argument is the backend's function, already chosen.
     """
@@ -243,7 +243,7 @@ def _eager_function(name: str, setup_context: Callable, backward: Callable) -> t
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             *inputs, run = args
-            ctx.set_materialize_grads(False)  # of statistics, which have none: zeros would be allocated for them
+            ctx.set_materialize_grads(False)  # statistics have none: zeros would be allocated for them
             outputs = run(*inputs)
             setup_context(ctx, inputs, outputs)
             return outputs
@@ -259,7 +259,7 @@ def _eager_function(name: str, setup_context: Callable, backward: Callable) -> t
 
 
 def _function_in_two(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    """The same with the first output twice, whose gradients ``backward`` gets apart."""
+    """The same with the first output twice, whose gradients ``backward`` gets separately."""
     whole: Any = _eager_function(name, setup_context, backward)
 
     class FunctionInTwo(torch.autograd.Function):

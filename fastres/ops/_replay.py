@@ -1,8 +1,8 @@
-"""Calls recorded while Python runs as ever, and made again without what Python does between them: choices, checks, formulas.
+"""Calls of kernels, recorded while Python runs as usual and then repeated without Python's choices, checks and formulas.
 
-A recorder sees what reaches the kernels. Another call with tensors of the same kind (dtypes, devices, shapes, strides), for
-which the caller answers, takes the same kernels in the same order, as long as ``dispatch.forget`` is not called. Where layers
-are small, what is left out is most of their time.
+A recorder sees what reaches the kernels. Another call with tensors of the same kind (dtypes, devices, shapes, strides; the
+caller guarantees that) needs the same kernels in the same order, until ``dispatch.forget`` is called. Where layers are small,
+what is left out takes most of their time.
 """
 
 import functools
@@ -18,7 +18,7 @@ from fastres.ops._op import REGISTRY
 from fastres.ops.conv_statistics import CONV_STATISTICS
 
 _aten = torch.ops.aten
-# PyTorch's operations that may be made again as they are, and the quickest way to call them.
+# PyTorch's operations that can be repeated, and the quickest way to call each.
 _KNOWN: dict[Any, Callable] = {
     _aten.convolution.default: torch.convolution,
     _aten.convolution_backward.default: _aten.convolution_backward.default,
@@ -29,7 +29,7 @@ _KNOWN: dict[Any, Callable] = {
 
 
 class Unrecorded(Exception):
-    """The calls must run without a recorder."""
+    """The calls must run without a recorder; the text says why."""
 
 
 class _Call(NamedTuple):
@@ -40,7 +40,7 @@ class _Call(NamedTuple):
 
 
 class Recording:
-    """The calls, on a list of values: the inputs, then constants, then what each call gives."""
+    """The calls, on a list of values: the inputs, then constants, then the results of each call."""
 
     def __init__(self, calls: Sequence[tuple], constants: Sequence[Any], outputs: Sequence[int]) -> None:
         self._calls, self._constants, self._outputs = calls, constants, _getter(outputs)
@@ -60,7 +60,7 @@ class Recording:
 
 
 class Recorder(TorchDispatchMode):
-    """Records the calls made while it is entered; ``why_not`` says why they cannot be made again, None where they can."""
+    """Records the calls made while it is entered; ``why_not`` says why they cannot be repeated, None where they can."""
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()
@@ -81,9 +81,9 @@ class Recorder(TorchDispatchMode):
             run = REGISTRY[name].chosen(*args)
             if name == CONV_STATISTICS.name:
                 raise Unrecorded("a batch norm is given statistics that the convolution before found")
-        if run is None:  # as a check's: it matters where one of its results is read, or where it writes
+        if run is None:  # such as a check's; a problem only if its results are read, or if it writes
             if func._schema.is_mutable:
-                self.why_not = f"{func} writes, and is none of the calls that can be made again"
+                self.why_not = f"{func} writes, and is not one of the calls that can be repeated"
             found = func(*args, **kwargs or {})
             self._unseen.append(found)  # kept, as all are
             return found
@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def recording(self, outputs: Sequence[Tensor]) -> Recording | None:
-        """What makes these tensors; None where they, or what they are made of, were not seen."""
+        """The recording that makes these tensors; None where the recorder did not see how they, or their inputs, were made."""
         if any(id(tensor) not in self._numbers for tensor in outputs):
             self.why_not = self.why_not or "a result was made unseen"
         if self.why_not is not None:
@@ -138,7 +138,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _getter(places: Sequence[int]) -> Callable[[list], tuple]:
-    """What takes the values in these places."""
+    """A function that picks the values in these places."""
     if len(places) > 1:
         return operator.itemgetter(*places)
     return lambda values: tuple(values[place] for place in places)

@@ -14,7 +14,7 @@ from fastres.ops._op import Once, is_interposed
 
 
 def is_training(op: str, training: Any, momentum: Any) -> bool:
-    """The flag, once it and momentum are what torch's batch norm takes, whether it uses them or not."""
+    """The flag, once it and momentum are known to be what torch's batch norm accepts."""
     if training is not True and training is not False:
         raise must_type(op, "training", "a bool", training)
     check_momentum(op, momentum)
@@ -41,7 +41,7 @@ def needs_statistics(op: str, mean: Tensor | None, var: Tensor | None, prefix: s
 
 @Once
 def check_running(op: str, x: Tensor, mean: Any, var: Any, prefix: str = "") -> None:
-    """Refuse running buffers that could not be updated, or only half."""
+    """Refuse running buffers that could not be updated, or only one of them."""
     _check.images(op, **{prefix.removesuffix("_") or "x": x})
     if (mean is None) != (var is None):
         got = f"{type(mean).__name__} and {type(var).__name__}"
@@ -92,7 +92,7 @@ def _update(
 
 
 class Batch(NamedTuple):
-    """What one batch norm in training keeps of a batch: plain buffers, and what they take."""
+    """One batch norm's update in training: its plain buffers, and what goes into them."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -104,10 +104,11 @@ class Batch(NamedTuple):
 
 
 def update_together(batches: Sequence[Batch]) -> bool:
-    """``update_running`` of several batch norms, and their counters of batches, in few calls; False where one by one must do.
+    """``update_running`` of several batch norms, with their counters of batches, in few calls; False where they must be updated
+    one by one.
 
-    On a CPU it is one native call, which rounds once. Else the same arithmetic in few launches, for buffers that are all
-    different and laid alike: a launch takes the host longer than its kernel a GPU.
+    On a CPU it is one native call, which rounds once. Elsewhere it is the same arithmetic in few launches, for buffers that are
+    all distinct and laid out alike: a launch takes the host longer than its kernel takes a GPU.
     """
     means, variances, counters, mean, var, momenta, values = zip(*batches, strict=True)
     unbiased = [count / (count - 1) for count in values]
@@ -129,7 +130,7 @@ def update_together(batches: Sequence[Batch]) -> bool:
 
 
 def _are_laid_alike(batches: Sequence[Batch]) -> bool:
-    """Whether all buffers lie as what they take does, and none is another's."""
+    """Whether all buffers have the layout of what goes into them, and none is shared."""
     places = set()
     for mean, var, counter, of_batch, *_ in batches:
         if any(b.dtype != of_batch.dtype or b.stride() != of_batch.stride() for b in (mean, var)):
@@ -139,8 +140,8 @@ def _are_laid_alike(batches: Sequence[Batch]) -> bool:
 
 
 def _native_update(*tensors: Tensor) -> Any:
-    """The update of all as one call instead of five for each, which took a tenth of a small layer's step; None where these are
-    not on a CPU, or something else must see the call."""
+    """The native update of all at once, instead of five calls each, which took a tenth of a small layer's step; None where the
+    tensors are not on a CPU, or something must see the calls."""
     if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or is_interposed():
         return None
     return _loaded_update() if all(type(t) is Tensor for t in tensors) else None

@@ -1,6 +1,6 @@
 """add_act: y = act(x + residual), the tail of a residual block (He et al. 2016, section 3.2, equation 1).
 
-x, residual: any shape, the same for both; y takes x's strides. Any floating dtype; narrower than fp32 it is computed in
+x, residual: any shape, the same for both; y takes x's strides. Any floating dtype; narrower ones than fp32 are computed in
 fp32 and rounded once. Saved for backward: y. Bytes moved: 3 tensors forward, 3 backward.
 """
 
@@ -86,7 +86,7 @@ def cost(x: Tensor, residual: Tensor, act: str) -> tuple[int, int]:
 
 
 def why_not(x: Tensor, other: Tensor, act: str) -> str | None:
-    """What every kernel of this op asks: two dense tensors of one dtype with the same strides."""
+    """What every kernel of this op requires: two dense tensors of one dtype with the same strides."""
     if x.numel() == 0:
         return "the input is empty"
     if x.dtype != other.dtype:

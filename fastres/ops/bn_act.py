@@ -1,10 +1,10 @@
-"""bn_act: y = act(batch_norm(x)), the conv's companion inside every residual block (He et al. 2016, section 3.4).
+"""bn_act: y = act(batch_norm(x)), which follows the convolutions inside every residual block (He et al. 2016, section 3.4).
 
-x: (N, C, H, W); y takes its memory format. ``bn_act`` is given the statistics, ``bn_act_train`` computes the batch's and
+x: (N, C, H, W); y takes its memory format. ``bn_act`` is given the statistics; ``bn_act_train`` computes those of the batch and
 returns them as fp32 (C,) tensors, var biased: the caller owns the running buffers. Accumulates in fp32 (fp64 for fp64)
-and rounds once. Saved for backward: x and the statistics; the ReLU mask is computed again from x, never stored.
-Evaluation with a weight and a bias that take no gradient saves y instead of x, and goes backward through ``add_act``.
-Bytes moved: 2 tensors in evaluation, 3 in training, 5 in backward; by ``cuda_cluster`` 2 in training, 3 in backward.
+and rounds once. Saved for backward: x and the statistics; the ReLU mask is recomputed from x, never stored.
+Evaluation whose weight and bias need no gradient saves y instead of x; its backward runs that of ``add_act`` first.
+Bytes moved: 2 tensors in evaluation, 3 in training, 5 in backward; with ``cuda_cluster`` 2 in training, 3 in backward.
 """
 
 import torch
@@ -81,7 +81,7 @@ def setup_context_train(ctx, inputs, output):
 
 
 def are_fixed(*parameters: Tensor | None) -> bool:
-    """Whether no gradient of them is asked for: then backward needs x no more, only y, which the next convolution keeps too."""
+    """Whether none of them needs a gradient: then backward needs only y, which the next convolution keeps too, and not x."""
     return not any(p is not None and p.requires_grad for p in parameters)
 
 
@@ -102,7 +102,7 @@ def scaled(dz: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: fl
 
 
 def gradients(ctx, grad_y: Tensor) -> tuple:
-    """Gradients of x, weight and bias; None where none is asked for."""
+    """Gradients of x, weight and bias; None for those not needed."""
     if ctx.fixed:
         y, weight, _, mean, var = ctx.saved_tensors
         dz = through_relu(grad_y.contiguous(memory_format=ctx.layout), y, ctx.act)
@@ -145,7 +145,7 @@ def samples_backward(device, dtype):
 
 
 def why_not_in_training(*args):
-    """What the kernel asks that makes grad_x behind the sums of a channel."""
+    """What the kernel requires that computes grad_x after a channel's sums."""
     *_, training = args
     return _bn.why_not(*args) or (None if training else "in evaluation grad_x waits for no sums: one pass reads all once")
 

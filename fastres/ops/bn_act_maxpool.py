@@ -109,7 +109,7 @@ def setup_context_train(ctx, inputs, output):
 
 
 def gradients(ctx, grad_y):
-    """Gradients of x, weight and bias; None where none is asked for."""
+    """Gradients of x, weight and bias; None for those not needed."""
     x, weight, bias, mean, var = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True
         z = bn_act.reference(x.detach(), weight, bias, mean, var, ctx.eps, ctx.act)
@@ -164,7 +164,7 @@ def samples_backward(device, dtype):
 
 
 def why_not_backward(grad_y, x, *rest):
-    """The layout of grad_y is asked for by itself: a plane of one pixel has several."""
+    """The layout of grad_y is checked separately: a plane of one pixel has several."""
     reason = _bn.why_not(x) or (None if grad_y.dtype == x.dtype else f"grad_y must have x's dtype, got {grad_y.dtype}")
     if reason is None and not grad_y.is_contiguous(memory_format=memory_format(x)):
         return f"grad_y must be dense in x's memory format, got strides {tuple(grad_y.stride())}"
@@ -172,7 +172,7 @@ def why_not_backward(grad_y, x, *rest):
 
 
 def backends(op, why_not):
-    """The GPU kernels keep a position of a window in one byte."""
+    """Native CPU, CUDA and Triton; the GPU kernels keep a position in a window in one byte."""
 
     def why_not_byte(*args):
         rows, columns = args[-3]

@@ -1,11 +1,11 @@
 """bn_add_act: y = act(batch_norm(x) + residual), the end of a residual block (He et al. 2016, equation 1).
 
 x, residual: (N, C, H, W) of one shape; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
-activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and the ReLU's mask of one bit an
-element (``_mask``), which training writes beside y; evaluation saves y, and x where weight or bias take a gradient, and goes
-backward through ``add_act`` and ``bn_act``. Backward takes the gradient of y in two parts where two paths of the next block
-lead to it, and adds them in fp32 on the way.
-Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts; by the backend
+activated in fp32 (fp64 for fp64) with one rounding. Saved for backward: x, the statistics and the ReLU's mask of one bit per
+element (``_mask``), which training writes beside y; evaluation saves y, and x where weight or bias need a gradient;
+its backward runs those of ``add_act`` and ``bn_act``. Backward takes the gradient of y in two parts where two paths of the next
+block lead to it, and adds them in fp32.
+Bytes moved: 3 tensors in evaluation, 4 and the mask in training, 6 and the mask in backward, 7 with two parts; with the backend
 ``cuda_cluster`` 3 in training, 4 in backward, 5 with two parts.
 """
 
@@ -102,12 +102,12 @@ def _save(ctx, x, residual, weight, bias, mean, var, mask_or_y):
 
 
 def gradients(ctx, grad_y, grad_y2):
-    """Gradients of x, residual, weight and bias; None where none is asked for."""
+    """Gradients of x, residual, weight and bias; None for those not needed."""
     x, weight, bias, mean, var, mask_or_y = ctx.saved_tensors
     if ctx.fixed:
         dz = through_relu(_bn.whole(grad_y, grad_y2).contiguous(memory_format=ctx.layout), mask_or_y, ctx.act)
         return scaled(dz, weight, mean, var, ctx.eps), dz.to(ctx.residual_dtype), None, None
-    if ctx.training:  # the mask's order; hooks of saved tensors may have laid x anew
+    if ctx.training:  # the mask is in this order; hooks on saved tensors may have changed the layout of x
         x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
         grad_y = _bn.whole(grad_y, grad_y2)

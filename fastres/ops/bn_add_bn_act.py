@@ -3,10 +3,10 @@
 x, residual: outputs of the block's last convolution and of the shortcut's (He et al. 2016, equation 2), of one shape, each
 with its own parameters and statistics; y takes x's memory format. Statistics as in ``bn_act``. Normalised, added and
 activated in fp32 (fp64 for fp64) with one rounding; the normalised shortcut is never written. Saved for backward: x,
-residual, the statistics and the ReLU's mask of one bit an element, as in ``bn_add_act``; its backward too may get the gradient
+residual, the statistics and the ReLU's mask of one bit per element, as in ``bn_add_act``; backward too may get the gradient
 of y in two parts. Bytes moved: 3 tensors in evaluation, 5 and the mask in training, 8 and twice the mask in backward, 10 and
-the mask with two parts, for their sum is written, masked; 11 and the mask on the CPU, 12 with two parts, for it writes the
-gradient behind the activation always, and reads it three times.
+the mask with two parts, whose masked sum is written; on the CPU 11 and the mask, 12 with two parts, since it always writes
+the gradient behind the activation and reads it three times.
 """
 
 import torch
@@ -116,14 +116,14 @@ def setup_context_train(ctx, inputs, output):
 
 
 def gradients(ctx, grad_y, grad_y2):
-    """Gradients of x, residual, weight, bias, residual_weight and residual_bias, whether asked for or not."""
+    """Gradients of x, residual, weight, bias, residual_weight and residual_bias, needed or not."""
     x, residual, weight, bias, mean, var, r_weight, r_bias, r_mean, r_var, mask_or_y = ctx.saved_tensors
     eps, r_eps, act, training = ctx.flags
     if ctx.fixed:
         dz, (dtype, layout) = through_relu(grad_y.contiguous(memory_format=ctx.layout), mask_or_y, act), ctx.residual_like
         grad_residual = scaled(dz.to(dtype).contiguous(memory_format=layout), r_weight, r_mean, r_var, r_eps)
         return scaled(dz, weight, mean, var, eps), grad_residual, None, None, None, None
-    if training:  # the mask's order; hooks of saved tensors may have laid x anew
+    if training:  # the mask is in this order; hooks on saved tensors may have changed the layout of x
         x = x.contiguous(memory_format=ctx.layout)
     if torch.is_grad_enabled():  # create_graph=True
         grad_y = _bn.whole(grad_y, grad_y2)

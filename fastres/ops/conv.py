@@ -1,10 +1,10 @@
 """conv: y = conv2d(x, weight, bias), the convolution of a training step, with a backward of its own (He et al. 2016).
 
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format. Its gradients are two
-ops, ``conv_backward_input`` and ``conv_backward_weight``. Natively all three are Winograd's F(2x2, 3x3): 3x3 kernels with
-stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. Accumulates in float, 64 to
-256 products at a time; in bfloat16 the transformed values are rounded to it, more error than PyTorch's one rounding but within
-the budget. Saved for backward: x and weight. Bytes moved: x, weight and y.
+ops, ``conv_backward_input`` and ``conv_backward_weight``. On the CPU all three have native kernels by Winograd's F(2x2, 3x3),
+for 3x3 kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept.
+Accumulates in float, 64 to 256 products at a time. In bfloat16 the transformed values are rounded to it too: more error than
+PyTorch's single rounding, but within the budget. Saved for backward: x and weight. Bytes moved: x, weight and y.
 """
 
 from typing import Any
@@ -25,11 +25,11 @@ SCHEMA = f"(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor"
 SCHEMA_INPUT = f"(Tensor grad_y, Tensor weight, int[2] size, {GEOMETRY}) -> Tensor"
 SCHEMA_WEIGHT = f"(Tensor grad_y, Tensor x, int[2] kernel, {GEOMETRY}) -> Tensor"
 
-# 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the gradient by the input gain a
-# thirtieth at 32, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
+# 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the input gradient gain a thirtieth at 32
+# tiles, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
 LEAST_TILES = 64
-# With fewer than 32 channels a tile is mostly moved, not multiplied: 128x16 channels of 8x8 gain a half and of 16x16 a third,
-# of 32x32 nothing; in bfloat16, where less is moved, 8x8 a third and 16x16 nothing (as above).
+# With fewer than 32 channels most time goes into moving tiles, not multiplying them: 128 images of 16 channels gain a half at
+# 8x8, a third at 16x16, nothing at 32x32; in bfloat16, where less is moved, a third at 8x8 and nothing at 16x16 (as above).
 MOST_TILES_OF_FEW = {torch.float32: 2**14, torch.bfloat16: 2**12}
 
 
@@ -44,7 +44,7 @@ def _backward(grad_y, x, weight, stride, padding, dilation, groups, wanted):
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
-    """Not initialised: PyTorch's backward asks for the shape of what it does not read."""
+    """Uninitialised: PyTorch's backward takes tensors of which it only uses the shape."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
 
@@ -68,7 +68,7 @@ def check(x, weight, bias, stride, padding, dilation, groups):
 
 
 def check_backward(op, grad_y, x_shape, weight_shape, like, stride, padding, dilation, groups):
-    """What both gradients ask: a convolution of these shapes, whose output grad_y could belong to."""
+    """What both gradients require: a convolution of these shapes, whose output has the shape of grad_y."""
     _check.images(op, grad_y=grad_y, **like)
     x, weight = (grad_y.new_empty(1).expand(shape) for shape in (x_shape, weight_shape))
     _conv.check_convolution(op, x, weight, None, stride, padding, dilation, groups)
@@ -112,7 +112,7 @@ def setup_context(ctx, inputs, output):
 
 
 def gradients(grad_y, x, weight, geometry, wanted):
-    """Those of x, weight and bias, None where none is wanted: by ops of their own, or so that they can be differentiated."""
+    """Those of x, weight and bias, None for those not wanted: by ops of their own, or in a differentiable form."""
     if torch.is_grad_enabled():  # create_graph=True: PyTorch's formula, which is differentiable
         grads = _backward(grad_y, x, weight, *geometry, list(wanted))
         return tuple(grad if want else None for grad, want in zip(grads, wanted, strict=True))
@@ -185,11 +185,11 @@ def why_not_cuda_weight(grad_y, x, kernel, *geometry):
 
 
 def _turned(padding):
-    """The padding with which the gradient by the input is a convolution of grad_y."""
+    """The padding with which the input gradient is a convolution of grad_y."""
     return 2 - padding[0], 2 - padding[1]
 
 
-# Winograd's transform would spread what is not finite: a call with such a weight or output takes PyTorch's way.
+# Winograd's transform would spread values that are not finite: calls with such weights or outputs run PyTorch's convolution.
 
 
 def run(x, weight, bias, *geometry):
@@ -213,7 +213,7 @@ def run_weight(grad_y, x, kernel, *geometry):
 
 
 def samples(device, dtype):
-    """Those of the evaluation ops, and shapes that repay a transform: odd sizes, wide to narrow, no padding, bias."""
+    """Those of the evaluation ops, and shapes that repay the transform: odd sizes, wide to narrow, no padding, bias."""
     generator = torch.Generator().manual_seed(0)
 
     def case(label, n, c, size, k, padding, bias=False):
@@ -241,7 +241,7 @@ def samples(device, dtype):
 
 
 def _gradients(device, dtype):
-    """Of every sample: a gradient of the output beside its arguments."""
+    """For every sample: a gradient of the output, with its arguments."""
     for sample in samples(device, dtype):
         x, weight, _, *geometry = sample.args
         generator = torch.Generator().manual_seed(1)

@@ -1,18 +1,17 @@
-"""conv_backward_bn_act: the gradient of a convolution by its input, on through the ReLU and the batch norm that made that.
+"""conv_backward_bn_act: the input gradient of a convolution, continued through the ReLU and batch norm that made the input.
 
-For ``z = act(bn(x)); y = conv2d(z, weight)`` in training, as stand inside every residual block (He et al. 2016, section 3.4):
+For ``z = act(bn(x)); y = conv2d(z, weight)`` in training, as inside every residual block (He et al. 2016, section 3.4):
 grad_y is (N, K, OH, OW), weight (K, C / groups, R, S), x (N, C, H, W), of one dtype; mean and var, biased, are those of x. It
 gives grad_x, in x's memory format, and the gradients of bn_weight and bn_bias, as ``bn_act_backward`` does.
 
-A kernel reads x where it has the gradient of z in registers. It stops what the ReLU stopped (known from x, as in
-``bn_act_backward``), rounds to x's dtype, writes, and sums what it wrote, by itself and times x - mean, 256 values of a channel
-at a time; the parts are merged in double. A second pass reads what was written, and x, and writes grad_x. By themselves the
-two backwards write the gradient of z, read it and x for the sums, read both again, and write grad_x: one read is spared.
+A kernel reads x while it has the gradient of z in registers. It zeroes what the ReLU stopped (known from x, as in
+``bn_act_backward``), rounds to x's dtype, writes the result, and sums it, by itself and times x - mean, 256 values of a channel
+at a time; the parts are merged in double. A second pass reads that result and x, and writes grad_x. The two separate backwards
+write the gradient of z, read it and x for the sums, read both again, and write grad_x: one read is saved.
 Bytes moved: grad_y, weight, and five times x.
 
-Where no kernel is chosen, callers run the two one after the other. The gradient of the weight is left to them.
+Where no kernel is chosen, callers run the two backwards one after the other. The weight gradient is left to them.
 """
-
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ def cost(grad_y, weight, x, *rest):
 
 
 def may_run(x: Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether a kernel of this op may be chosen, or one is forced: else the question is not worth its time."""
+    """Whether a kernel of this op may be chosen, or is forced; else it is not worth asking."""
     if tuple(stride) != (1, 1) or x.dim() != 4:
         return False
     return dispatch.is_forced() or (x.is_cuda and tune.why_not_validated(NAME, WIDE, x.device) is None)

@@ -26,7 +26,7 @@ SCHEMA = (
     " Tensor? last_bn_bias, Tensor last_mean, Tensor last_var, float last_eps, str last_act) -> Tensor"
 )
 NAME = "conv_bn_act_conv_bn_add_act"
-_FIRST = 14  # arguments up to those of the last convolution: x, residual, then what ``conv_bn_act`` takes
+_FIRST = 14  # arguments before those of the last convolution: x, residual, then what ``conv_bn_act`` takes
 AT_ONE = (1, 1), (0, 0), (1, 1), 1  # stride, padding, dilation and groups of the last
 _NAMES = {"x": "x", "x and weight": "last_weight"}
 _NAMES |= {name: f"last_{name}" for name in ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "act")}
@@ -69,7 +69,7 @@ def fake(*args):
 
 
 def samples(device, dtype):
-    """Ends of bottlenecks as residual networks have them, and the corners: odd channels, a stride, groups."""
+    """Ends of bottlenecks as residual networks have them, and corner cases: odd channels, a stride, groups."""
     generator = torch.Generator().manual_seed(0)
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -1,9 +1,9 @@
 """conv_bn_act_maxpool: y = max_pool(act(batch_norm(conv2d(x)))) in evaluation, the stem of a network (He et al. 2016, table 1).
 
 x, weight and batch norm as in ``conv_bn_act``; the window as in ``bn_act_maxpool``; y is (N, K, OH, OW) in x's memory format.
-Batch norm is folded; a kernel accumulates in fp32, rounds to x's dtype before values are compared, and never writes what is
-pooled, five times x and y of a stem. For backward the inputs are saved and the plain composition runs again. Bytes moved: x,
-weight and y.
+Batch norm is folded; a kernel accumulates in fp32, rounds to x's dtype before it compares values, and never writes what is
+pooled, in a stem more than twice the size of x and y together. For backward the inputs are saved and the plain composition runs
+again. Bytes moved: x, weight and y.
 
 Where no kernel is chosen, callers run a convolution and ``bn_act_maxpool``, or ``conv_bn_act`` and a pool.
 """
@@ -19,7 +19,6 @@ from fastres import dispatch
 from fastres.errors import ArgumentError, ArgumentTypeError, renamed
 from fastres.kernels.layout import memory_format
 from fastres.ops import _check, _conv, _conv_rows
-from fastres.ops._bn import refuse_statistics_gradient
 from fastres.ops._op import Backend, Op, Sample
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, check_window, output_shape, pool
 from fastres.ops.conv import CONV
@@ -38,7 +37,7 @@ def reference(x, *args):
 
 
 class _Pooled(NamedTuple):
-    """What is pooled, without values: no operation makes it, which a recording would see."""
+    """Stands for what is pooled, without values: a tensor would need an operation, which a recording would see."""
 
     shape: tuple[int, ...]
 
@@ -64,7 +63,6 @@ def fake(x, weight, *args):
 
 
 def setup_context(ctx, inputs, output):
-    refuse_statistics_gradient(*inputs[5:7])
     ctx.flags = tuple(inputs[7:])
     _conv.save(ctx, inputs[:7])
 
@@ -79,7 +77,7 @@ def backward(ctx, grad_y):
 
 
 def samples(device, dtype):
-    """Stems, with rows that are aligned and rows that are not, and the corners: other windows of either kind, odd channels."""
+    """Stems, with aligned rows and others, and corner cases: other windows of either kind, odd channels."""
     generator = torch.Generator().manual_seed(0)
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -113,7 +111,7 @@ def cost(x, weight, *args):
 
 
 def fallback(x, weight, bias, bn_weight, bn_bias, mean, var, eps, *args):
-    """Batch norm joins the pool on GPUs, where PyTorch pools slowly; else the convolution."""
+    """Batch norm is fused with the pool on GPUs, where PyTorch pools slowly; else with the convolution."""
     *geometry, act, kernel_size, stride, padding = args
     if not x.is_cuda:
         z = CONV_BN_ACT(x, weight, bias, bn_weight, bn_bias, mean, var, eps, *geometry, act)
@@ -123,12 +121,12 @@ def fallback(x, weight, bias, bn_weight, bn_bias, mean, var, eps, *args):
 
 
 def may_join(device: torch.device) -> bool:
-    """Whether a kernel of this op may run on a device, or one is forced: else the question is not worth its time."""
+    """Whether a kernel of this op may run on a device, or is forced; else it is not worth asking."""
     return device.type == "cuda" or dispatch.is_forced()
 
 
 def why_not_arguments(x, dtype, weight, stride, padding, dilation, groups, act, *window) -> str | None:
-    """What the kernel asks of the arguments, on any device, once x is of the dtype."""
+    """What the kernel requires of the arguments, on any device, once x has the dtype."""
     if act != "relu":
         return f"it pools behind a ReLU, got act={act!r}"
     if window != _WINDOW:

@@ -34,12 +34,12 @@ SCHEMA = (
 NAME = "conv_bn_add_conv_bn_act"
 _NAMES = {"x": "shortcut", "x and weight": "shortcut and shortcut_weight"}
 _NAMES |= {name: f"shortcut_{name}" for name in ("weight", "bias", "bn_weight", "bn_bias", "mean", "var", "eps", "stride")}
-_MAIN = 13  # arguments up to those of the shortcut: x, shortcut, weight, bias, four and eps of the norm, the geometry
+_MAIN = 13  # arguments before those of the shortcut: x, shortcut, weight, bias, the norm's four and eps, the geometry
 _AT_ONE = (0, 0), (1, 1), 1  # padding, dilation and groups of the shortcut
 
 
 def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...], str]:
-    """What each convolution takes after its residual, or None in its place; and the activation."""
+    """The arguments of each convolution, without residual and activation; and the activation."""
     x, shortcut, *main = args[:_MAIN]
     *own, act = args[_MAIN:]
     return (x, *main), (shortcut, *own, *_AT_ONE), act
@@ -96,7 +96,7 @@ def backward(ctx, grad_y):
 
 
 def samples(device, dtype):
-    """Ends of blocks as residual networks have them, and the corners: odd channels, few, groups, another window."""
+    """Ends of blocks as residual networks have them, and corner cases: odd channels, few, groups, another window."""
     generator = torch.Generator().manual_seed(0)
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -135,7 +135,7 @@ def cost(*args):
 
 
 def may_join(device: torch.device) -> bool:
-    """Whether a kernel of this op may run on a device, or one is forced: else the question is not worth its time."""
+    """Whether a kernel of this op may run on a device, or is forced; else it is not worth asking."""
     return why_not_device(device) is None or dispatch.is_forced()
 
 
@@ -150,14 +150,14 @@ class Ends:
         self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
 
     def made(self, op: str, args: tuple[Any, ...], y: Any) -> None:
-        """Tell of a call that ran; projections are remembered."""
+        """Note a call that ran; projections are remembered."""
         if op == CONV_BN_ACT.name and tuple(args[1].shape[2:]) == (1, 1):
             *_, padding, _, groups, act = args
             if (padding, groups, act) == ((0, 0), 1, "none"):
                 self._made[id(y)] = y, args
 
     def joined(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """This op's arguments where it could do what a call and one before it do; else None."""
+        """This op's arguments where it could replace a call and an earlier one; else None."""
         if op != CONV_BN_ADD_ACT.name or id(args[1]) not in self._made:
             return None
         shortcut, *own = self._made[id(args[1])][1][:-4]

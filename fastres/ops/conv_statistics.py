@@ -1,10 +1,11 @@
-"""conv_statistics: y = conv2d(x, weight), and what the batch norm behind it asks of y in training (He et al. 2016, 3.4).
+"""conv_statistics: y = conv2d(x, weight), and the statistics of y that the batch norm behind it needs in training (He et al.
+2016, section 3.4).
 
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format; mean and var, biased, are
-fp32 (K,) tensors (fp64 for fp64 x) of y as it is rounded. A kernel finds them while y is in its registers, of 256 values of a
-channel at a time: their mean, then deviations from it; the parts are merged in double. So a whole read of y is spared.
-Gradients are ``conv``'s: what the statistics add is in the backward of the batch norm that takes them, and they have none of
-their own. Saved for backward: x and weight. Bytes moved: x, weight and y.
+fp32 (K,) tensors (fp64 for fp64 x) of the rounded y. A kernel computes them while y is in registers, from 256 values of a
+channel at a time: their mean, then the deviations from it; the parts are merged in double. This saves a whole read of y.
+Gradients are those of ``conv``: the statistics have none of their own, since the backward of the batch norm that uses them
+accounts for them. Saved for backward: x and weight. Bytes moved: x, weight and y.
 
 Where no kernel is chosen, callers run the convolution, and the batch norm finds its statistics itself.
 """
@@ -85,7 +86,7 @@ def cost(x, weight, stride, padding, dilation, groups):
 
 
 def may_find(x: Tensor, weight: Tensor, *geometry: Any) -> bool:
-    """Whether a kernel of this op may be chosen, or one is forced: else the question is not worth its time, nor a cast."""
+    """Whether a kernel of this op may be chosen, or is forced; else it is worth neither asking nor casting."""
     if dispatch.is_forced():
         return True
     proven = x.is_cuda and tune.why_not_validated(NAME, WIDE, x.device) is None

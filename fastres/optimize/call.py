@@ -37,13 +37,11 @@ def optimize(
 
     Residual blocks, conv-bn(-relu) runs and stems of torchvision, of timm and of a user's own classes are swapped in place:
     each module gets a subclass of its own class, so parameters, buffers, hooks, keys, optimizers and ``isinstance`` stay.
-    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes everything. Calling it again changes the
-    options.
+    What is not recognised is left alone; ``explain`` says why, ``restore`` undoes it. A second call changes the options.
 
     Args:
-        model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped. Optimize it before
-            wrapping where you can: a DistributedDataParallel lays out gradients as the weights were when it was made, so that
-            weights inside one keep their memory format.
+        model: any ``nn.Module``; inside DataParallel and DistributedDataParallel the wrapped one is swapped. Better optimize
+            before wrapping: DistributedDataParallel fixes the layout of gradients, so weights inside it keep theirs.
         mode: ``"training"`` or ``"inference"`` call ``model.train()`` or ``model.eval()``; None leaves the mode. The swapped
             modules serve both; evaluation folds batch norm only where autograd is off.
         strict: raise if any batch norm of the model would stay outside a fused step.
@@ -56,10 +54,9 @@ def optimize(
             The originals are kept for ``restore``, in this model but not in its copies.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
             its error against float64 is within twice that of plain PyTorch at the same dtype, plus a floor.
-        memory: ``"low"`` keeps less for backward in training: what batch norms of residual blocks, those of ``fastres.nn``
-            included, pass to convolutions, and every other output of consecutive blocks, is recomputed in backward from what
-            is kept anyway, to the same bits. Everything is kept under ``torch.compile``, and for batch norm in evaluation,
-            layers with hooks and other norms.
+        memory: ``"low"`` keeps less for backward in training: what batch norms of residual blocks (also ``fastres.nn``'s) pass
+            to convolutions, and every other output of consecutive blocks, is recomputed from what is kept anyway, to the same
+            bits; not under ``torch.compile``, nor for batch norm in evaluation, layers with hooks, and other norms.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.

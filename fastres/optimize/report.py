@@ -213,7 +213,7 @@ def _statistics(before: Before) -> str:
         return f"convolution and statistics in one kernel, {name}: {choice.backend.name}, {choice.source}"
     if choice.backend.name == "torch":
         return f"not {name}: " + "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
-    return f"not {name}: what runs it calls its modules one by one, or makes again in backward what they hand on"
+    return f"not {name}: what runs it calls its modules one by one, or recomputes in backward what they pass on"
 
 
 def _explain_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Choice:
@@ -273,7 +273,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
         notes += [f"calls that are not recorded, but come from Python every time: {reason}" for reason in why_not_recorded()]
         recomputing = sum(_fused.RECOMPUTES in module.__dict__ for module in model.modules())
         if recomputing:
-            notes.append(f"memory='low': {recomputing} blocks, op by op, make again in backward what their batch norms hand on")
+            notes.append(f"memory='low': {recomputing} blocks, op by op, recompute in backward what their batch norms pass on")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors in a safetensors file, all else in a JSON file that names it, each written whole or not at all.
+"""Checkpoints: tensors in a safetensors file, the rest in a JSON file that names it; each is written whole or not at all.
 
 The JSON file is written last and replaces the old one in a single step: at any moment it names a whole file of tensors.
 """
@@ -19,7 +19,7 @@ State = dict[str, Any]
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file so that it holds either what it held or all of the content, whatever happens."""
+    """Write a file so that, whatever happens, it holds either its old content or all of the new."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:

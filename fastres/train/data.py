@@ -1,7 +1,7 @@
 """Images to train on, as data sets for ``torch.utils.data`` whose items are named by (epoch, index).
 
-What chance does to an image depends on the seed, the epoch and the image's number alone: the same for any number of
-workers or processes, and after a resumption.
+The random augmentation of an image depends only on the seed, the epoch and the image's number: it is the same for any number of
+workers or processes, and after resuming.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ DIGITS_SIDE = 8
 
 @dataclass(frozen=True)
 class Data:
-    """A training and a test set; ``fingerprint`` tells whether a resumed run meets the same images."""
+    """A training and a test set; ``fingerprint`` tells whether a resumed run has the same images."""
 
     name: str
     train: Dataset[Any]
@@ -48,9 +48,9 @@ class Arrays(Dataset[Any]):
         images: (N, C, H, W).
         labels: (N,).
         mean, deviation: (1, C, 1, 1), of the training images.
-        shift: pixels by which an image is moved at random, zeros behind it (section 4.2 of the paper: 4); 0 is none.
+        shift: most pixels by which an image is moved at random, padded with zeros (section 4.2 of the paper: 4); 0 for none.
         flips: mirror half of the images.
-        seed: of both.
+        seed: for both.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Arrays(Dataset[Any]):
 
 
 def batches(count: int, batch: int, *, seed: int, epoch: int, skip: int = 0, rank: int = 0, world: int = 1) -> list[list[Key]]:
-    """This process's share of every batch of an epoch but the first ``skip``; the last one, if not full, is left out."""
+    """This process's share of every batch of an epoch after the first ``skip``; a last batch that is not full is dropped."""
     order = list(range(count))
     random.Random(f"order {seed} {epoch}").shuffle(order)
     whole = [order[start : start + batch] for start in range(skip * batch, count - batch + 1, batch)]
@@ -104,7 +104,7 @@ def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def digits(size: int = DIGITS_SIDE, channels: int = 1, seed: int = 0) -> Data:
-    """scikit-learn's 1797 scans of 8x8 pixels, a fifth of them held out by a fixed draw; nothing is augmented."""
+    """scikit-learn's 1797 scans of 8x8 pixels, a fifth of them held out by a fixed draw; no augmentation."""
     (datasets,) = terminal.need("--data digits", "sklearn.datasets", extra="train")
     scans = datasets.load_digits()
     pictures = torch.tensor(scans.images, dtype=torch.float32)[:, None] / 16.0
@@ -125,7 +125,7 @@ def cifar10(path: Path, seed: int = 0) -> Data:
 
 
 def folder(path: Path, size: int = 224, strict: bool = False, seed: int = 0) -> Data:
-    """A folder of images, ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val``), or ``CLASS/*``, a fifth held out.
+    """A folder of images: ``train/CLASS/*`` and ``test/CLASS/*`` (or ``val``), or just ``CLASS/*``, a fifth of it held out.
 
     Raises:
         ArgumentError: no images, one class, a class without test images; with strict, an image that cannot be read.

@@ -1,4 +1,4 @@
-"""Image files read with Pillow: a folder taken in, and crops of its images (section 3.4 of He et al. 2016)."""
+"""Image files read with Pillow: scanning a folder, and crops of its images (section 3.4 of He et al. 2016)."""
 
 import random
 import warnings
@@ -14,7 +14,7 @@ from fastres.errors import ArgumentError
 
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours, as torchvision's weights expect
-SHORTEST, LONGEST = 256 / 224, 480 / 224  # the shorter side of an image, in crops; a test takes the shortest
+SHORTEST, LONGEST = 256 / 224, 480 / 224  # shorter side of a scaled image over the side of a crop; tests use the first
 TEST_FOLDERS = ("test", "val")
 Item = tuple[Path, int]
 
@@ -27,12 +27,12 @@ class Found(NamedTuple):
 
 
 def chance(seed: int, key: tuple[int, int]) -> random.Random:
-    """What is drawn for one image in one epoch."""
+    """The random numbers for one image in one epoch."""
     return random.Random(f"{seed} {key[0]} {key[1]}")
 
 
 class Files(Dataset[Any]):
-    """Square crops of image files: at a random scale and place and mirrored at random, or of the centre."""
+    """Square crops of image files: at a random scale and place and mirrored at random, or from the centre."""
 
     def __init__(self, items: list[Item], size: int, *, augment: bool, seed: int) -> None:
         self.items, self.size, self.augment, self.seed = items, size, augment, seed
@@ -81,7 +81,7 @@ def why_not(path: Path) -> str | None:
 
 
 def scan(path: Path, share: float, strict: bool) -> Found:
-    """Every image under ``path``; what cannot be read is left out and listed, or refused where strict."""
+    """Every image under ``path``; images that cannot be read are left out and listed or, with ``strict``, refused."""
     if not path.is_dir():
         raise ArgumentError(f"--data folder must name a directory, got {path}")
     tests = [path / name for name in TEST_FOLDERS if (path / name).is_dir()]

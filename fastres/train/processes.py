@@ -1,4 +1,4 @@
-"""Several processes that train one model, as ``torchrun`` starts them; alone, every step here is the identity."""
+"""Several processes that train one model, as ``torchrun`` starts them; with one process, every step here is the identity."""
 
 import contextlib
 import time
@@ -38,8 +38,8 @@ class Processes:
         return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
 
 
-# Gloo's thread lets go of the tensors of the last sum, for which it needs the interpreter. PyTorch 2.13 holds that while it
-# waits for the thread's end, and so for ever, where the group ends in between.
+# Gloo's thread needs the interpreter's lock to release the tensors of the last sum. PyTorch 2.13 holds that lock while it waits
+# for the thread to end: a deadlock, if the group is destroyed before the thread is done.
 _GRACE_S = 0.05
 
 
@@ -63,7 +63,7 @@ def started(device: str) -> Iterator[tuple[Processes, torch.device]]:
 
 
 class _SumOverAll(torch.autograd.Function):
-    """The sum over all processes; what comes back is summed too, for each process's loss depends on it."""
+    """The sum over all processes; gradients are summed too, since every process's loss depends on it."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class _SumOverAll(torch.autograd.Function):
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, on any device: ``nn.SyncBatchNorm`` takes no CPU tensors.
 
-    In float64, rounded once at the end, so that what is left between one process and several is the rounding of the rest.
+    In float64, rounded once at the end, so that one process and several differ only by the rounding of everything else.
     """
 
     def forward(self, x: Tensor) -> Tensor:

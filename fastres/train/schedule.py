@@ -1,7 +1,7 @@
-"""Learning rates as functions of what is known: nothing to save, nothing to restore.
+"""Learning rates as functions without state: nothing to save, nothing to restore.
 
-He et al. 2016: a tenth at half and at three quarters of the training (section 4.2: 32k and 48k of 64k steps), a tenth
-whenever the error stops falling (section 3.4), and a tenth to begin with in a network of 110 layers (section 4.2).
+He et al. 2016 divide the rate by ten at half and at three quarters of the training (section 4.2: 32k and 48k of 64k steps), or
+whenever the error stops falling (section 3.4), and start a network of 110 layers at a tenth of it (section 4.2).
 """
 
 import math
@@ -13,12 +13,12 @@ DEEP = 110  # layers from which on the paper warms up
 
 
 def factor(schedule: str, done: float, warmup: float, errors: Sequence[float]) -> float:
-    """What the base rate is multiplied by.
+    """The factor on the base learning rate.
 
     Args:
         schedule: ``"step"``, ``"plateau"`` or ``"cosine"``.
-        done: share of the training that lies behind, from 0 to 1.
-        warmup: share of the training that runs at a tenth.
+        done: share of the training that is done, from 0 to 1.
+        warmup: share of the training that runs at a tenth of the rate.
         errors: test error of every epoch so far, for ``"plateau"``.
     """
     if done < warmup:

@@ -43,8 +43,14 @@ class NativeFrozen(Frozen):
         self._arenas: list[Tensor] = []
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:  # each piece of a block would take the whole block with it, and one of another dtype be refused
+            apart = {key: tuple(tensor.clone() for tensor in own) for key, own in self._packed.items()}
+        return super().__getstate__() | {"_packed": apart}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._packed = _together(self._packed)
         if self._level != (here := native.cpu_features()["level"]):  # weights are packed in vectors of the processor's size
             what = f"a network frozen for x86-64-v{self._level} cannot run on x86-64-v{here}: freeze its model again here"
             raise UnsupportedError(f"fastres.freeze: {what}")

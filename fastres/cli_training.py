@@ -137,8 +137,8 @@ def _train_options(training: argparse.ArgumentParser, positive: Callable[[str], 
     add("--zero-init", action="store_true", help="start each residual block as its shortcut")
     add("--contiguous", action="store_true", help="keep the plain memory format instead of channels_last")
     add("--sync-bn", action="store_true", help="batch norm over the batches of all processes of torchrun")
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--workers", type=int, choices=range(257), default=0, metavar="N", help="processes that load images (default: 0)")
+    add("--seed", type=_whole(-(2**63), 2**63 - 1), default=0, help="default: 0")
+    add("--workers", type=_whole(0, 256), default=0, help="processes that load images (default: 0)")
     add("--save-steps", type=positive, help="a checkpoint after so many steps too (default: after each epoch)")
     add("--log", action="append", choices=("csv", "tensorboard"), help="may be repeated (default: csv)")
 
@@ -152,5 +152,14 @@ def _number(low: float, high: float) -> Callable[[str], float]:
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, got {text!r}")
         return value
+
+    return parse
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        return int(text)
 
     return parse

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.errors import UnsupportedError
 from fastres.frozen import file, int8
 from fastres.frozen.base import Frozen
 from fastres.frozen.int8 import Scale
@@ -32,7 +33,7 @@ class NativeFrozen(Frozen):
 
     def __init__(self, found: Network, dtype: torch.dtype, scales: Mapping[Value, Scale] | None = None) -> None:
         super().__init__(found, dtype, torch.device("cpu"))
-        self.scales = scales
+        self.scales, self._level = scales, native.cpu_features()["level"]
         self.result_dtype = torch.float32 if dtype == torch.int8 else dtype
         self._offset = frozenset(value for value, scale in (scales or {}).items() if scale.zero)
         self._packed: dict[tuple[Layer, bool], tuple[Tensor, ...]] = {}  # by whether they are transformed for Winograd
@@ -43,6 +44,18 @@ class NativeFrozen(Frozen):
         self._arenas: list[Tensor] = []
         self._running = 0  # calls
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:  # each piece of a block would take the whole block with it, and one of another dtype be refused
+            apart = {key: tuple(tensor.clone() for tensor in own) for key, own in self._packed.items()}
+        return super().__getstate__() | {"_packed": apart}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._packed = _together(self._packed)
+        if self._level != (here := native.cpu_features()["level"]):  # weights are packed in vectors of the processor's size
+            what = f"a network frozen for x86-64-v{self._level} cannot run on x86-64-v{here}: freeze its model again here"
+            raise UnsupportedError(f"fastres.freeze: {what}")
 
     def take(self, found: Network) -> None:
         with self._lock, torch.inference_mode(False), torch.no_grad():

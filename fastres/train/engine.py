@@ -77,7 +77,7 @@ class Trainer:
         self.data, self.settings, self.out, self.told = data, settings, out, told
         self.device, self.processes = device or torch.device("cpu"), processes or Processes()
         self.steps = _steps(data, settings, self.processes.world)
-        self.identity = {"network": name, "data": [data.name, data.fingerprint], **_decisive(settings)}
+        self.identity = {"network": name, "data": [data.name, data.fingerprint], "size": data.size, **_decisive(settings)}
         model = model.to(self.device)
         if settings.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -234,7 +234,11 @@ class Trainer:
             had = ", ".join(f"{key}={state['identity'].get(key)}" for key in wrong)
             why = "; a run cannot be made longer, for its rates follow from all of its epochs" if "epochs" in wrong else ""
             raise ArgumentError(f"{self.out} holds another run ({had}): give the same settings, or another directory{why}")
-        self.model.load_state_dict(_part(tensors, "model."))
+        try:
+            self.model.load_state_dict(_part(tensors, "model."))
+        except RuntimeError as error:  # of a file of the user's, which makes another network now
+            reason = " ".join(str(error).split())
+            raise ArgumentError(f"{self.out} holds a run of another network ({reason}): give another directory") from error
         if self.average is not None:
             self.average.load_state_dict(_part(tensors, "average."))
         momenta = _part(tensors, "momentum.")

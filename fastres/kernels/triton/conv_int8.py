@@ -13,6 +13,7 @@ from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import configs
 from fastres.kernels.triton.conv_bn_act import has_few_channels, limits, pack
 from fastres.kernels.triton.device import index_type, launch, tile_order
+from fastres.kernels.triton.int8 import fused, stored
 
 TILES = (  # priors from arithmetic, as in configs: a block of k is as many bytes as there
     configs.ConvConfig(128, 128, 128, 8, 4),
@@ -30,21 +31,6 @@ FEW_CHANNELS = (  # addresses for every element: small tiles
     configs.ConvConfig(128, 32, 32, 8, 3, efficiency=0.8),
     configs.ConvConfig(64, 16, 32, 4, 3, efficiency=0.4),
 )
-
-
-@triton.jit
-def _fused(x, scale, bias, INTERPRETED: tl.constexpr):
-    """x * scale + bias rounded once; the interpreter's own fma rounds twice."""
-    if INTERPRETED:
-        return (x.to(tl.float64) * scale + bias).to(tl.float32)
-    return tl.fma(x, scale, bias)
-
-
-@triton.jit
-def _stored(value):
-    """The int8 that holds a value: rounded to even by an addition that leaves no bits for a fraction, saturated before."""
-    held = tl.minimum(tl.maximum(value, 0.0), 255.0) + 8388608.0
-    return ((held.to(tl.int32, bitcast=True) & 0xFF) - 128).to(tl.int8)
 
 
 @triton.jit
@@ -103,11 +89,11 @@ def _conv_int8_kernel(
     valid = (pixel < pixels)[:, None] & n_valid[None, :]
     scale = tl.load(scale_ptr + n, mask=n_valid, other=0.0)
     bias = tl.load(bias_ptr + n, mask=n_valid, other=0.0)
-    value = _fused(acc.to(tl.float32), scale[None, :], bias[None, :], INTERPRETED)
+    value = fused(acc.to(tl.float32), scale[None, :], bias[None, :], INTERPRETED)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offset, mask=valid, other=0).to(tl.float32) + 128.0
-        value = _fused(residual, residual_scale, value, INTERPRETED)
-    tl.store(y_ptr + offset, _stored(value) if INTEGERS else value, mask=valid)
+        value = fused(residual, residual_scale, value, INTERPRETED)
+    tl.store(y_ptr + offset, stored(value) if INTEGERS else value, mask=valid)
 
 
 def conv_int8(

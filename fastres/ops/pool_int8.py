@@ -1,9 +1,10 @@
 """pool_int8: y = the largest of each window, or saturate(round(mean * scale + bias)), of 8-bit integers.
 
-x: (N, C, H, W) int8, a byte less 128 (``_int8``); y: int8 alike, in x's memory format. ``kernel`` (0, 0) is all pixels; ``ceil``
-as ``ceil_mode`` of ``torch.nn.functional.max_pool2d``; padding counts for nothing. Without scale and bias, the largest byte. With
-both, sums are exact, divided by the number of pixels in the window and scaled in float32, the multiplication and addition rounded
-once, as the CPU's plans do (csrc/cpu/plan_int8_kernel.cpp): the same bytes. There is no gradient. Bytes moved: x and y.
+x: (N, C, H, W) int8, a byte less 128 (``_int8``); y: int8 alike, in x's memory format. ``kernel`` (0, 0) is all pixels;
+``ceil`` as ``ceil_mode`` of ``torch.nn.functional.max_pool2d``; padding counts for nothing. Without scale and bias, the largest
+byte. With both, sums are exact, divided by the number of pixels of the window and scaled in float32, each division and each
+multiplication with its addition rounded once, as the CPU's plans do (csrc/cpu/plan_int8_kernel.cpp): the same bytes. There is
+no gradient. Bytes moved: x and y.
 """
 
 import math

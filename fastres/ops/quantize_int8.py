@@ -1,10 +1,10 @@
 """quantize_int8: y = saturate(round(x * scale + zero)), images in 8-bit integers; and NaN for each that is not finite.
 
-x: (N, C, H, W) float32. y: (N, channels, H, W) int8 in channels_last whatever x is, a byte less 128 (``_int8``), the multiplication
-and addition rounded once, as the CPU's plans do (csrc/cpu/plan_int8_kernel.cpp); channels beyond C hold a byte of 0: convolutions
-read whole words. A value that is no number gives a byte of 0, and its image NaN in ``strange``, (N,) float32, which is 0 for an
-image that is finite: nobody has to wait for the answer. (In float64 where x is: the truth that kernels are held against.) There is
-no gradient. Bytes moved: x once, one of y an element.
+x: (N, C, H, W) float32. y: (N, channels, H, W) int8 in channels_last whatever x is, a byte less 128 (``_int8``), multiplication
+and addition rounded once, as the CPU's plans do (csrc/cpu/plan_int8_kernel.cpp); channels beyond C hold a byte of 0, for
+convolutions that read whole words. A NaN gives a byte of 0. The second output, (N,) float32, is NaN for an image with a value
+that is not finite, else 0: what is added to the image's results, and nobody has to wait for the answer. (In float64 where x is:
+the truth that kernels are held against.) There is no gradient. Bytes moved: x once, one of y an element.
 """
 
 import math
@@ -57,8 +57,9 @@ def samples(device, dtype):
     """Images of one to four channels, an odd size, a large one, and what has more channels; the same in whatever dtype."""
     generator, found = torch.Generator().manual_seed(0), []
     for n, c, size, scale, zero, channels in (
-        (2, 3, (32, 32), 57.3, 118, 4), (3, 3, (7, 9), 40.0, 0, 4), (1, 3, (70, 61), 1 / 3, 255, 4), (2, 1, (8, 8), 100.0, 128, 4),
-        (1, 2, (5, 4), 60.1, 100, 4), (2, 4, (6, 6), 50.0, 120, 4), (1, 3, (4, 4), 50.0, 120, 3), (1, 6, (4, 4), 50.0, 120, 8),
+        (2, 3, (32, 32), 57.3, 118, 4), (3, 3, (7, 9), 40.0, 0, 4), (1, 3, (70, 61), 1 / 3, 255, 4),
+        (2, 1, (8, 8), 100.0, 128, 4), (1, 2, (5, 4), 60.1, 100, 4), (2, 4, (6, 6), 50.0, 120, 4),
+        (1, 3, (4, 4), 50.0, 120, 3), (1, 6, (4, 4), 50.0, 120, 8),
     ):  # fmt: skip
         x = torch.randn((n, c, *size), generator=generator).to(device)
         found.append(Sample(f"{c} to {channels} channels, {'x'.join(map(str, size))}", (x, scale, zero, channels)))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastres.env import triton_interpret
-from fastres.kernels.layout import aligned, pooled
+from fastres.kernels.layout import aligned, memory_format, pooled
 from fastres.kernels.triton.device import index_type, launch
 from fastres.kernels.triton.int8 import byte, fused
 
@@ -22,8 +22,8 @@ MOST_TAPS = 9  # read at once
 
 @triton.jit
 def _with_tap(found, word, SHIFT: tl.constexpr, MEAN: tl.constexpr):
-    """One of a word's bytes taken into what was found so far. The largest is found with the byte on top of 32 bits, where what lies
-    below it only decides between equals: no byte is unpacked."""
+    """One of a word's bytes taken into what was found so far. The largest is found with the byte on top of 32 bits, where what
+    lies below it only decides between equals: no byte is unpacked."""
     top = word << SHIFT
     if MEAN:
         return found + ((top >> 24) + 128)
@@ -42,8 +42,8 @@ def _held(found, count, scale, bias, SHIFT: tl.constexpr, MEAN: tl.constexpr, IN
 @triton.jit
 def _pool_int8_kernel(
     x_ptr, y_ptr, scale, bias, pixels, words, height, width, out_height, out_width, stride_h, stride_w, padding_h, padding_w,
-    KH: tl.constexpr, KW: tl.constexpr, MEAN: tl.constexpr, UNROLL: tl.constexpr, INTERPRETED: tl.constexpr, INDEX: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, MEAN: tl.constexpr, UNROLL: tl.constexpr, INTERPRETED: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # y = the largest of the window, or saturate(round(mean * scale + bias)), of bytes that are held less 128
     # x, y NHWC in words of four channels; a program owns BLOCK_E output pixels x BLOCK_C words
@@ -80,17 +80,17 @@ def pool_int8(
     """The op, of images that ``why_not`` lets pass."""
     x = aligned(x)
     images, channels, height, width = x.shape
-    kernel, size = pooled((height, width), kernel, stride, padding, ceil)
+    window, size = pooled((height, width), kernel, stride, padding, ceil)
     y = torch.empty((images, *size, channels), dtype=torch.int8, device=x.device)
     pixels, words = images * size[0] * size[1], channels // WORD
     block_c = min(triton.next_power_of_2(words), MOST_WORDS)
     block_e = TILE // block_c
     launch(
         _pool_int8_kernel, (triton.cdiv(pixels, block_e) * triton.cdiv(words, block_c),), x,
-        *(t.view(torch.int32) for t in (x.permute(0, 2, 3, 1), y)),
+        *(t.flatten(0, 2).view(torch.int32) for t in (x.permute(0, 2, 3, 1), y)),
         *(0.0 if t is None else ctypes.c_float(t).value for t in (scale, bias)), pixels, words, height, width, *size,
-        *stride, *padding, KH=kernel[0], KW=kernel[1], MEAN=scale is not None, UNROLL=min(kernel[0] * kernel[1], MOST_TAPS),
+        *stride, *padding, KH=window[0], KW=window[1], MEAN=scale is not None, UNROLL=min(window[0] * window[1], MOST_TAPS),
         INTERPRETED=triton_interpret(), INDEX=index_type(max(x.numel(), y.numel())),
         BLOCK_E=block_e, BLOCK_C=block_c, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return y.permute(0, 3, 1, 2)
+    return y.permute(0, 3, 1, 2).contiguous(memory_format=memory_format(x))  # of a single pixel, which lies alike in both

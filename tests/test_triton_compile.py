@@ -179,11 +179,11 @@ def run_joined(room, dtype: torch.dtype):
 
 
 def run_integers(room, dtype: torch.dtype):
-    """A 1x1, a 3x3 with padding and a residual, a linear layer, whose results are real numbers, and a stem."""
+    """A 1x1, a 3x3 with padding and a residual, a linear layer, whose results are real numbers, and a stem of images in words."""
     conv, limits = room["conv_int8"], room["configs"].Limits(max(SHARED), 1 << 30)
     residual = image(dtype, True, 256, 256, 14)
     calls = [(False, 256, 14, 1, (0, 0), None, True), (False, 256, 14, 3, (1, 1), residual, True)]
-    calls += [(False, 2048, 1, 1, (0, 0), None, False), (True, 3, 224, 7, (3, 3), None, True)]
+    calls += [(False, 2048, 1, 1, (0, 0), None, False), (True, 4, 224, 7, (3, 3), None, True)]
     for few, channels, side, k, padding, added, integers in calls:
         x, weight = image(dtype, True, 256, channels, side), torch.empty(256, channels, k, k, dtype=dtype, device="meta")
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -257,6 +257,7 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "num_stages": dict(launch.options).get("num_stages"),
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*(?<!v2)(?<!v4)\.b16", ptx)),
         "widest": max(access_bytes(ptx)),
+        "narrowest": min(access_bytes(ptx)),
         "wide": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
     }
 
@@ -355,6 +356,13 @@ def test_wide_memory_accesses() -> None:
     rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"]) and not row[4].get("FLAT")]
     rows = [row for row in rows if not row[4].get("stride_channel")]  # 1, of images in channels_last
     assert not [row for row in rows if "merge" not in row[0]]
+
+
+def test_no_byte_of_a_network_in_integers_moves_alone() -> None:
+    """Images are of whole words, so that their convolution reads words."""
+    rows = [row for row in report() if row["dtype"] == "i8"]
+    assert len({row["kernel"] for row in rows}) == 3
+    assert not [row for row in rows if row["narrowest"] < 4]
 
 
 def test_tensor_descriptors_move_tiles() -> None:

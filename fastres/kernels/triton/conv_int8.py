@@ -26,8 +26,9 @@ TILES = (  # priors from arithmetic, as in configs: a block of k is as many byte
     configs.ConvConfig(128, 32, 64, 4, 5, efficiency=0.5),
     configs.ConvConfig(64, 16, 64, 4, 5, efficiency=0.25),
 )
-FEW_CHANNELS = (  # addresses for every element: small tiles
-    configs.ConvConfig(64, 64, 32, 8, 3),
+FEW_CHANNELS = (  # addresses for every word of four channels, else for every element: small tiles
+    configs.ConvConfig(128, 64, 32, 8, 3),
+    configs.ConvConfig(64, 64, 32, 8, 3, efficiency=0.85),
     configs.ConvConfig(128, 32, 32, 8, 3, efficiency=0.8),
     configs.ConvConfig(64, 16, 32, 4, 3, efficiency=0.4),
 )

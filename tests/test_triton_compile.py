@@ -179,7 +179,7 @@ def run_joined(room, dtype: torch.dtype):
 
 
 def run_integers(room, dtype: torch.dtype):
-    """A 1x1, a 3x3 with padding and a residual, a linear layer, whose results are real numbers, and a stem of images in words."""
+    """A 1x1, a 3x3 with padding and a residual, a linear layer, whose results are real numbers, a stem of images in words."""
     conv, limits = room["conv_int8"], room["configs"].Limits(max(SHARED), 1 << 30)
     residual = image(dtype, True, 256, 256, 14)
     calls = [(False, 256, 14, 1, (0, 0), None, True), (False, 256, 14, 3, (1, 1), residual, True)]
@@ -346,8 +346,8 @@ def test_tensor_cores_where_meant() -> None:
 
 
 def test_wide_memory_accesses() -> None:
-    """Activations and bytes move 16 bytes at a time; a merge reads a handful of partials, the statistics a sample of 16 values; two
-    bytes of a mask stand for sixteen elements.
+    """Activations move 16 bytes at a time, those of one byte too; a merge reads a handful of partials, the statistics a sample
+    of 16 values; two bytes of a mask stand for sixteen elements.
 
     Windows over contiguous planes read every other element; few channels are gathered one by one, those of images too.
     """

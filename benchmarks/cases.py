@@ -20,7 +20,7 @@ LONG_CHAIN = f"{CHAIN}_conv_bn_act"
 STEM, GRADIENT = "conv_bn_act_maxpool", "conv_backward_bn_act"
 INTEGERS = "conv_int8"
 AROUND = {  # the ops around it, with what they take behind x: a stem's
-    "quantize_int8": (50.0, 120, 4), "pool_int8": ((3, 3), (2, 2), (1, 1), False, None, None),
+    "quantize_int8": (50.0, 120, 4, (3, 3)), "pool_int8": ((3, 3), (2, 2), (1, 1), False, None, None),
 }  # fmt: skip
 SEVERAL = (JOINED, CHAIN, LONG_CHAIN)  # convolutions in one op
 

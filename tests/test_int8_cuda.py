@@ -73,10 +73,10 @@ def test_images_become_the_integers_of_the_definition(shape, layout):
     x[-1, -1, -1, -1] = torch.nan
     run = QUANTIZE_INT8.backends[0].load()
     for given in (x, x.clone().fill_(torch.inf), torch.full_like(x, -0.0)):
-        for scale, zero in ((57.3, 118), (0.5, 0), (4000.0, 255)):
-            y, strange = run(given, scale, zero, 4)
+        for rest in ((57.3, 118, 4, (0, 0)), (57.3, 118, 4, (3, 3)), (0.5, 0, 4, (0, 1)), (4000.0, 255, 4, (2, 0))):
+            y, strange = run(given, *rest)
             for there in (DEVICE, torch.device("cpu")):
-                expected, finite = QUANTIZE_INT8.reference(given.to(there), scale, zero, 4)
+                expected, finite = QUANTIZE_INT8.reference(given.to(there), *rest)
                 assert torch.equal(y, expected.to(DEVICE)) and torch.equal(strange.isnan(), finite.isnan().to(DEVICE))
             assert y.is_contiguous(memory_format=torch.channels_last) and not strange.signbit()[~strange.isnan()].any()
 

@@ -1,6 +1,8 @@
 """What stands around the convolutions of 8-bit integers, by Triton in the interpreter: images quantised, windows pooled, to the
 bit."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from fastres.kernels.triton import quantize_int8 as images  # noqa: E402
 from fastres.ops.pool_int8 import POOL_INT8  # noqa: E402
 from fastres.ops.quantize_int8 import QUANTIZE_INT8  # noqa: E402
 
-CL, CPU = torch.channels_last, torch.device("cpu")
+CL, CPU, NONE = torch.channels_last, torch.device("cpu"), (0, 0)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": CL}
 # One program and several, a tail, a single pixel, one column.
 SIZES = [(2, 3, 32, 32), (3, 3, 41, 50), (2, 1, 7, 9), (1, 2, 33, 31), (2, 4, 5, 3), (2, 3, 1, 1), (2, 3, 6, 1)]
@@ -66,10 +68,11 @@ def even(doubled):
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_any_images(shape, layout):
     x = 4 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=LAYOUTS[layout])
-    for scale, zero in ((57.3, 118), (1 / 3, 0), (2000.0, 255)):
-        found, expected = quantised(x, scale, zero, 4)
+    for scale, zero, padding in itertools.product((57.3, 1 / 3, 2000.0), (0, 118, 255), (NONE, (3, 3), (0, 1), (4, 2))):
+        found, expected = quantised(x, scale, zero, 4, padding)
         assert same(found, expected) and not found[1].signbit().any()
         assert (found[0][:, shape[1] :] == -128).all()
+        assert (found[0][:, : shape[1], : padding[0]] == zero - 128).all()
     assert {-128, 127} <= set(found[0][:, : shape[1]].flatten().tolist())  # both ends
 
 
@@ -77,8 +80,8 @@ def test_images_round_ties_to_the_even_byte():
     x = torch.arange(-40, 600).float().view(1, 1, 20, 32)
     for zero in (0, 7):
         expected = even(x.long() + 2 * zero).clamp(0, 255) - 128
-        assert torch.equal(images.quantize_int8(x, 0.5, zero, 4)[0][:, :1].long(), expected)
-        assert torch.equal(QUANTIZE_INT8.reference(x, 0.5, zero, 4)[0][:, :1].long(), expected)
+        assert torch.equal(images.quantize_int8(x, 0.5, zero, 4, NONE)[0][:, :1].long(), expected)
+        assert torch.equal(QUANTIZE_INT8.reference(x, 0.5, zero, 4, NONE)[0][:, :1].long(), expected)
 
 
 def test_images_are_scaled_with_one_rounding():
@@ -87,7 +90,7 @@ def test_images_are_scaled_with_one_rounding():
     held = torch.tensor(scale)
     x = ((torch.arange(-100, 155) + 0.5).double() / held.double()).float()
     x = torch.stack([x, x.nextafter(torch.tensor(torch.inf)), x.nextafter(torch.tensor(-torch.inf))]).view(1, 3, 1, -1)
-    found = quantised(x, scale, zero, 4)
+    found = quantised(x, scale, zero, 4, NONE)
     assert same(*found)
     twice = ((x * held) + zero).round().clamp(0, 255) - 128
     assert (twice.long() != found[0][0][:, :3].long()).any()
@@ -98,7 +101,7 @@ def test_values_that_are_not_finite():
     x = torch.randn(6, 3, 40, 30)
     x[1, 2, 39, 29], x[2, 0, 0, 0], x[4, 1, 7, 7], x[5, 0, 3, 3] = torch.nan, torch.inf, -torch.inf, -0.0
     for layout in LAYOUTS.values():
-        found, expected = quantised(x.contiguous(memory_format=layout), 50.0, 120, 4)
+        found, expected = quantised(x.contiguous(memory_format=layout), 50.0, 120, 4, NONE)
         assert same(found, expected)
         assert found[1].isnan().tolist() == [False, True, True, False, True, False] and (found[1][[0, 3, 5]] == 0).all()
         assert [found[0][1, 2, 39, 29].item(), found[0][2, 0, 0, 0].item(), found[0][4, 1, 7, 7].item()] == [-128, 127, -128]
@@ -177,9 +180,9 @@ def test_memory_around_is_neither_read_nor_written(monkeypatch, shift):
         return torch.as_strided(memory, t.shape, t.stride(), 2048 + shift).copy_(t)
 
     x, words = torch.randn(2, 3, 41, 30), drawn((2, 20, 7, 9))
-    expected = [*images.quantize_int8(x, 50.0, 120, 4), pools.pool_int8(words, *STEM, None, None)]
+    expected = [*images.quantize_int8(x, 50.0, 120, 4, NONE), pools.pool_int8(words, *STEM, None, None)]
     monkeypatch.setattr(torch, "empty", empty)
-    found = [*images.quantize_int8(moved(x), 50.0, 120, 4), pools.pool_int8(moved(words), *STEM, None, None)]
+    found = [*images.quantize_int8(moved(x), 50.0, 120, 4, NONE), pools.pool_int8(moved(words), *STEM, None, None)]
     monkeypatch.setattr(torch, "empty", real)
     assert all(map(torch.equal, found, expected)) and len(made) == 3
     for memory, size in made:
@@ -196,7 +199,7 @@ def test_offsets_of_64_bits(monkeypatch):
 
 def test_views_that_negate_are_read_as_their_values():
     x, words = torch.randn(1, 3, 5, 5), drawn((1, 8, 5, 5)).clamp_(min=-127)
-    assert same(images.quantize_int8(torch._neg_view(-x), 50.0, 120, 4), images.quantize_int8(x, 50.0, 120, 4))
+    assert same(images.quantize_int8(torch._neg_view(-x), 50.0, 120, 4, NONE), images.quantize_int8(x, 50.0, 120, 4, NONE))
     args = (*STEM, None, None)
     assert torch.equal(pools.pool_int8(torch._neg_view(-words), *args), pools.pool_int8(words, *args))
 
@@ -217,12 +220,12 @@ def test_the_tuner_lets_both_pass_and_nothing_that_is_off_by_one():
 def test_refused():
     (images_by_triton, _), (pools_by_triton, _) = QUANTIZE_INT8.backends, POOL_INT8.backends
     x, words = torch.randn(2, 3, 8, 8), drawn((1, 8, 6, 6))
-    assert images_by_triton.why_not(x, 50.0, 120, 4) is None and pools_by_triton.why_not(words, *STEM, None, None) is None
-    assert "float32" in images_by_triton.why_not(x.double(), 50.0, 120, 4)
-    assert "4 channels, got 3" in images_by_triton.why_not(x, 50.0, 120, 3)
-    assert "dense" in images_by_triton.why_not(x[:, :, 1:], 50.0, 120, 4)
-    assert "empty" in images_by_triton.why_not(x[:0], 50.0, 120, 4)
-    assert "pixels" in images_by_triton.why_not(torch.empty(1, 1, 2**15, 2**14, device="meta"), 50.0, 120, 4)
+    assert images_by_triton.why_not(x, 50.0, 120, 4, NONE) is None and pools_by_triton.why_not(words, *STEM, None, None) is None
+    assert "float32" in images_by_triton.why_not(x.double(), 50.0, 120, 4, NONE)
+    assert "4 channels, got 3" in images_by_triton.why_not(x, 50.0, 120, 3, NONE)
+    assert "dense" in images_by_triton.why_not(x[:, :, 1:], 50.0, 120, 4, NONE)
+    assert "empty" in images_by_triton.why_not(x[:0], 50.0, 120, 4, NONE)
+    assert "pixels" in images_by_triton.why_not(torch.empty(1, 1, 2**15, 2**14, device="meta"), 50.0, 120, 4, NONE)
     assert "got 7" in pools_by_triton.why_not(words[:, :7], *STEM, None, None)
     assert "channels_last" in pools_by_triton.why_not(words.contiguous(), *STEM, None, None)
     assert "empty" in pools_by_triton.why_not(words[:0], *STEM, None, None)

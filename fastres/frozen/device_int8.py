@@ -20,7 +20,7 @@ from fastres.frozen import choose, file, int8
 from fastres.frozen.calls import TORCH, Call, Constants, Run
 from fastres.frozen.device import GraphFrozen, Plan, Shape, Step
 from fastres.frozen.int8 import Scale
-from fastres.frozen.layers import Layer, Network
+from fastres.frozen.layers import Layer, Network, Pair
 from fastres.frozen.program import Size
 from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu, conv_int8
@@ -75,16 +75,19 @@ class IntegersFrozen(GraphFrozen):
         total, offset, part = int8.conv_constants(here, self.scales)
         start = SHIFT * here.weight.sum((1, 2, 3), dtype=torch.int32)
         rows = (t.to(self.device) for t in (start, total.float(), offset.float()))
-        further = self._channels - self.network.channels if layer.x is self.network.x else 0
+        further = self._taken[0] - self.network.channels if layer.x is self.network.x else 0
         weight = F.pad(layer.weight, (0, 0, 0, 0, 0, further)).contiguous(memory_format=torch.channels_last)
         return weight, *rows, torch.tensor(part).item(), self.scales[layer.x].zero - SHIFT  # as the kernel reads them: float32
 
     @functools.cached_property
-    def _channels(self) -> int:
-        """Of the quantised images: whole words where convolutions alone read them, whose further weights are 0."""
+    def _taken(self) -> tuple[int, Pair]:
+        """Channels and padding of the quantised images: as they are, or, where convolutions alone read them, whole words, whose
+        further weights are 0, with the padding that all of them want."""
         readers = [layer for layer in self.network.layers if self.network.x in (layer.x, layer.residual)]
-        alone = all(layer.scale is not None and layer.residual is not self.network.x for layer in readers)
-        return _conv_cpu.whole_words(self.network.channels, torch.int8) if alone else self.network.channels
+        if any(layer.scale is None or layer.residual is self.network.x for layer in readers):
+            return self.network.channels, (0, 0)
+        paddings = {layer.padding for layer in readers}
+        return _conv_cpu.whole_words(self.network.channels, torch.int8), paddings.pop() if len(paddings) == 1 else (0, 0)
 
     def _call_of(self, layer: Layer, channels: int) -> Call:
         own, integers = self._constants[layer], layer.y in self.scales
@@ -95,17 +98,20 @@ class IntegersFrozen(GraphFrozen):
         if layer.scale is None:
             return Call(layer, None, inputs, (), {TORCH: _step(layer, own, integers)})
         added = () if layer.residual is not None else (None,)
-        rest = (*added, *own, layer.stride, layer.padding, layer.dilation, integers)
+        padding = (0, 0) if layer.x is self.network.x and any(self._taken[1]) else layer.padding
+        rest = (*added, *own, layer.stride, padding, layer.dilation, integers)
         return Call(layer, CONV_INT8, inputs, rest, {TORCH: CONV_INT8.reference})
 
     def _steps(self, batch: int, sizes: dict[Value, Size]) -> list[Step]:
         """The layers' steps between one that quantises the images and one that marks the results of those that it could not."""
         x, y = self.network.x, self.network.layers[-1].y
-        sizes |= {self._images: sizes[x], self._strange: _ONE_NUMBER, self._y: sizes[y], x: (self._channels, *sizes[x][1:])}
+        (_, height, width), (channels, (down, right)) = sizes[x], self._taken
+        sizes |= {self._images: sizes[x], self._strange: _ONE_NUMBER, self._y: sizes[y]}
+        sizes[x] = channels, height + 2 * down, width + 2 * right
         scale, zero = int8.input_constants(self.scales[x])[0].tolist()
-        rest, plain = (scale, int(zero), self._channels), {TORCH: QUANTIZE_INT8.reference}
-        taken = Layer("quantize", "the images", self._images, x)
-        first = Call(taken, QUANTIZE_INT8, (self._images,), rest, plain, outputs=(x, self._strange))
+        rest, plain = (scale, int(zero), channels, (down, right)), {TORCH: QUANTIZE_INT8.reference}
+        made = Layer("quantize", "the images", self._images, x)
+        first = Call(made, QUANTIZE_INT8, (self._images,), rest, plain, outputs=(x, self._strange))
         marked = Layer("mark", "the results", y, self._y)
         last = Call(marked, None, (y, self._strange), (), {TORCH: _marked})
         steps = [Step(call, self._chosen(call, batch, sizes)) for call in (first, last)]

@@ -13,14 +13,13 @@ def fused(x, scale, bias, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def byte(value):
-    """The byte of a value, in 32 bits: saturated, NaN to 0, then rounded to even by an addition that leaves no bits for a
-    fraction."""
-    held = tl.minimum(tl.maximum(value, 0.0), 255.0) + 8388608.0
-    return held.to(tl.int32, bitcast=True) & 0xFF
+def held(value):
+    """The int8 that holds a value, in the lowest of 32 bits, others above them: saturated, then rounded to even by an addition
+    that leaves no bits for a fraction: of 2^23, and of 128, which turns the byte's highest bit as its loss would."""
+    return (tl.minimum(tl.maximum(value, 0.0), 255.0) + 8388736.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def stored(value):
     """The int8 that holds a value."""
-    return (byte(value) - 128).to(tl.int8)
+    return held(value).to(tl.int8)

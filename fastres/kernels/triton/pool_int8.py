@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.env import triton_interpret
 from fastres.kernels.layout import aligned, memory_format, pooled
 from fastres.kernels.triton.device import index_type, launch
-from fastres.kernels.triton.int8 import byte, fused
+from fastres.kernels.triton.int8 import fused, held
 
 WORD = 4  # channels, whose bytes are compared and added where they lie
 ZEROS = tl.constexpr(-0x7F7F7F80)  # four bytes of 0, each held as -128
@@ -31,12 +31,14 @@ def _with_tap(found, word, SHIFT: tl.constexpr, MEAN: tl.constexpr):
 
 
 @triton.jit
-def _held(found, count, scale, bias, SHIFT: tl.constexpr, MEAN: tl.constexpr, INTERPRETED: tl.constexpr):
+def _placed(found, count, scale, bias, SHIFT: tl.constexpr, MEAN: tl.constexpr, INTERPRETED: tl.constexpr):
     """A byte of the result at its place in the word."""
     if MEAN:
         mean = tl.div_rn(found.to(tl.float32), count)
-        return (byte(fused(mean, scale, bias, INTERPRETED)) ^ 0x80) << (24 - SHIFT)
-    return ((found >> 24) & 0xFF) << (24 - SHIFT)
+        result = held(fused(mean, scale, bias, INTERPRETED))
+    else:
+        result = found >> 24
+    return (result & 0xFF) << (24 - SHIFT)
 
 
 @triton.jit
@@ -69,8 +71,8 @@ def _pool_int8_kernel(
     rows = tl.minimum(top + KH, height) - tl.maximum(top, 0)
     columns = tl.minimum(left + KW, width) - tl.maximum(left, 0)
     count = (rows * columns).to(tl.float32)[:, None]
-    y = _held(found0, count, scale, bias, 24, MEAN, INTERPRETED) | _held(found1, count, scale, bias, 16, MEAN, INTERPRETED)
-    y |= _held(found2, count, scale, bias, 8, MEAN, INTERPRETED) | _held(found3, count, scale, bias, 0, MEAN, INTERPRETED)
+    y = _placed(found0, count, scale, bias, 24, MEAN, INTERPRETED) | _placed(found1, count, scale, bias, 16, MEAN, INTERPRETED)
+    y |= _placed(found2, count, scale, bias, 8, MEAN, INTERPRETED) | _placed(found3, count, scale, bias, 0, MEAN, INTERPRETED)
     tl.store(y_ptr + pixel[:, None] * words + c[None, :], y, mask=valid)
 
 

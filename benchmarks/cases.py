@@ -16,6 +16,9 @@ JOINED, CHAIN = "conv_bn_add_conv_bn_act", "conv_bn_act_conv_bn_add_act"
 LONG_CHAIN = f"{CHAIN}_conv_bn_act"
 STEM, GRADIENT = "conv_bn_act_maxpool", "conv_backward_bn_act"
 INTEGERS = "conv_int8"
+AROUND = {  # the ops around it, with what they take behind x: a stem's
+    "quantize_int8": (50.0, 120, 4, (3, 3)), "pool_int8": ((3, 3), (2, 2), (1, 1), False, None, None),
+}  # fmt: skip
 SEVERAL = (JOINED, CHAIN, LONG_CHAIN)  # convolutions in one op
 
 
@@ -42,6 +45,10 @@ class Case:
             weight, geometry = (shape[1], shape[1], kernel, kernel), ((1, 1), (pad, pad), (1, 1))
             return conv_int8.drawn(shape, weight, geometry, self.residual, True, device)[:6]
         generator = torch.Generator(device).manual_seed(0)  # on a GPU: there are hundreds of millions
+        if self.op == "quantize_int8":
+            return (torch.randn(shape[0], 3, *shape[2:], generator=generator, device=device),)
+        if self.op in AROUND:
+            return (conv_int8.whole(shape, generator),)
 
         def image(*size: int) -> Tensor:
             drawn = torch.randn(size, generator=generator, device=device).to(dtype)
@@ -102,6 +109,8 @@ class Case:
             return _of_gradient(*tensors)
         if self.op == INTEGERS:
             return _of_integers(self.convolution, tensors)
+        if self.op in AROUND:
+            return (*tensors, *AROUND[self.op])
         if self.op in SEVERAL:
             return _of_several(self.op, self.convolution, tensors)
         images, (mean, var, weight, bias) = tensors[:-4], tensors[-4:]
@@ -212,6 +221,17 @@ def _integers(kernel: int) -> tuple[Callable, Callable]:
     return lambda *t: op(*_of_integers(kernel, t)), lambda *t: op.reference(*_of_integers(kernel, t))
 
 
+def _around(name: str) -> tuple[Callable, Callable]:
+    """A step of bytes, beside its definition."""
+
+    def first(run: Callable, x: Tensor) -> Tensor:
+        found = run(x, *AROUND[name])
+        return found[0] if isinstance(found, tuple) else found
+
+    op = REGISTRY[name]
+    return lambda x: first(op, x), lambda x: first(op.reference, x)
+
+
 def _joined(kernel: int) -> tuple[Callable, Callable]:
     pad = kernel // 2
 
@@ -271,6 +291,7 @@ def _all() -> list[Case]:
         name = "conv_bn_add_act" if residual else "conv_bn_act"
         found.append(Case(name, False, *_convolution(kernel, residual), (name,), residual, kernel))
     found.append(Case(INTEGERS, False, *_integers(3), (INTEGERS,), residual=True, convolution=3))
+    found += [Case(name, False, *_around(name), (name,)) for name in AROUND]
     found.append(Case(STEM, False, *_stem(7), (STEM,), convolution=7))
     found += [Case(JOINED, False, *_joined(kernel), (JOINED,), convolution=kernel) for kernel in (1, 3)]
     found += [Case(name, False, *_chain(name, 3), (name,), convolution=3) for name in (CHAIN, LONG_CHAIN)]

@@ -306,7 +306,8 @@ class Truth:
 
     def __init__(self, op: Op, args: tuple) -> None:
         self.op, self.args = op.name, args
-        self.dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+        real = (arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+        self.dtype = next(real, torch.float32)  # of integers alone: never asked for
         wide = (a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         with torch.no_grad():
             self.exact, self.same = _outputs(op.reference(*wide)), _outputs(op.reference(*args))

@@ -23,7 +23,7 @@ MODULES = {
     ),
     "triton": (
         *("test_triton_interpreter", "test_triton_pointwise", "test_triton_joined", "test_triton_tf32"),
-        "test_triton_int8",
+        "test_triton_int8", "test_triton_int8_steps",
     ),
 }
 DEVICE = ("every thread of the block waits for another", "more arrivals at a barrier")  # what the emulated device found

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import _cluster_faults
 import _cuda_on_cpu
+import _int8_faults
 import pytest
 import torch
 
@@ -28,7 +29,6 @@ CHAIN = "cuda/sm90_conv_bn_act_conv_bn_add_act_kernel.cu"
 FEW, FEW_ROWS, FEW_BACKWARD = "cuda/conv_kernel.cu", "cuda/device/conv_rows.cuh", "cuda/conv_backward_kernel.cu"
 POOLED = "cuda/conv_bn_act_maxpool_kernel.cu"
 JOINED = "conv_bn_add_conv_bn_act.py"
-INTEGERS, ANY = "conv_int8.py", "test_any_convolution_of_integers"
 NHWC, NCHW = {"layout": "channels_last", "dtype": FP32}, {"layout": "contiguous_format", "dtype": FP32}
 
 
@@ -217,23 +217,7 @@ CUDA = [
     *(Fault(*fault) for fault in _cluster_faults.FAULTS),
 ]  # fmt: skip
 TRITON = [
-    Fault("halves go up", INTEGERS, "tl.minimum(tl.maximum(value, 0.0), 255.0)",
-          "tl.floor(tl.minimum(tl.maximum(value, 0.0), 255.0) + 0.5)", "test_ties_go_to_the_even_byte", {}),
-    Fault("a byte goes round above", INTEGERS, "tl.minimum(tl.maximum(value, 0.0), 255.0)", "tl.maximum(value, 0.0)",
-          ANY, {"name": "3x3", "with_residual": False, "integers": True}),
-    Fault("a byte goes round below", INTEGERS, "tl.maximum(value, 0.0)", "value",
-          ANY, {"name": "1x1, all tails", "with_residual": True, "integers": True}),
-    Fault("padding of zeros", INTEGERS, "other=PAD", "other=0",
-          ANY, {"name": "3x3", "with_residual": False, "integers": True}),
-    Fault("a residual is not shifted back", INTEGERS, ".to(tl.float32) + 128.0", ".to(tl.float32)",
-          ANY, {"name": "1x1 stride 2", "with_residual": True, "integers": False}),
-    Fault("sums begin at zero", INTEGERS, " + start[None, :]", "",
-          ANY, {"name": "one channel", "with_residual": False, "integers": False}),
-    Fault("no mask on the tail of the channels of integers", INTEGERS, "if FLAT or C_IN % BLOCK_K != 0:", "if FLAT:",
-          ANY, {"name": "1x1, all tails", "with_residual": False, "integers": True}),
-    Fault("the dilation of rows is forgotten by integers", INTEGERS, "row, column = tap // KW * dilation_h,",
-          "row, column = tap // KW,",
-          ANY, {"name": "3x3 dilated, all of a window in the padding", "with_residual": False, "integers": True}),
+    *(Fault(*fault) for fault in _int8_faults.FAULTS),
     Fault("offsets of 32 bits", "device.py", "numel <= 2**30", "numel <= 2**33",
           "test_offsets_of_64_bits", {"monkeypatch": None}),
     Fault("ReLU that loses NaN", "device.py", "tl.where(v <= 0, 0.0, v)", "tl.where(v > 0, v, 0.0)",

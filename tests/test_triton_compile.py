@@ -29,6 +29,7 @@ pytestmark = [
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # per block, by compute capability
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.uint8: "u8"}
 DTYPES |= {torch.int8: "i8", torch.int32: "i32"}
+VARIANTS = ("KH", "CHANNELS_LAST", "POINTWISE", "FLAT", "DENSE_SHORTCUT", "MEAN", "PADDED", "stride_channel")
 MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ROOM = "fastres.kernels.triton"
 # Bytes a thread may spill: none with the pinned Triton; newer ptxas gives up to four registers for a resident block.
@@ -178,11 +179,12 @@ def run_joined(room, dtype: torch.dtype):
 
 
 def run_integers(room, dtype: torch.dtype):
-    """A 1x1, a 3x3 with padding and a residual, a linear layer, whose results are real numbers, and a stem."""
+    """A 1x1, a 3x3 with padding and a residual, a linear layer, whose results are real numbers, a stem of images in words."""
     conv, limits = room["conv_int8"], room["configs"].Limits(max(SHARED), 1 << 30)
     residual = image(dtype, True, 256, 256, 14)
     calls = [(False, 256, 14, 1, (0, 0), None, True), (False, 256, 14, 3, (1, 1), residual, True)]
-    calls += [(False, 2048, 1, 1, (0, 0), None, False), (True, 3, 224, 7, (3, 3), None, True)]
+    calls += [(False, 2048, 1, 1, (0, 0), None, False), (True, 4, 224, 7, (3, 3), None, True)]
+    calls += [(True, 4, 230, 7, (0, 0), None, True)]
     for few, channels, side, k, padding, added, integers in calls:
         x, weight = image(dtype, True, 256, channels, side), torch.empty(256, channels, k, k, dtype=dtype, device="meta")
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -193,16 +195,27 @@ def run_integers(room, dtype: torch.dtype):
             yield config, lambda args=args, config=config: conv.conv_int8(*args, config)
 
 
+def run_bytes(room, dtype: torch.dtype):
+    """Images that are quantised, in both layouts, for a stem and without padding; a stem's pool and a network's last one."""
+    images, pools = room["quantize_int8"], room["pool_int8"]
+    for channels_last, padding in itertools.product((False, True), ((3, 3), (0, 0))):
+        x = image(torch.float32, channels_last, 256, 3, 224)
+        yield None, lambda x=x, padding=padding: images.quantize_int8(x, 50.0, 120, 4, padding)
+    stem, last = image(dtype, True, 256, 64, 112), image(dtype, True, 256, 2048, 7)
+    yield None, lambda: pools.pool_int8(stem, (3, 3), (2, 2), (1, 1), False, None, None)
+    yield None, lambda: pools.pool_int8(last, (0, 0), (1, 1), (0, 0), False, 1.5, -20.0)
+
+
 def collect() -> list[Launch]:
     """Every distinct launch the ops make over all configurations and dtypes."""
     names = ("configs", "add_act", "bn_act", "bn_act_maxpool", "bn_add_bn_act", "relu_mask", "conv_bn_act", "pointwise")
-    names += ("conv_bn_add_conv_bn_act", "conv_int8")
+    names += ("conv_bn_add_conv_bn_act", "conv_int8", "quantize_int8", "pool_int8")
     floats = run_elementwise, run_batch_norm, run_pooling, run_convolution, run_joined
     room = {name: importlib.import_module(f"{ROOM}.{name}") for name in names}
     found: dict[Launch, Launch] = {}  # by what the compiler sees of it
     with pytest.MonkeyPatch.context() as patch:
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
-            for runs in (run_integers,) if dtype == torch.int8 else floats:
+            for runs in (run_integers, run_bytes) if dtype == torch.int8 else floats:
                 for config, call in runs(room, dtype):
 
                     def record(kernel, grid, like, *args, _dtype=dtype, _config=config, **options) -> None:
@@ -233,7 +246,7 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "config": launch.config,
         "capability": capability,
         "arch": re.search(r"^\.target sm_(\w+)", ptx, re.M)[1],
-        "variant": {k: v for k, v in constants.items() if k in ("KH", "CHANNELS_LAST", "POINTWISE", "FLAT", "DENSE_SHORTCUT")},
+        "variant": {k: v for k, v in constants.items() if k in VARIANTS},
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
@@ -245,6 +258,7 @@ def compile_one(launch: Launch, capability: int) -> dict[str, Any]:
         "num_stages": dict(launch.options).get("num_stages"),
         "narrow": len(re.findall(r"(?:ld|st)\.global\S*(?<!v2)(?<!v4)\.b16", ptx)),
         "widest": max(access_bytes(ptx)),
+        "narrowest": min(access_bytes(ptx)),
         "wide": bool(re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
     }
 
@@ -326,21 +340,31 @@ def test_shared_memory_fits() -> None:
 
 def test_tensor_cores_where_meant() -> None:
     """16-bit and TF32 products on the capability's own instruction; IEEE fp32 on none; 8-bit ones on sm_100 by sm_80's."""
-    older = {row["mma"] > 0 and not row["tensor_cores"] for row in report() if (row["dtype"], row["capability"]) == ("i8", 100)}
+    integers = [row for row in report() if (row["dtype"], row["capability"]) == ("i8", 100) and row["mma"] is not None]
+    older = {row["mma"] > 0 and not row["tensor_cores"] for row in integers}
     rows = faults(lambda row: row["mma"] is not None and row["tensor_cores"] != (row["dtype"] != "fp32"))
     assert older == {True} and not [row for row in rows if row[1:3] != (100, "i8")]
 
 
 def test_wide_memory_accesses() -> None:
-    """Activations move 16 bytes at a time; a merge reads a handful of partials, the statistics a sample of 16 values; two
-    bytes of a mask stand for sixteen elements.
+    """Activations move 16 bytes at a time, those of one byte too; a merge reads a handful of partials, the statistics a sample
+    of 16 values; two bytes of a mask stand for sixteen elements.
 
-    Windows over contiguous planes read every other element; few channels are gathered one by one.
+    Windows over contiguous planes read every other element; few channels are gathered one by one, and
+    images of another layout, or of which a row does not begin at a multiple of 16 bytes, value by value.
     """
     few = {"bn_statistics_kernel": 1, "bn_act_kernel": 1, "bn_add_bn_act_kernel": 1}
     rows = faults(lambda row: not (row["wide"] or row["copies_in"]) or row["narrow"] > few.get(row["kernel"], 0))
     rows = [row for row in rows if not ("maxpool" in row[0] and not row[4]["CHANNELS_LAST"]) and not row[4].get("FLAT")]
+    rows = [row for row in rows if not ("quantize" in row[0] and (row[4]["PADDED"] or "stride_channel" in row[4]))]
     assert not [row for row in rows if "merge" not in row[0]]
+
+
+def test_no_byte_of_a_network_in_integers_moves_alone() -> None:
+    """Images are of whole words, so that their convolution reads words."""
+    rows = [row for row in report() if row["dtype"] == "i8"]
+    assert len({row["kernel"] for row in rows}) == 3
+    assert not [row for row in rows if row["narrowest"] < 4]
 
 
 def test_tensor_descriptors_move_tiles() -> None:

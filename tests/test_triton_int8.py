@@ -146,7 +146,7 @@ def test_it_is_judged_by_its_integers():
 
 @pytest.mark.skipif(_conv_cpu.lacks(torch.int8) is not None, reason="this processor has no plans of 8-bit integers")
 def test_a_network_by_the_kernel_gives_the_bits_of_the_cpus_plan(monkeypatch):
-    """A stem, a residual, a stride, a zero point, real numbers at the end."""
+    """A stem of images in words, pools, a residual, a stride, a zero point, real numbers at the end."""
     from _uncaptured import Uncaptured
     from test_int8 import Steps, Sum, conv, quiet
 
@@ -154,16 +154,20 @@ def test_a_network_by_the_kernel_gives_the_bits_of_the_cpus_plan(monkeypatch):
 
     monkeypatch.setattr(device, "Graphs", Uncaptured)
     torch.manual_seed(0)
-    body = [conv(3, 32, 3, stride=2, padding=1), torch.nn.ReLU(), Sum(conv(32, 32, 3, padding=1)), conv(32, 40, 1, stride=2)]
-    model = Steps(*body, conv(40, 16, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(16 * 9, 5)).eval()
-    x = torch.randn(3, 3, 11, 12)
+    body = [conv(3, 32, 3, stride=2, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(3, 2, 1), Sum(conv(32, 32, 3, padding=1))]
+    body += [conv(32, 40, 1, stride=2), conv(40, 16, 3, padding=1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()]
+    model, x = Steps(*body, torch.nn.Linear(16, 5)).eval(), torch.randn(3, 3, 21, 24)
     native = fastres.freeze(model, x, quantize=quiet([x]))
-    with fastres.use(conv_int8="triton"):
+    with fastres.use(conv_int8="triton", pool_int8="triton", quantize_int8="triton"):
         frozen = make.by_ops(model, x, torch.int8, quiet([x]))
-        for given in (x, x[:1], 3 * x):
+        for given in (x, x[:1], 3 * x, x.contiguous(memory_format=CL)):
             assert torch.equal(frozen(given), native(given))
-    kernels = [step.choice.kernel for step in frozen.plan(tuple(x.shape)).steps if step.call.op is CONV_INT8]
-    assert kernels == ["triton"] * 5
+        bad = x.clone()
+        bad[1, 2, 20, 23] = torch.nan
+        found = frozen(bad)
+        assert found[1].isnan().all() and torch.equal(found[[0, 2]], native(x)[[0, 2]])
+    kernels = [step.choice.kernel for step in frozen.plan(tuple(x.shape)).steps if step.call.op is not None]
+    assert kernels == ["triton"] * 8 and frozen.plan(tuple(x.shape)).x.is_contiguous()
 
 
 def test_refused():

@@ -20,7 +20,7 @@ import fastres
 from benchmarks import harness, sources
 from benchmarks.acceptance import cudnn_graphs
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import CASES, CHAIN, GRADIENT, INTEGERS, JOINED, LONG_CHAIN, SEVERAL
+from benchmarks.cases import AROUND, CASES, CHAIN, GRADIENT, INTEGERS, JOINED, LONG_CHAIN, SEVERAL
 from benchmarks.cases import STEM as POOLED_STEM
 from fastres import info, tuner
 from fastres.experiments import rivals
@@ -73,7 +73,8 @@ CONVOLUTIONS = {
     STATISTICS: MEASURED, GRADIENT: BEHIND_NORMS,
 }  # fmt: skip
 INT8 = "int8"  # the dtype of tasks in 8-bit integers
-OF_INTEGERS = [*BLOCK_ENDS[:2], *INNER[:4], INNER[5], INNER[8]]
+OF_INTEGERS = [*BLOCK_ENDS[:2], *INNER[:4], INNER[5], (4, *INNER[8][1:])]  # images are of whole words
+OF_BYTES = {"quantize_int8-forward": (BATCH, 3, 224, 224), "pool_int8-forward": STEM_SHAPE}
 SECONDS = 0.6  # of one kernel's rows together
 
 
@@ -90,15 +91,16 @@ def kernels() -> Iterator[Task]:
     """The ops of ResNet-50 at its shapes, in order of what they weigh; bf16 first, then fp16 at the largest shapes."""
     with_backward = {op for case in CASES if case.backward for op in case.covers}
     chosen = {name: case for name, case in CASE_IDS.items() if case.backward or case.op not in with_backward}
-    plain = [name for name, case in chosen.items() if not case.convolution]
+    plain = [name for name, case in chosen.items() if not case.convolution and case.op not in AROUND]
     for dtype, most in (("bf16", None), ("fp16", 1)):
         common = {"do": "kernel", "dtype": dtype}
         yield {"do": "peaks", "name": "peaks", "dtype": dtype}
         for name, sizes in CONVOLUTIONS.items():
             yield from ({**common, "name": name, "batch": BATCH, "convolution": size} for size in sizes[:most])
         if most is None:
-            integers = {"do": "kernel", "dtype": INT8, "name": INTEGERS, "batch": BATCH}
-            yield from ({**integers, "convolution": size} for size in OF_INTEGERS)
+            of_bytes = {"do": "kernel", "dtype": INT8}
+            yield from ({**of_bytes, "name": INTEGERS, "batch": BATCH, "convolution": size} for size in OF_INTEGERS)
+            yield from ({**of_bytes, "name": name, "shape": shape} for name, shape in OF_BYTES.items())
         for shape in SHAPES[:most]:
             yield from ({**common, "name": name, "shape": shape} for name in plain if "maxpool" not in name)
         yield from ({**common, "name": name, "shape": STEM_SHAPE} for name in plain if "maxpool" in name)
@@ -257,15 +259,16 @@ class Worker:
         return cudnn_graphs.rows(importlib.import_module("cudnn"), task, self.place)
 
     def integers(self, task: Task, seconds_left: Callable) -> list[Row]:
-        """A network in 8-bit integers by the kernel that is to be validated, held against the definition on a few images; its
-        time beside that of the same network frozen in bf16."""
-        op, few = REGISTRY[INTEGERS], 8
+        """A network in 8-bit integers by kernels yet to be validated, held against the definition; its time beside bf16's."""
+        few, forced = 8, {}
         subject, _ = self.subject({**task, "dtype": "fp32"})
-        triton = next(b for b in op.backends if b.name == "triton")
-        if self.place.type == "cuda" and (reason := tuner.Session(self.place).on_samples(op, triton, (torch.float32,))):
-            return missing(task, reason)
+        for op in (REGISTRY[name] for name in (*AROUND, INTEGERS) if self.place.type == "cuda"):
+            reason = tuner.Session(self.place).on_samples(op, op.backends[0], (torch.float32,))
+            if reason and op.name == INTEGERS:
+                return missing(task, reason)
+            forced[op.name] = TORCH if reason else op.backends[0].name
         images = fastres.Calibration([subject.x[:64]], error=None, progress=False)
-        with fastres.use(**({INTEGERS: "triton"} if self.place.type == "cuda" else {})):
+        with fastres.use(**forced):
             frozen = fastres.freeze(subject.model, subject.x, quantize=images)
             own = frozen(subject.x[:few])
         with tempfile.TemporaryDirectory() as folder, fastres.use(TORCH):
@@ -351,24 +354,21 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
         drawn = torch.randn(size, generator=generator, device=place).to(dtype)
         return drawn.contiguous(memory_format=torch.channels_last)
 
-    weight = image(out, channels, kernel, kernel) / (channels * kernel * kernel) ** 0.5
+    weight, geometry = image(out, channels, kernel, kernel), ((stride, stride), (padding, padding), (1, 1), 1)
+    weight /= (channels * kernel * kernel) ** 0.5
+    x, like_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
     if task["name"] == STATISTICS:
-        return (image(task["batch"], channels, side, side), weight, (stride, stride), (padding, padding), (1, 1), 1)
+        return (x, weight, *geometry)
     if task["name"] in ("conv", "conv_backward_weight"):
-        x, grad_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
-        own = (x, weight, None) if task["name"] == "conv" else (grad_y, x, (kernel, kernel))
-        return (*own, (stride, stride), (padding, padding), (1, 1), 1)
+        return (*((x, weight, None) if task["name"] == "conv" else (like_y, x, (kernel, kernel))), *geometry)
     if task["name"] == GRADIENT:
-        x, grad_y = image(task["batch"], channels, side, side), image(task["batch"], out, out_side, out_side)
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         parameters = torch.rand(2, channels, generator=generator, device=place) + 0.5
-        return (grad_y, weight, x, *parameters, mean, var, 1e-5, "relu", (stride, stride), (padding, padding), (1, 1), 1)
-    residual = [image(task["batch"], out, out_side, out_side)] if task["name"] == "conv_bn_add_act" else []
+        return (like_y, weight, x, *parameters, mean, var, 1e-5, "relu", *geometry)
+    residual = [like_y] if task["name"] == "conv_bn_add_act" else []
     norm = torch.rand(4, out, generator=generator, device=place) + 0.5
-    geometry = (stride, stride), (padding, padding), (1, 1), 1
     if task["name"] in (CHAIN, LONG_CHAIN):
-        images = image(task["batch"], channels, side, side), image(task["batch"], *of_other, out_side, out_side)
-        args = [*images, weight, None, *norm, 1e-5, *geometry, "relu"]
+        args = [x, image(task["batch"], *of_other, out_side, out_side), weight, None, *norm, 1e-5, *geometry, "relu"]
         for k, depth in [(*of_other, out), (channels, *of_other)][: 2 if task["name"] == LONG_CHAIN else 1]:
             own_norm = torch.rand(4, k, generator=generator, device=place) + 0.5
             args += [image(k, depth, 1, 1) / depth**0.5, None, *own_norm, 1e-5, "relu"]
@@ -376,10 +376,10 @@ def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[An
     if task["name"] == JOINED:
         depth, step = of_other
         shortcut, own = image(task["batch"], depth, out_side * step, out_side * step), image(out, depth, 1, 1) / depth**0.5
-        x, main, other = image(task["batch"], channels, side, side), (weight, None, *norm), (own, None, *norm.flip(0))
+        main, other = (weight, None, *norm), (own, None, *norm.flip(0))
         return (x, shortcut, *main, 1e-5, *geometry, *other, 1e-5, (step, step), "relu")
     pool = ((3, 3), (2, 2), (1, 1)) if task["name"] == POOLED_STEM else ()
-    return (image(task["batch"], channels, side, side), *residual, weight, None, *norm, 1e-5, *geometry, "relu", *pool)
+    return (x, *residual, weight, None, *norm, 1e-5, *geometry, "relu", *pool)
 
 
 def named(op: Op, args: tuple) -> Row:

@@ -65,6 +65,7 @@ class GraphFrozen(Frozen):
 
     _DERIVED = ("_plans", "_choices", "_constants", "graphs")
     _WAYS: tuple[Way, ...] = join.WAYS
+    _LAYOUT = torch.channels_last  # of the buffer for images
 
     def __init__(self, found: Network, dtype: torch.dtype, device: torch.device, batch: int) -> None:
         super().__init__(found, dtype, device)
@@ -82,6 +83,11 @@ class GraphFrozen(Frozen):
     def result_dtype(self) -> torch.dtype:
         """The dtype of images in a plan's buffer, and of results."""
         return self.dtype
+
+    @property
+    def _ends(self) -> tuple[Value, Value]:
+        """What the steps begin with, as the buffer holds it, and what they end with."""
+        return self.network.x, self.network.layers[-1].y
 
     def _fixed(self) -> dict[Layer, calls.Constants]:
         """What each layer's kernels read beside activations."""
@@ -129,7 +135,7 @@ class GraphFrozen(Frozen):
         for layer in self.network.layers:
             sized(layer, sizes, (channels, height, width))
         steps = self._steps(batch, sizes)
-        x = torch.zeros(shape, dtype=self.result_dtype, device=self.device).contiguous(memory_format=torch.channels_last)
+        x = torch.zeros(shape, dtype=self.result_dtype, device=self.device).contiguous(memory_format=self._LAYOUT)
         replay, y = self.graphs.captured(lambda: self.run(steps, x))
         return Plan(shape, steps, sizes, x, replay, y)
 
@@ -177,7 +183,8 @@ class GraphFrozen(Frozen):
 
     def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> Tensor:
         """The kernels one after the other, on images as the plan's buffer holds them; ``see`` is shown each with its inputs."""
-        values = {self.network.x: x}
+        first, last = self._ends
+        values = {first: x}
         for step in steps:
             if see is not None:
                 see(step, values)
@@ -185,7 +192,7 @@ class GraphFrozen(Frozen):
             values |= zip(step.call.outputs, made if isinstance(made, tuple) else (made,), strict=True)
             for value in step.dead:
                 del values[value]
-        y = values[self.network.layers[-1].y]
+        y = values[last]
         return y.flatten(1) if self.network.flat else y
 
     def call(self, x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The memory-format rule every backend and every fake shares."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,18 @@ def with_strides_of(x: Tensor, tensor: Tensor) -> Tensor:
     if tensor.stride() == x.stride():
         return tensor
     return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
+
+
+def pooled(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool
+) -> tuple[Sequence[int], tuple[int, int]]:
+    """The window of a pool, (0, 0) being all pixels, and its output's height and width, as PyTorch counts them."""
+    kernel, found = kernel if any(kernel) else size, []
+    for s, k, step, pad in zip(size, kernel, stride, padding, strict=True):
+        room = s + 2 * pad - k
+        out = (-(-room // step) if ceil else room // step) + 1
+        found.append(out - (ceil and (out - 1) * step >= s + pad))  # which must start in the image or its left padding
+    return kernel, (found[0], found[1])
 
 
 def aligned(t: Tensor) -> Tensor:

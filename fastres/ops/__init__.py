@@ -16,6 +16,8 @@ from fastres.ops import (
     conv_bn_add_conv_bn_act,
     conv_int8,
     conv_statistics,
+    pool_int8,
+    quantize_int8,
 )
 from fastres.ops._op import REGISTRY
 
@@ -36,4 +38,6 @@ __all__ = [
     "conv_bn_add_conv_bn_act",
     "conv_int8",
     "conv_statistics",
+    "pool_int8",
+    "quantize_int8",
 ]

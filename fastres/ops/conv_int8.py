@@ -88,6 +88,12 @@ def fake(x, residual, weight, start, scale, bias, residual_scale, pad, stride, p
     return y.contiguous(memory_format=memory_format(x))
 
 
+def whole(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random integers in channels_last, where the generator is."""
+    found = torch.randint(-127, 128, shape, generator=generator, device=generator.device, dtype=torch.int8)
+    return found.contiguous(memory_format=torch.channels_last)
+
+
 def drawn(
     shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: tuple, with_residual: bool, integers: bool,
     device: torch.device, pad: int = -_int8.SHIFT,
@@ -95,13 +101,8 @@ def drawn(
     """Arguments of random integers, whose outputs fill the bytes and go beyond them at both ends."""
     generator = torch.Generator(device).manual_seed(0)  # on a GPU: there are hundreds of millions
     channels, *window = weight_shape
-
-    def whole(*size: int) -> Tensor:
-        found = torch.randint(-127, 128, size, generator=generator, device=device, dtype=torch.int8)
-        return found.contiguous(memory_format=torch.channels_last)
-
-    x, weight = whole(*shape), whole(*weight_shape)
-    residual = whole(*_conv.output_shape(x, weight, *geometry)) if with_residual else None
+    x, weight = whole(shape, generator), whole(weight_shape, generator)
+    residual = whole(_conv.output_shape(x, weight, *geometry), generator) if with_residual else None
     start = _int8.SHIFT * weight.sum((1, 2, 3), dtype=torch.int32)
     scale, bias = torch.rand(2, channels, generator=generator, device=device)
     scale = (scale + 0.5) / (90.0 * math.prod(window) ** 0.5)

@@ -13,6 +13,7 @@ from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import configs
 from fastres.kernels.triton.conv_bn_act import has_few_channels, limits, pack
 from fastres.kernels.triton.device import index_type, launch, tile_order
+from fastres.kernels.triton.int8 import fused, stored
 
 TILES = (  # priors from arithmetic, as in configs: a block of k is as many bytes as there
     configs.ConvConfig(128, 128, 128, 8, 4),
@@ -25,34 +26,20 @@ TILES = (  # priors from arithmetic, as in configs: a block of k is as many byte
     configs.ConvConfig(128, 32, 64, 4, 5, efficiency=0.5),
     configs.ConvConfig(64, 16, 64, 4, 5, efficiency=0.25),
 )
-FEW_CHANNELS = (  # addresses for every element: small tiles
-    configs.ConvConfig(64, 64, 32, 8, 3),
+FEW_CHANNELS = (  # addresses for every word of four channels, else for every element: small tiles
+    configs.ConvConfig(128, 64, 32, 4, 3),
+    configs.ConvConfig(64, 64, 32, 4, 3, efficiency=0.8),
     configs.ConvConfig(128, 32, 32, 8, 3, efficiency=0.8),
     configs.ConvConfig(64, 16, 32, 4, 3, efficiency=0.4),
 )
 
 
 @triton.jit
-def _fused(x, scale, bias, INTERPRETED: tl.constexpr):
-    """x * scale + bias rounded once; the interpreter's own fma rounds twice."""
-    if INTERPRETED:
-        return (x.to(tl.float64) * scale + bias).to(tl.float32)
-    return tl.fma(x, scale, bias)
-
-
-@triton.jit
-def _stored(value):
-    """The int8 that holds a value: rounded to even by an addition that leaves no bits for a fraction, saturated before."""
-    held = tl.minimum(tl.maximum(value, 0.0), 255.0) + 8388608.0
-    return ((held.to(tl.int32, bitcast=True) & 0xFF) - 128).to(tl.int8)
-
-
-@triton.jit
 def _conv_int8_kernel(
     x_ptr, weight_ptr, start_ptr, scale_ptr, bias_ptr, residual_ptr, y_ptr, residual_scale, pixels, channels_out,
     height, width, out_height, out_width, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
-    C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, PAD: tl.constexpr,
-    INTEGERS: tl.constexpr, INTERPRETED: tl.constexpr, INDEX: tl.constexpr,
+    C_IN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, POINTWISE: tl.constexpr, FLAT: tl.constexpr, PADDED: tl.constexpr,
+    PAD: tl.constexpr, INTEGERS: tl.constexpr, INTERPRETED: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # y = stored((start + conv(x)) * scale + bias [+ (residual + 128) * residual_scale])
@@ -82,14 +69,16 @@ def _conv_int8_kernel(
             first, c = step * BLOCK_K, (step * BLOCK_K + k) % C_IN
             tap, k_valid = (step * BLOCK_K + k) // C_IN, step * BLOCK_K + k < DEPTH
             row, column = (tap // KW * dilation_h)[None, :], (tap % KW * dilation_w)[None, :]
-            y, x = top[:, None] + row, left[:, None] + column
-            x_mask = inside[:, None] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            x_mask = inside[:, None]
+            if PADDED:
+                y, x = top[:, None] + row, left[:, None] + column
+                x_mask &= (y >= 0) & (y < height) & (x >= 0) & (x < width)
             place = origin[:, None] + (row * width + column)
         else:  # one for the block
             tap, c = step // STEPS, step % STEPS * BLOCK_K + k
             first, k_valid = tap * C_IN + step % STEPS * BLOCK_K, c < C_IN
             row, column = tap // KW * dilation_h, tap % KW * dilation_w
-            if not POINTWISE:
+            if PADDED:
                 inside &= (top + row >= 0) & (top + row < height) & (left + column >= 0) & (left + column < width)
             x_mask, place = inside[:, None], (origin + row * width + column)[:, None]
         weight_mask = n_valid[None, :]
@@ -103,11 +92,11 @@ def _conv_int8_kernel(
     valid = (pixel < pixels)[:, None] & n_valid[None, :]
     scale = tl.load(scale_ptr + n, mask=n_valid, other=0.0)
     bias = tl.load(bias_ptr + n, mask=n_valid, other=0.0)
-    value = _fused(acc.to(tl.float32), scale[None, :], bias[None, :], INTERPRETED)
+    value = fused(acc.to(tl.float32), scale[None, :], bias[None, :], INTERPRETED)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offset, mask=valid, other=0).to(tl.float32) + 128.0
-        value = _fused(residual, residual_scale, value, INTERPRETED)
-    tl.store(y_ptr + offset, _stored(value) if INTEGERS else value, mask=valid)
+        value = fused(residual, residual_scale, value, INTERPRETED)
+    tl.store(y_ptr + offset, stored(value) if INTEGERS else value, mask=valid)
 
 
 def conv_int8(
@@ -135,7 +124,7 @@ def conv_int8(
         ctypes.c_float(residual_scale).value, pixels, channels_out, height, width, out_height, out_width,
         *stride, *padding, *dilation,
         C_IN=channels, KH=kernel[0], KW=kernel[1], POINTWISE=(*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0), FLAT=few,
-        PAD=pad if any(padding) else 0, INTEGERS=integers, INTERPRETED=triton_interpret(),
+        PADDED=any(padding), PAD=pad if any(padding) else 0, INTEGERS=integers, INTERPRETED=triton_interpret(),
         INDEX=index_type(max(x.numel(), y.numel(), weight.numel())),
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

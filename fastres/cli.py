@@ -209,21 +209,21 @@ def _parser() -> _Parser:
     require.add_argument(
         "--require", action="append", default=[],
         choices=(*GPU_KERNELS, "cpu", "onednn"),
-        help="exit with 1 where this backend runs no op here",
+        help="exit with status 1 if this backend runs no op here",
     )  # fmt: skip
     show = command(demo, "Train and run residual networks on real images, in plain PyTorch and with fastres.")
-    show.add_argument("--out", type=Path, default=Path(), help="directory of demo.png and demo.json (default: here)")
+    show.add_argument("--out", type=Path, default=Path(), help="directory for demo.png and demo.json (default: here)")
     show.add_argument("--epochs", type=_positive, default=None, help="epochs of each training")
     show.add_argument("--quick", action="store_true", help="a shorter training and fewer measurements")
     cli_training.add(command, _Parser, _positive)
     measure = command(bench, "Compare parity and speed with eager PyTorch and torch.compile.", a_model)
     measure.add_argument("--out", type=Path, help="directory for a JSON file and a plot")
     measure.add_argument("--seconds", type=_seconds, default=10.0, help="time for the measurement (default: 10)")
-    command(verify, "Hold the optimised model against float64, beside PyTorch's own error.", a_model)
+    command(verify, "Compare the optimised model's error against float64 with PyTorch's own.", a_model)
     tuning = command(tune, "Validate every backend on this device and keep the fastest for each call.", a_model)
-    tuning.add_argument("--seconds", type=_seconds, default=0.5, help="time for each call (default: 0.5)")
+    tuning.add_argument("--seconds", type=_seconds, default=0.5, help="time per call (default: 0.5)")
     tuning.add_argument("--dry-run", action="store_true", help="store nothing")
-    command(explain, "Tell per module which kernel runs, or why it was left alone.", a_model)
+    command(explain, "Show for each module which kernel runs, or why it was left alone.", a_model)
     return parser
 
 
@@ -237,7 +237,7 @@ def _about_a_model() -> _Parser:
     )
     about.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     about.add_argument("--mode", choices=MODES, default="inference", help="default: inference")
-    about.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where there is one")
+    about.add_argument("--device", choices=("cpu", "cuda"), default=None, help="default: cuda if available")
     return about
 
 

@@ -97,7 +97,7 @@ def add(command: Callable[..., Any], parser: type[argparse.ArgumentParser], posi
     _train_options(training, positive)
     study = command(degradation, "Train plain and residual networks of growing depth: do they degrade?", common)
     option = study.add_argument
-    option("--out", type=Path, default=Path("degradation"), help="directory of all results (default: degradation)")
+    option("--out", type=Path, default=Path("degradation"), help="directory for all results (default: degradation)")
     option("--quick", action="store_true", help="two depths and fewer epochs")
     option("--family", choices=("cifar", "imagenet"), default="cifar", help="6n + 2 layers, or 18 to 152 (default: cifar)")
     option("--depths", type=positive, nargs="+", help="layers (default: 20 32 44 56 110, quick: 20 110)")
@@ -110,26 +110,26 @@ def _common(parser: type[argparse.ArgumentParser], positive: Callable[[str], int
     about = parser(add_help=False)
     text = "digits (scikit-learn's, the default), cifar10 PATH (unpacked, python or binary), or folder PATH (of images)"
     about.add_argument("--data", nargs="+", default=["digits"], metavar=("KIND", "PATH"), help=text)
-    about.add_argument("--size", type=positive, help="height and width of the images (default: what the network is for)")
+    about.add_argument("--size", type=positive, help="height and width of the images (default: the network's usual size)")
     about.add_argument("--strict", action="store_true", help="refuse a folder with images that cannot be read")
     about.add_argument("--epochs", type=positive, help="default: 24 for digits, 164 for cifar10, 90 for a folder")
-    about.add_argument("--batch", type=positive, help="images a step, over all processes (default: 128, folders 256)")
+    about.add_argument("--batch", type=positive, help="images per step, over all processes (default: 128, folders 256)")
     about.add_argument("--rate", type=_number(0, 100), help="learning rate (default: 0.1, digits 0.02)")
     about.add_argument("--amp", choices=("bf16", "fp16"), help="compute in lower precision under autocast")
     about.add_argument("--blocks", choices=("fastres", "torch"), default="fastres", help="default: fastres")
-    about.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    about.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available")
     return about
 
 
 def _train_options(training: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     add = training.add_argument
     add("model", metavar="MODEL", help="resnet50, cifar.resnet20, ..., torchvision:NAME, timm:NAME, or path.py:factory")
-    add("--out", type=Path, default=Path("train"), help="directory of checkpoint, log and weights (default: train)")
+    add("--out", type=Path, default=Path("train"), help="directory for checkpoint, log and weights (default: train)")
     add("--momentum", type=_number(0, 1), default=0.9, help="default: 0.9")
     add("--weight-decay", type=_number(0, 1), default=1e-4, help="default: 1e-4")
     add(
         "--schedule", choices=("step", "plateau", "cosine"), default="step",
-        help="a tenth at half and three quarters (the default), or where the test error stops falling, or a cosine",
+        help="divide the rate by ten at half and three quarters (default), or when the test error stops falling; or a cosine",
     )  # fmt: skip
     add("--warmup", type=_number(0, 1e6), help="epochs at a tenth of the rate (default: 1 for CIFAR networks from 110 layers)")
     add("--label-smoothing", type=_number(0, 1), default=0.0, help="default: 0")

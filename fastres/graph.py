@@ -103,7 +103,7 @@ class GraphedStep:
                 raise must_type("graph", f"input {index}", "a torch.Tensor", x)
             if x.device != self._device:
                 raise must(
-                    "graph", f"input {index}", f"on {self._device}, as the parameters", x.device, "move it first"
+                    "graph", f"input {index}", f"on {self._device}, like the parameters", x.device, "move it first"
                 )
             if x.requires_grad:
                 raise must("graph", f"input {index}", "without gradient", "one that requires it", "detach it")
@@ -132,7 +132,7 @@ class GraphedStep:
         groups = self._optimizer.param_groups
         if len(groups) != len(self._rates):
             raise UnsupportedError(
-                "fastres.graph: the optimizer has got another group of parameters: make another graph"
+                "fastres.graph: the optimizer has more or fewer parameter groups than at first: make another graph"
             )
         for index, (group, rate) in enumerate(zip(groups, self._rates, strict=True)):
             lr = group["lr"]
@@ -244,7 +244,7 @@ def _device(optimizer: Optimizer) -> torch.device:
     devices = {p.device for group in optimizer.param_groups for p in group["params"]}
     if len(devices) != 1:
         raise UnsupportedError(
-            f"fastres.graph: the parameters must be on one device, are on {sorted(map(str, devices))}"
+            f"fastres.graph: the parameters must be on one device, got {sorted(map(str, devices))}"
         )
     return devices.pop()
 

@@ -100,7 +100,7 @@ def _check_ownership(path: Path) -> None:
         if stat.S_ISLNK(status.st_mode):
             raise ValueError("it is a symbolic link")
         if place is path and not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is no plain file")  # opening a pipe would block
+            raise ValueError("it is not a plain file")  # opening a pipe would block
         if status.st_uid != os.getuid():
             raise ValueError(f"{place} belongs to another user")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -97,7 +97,7 @@ def test_a_study_stopped_at_any_epoch_goes_on_and_ends_with_the_same_bits(tmp_pa
     assert "plain 14" in out and "training error, residual 14 over residual 8" in out
     stops.clear()
     assert without_times(degradation.run(study(tmp_path / "stopped"), quiet=True)) == without_times(whole) and not stops
-    with pytest.raises(ValueError, match="is of other settings or images"):
+    with pytest.raises(ValueError, match="was made with other settings or images"):
         degradation.run(study(tmp_path / "stopped", settings=replace(TINY, epochs=1)), quiet=True)
 
 

@@ -187,7 +187,7 @@ def test_versions_are_counted_up(recorded):
         (lambda x, y: (x, y.repeat(2)), fastres.ArgumentError, "input 1 must be torch.int64 of shape"),
         (lambda x, y: (x[:, :, 1:], y), fastres.ArgumentError, "another graph for another shape"),
         (lambda x, y: (x,), fastres.ArgumentError, "inputs must be 2 tensors, as in the first call, got 1"),
-        (lambda x, y: (x.to("meta"), y), fastres.ArgumentError, "input 0 must be on cpu, as the parameters, got meta"),
+        (lambda x, y: (x.to("meta"), y), fastres.ArgumentError, "input 0 must be on cpu, like the parameters, got meta"),
         (lambda x, y: (x.requires_grad_(), y), fastres.ArgumentError, "input 0 must be without gradient"),
         (lambda x, y: (x, [1]), fastres.ArgumentTypeError, "input 1 must be a torch.Tensor, got list"),
     ],

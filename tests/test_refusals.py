@@ -178,7 +178,7 @@ def test_a_tuning_file_is_a_plain_small_file_of_ones_own(monkeypatch, tmp_path):
         tune.read(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ValueError, match="no plain file"):
+    with pytest.raises(ValueError, match="not a plain file"):
         tune.read(path)
 
 

@@ -139,7 +139,7 @@ def _one(study: Study, images: Data, kind: str, depth: int, seed: int, progress:
         progress.done += settings.epochs
         return kept
     if kept is not None:
-        raise ArgumentError(f"{done} is of other settings or images: give another --out, or remove it")
+        raise ArgumentError(f"{done} was made with other settings or images: give another --out, or remove it")
     trainer = make()
     progress.done += len(trainer.history)
     history = trainer.run()
@@ -156,7 +156,7 @@ def _kept(done: Path) -> dict[str, Any] | None:
     try:
         return json.loads(done.read_bytes()) if done.is_file() else None
     except ValueError as error:
-        raise ArgumentError(f"{done} cannot be read ({error}): remove it, and its run is done anew") from error
+        raise ArgumentError(f"{done} cannot be read ({error}): remove it to repeat its run") from error
 
 
 def _result(study: Study, images: Data, found: dict[tuple[str, int], list[dict[str, Any]]]) -> dict[str, Any]:

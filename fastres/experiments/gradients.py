@@ -24,14 +24,14 @@ from fastres.train import Data, Trainer, checkpoint
 
 DEPTH = 56
 PREACT = "pre-activation"
-ROUNDING = 1e-10  # of float64 through some hundred layers, relative to the largest value
+ROUNDING = 1e-10  # of float64 through a few hundred layers, relative to the largest value
 BATCH = 64
 
 
 def run(study: Study, *, quiet: bool = False) -> dict[str, Any]:
     """Check the identities, measure the gradients before and during training; writes ``gradients.json`` and ``.png``."""
     if study.family != "cifar":
-        raise ArgumentError("--gradients is of the CIFAR family, whose pre-activation networks have identity shortcuts")
+        raise ArgumentError("--gradients needs the CIFAR family, whose pre-activation networks have identity shortcuts")
     terminal.need("--gradients", "matplotlib")
     images = study.load()
     study.out.mkdir(parents=True, exist_ok=True)

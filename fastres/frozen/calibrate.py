@@ -87,7 +87,7 @@ def checked(
         raise must("freeze", "quantize.error", "at least 0 or None", calibration.error)
     pairs = [_pair(index, batch, channels, device) for index, batch in enumerate(calibration.batches)]
     if not pairs:
-        raise must("freeze", "quantize", "batches of images", "none", "give some hundred images like those to come")
+        raise must("freeze", "quantize", "batches of images", "none", "give a few hundred images like those to come")
     low, high = min(x.min().item() for x, _ in pairs), max(x.max().item() for x, _ in pairs)
     if low == high:
         raise must("freeze", "quantize", "images that differ", f"only pixels of {low}", "a constant shows no range")

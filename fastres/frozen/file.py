@@ -67,7 +67,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Network, dict[Value, Scale], Qua
     if not isinstance(path, (str, os.PathLike)):
         raise must_type("load_frozen", "path", "a str or os.PathLike", path)
     if not os.path.isfile(path):  # opening a pipe would block
-        raise must("load_frozen", "path", "a file that Frozen.save wrote", f"{path}, which is no file")
+        raise must("load_frozen", "path", "a file that Frozen.save wrote", f"{path}, which is not a file")
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
             header = (file.metadata() or {}).get(_HEADER)

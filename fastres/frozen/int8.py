@@ -55,7 +55,7 @@ def with_int8_weights(layers: list[Layer]) -> None:
             continue
         terms = _conv_cpu.whole_words(layer.weight.shape[1], torch.int8) * layer.weight[0, 0].numel()
         if terms > MOST_TERMS:
-            raise UnsupportedError(f"fastres.freeze: {layer.name} adds {terms} products, in int8 at most {MOST_TERMS}")
+            raise UnsupportedError(f"fastres.freeze: {layer.name} adds {terms} products; int8 allows at most {MOST_TERMS}")
         layer.weight, layer.scale = quantized_weight(layer.weight)
 
 

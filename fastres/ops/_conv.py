@@ -98,7 +98,7 @@ def check_convolution(op, x, weight, bias, stride, padding, dilation, groups):
         )
     if 0 in x.shape[1:] or 0 in weight.shape:
         raise must(
-            op, "x and weight", "without a dimension of size 0 but the batch", (tuple(x.shape), tuple(weight.shape))
+            op, "x and weight", "without empty dimensions other than the batch", (tuple(x.shape), tuple(weight.shape))
         )
     shape = output_shape(x, weight, stride, padding, dilation)
     if min(shape[2:]) < 1:

@@ -60,7 +60,7 @@ def _read(file: Path) -> Half:
 
 def _from_binary(file: Path, content: bytes) -> Half:
     if not content or len(content) % (1 + PIXELS):
-        raise ArgumentError(f"{file} must be of records of {1 + PIXELS} bytes, got {len(content)} bytes")
+        raise ArgumentError(f"{file} must consist of records of {1 + PIXELS} bytes, got {len(content)} bytes")
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 1 + PIXELS)
     return records[:, 1:].reshape(-1, 3, SIDE, SIDE).contiguous(), records[:, 0].long()
 

@@ -147,7 +147,7 @@ def _in_memory(
     floats = train.float()
     mean, deviation = floats.mean((0, 2, 3), keepdim=True), floats.std((0, 2, 3), keepdim=True)
     if not bool((deviation > 0).all()):
-        raise ArgumentError(f"--data {name}: every image is of one and the same colour")
+        raise ArgumentError(f"--data {name}: a colour channel has the same value in all pixels of all images")
     digest = _digest(b"".join(part.numpy().tobytes() for part in (train, labels, test, test_labels)))
     return Data(
         name, Arrays(train, labels, mean, deviation, **augment), Arrays(test, test_labels, mean, deviation),

@@ -10,6 +10,7 @@ from tolerances import assert_close_to_truth
 from torch import nn
 
 import fastres.models
+from fastres import functional
 from fastres import nn as fnn
 from fastres.nn import _plain
 
@@ -130,3 +131,27 @@ def test_the_backbone_of_a_detector():
     for key, y in optimized(X).items():
         assert_close_to_truth(y, theirs[key], truth[key], torch.float32, key)
     assert saved(optimized, X) < 1.02 * saved(model, X)  # statistics of each norm, not what it normalised
+
+
+@pytest.mark.parametrize("act", ["relu", "none"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+def test_gradients_beside_constant_parameters(act, layout):
+    """Of batch norm in evaluation, whose x is not kept: once and twice, against differences in float64."""
+    torch.manual_seed(0)
+    x, residual = (torch.randn(2, 4, 3, 3, dtype=torch.float64).to(memory_format=layout).requires_grad_() for _ in range(2))
+    weight, bias, mean = (torch.randn(4, dtype=torch.float64) for _ in range(3))
+    given = mean, mean.abs() + 0.5, weight, bias
+    calls = {
+        "bn_act": (lambda x: functional.bn_act(x, *given, act=act), (x,)),
+        "bn_act without parameters": (lambda x: functional.bn_act(x, *given[:2], act=act), (x,)),
+        "bn_add_act": (lambda x, r: functional.bn_add_act(x, r, *given, act=act), (x, residual)),
+        "bn_add_bn_act": (lambda x, r: functional.bn_add_bn_act(x, r, *given, *given, act=act), (x, residual)),
+    }
+    kept = []
+    for function, inputs in calls.values():
+        assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            y = function(*inputs)
+        activations = [tensor for tensor in kept if tensor.dim() == 4]
+        assert [tensor.data_ptr() for tensor in activations] == [y.data_ptr()] * (act == "relu")

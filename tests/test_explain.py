@@ -261,7 +261,7 @@ def test_strict_lists_every_refusal_and_changes_nothing():
         fastres.optimize(nn.Linear(2, 2), strict=True)
 
 
-@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, torchvision.ops.FrozenBatchNorm2d])
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, nn.SyncBatchNorm])
 def test_other_norms_are_named(norm):
     model = fastres.optimize(small(norm))
     left = {name: why for module in fastres.explain(model).modules for name, why in module.left.items()}

@@ -147,9 +147,13 @@ def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | No
         return f"so few pixels ({tiles} tiles of 2x2, it wants {LEAST_TILES}) do not repay the transform of the weights"
     if least < 32 and tiles > MOST_TILES_OF_FEW[x.dtype]:
         return f"so few channels ({least}) do not repay the transform of so many pixels ({tiles} tiles of 2x2)"
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return f"the activations must be dense in channels_last, got strides {tuple(x.stride())}"
-    return None
+    return _why_not_dense(x)
+
+
+def _why_not_dense(activations: Tensor, name: str = "the activations") -> str | None:
+    if activations.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return f"{name} must be dense in channels_last, got strides {tuple(activations.stride())}"
 
 
 def _why_not_native(name: str, x, weight_shape, *geometry: Any) -> str | None:
@@ -169,9 +173,8 @@ def why_not_input(grad_y, weight, size, stride, padding, *geometry):
 
 
 def why_not_weight(grad_y, x, kernel, *geometry):
-    if not grad_y.is_contiguous(memory_format=torch.channels_last):
-        return f"the activations must be dense in channels_last, got strides {tuple(grad_y.stride())} of grad_y"
-    return _why_not_native("cpu_conv_backward_weight", x, (grad_y.shape[1], x.shape[1], *kernel), *geometry)
+    shape = (grad_y.shape[1], x.shape[1], *kernel)
+    return _why_not_dense(grad_y, "grad_y") or _why_not_native("cpu_conv_backward_weight", x, shape, *geometry)
 
 
 def why_not_cuda(x, weight, bias, *geometry):
@@ -179,9 +182,8 @@ def why_not_cuda(x, weight, bias, *geometry):
 
 
 def why_not_cuda_weight(grad_y, x, kernel, *geometry):
-    if not grad_y.is_contiguous(memory_format=torch.channels_last):
-        return f"the activations must be dense in channels_last, got strides {tuple(grad_y.stride())} of grad_y"
-    return _conv_rows.why_not(x, (grad_y.shape[1], x.shape[1], *kernel), *geometry, op="conv_rows_backward_weight")
+    shape = (grad_y.shape[1], x.shape[1], *kernel)
+    return _why_not_dense(grad_y, "grad_y") or _conv_rows.why_not(x, shape, *geometry, op="conv_rows_backward_weight")
 
 
 def _turned(padding):

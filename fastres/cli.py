@@ -150,7 +150,7 @@ def explain(arguments: argparse.Namespace) -> int:
     model = fastres.optimize(subject.model.train(arguments.mode == "training"))
     with torch.set_grad_enabled(model.training):
         report = fastres.explain(model, _channels_last(subject.x))
-    _show(arguments, {"model": subject.label, **report.to_dict()}, str(report))
+    _show(arguments, {**report.to_dict(), "model": subject.label}, str(report))
     return 0
 
 

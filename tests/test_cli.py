@@ -158,6 +158,7 @@ def test_verify_fails_with_code_1(capsys, monkeypatch):
 
 def test_explain(capsys):
     code, data = run_json(capsys, "explain", *NET)
+    assert data["model"].startswith(NET[0])
     assert code == 0 and data["modules"]
     code, out, _ = run(capsys, "explain", *NET)
     assert code == 0 and "layer1.0" in out

@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import os
 import pickle
 
 import pytest
@@ -67,3 +68,28 @@ def test_a_pickle_of_a_processor_with_other_vectors_is_refused(monkeypatch):
     monkeypatch.setattr(native, "cpu_features", lambda: features | {"level": 7 - features["level"]})
     with pytest.raises(fastres.UnsupportedError, match="cannot run on x86-64-v"):
         pickle.loads(kept)
+
+
+def test_a_file_has_the_rights_of_a_new_one_and_replaces_files_alone(tmp_path):
+    x = images((2, 3, 32, 32))
+    frozen = fastres.freeze(small(), x, quantize=fastres.Calibration([x], error=None, progress=False))
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    (tmp_path / "touched").touch()
+    os.mkfifo(tmp_path / "device")
+    frozen.save(tmp_path / "link")
+    assert torch.equal(fastres.load_frozen(tmp_path / "own")(x), frozen(x)) and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "own").stat().st_mode == (tmp_path / "touched").stat().st_mode
+    for path in (tmp_path, tmp_path / "device", tmp_path / "nowhere" / "own", ""):
+        with pytest.raises(ValueError, match="must be a file, or a new one in a folder"):
+            frozen.save(path)
+    with pytest.raises(TypeError, match="path must be a str or"):
+        frozen.save(None)
+    assert len(list(tmp_path.iterdir())) == 4 and (tmp_path / "device").is_fifo()
+
+
+def test_autocast_does_not_round_what_integers_are_held_against():
+    x = images((8, 3, 32, 32))
+    calibration = fastres.Calibration([x], error=None, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = fastres.freeze(small(), x, quantize=calibration)
+    assert cast.quality == fastres.freeze(small(), x, quantize=calibration).quality

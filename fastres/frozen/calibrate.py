@@ -175,7 +175,7 @@ def run(layers: list[Layer], x: Value, images: Tensor, see: Any = lambda value, 
     """Run the layers as PyTorch's own operations, in the weights' dtype; ``see(value, tensor)`` is called with every result."""
     last = {value: index for index, layer in enumerate(layers) for value in (layer.x, layer.residual) if value is not None}
     values = {x: images.contiguous(memory_format=torch.channels_last)}
-    with torch.no_grad(), _without_tf32():
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False), _without_tf32():
         see(x, images)
         for index, layer in enumerate(layers):
             values[layer.y] = result(layer, values)

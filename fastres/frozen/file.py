@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,12 @@ _PAIRS = {"kernel": 0, "stride": 1, "padding": 0, "dilation": 1}  # fields, with
 def write(
     path: str | os.PathLike[str], network: Network, scales: Mapping[Value, Scale], quality: Quality | None
 ) -> None:
-    """Replace the file whole, or leave it as it was."""
+    """Replace the file whole, or leave it as it was; what a link names, not the link."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise must_type("freeze", "path", "a str or os.PathLike", path)
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir() or (target.exists() and not target.is_file()):  # a folder, or a device, as root
+        raise must("freeze", "path", "a file, or a new one in a folder", f"{path}, which is neither")
     numbers = {network.x: 0} | {layer.y: index + 1 for index, layer in enumerate(network.layers)}
     tensors: dict[str, Tensor] = {}
     layers = []
@@ -46,16 +51,16 @@ def write(
         "scales": {str(number): list(scales[value]) for value, number in numbers.items() if value in scales},
         "quality": None if quality is None else quality.to_dict(),
     }  # fmt: skip
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as temporary:
-        try:
-            temporary.write(save(tensors, {_HEADER: json.dumps(about)}))
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, target)
-        except BaseException:
-            Path(temporary.name).unlink(missing_ok=True)
-            raise
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with partial.open("wb") as file:  # with the rights that a new file gets
+            file.write(save(tensors, {_HEADER: json.dumps(about)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Network, dict[Value, Scale], Quality | None]:

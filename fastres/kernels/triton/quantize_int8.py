@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.env import triton_interpret
 from fastres.kernels.layout import memory_format
 from fastres.kernels.triton.device import launch
-from fastres.kernels.triton.int8 import fused, held
+from fastres.kernels.triton.int8 import fused, held, within
 
 WORD = 4  # channels of a pixel as the kernel writes it, and at most of what it reads
 MOST_PIXELS = 2**28  # of an image
@@ -34,7 +34,7 @@ def _quantize_int8_kernel(
     inside, place = pixel < pixels, pixel
     if PADDED:
         row, column = pixel // out_width - padding_h, pixel % out_width - padding_w
-        inside, place = (row >= 0) & (row < height) & (column >= 0) & (column < width), row * width + column
+        inside, place = within(row, column, height, width), row * width + column
     word = tl.zeros([BLOCK], tl.int32)
     strange = tl.zeros([BLOCK], tl.float32)
     for c in tl.static_range(4):

@@ -8,7 +8,7 @@ import torch
 from _modules import lively
 from _uncaptured import Uncaptured
 from test_frozen import NETWORKS, images, small
-from test_int8 import CASES, quiet
+from test_int8 import CASES, Steps, Sum, conv, quiet
 from torch import nn
 
 import fastres
@@ -17,6 +17,7 @@ from fastres.dispatch import Backend
 from fastres.frozen import choose, device, device_int8, make
 from fastres.ops import _conv_cpu
 from fastres.ops.conv_int8 import CONV_INT8
+from fastres.ops.quantize_int8 import QUANTIZE_INT8
 
 REASON = _conv_cpu.lacks(torch.int8)
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -50,6 +51,29 @@ def test_steps_give_the_bytes_of_the_cpus_plan(name):
     native, by_ops = both(model, x)
     assert native.scales.values() and list(native.scales.values()) == list(by_ops.scales.values())
     agree(native, by_ops, x, x[:1], 3 * x, images(shape, 5))
+
+
+READERS = {  # of the images, with the channels and the padding that these are quantised with
+    "a stem": (lambda: Steps(conv(3, 8, 3, padding=1), nn.ReLU()), 3, (4, (1, 1))),
+    "of five channels": (lambda: Steps(conv(5, 8, (3, 1), padding=(1, 0)), nn.ReLU()), 5, (8, (1, 0))),
+    "two of one padding": (lambda: Sum(conv(3, 8, 5, padding=2), conv(3, 8, 5, padding=2)), 3, (4, (2, 2))),
+    "two of other paddings": (lambda: Sum(conv(3, 8, 3, padding=1), conv(3, 8, 1)), 3, (4, (0, 0))),
+    "a shortcut": (lambda: Sum(conv(3, 3, 3, padding=1)), 3, (3, (0, 0))),
+    "a pool": (lambda: Steps(nn.MaxPool2d(3, 2, 1), conv(3, 8, 3, padding=1)), 3, (3, (0, 0))),
+    "a batch norm": (lambda: Steps(lively(nn.BatchNorm2d(3)), nn.ReLU(), conv(3, 8, 1)), 3, (3, (0, 0))),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_images_are_quantised_as_who_reads_them_wants(name):
+    torch.manual_seed(0)
+    make_model, channels, wanted = READERS[name]
+    x = images((3, channels, 11, 13))
+    native, by_ops = both(make_model(), x)
+    agree(native, by_ops, x, x[:1], 3 * x)
+    assert by_ops._taken == wanted
+    step = by_ops.plan(x.shape).steps[0]
+    assert step.call.op is QUANTIZE_INT8 and step.call.rest[2:] == wanted
 
 
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"wide", "in groups"}))

@@ -17,6 +17,7 @@ from fastres.dispatch import Backend
 from fastres.frozen import choose, device, device_int8, make
 from fastres.ops import _conv_cpu
 from fastres.ops.conv_int8 import CONV_INT8
+from fastres.ops.pool_int8 import POOL_INT8
 from fastres.ops.quantize_int8 import QUANTIZE_INT8
 
 REASON = _conv_cpu.lacks(torch.int8)
@@ -226,3 +227,42 @@ def test_calibration_is_not_rounded_to_tf32(monkeypatch):
     before = setting.fp32_precision
     both(nn.Sequential(nn.Conv2d(3, 8, 1)), images((1, 3, 4, 4)))
     assert set(seen) == {"ieee"} and setting.fp32_precision == before
+
+
+X, BYTES = torch.zeros(2, 3, 8, 8), torch.zeros(1, 4, 6, 6, dtype=torch.int8)
+STEM, WHOLE = ((3, 3), (2, 2), (1, 1), False), ((0, 0), (1, 1), (0, 0), False)
+WRONG = [
+    (QUANTIZE_INT8, (X.half(), 1.0, 0, 4, (0, 0)), "x must be float32"),
+    (QUANTIZE_INT8, (X[0], 1.0, 0, 4, (0, 0)), r"of shape \(3, 8, 8\)"),
+    (QUANTIZE_INT8, ("x", 1.0, 0, 4, (0, 0)), "x must be a torch.Tensor"),
+    (QUANTIZE_INT8, (X.to_sparse(), 1.0, 0, 4, (0, 0)), "strided"),
+    (QUANTIZE_INT8, (X, 0.0, 0, 4, (0, 0)), "scale must be"),
+    (QUANTIZE_INT8, (X, float("nan"), 0, 4, (0, 0)), "scale must be"),
+    (QUANTIZE_INT8, (X, 1.0, 256, 4, (0, 0)), "zero must be a byte"),
+    (QUANTIZE_INT8, (X, 1.0, 0.0, 4, (0, 0)), "zero must be a byte"),
+    (QUANTIZE_INT8, (X, 1.0, 0, 2, (0, 0)), "channels must be those of x, 3"),
+    (QUANTIZE_INT8, (X, 1.0, 0, 4, (0, -1)), "padding must be"),
+    (POOL_INT8, (BYTES.float(), *STEM, None, None), "x must be int8"),
+    (POOL_INT8, (BYTES[:, :0], *STEM, None, None), "x must be int8"),
+    (POOL_INT8, (BYTES.to_sparse(), *STEM, None, None), "strided"),
+    (POOL_INT8, (BYTES, (0, 3), *STEM[1:], None, None), "kernel must be of at least one pixel"),
+    (POOL_INT8, (BYTES, (3, 3), (0, 1), *STEM[2:], None, None), "stride must be"),
+    (POOL_INT8, (BYTES, (3, 3), (1, 1), (2, 0), False, None, None), "padding must be at most half"),
+    (POOL_INT8, (BYTES, (7, 3), (1, 1), (0, 0), False, None, None), "kernel must be at most"),
+    (POOL_INT8, (BYTES, *STEM[:3], 0, None, None), "ceil must be a bool"),
+    (POOL_INT8, (BYTES, *WHOLE, 1.0, None), "bias must be given"),
+    (POOL_INT8, (BYTES, *WHOLE, None, 1.0), "bias must be given"),
+    (POOL_INT8, (BYTES, *WHOLE, float("inf"), 1.0), "scale must be a finite float"),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "word"), WRONG, ids=[f"{op.name}: {word}" for op, _, word in WRONG])
+def test_wrong_arguments_are_named(op, args, word):
+    with pytest.raises((ValueError, TypeError), match=word):
+        op.check(*args)
+
+
+def test_no_image_and_no_window():
+    y, strange = QUANTIZE_INT8(X[:0], 1.0, 0, 4, (1, 2))
+    assert y.shape == (0, 4, 10, 12) and strange.shape == (0,)
+    assert POOL_INT8(BYTES[:0], *STEM, None, None).shape == POOL_INT8(BYTES[:0], *STEM, 1.0, 0.0).shape == (0, 4, 3, 3)

@@ -60,8 +60,10 @@ PYTHON = [
           "test_frozen_int8.py::test_values_that_are_not_finite_give_nan_in_their_image_alone", {}),
     Fault("results of what is not finite are not marked", "frozen/device_int8.py", "y + strange.view(-1, 1, 1, 1)", "y.clone()",
           "test_frozen_int8.py::test_values_that_are_not_finite_give_nan_in_their_image_alone", {}),
-    Fault("images are widened for what is no convolution", "frozen/device_int8.py", "if alone else self.network.channels",
-          "if True else 0", "test_frozen_int8.py::test_steps_give_the_bytes_of_the_cpus_plan", {}),
+    Fault("images have the padding of one convolution for another", "frozen/device_int8.py", "if len(paddings) == 1 else (0, 0)",
+          "if paddings else (0, 0)", "test_frozen_int8.py::test_images_are_quantised_as_who_reads_them_wants", {}),
+    Fault("images are padded twice", "frozen/device_int8.py", "any(self._taken[1]) else layer.padding", "False else layer.padding",
+          "test_frozen_int8.py::test_images_are_quantised_as_who_reads_them_wants", {}),
     Fault("a kernel of integers that is not proven", "frozen/device_int8.py", "if None not in reasons:", "if False:",
           "test_frozen_int8.py::test_without_a_proven_kernel_it_is_refused_on_a_gpu", {}),
 ]  # fmt: skip

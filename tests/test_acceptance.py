@@ -172,6 +172,18 @@ def test_a_convolution_of_integers_is_held_against_twice_the_rate():
     assert worker.peaks[tasks.INT8][1] == 2 * worker.peaks["bf16"][1]
 
 
+IMAGES = 2 * 16 * 16 * 3 * 4 + 2 * 22 * 22 * 4  # as floats, and in words with their padding
+
+
+@pytest.mark.parametrize(("name", "moved"), [("quantize_int8", IMAGES), ("pool_int8", 2 * 3 * (16 * 16 + 8 * 8))])
+def test_a_step_of_bytes_is_held_against_the_copy(name, moved):
+    worker = tasks.Worker(CPU)
+    worker.peaks[tasks.INT8] = 1e9, 1e15
+    (row,) = worker.perform({"do": "kernel", "name": f"{name}-forward", "shape": [2, 3, 16, 16], "dtype": tasks.INT8})
+    assert row["name"] == name and row["rival"] == "torch" and row["bound"] == "memory"
+    assert row["of_roof"] == pytest.approx(moved / 1e9 / row["median_s"])
+
+
 def test_a_validation_is_kept_with_its_source(monkeypatch):
     worker = tasks.Worker(CPU)
     (row,) = worker.perform({"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"})

@@ -8,7 +8,7 @@ import torch
 from _modules import lively
 from _uncaptured import Uncaptured
 from test_frozen import NETWORKS, images, small
-from test_int8 import CASES, quiet
+from test_int8 import CASES, Steps, Sum, conv, quiet
 from torch import nn
 
 import fastres
@@ -17,6 +17,8 @@ from fastres.dispatch import Backend
 from fastres.frozen import choose, device, device_int8, make
 from fastres.ops import _conv_cpu
 from fastres.ops.conv_int8 import CONV_INT8
+from fastres.ops.pool_int8 import POOL_INT8
+from fastres.ops.quantize_int8 import QUANTIZE_INT8
 
 REASON = _conv_cpu.lacks(torch.int8)
 pytestmark = [pytest.mark.cpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -50,6 +52,29 @@ def test_steps_give_the_bytes_of_the_cpus_plan(name):
     native, by_ops = both(model, x)
     assert native.scales.values() and list(native.scales.values()) == list(by_ops.scales.values())
     agree(native, by_ops, x, x[:1], 3 * x, images(shape, 5))
+
+
+READERS = {  # of the images, with the channels and the padding that these are quantised with
+    "a stem": (lambda: Steps(conv(3, 8, 3, padding=1), nn.ReLU()), 3, (4, (1, 1))),
+    "of five channels": (lambda: Steps(conv(5, 8, (3, 1), padding=(1, 0)), nn.ReLU()), 5, (8, (1, 0))),
+    "two of one padding": (lambda: Sum(conv(3, 8, 5, padding=2), conv(3, 8, 5, padding=2)), 3, (4, (2, 2))),
+    "two of other paddings": (lambda: Sum(conv(3, 8, 3, padding=1), conv(3, 8, 1)), 3, (4, (0, 0))),
+    "a shortcut": (lambda: Sum(conv(3, 3, 3, padding=1)), 3, (3, (0, 0))),
+    "a pool": (lambda: Steps(nn.MaxPool2d(3, 2, 1), conv(3, 8, 3, padding=1)), 3, (3, (0, 0))),
+    "a batch norm": (lambda: Steps(lively(nn.BatchNorm2d(3)), nn.ReLU(), conv(3, 8, 1)), 3, (3, (0, 0))),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_images_are_quantised_as_who_reads_them_wants(name):
+    torch.manual_seed(0)
+    make_model, channels, wanted = READERS[name]
+    x = images((3, channels, 11, 13))
+    native, by_ops = both(make_model(), x)
+    agree(native, by_ops, x, x[:1], 3 * x)
+    assert by_ops._taken == wanted
+    step = by_ops.plan(x.shape).steps[0]
+    assert step.call.op is QUANTIZE_INT8 and step.call.rest[2:] == wanted
 
 
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"wide", "in groups"}))
@@ -202,3 +227,42 @@ def test_calibration_is_not_rounded_to_tf32(monkeypatch):
     before = setting.fp32_precision
     both(nn.Sequential(nn.Conv2d(3, 8, 1)), images((1, 3, 4, 4)))
     assert set(seen) == {"ieee"} and setting.fp32_precision == before
+
+
+X, BYTES = torch.zeros(2, 3, 8, 8), torch.zeros(1, 4, 6, 6, dtype=torch.int8)
+STEM, WHOLE = ((3, 3), (2, 2), (1, 1), False), ((0, 0), (1, 1), (0, 0), False)
+WRONG = [
+    (QUANTIZE_INT8, (X.half(), 1.0, 0, 4, (0, 0)), "x must be float32"),
+    (QUANTIZE_INT8, (X[0], 1.0, 0, 4, (0, 0)), r"of shape \(3, 8, 8\)"),
+    (QUANTIZE_INT8, ("x", 1.0, 0, 4, (0, 0)), "x must be a torch.Tensor"),
+    (QUANTIZE_INT8, (X.to_sparse(), 1.0, 0, 4, (0, 0)), "strided"),
+    (QUANTIZE_INT8, (X, 0.0, 0, 4, (0, 0)), "scale must be"),
+    (QUANTIZE_INT8, (X, float("nan"), 0, 4, (0, 0)), "scale must be"),
+    (QUANTIZE_INT8, (X, 1.0, 256, 4, (0, 0)), "zero must be a byte"),
+    (QUANTIZE_INT8, (X, 1.0, 0.0, 4, (0, 0)), "zero must be a byte"),
+    (QUANTIZE_INT8, (X, 1.0, 0, 2, (0, 0)), "channels must be those of x, 3"),
+    (QUANTIZE_INT8, (X, 1.0, 0, 4, (0, -1)), "padding must be"),
+    (POOL_INT8, (BYTES.float(), *STEM, None, None), "x must be int8"),
+    (POOL_INT8, (BYTES[:, :0], *STEM, None, None), "x must be int8"),
+    (POOL_INT8, (BYTES.to_sparse(), *STEM, None, None), "strided"),
+    (POOL_INT8, (BYTES, (0, 3), *STEM[1:], None, None), "kernel must be of at least one pixel"),
+    (POOL_INT8, (BYTES, (3, 3), (0, 1), *STEM[2:], None, None), "stride must be"),
+    (POOL_INT8, (BYTES, (3, 3), (1, 1), (2, 0), False, None, None), "padding must be at most half"),
+    (POOL_INT8, (BYTES, (7, 3), (1, 1), (0, 0), False, None, None), "kernel must be at most"),
+    (POOL_INT8, (BYTES, *STEM[:3], 0, None, None), "ceil must be a bool"),
+    (POOL_INT8, (BYTES, *WHOLE, 1.0, None), "bias must be given"),
+    (POOL_INT8, (BYTES, *WHOLE, None, 1.0), "bias must be given"),
+    (POOL_INT8, (BYTES, *WHOLE, float("inf"), 1.0), "scale must be a finite float"),
+]
+
+
+@pytest.mark.parametrize(("op", "args", "word"), WRONG, ids=[f"{op.name}: {word}" for op, _, word in WRONG])
+def test_wrong_arguments_are_named(op, args, word):
+    with pytest.raises((ValueError, TypeError), match=word):
+        op.check(*args)
+
+
+def test_no_image_and_no_window():
+    y, strange = QUANTIZE_INT8(X[:0], 1.0, 0, 4, (1, 2))
+    assert y.shape == (0, 4, 10, 12) and strange.shape == (0,)
+    assert POOL_INT8(BYTES[:0], *STEM, None, None).shape == POOL_INT8(BYTES[:0], *STEM, 1.0, 0.0).shape == (0, 4, 3, 3)

@@ -76,7 +76,8 @@ class IntegersFrozen(GraphFrozen):
         start = SHIFT * here.weight.sum((1, 2, 3), dtype=torch.int32)
         rows = (t.to(self.device) for t in (start, total.float(), offset.float()))
         further = self._taken[0] - self.network.channels if layer.x is self.network.x else 0
-        weight = F.pad(layer.weight, (0, 0, 0, 0, 0, further)).contiguous(memory_format=torch.channels_last)
+        weight = F.pad(layer.weight, (0, 0, 0, 0, 0, further)) if further else layer.weight  # which shares its memory
+        weight = weight.contiguous(memory_format=torch.channels_last)
         return weight, *rows, torch.tensor(part).item(), self.scales[layer.x].zero - SHIFT  # as the kernel reads them: float32
 
     @functools.cached_property

@@ -13,7 +13,7 @@ from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import configs
 from fastres.kernels.triton.conv_bn_act import has_few_channels, limits, pack
 from fastres.kernels.triton.device import index_type, launch, tile_order
-from fastres.kernels.triton.int8 import fused, stored
+from fastres.kernels.triton.int8 import fused, stored, within
 
 TILES = (  # priors from arithmetic, as in configs: a block of k is as many bytes as there
     configs.ConvConfig(128, 128, 128, 8, 4),
@@ -61,8 +61,7 @@ def _conv_int8_kernel(
         top = pixel // out_width % out_height * stride_h - padding_h
         left = pixel % out_width * stride_w - padding_w
         origin = (image * height + top) * width + left
-    start = tl.load(start_ptr + n, mask=n_valid, other=0)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32) + start[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32) + tl.load(start_ptr + n, mask=n_valid, other=0)[None, :]
     for step in range((DEPTH + BLOCK_K - 1) // BLOCK_K if FLAT else KH * KW * STEPS):
         inside = pixel < pixels
         if FLAT:  # a tap for each k
@@ -71,15 +70,14 @@ def _conv_int8_kernel(
             row, column = (tap // KW * dilation_h)[None, :], (tap % KW * dilation_w)[None, :]
             x_mask = inside[:, None]
             if PADDED:
-                y, x = top[:, None] + row, left[:, None] + column
-                x_mask &= (y >= 0) & (y < height) & (x >= 0) & (x < width)
+                x_mask &= within(top[:, None] + row, left[:, None] + column, height, width)
             place = origin[:, None] + (row * width + column)
         else:  # one for the block
             tap, c = step // STEPS, step % STEPS * BLOCK_K + k
             first, k_valid = tap * C_IN + step % STEPS * BLOCK_K, c < C_IN
             row, column = tap // KW * dilation_h, tap % KW * dilation_w
             if PADDED:
-                inside &= (top + row >= 0) & (top + row < height) & (left + column >= 0) & (left + column < width)
+                inside &= within(top + row, left + column, height, width)
             x_mask, place = inside[:, None], (origin + row * width + column)[:, None]
         weight_mask = n_valid[None, :]
         if FLAT or C_IN % BLOCK_K != 0:

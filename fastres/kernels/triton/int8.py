@@ -1,4 +1,4 @@
-"""What the kernels of 8-bit integers share: the arithmetic of ``ops/_int8.py`` on the device."""
+"""What the kernels of 8-bit integers share: the arithmetic of ``ops/_int8.py`` on the device, and an image's edges."""
 
 import triton
 import triton.language as tl
@@ -10,6 +10,12 @@ def fused(x, scale, bias, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         return (x.to(tl.float64) * scale + bias).to(tl.float32)
     return tl.fma(x, scale, bias)
+
+
+@triton.jit
+def within(row, column, height, width):
+    """Whether pixels lie in their image."""
+    return (row >= 0) & (row < height) & (column >= 0) & (column < width)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.env import triton_interpret
 from fastres.kernels.layout import aligned, memory_format, pooled
 from fastres.kernels.triton.device import index_type, launch
-from fastres.kernels.triton.int8 import fused, held
+from fastres.kernels.triton.int8 import fused, held, within
 
 WORD = 4  # channels, whose bytes are compared and added where they lie
 ZEROS = tl.constexpr(-0x7F7F7F80)  # four bytes of 0, each held as -128
@@ -63,8 +63,7 @@ def _pool_int8_kernel(
     found0, found1, found2, found3 = first, first, first, first
     for tap in tl.range(0, KH * KW, loop_unroll_factor=UNROLL):
         row, column = top + tap // KW, left + tap % KW
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        place = (image * height + row) * width + column
+        place, inside = (image * height + row) * width + column, within(row, column, height, width)
         word = tl.load(x_ptr + place[:, None] * words + c[None, :], mask=valid & inside[:, None], other=ZEROS)
         found0, found1 = _with_tap(found0, word, 24, MEAN), _with_tap(found1, word, 16, MEAN)
         found2, found3 = _with_tap(found2, word, 8, MEAN), _with_tap(found3, word, 0, MEAN)

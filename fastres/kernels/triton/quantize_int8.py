@@ -10,10 +10,8 @@ from torch import Tensor
 from fastres.env import triton_interpret
 from fastres.kernels.layout import memory_format
 from fastres.kernels.triton.device import launch
-from fastres.kernels.triton.int8 import fused, held
+from fastres.kernels.triton.int8 import fused, held, within
 
-WORD = 4  # channels of a pixel as the kernel writes it, and at most of what it reads
-MOST_PIXELS = 2**28  # of an image
 BLOCK = 1024  # pixels of a program of 256 threads: 16 bytes of each channel a thread, 16 of y
 NUM_WARPS = 8
 
@@ -28,13 +26,13 @@ def _quantize_int8_kernel(
     # x of any strides by pixel and channel, y NHWC; a program owns BLOCK pixels of one image, of its padding too
     # four bytes of each channel and four of y per pixel, 16 a thread; of x where its pixels are adjacent and have no padding
     # float32, an fma rounded once, then to even and saturated; NaN to 0
-    # channels beyond CHANNELS hold a byte of 0; the image's base is int64, offsets within it int32 (``MOST_PIXELS``)
+    # channels beyond CHANNELS hold a byte of 0; the image's base is int64, offsets within it int32, as ``why_not`` asks
     image = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     inside, place = pixel < pixels, pixel
     if PADDED:
         row, column = pixel // out_width - padding_h, pixel % out_width - padding_w
-        inside, place = (row >= 0) & (row < height) & (column >= 0) & (column < width), row * width + column
+        inside, place = within(row, column, height, width), row * width + column
     word = tl.zeros([BLOCK], tl.int32)
     strange = tl.zeros([BLOCK], tl.float32)
     for c in tl.static_range(4):

@@ -28,8 +28,8 @@ MARKED = re.compile(r"(<!-- results:([a-z0-9-]+) -->\n).*?(<!-- /results -->)", 
 ON_GPUS = {"gpu-networks": acceptance.networks, "gpu-kernels": acceptance.kernels}  # of the acceptance runs on GPUs
 COLUMNS = ("cpu", "onednn", "triton", "cuda", "cuda_wide", "cuda_cluster", "cudnn", "torch")
 LEGEND = (
-    "fastres: median of a call. Others: their time over that of fastres in the same run,"
-    " so above 1 fastres is faster. Ready after: preparation and first call."
+    "fastres: median time of a call. Other columns: their time divided by that of fastres in the same run, so above 1 fastres"
+    " is faster. Ready after: preparation and first call."
 )
 
 
@@ -128,10 +128,12 @@ def support_matrix() -> str:
         present = {backend.name for backend in op.backends}
         lines.append([f"`{name}`", *(_support(name, b, *known) if b in present else "–" for b in COLUMNS)])
     found = "; ".join(f"{backend} for {', '.join(archs)}" for backend, archs in sorted(compiled.items()))
+    devices = ", ".join(sorted({device for known_devices in known[1].values() for device in known_devices}))
     notes = (
-        "Everything *tested* is held against float64 by the test suite; what is *interpreted* too, in Triton's interpreter."
-        f" *Compiled* kernels ({found}) have met the compilers. What is *unmeasured* no GPU has run from its present source;"
-        " on an architecture that has not validated a kernel it is never chosen by default."
+        "*Tested*: held against float64 by the test suite, as Triton's kernels are in its interpreter. All kernels are compiled"
+        f" ({found}). *Validated*: a GPU ({devices}) ran the present source within the error budget, and it was timed there."
+        " *Unmeasured*: no GPU has run the present source. On an architecture that has not validated a kernel, it is never"
+        " chosen by default."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 
@@ -141,11 +143,10 @@ def _support(op: str, backend: str, validated: dict, measured: dict, compiled: d
         return "tested"
     devices = measured.get((op, backend), ())
     archs = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ())) if devices else []
-    parts = ["interpreted"] if backend == "triton" else []
-    parts += [f"validated on {', '.join(archs)}"] if archs else []
+    if devices:
+        return f"validated on {', '.join(archs)}" if archs else f"measured on {', '.join(devices)}"
     library = backend.partition("_")[0]  # in which its kernels are compiled
-    parts += ["compiled"] if any(arch.rstrip("af") not in archs for arch in compiled.get(library, ())) else []
-    return ", ".join([*parts, f"measured on {', '.join(devices)}" if devices else "unmeasured"])
+    return "unmeasured, compiled" if library in compiled else "unmeasured"
 
 
 def measured_on(results: Path = RESULTS) -> dict[tuple[str, str], list[str]]:

@@ -9,11 +9,11 @@ from benchmarks.peers.ways import WAYS
 from benchmarks.table import Row, aligned, cases, duration, piped
 
 LEGEND = (
-    "First column that is timed: median of a call and its share of the measured peak of multiply-adds, counting the operations"
-    " of direct convolution (Winograd's are fewer, and can exceed it). Others: their time over that one's in the same run, so"
-    " above 1 fastres is faster. Every way runs in its own process, with as many threads, and converts the same float32"
-    " images. Error: root mean square of the logits' against float64, relative. Ready after: from the PyTorch model to the"
-    " first result, the median over the networks."
+    "First timed column: median time of a call and its share of the measured peak of multiply-adds, counting the operations of"
+    " direct convolution (Winograd's are fewer, and can exceed it). Other columns: their time divided by that one's in the same"
+    " run, so above 1 fastres is faster. Every way runs in its own process, with the same number of threads, and converts the"
+    " same float32 images. Error: relative root mean square of the logits' error against float64. Ready after: from the PyTorch"
+    " model to the first result, the median over the networks."
 )
 QUIET = 0.1  # cores that others may use before the table says so
 COLOURS = ("#c2410c", "#f59e6b", "#c9d0d8", "#9aa5b1", "#7c8a9c", "#5b6b80", "#3b4a63", "#1f2937")

@@ -122,7 +122,7 @@ def _markdown(rows: list[Row]) -> str:
 def support_matrix() -> str:
     """Op by backend: where a backend exists, and on what its kernels have been validated, measured or compiled."""
     compiled = {path.stem: architectures(path) for path in COMPILED.glob("*.json")}
-    known = validated_on(), measured_on(), compiled
+    known = validated_on(), measured_on()
     lines = [["op", *COLUMNS], [":--", *[":-:"] * len(COLUMNS)]]
     for name, op in sorted(REGISTRY.items()):
         present = {backend.name for backend in op.backends}
@@ -130,7 +130,7 @@ def support_matrix() -> str:
     found = "; ".join(f"{backend} for {', '.join(archs)}" for backend, archs in sorted(compiled.items()))
     devices = ", ".join(sorted({device for known_devices in known[1].values() for device in known_devices}))
     notes = (
-        "*Tested*: held against float64 by the test suite, as Triton's kernels are in its interpreter. All kernels are compiled"
+        "*Tested*: held against float64 by the test suite, as Triton's kernels are in its interpreter. CUDA and Triton kernels are compiled"
         f" ({found}). *Validated*: a GPU ({devices}) ran the present source within the error budget, and it was timed there."
         " *Unmeasured*: no GPU has run the present source. On an architecture that has not validated a kernel, it is never"
         " chosen by default."
@@ -138,15 +138,14 @@ def support_matrix() -> str:
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 
 
-def _support(op: str, backend: str, validated: dict, measured: dict, compiled: dict) -> str:
+def _support(op: str, backend: str, validated: dict, measured: dict) -> str:
     if backend in ("cpu", "onednn", "torch"):
         return "tested"
     devices = measured.get((op, backend), ())
     archs = sorted(arch for arch, backends in validated.items() if op in backends.get(backend, ())) if devices else []
     if devices:
         return f"validated on {', '.join(archs)}" if archs else f"measured on {', '.join(devices)}"
-    library = backend.partition("_")[0]  # in which its kernels are compiled
-    return "unmeasured, compiled" if library in compiled else "unmeasured"
+    return "unmeasured"
 
 
 def measured_on(results: Path = RESULTS) -> dict[tuple[str, str], list[str]]:

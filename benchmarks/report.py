@@ -131,9 +131,9 @@ def support_matrix() -> str:
     devices = ", ".join(sorted({device for known_devices in known[1].values() for device in known_devices}))
     notes = (
         "*Tested*: held against float64 by the test suite, as Triton's kernels are in its interpreter. CUDA and Triton kernels"
-        f" are compiled ({found}). *Validated*: a GPU ({devices}) ran the present source within the error budget, and it was timed there."
-        " *Unmeasured*: no GPU has run the present source. On an architecture that has not validated a kernel, it is never"
-        " chosen by default."
+        f" are compiled ({found}). *Validated*: a GPU ({devices}) ran the present source within the error budget, and it was"
+        " timed there. *Unmeasured*: no GPU has run the present source. On an architecture that has not validated a kernel, it"
+        " is never chosen by default."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 

@@ -12,6 +12,7 @@ from torch import nn
 import fastres.models
 from fastres import functional
 from fastres import nn as fnn
+from fastres.experiments.twin import torch_twin
 from fastres.nn import _plain
 
 pytestmark = pytest.mark.cpu
@@ -46,15 +47,15 @@ def test_networks(name, of, training):
     model = network(name, of).train(training)
     optimized = fastres.optimize(copy.deepcopy(model), strict=True)
     assert optimized.state_dict().keys() == model.state_dict().keys()
+    model = torch_twin(model) if of is fastres.models else model
     exact = copy.deepcopy(model).double()
-    with torch.no_grad(), fastres.use("torch"):
+    with torch.no_grad():
         expected = model(X.contiguous(memory_format=LAST))
         truth = exact(X.double())
     with torch.no_grad():
         assert_close_to_truth(optimized(X), expected, truth, torch.float32, "logits")
     before = {key: value.clone() for key, value in optimized.state_dict().items()}
-    with fastres.use("torch"):
-        theirs, truth = (step(call, m, x) for m, x in ((model, X.contiguous(memory_format=LAST)), (exact, X.double())))
+    theirs, truth = (step(call, m, x) for m, x in ((model, X.contiguous(memory_format=LAST)), (exact, X.double())))
     judge([(step(call, optimized, X), theirs, truth)], torch.float32)
     assert all(torch.equal(value, before[key]) for key, value in optimized.state_dict().items())
     if of is torchvision.models:

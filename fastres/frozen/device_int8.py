@@ -1,8 +1,8 @@
 """A network in 8-bit integers as calls of ops: what the CPU's plan of it computes, byte for byte, in one CUDA graph a size.
 
-Images are quantised by ``quantize_int8``; convolutions, linear layers and pools are calls of ops too. Steps that residual
-networks seldom have (batch norms, additions and ReLUs of their own, copies) are PyTorch's operations, with the float constants
-that the CPU's kernels read (``int8.packed``).
+Images are quantised by ``quantize_int8``; convolutions, linear layers and pools are calls of ops too, each on the kernel that
+is chosen for it. Steps that residual networks seldom have (batch norms, additions and ReLUs of their own, copies) are
+PyTorch's operations, with the float constants that the CPU's kernels read (``int8.packed``).
 """
 
 import functools

@@ -322,6 +322,7 @@ def test_tracers_see_the_modules():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, still used to export
         compare(block, images(), ours=lambda m, x: torch.jit.trace(m, x)(x), run=inference)
+        torch.jit.trace(block, images())  # compares what it sees with and without gradients
 
 
 def test_function_transforms():

@@ -146,8 +146,9 @@ def conv_bn_add_act(conv: Any, bn: Any, act: Any, x: Tensor, downsample: Any, sh
 
     Where downsample ends with a convolution and its batch norm: with gradients both norms and the addition are one op; without,
     both convolutions are one product if ``dispatch`` chooses a kernel for that, else each norm is folded into its convolution.
+    A tracer sees one order of calls, with gradients or without: torch.jit.trace compares both.
     """
-    with_gradients = trains(bn) or torch.is_grad_enabled()
+    with_gradients = trains(bn) or torch.is_grad_enabled() or _fused.is_followed(x)
     steps = projection(downsample) if with_gradients or _fused.may_join(x) else None
     if steps is None or must_be_called(downsample):
         return _fused.conv_bn_act(conv, bn, act, x, shortcut if downsample is None else run(downsample, shortcut))

@@ -27,6 +27,8 @@ def test_images_of_any_dtype_are_an_example_under_autocast_too():
             frozen = fastres.freeze(model.to(kind), x.to(dtype), torch.float32)
             assert kind == torch.bfloat16 or torch.equal(frozen(x), y)
             frozen.update(model)
+    with pytest.raises(ValueError, match="must be the network itself, got one that is frozen already"):
+        frozen.update(frozen)
 
 
 def test_a_graph_that_would_share_a_plans_memory_is_refused():

@@ -128,6 +128,8 @@ class Frozen(nn.Module):
         """
         if not isinstance(model, nn.Module):
             raise must_type("freeze", "model", "a torch.nn.Module", model)
+        if isinstance(model, Frozen):
+            raise must("freeze", "model", "the network itself", "one that is frozen already")
         if self.images is None:
             raise UnsupportedError("fastres.freeze: a quantised network has scales for its weights: freeze the model again")
         check_device(model, self.device)

@@ -57,6 +57,7 @@ STEPS = {
         (y.relu() - m.bn.bias[:, None, None]) / m.bn.running_var[:, None, None]
     ),
     "weights that the network computes": lambda m, y: F.conv2d(y, m.small.weight / m.small.weight.std(), m.small.bias * 2),
+    "a matrix without bias": lambda m, y: F.linear(y.flatten(1), m.small.weight.flatten(1)),
     "zeros for channels": lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8)),
     "zeros for channels, then a part": lambda m, y: F.pad(y, (0, 0, 0, 0, 0, 8))[:, :, ::2, ::2],
     "a part, then zeros for channels": lambda m, y: F.pad(y[:, :, ::2, ::3], (0, 0, 0, 0, 0, 8)),

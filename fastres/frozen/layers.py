@@ -245,7 +245,7 @@ class _Builder:
             return
         if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
             raise _Refused
-        if _image_shape(self.value(x)) != _image_shape(self.value(residual)):
+        if len({(*self.value(operand).shape, 1, 1)[:4] for operand in (x, residual)}) > 1:
             raise _Refused  # flattened from images of other sizes
         y = self.stored(x, y)
         for first, second in ((x, residual), (residual, x)):
@@ -297,13 +297,17 @@ class _Builder:
             raise _Refused
 
     def on_addmm(self, bias, x, weight, beta=1, alpha=1, *, y):
-        source, rows, added = self.value(x), _constant(weight).t(), _constant(bias)
+        source, rows = self.value(x), _constant(weight).t()
+        added = rows.new_zeros(len(rows)) if bias is None else _constant(bias)
         if beta != 1 or alpha != 1 or added.shape != rows.shape[:1]:
             raise _Refused
         kernel = _pair(source.shape[2:]) if len(source.shape) == 4 else _ONE
         rows = rows.reshape(len(rows), -1, *kernel)
         self.add(Layer("linear", _layer_name(weight), source, y, None, False, kernel, out_channels=len(rows),
                        expects=kernel, weight=weights.own(rows), bias=weights.own(added)))  # fmt: skip
+
+    def on_mm(self, x, weight, *, y):
+        self.on_addmm(None, x, weight, y=y)
 
     def on_view(self, x, shape, *, y):
         flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
@@ -357,10 +361,6 @@ class _Builder:
             self.rename(before, y)
             return
         self.add(Layer("pad", "zero_pad", x, y, out_channels=y.shape[1]))
-
-
-def _image_shape(value: Value) -> tuple[int, ...]:
-    return (*value.shape, 1, 1)[:4]
 
 
 def _stem(target: str) -> str:

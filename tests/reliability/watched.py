@@ -80,7 +80,8 @@ def of_plans(seed: int, count: int) -> Iterator[Case]:
 
 def freeze(model: torch.nn.Module, x: torch.Tensor) -> None:
     calibration = fastres.Calibration([x], error=None, progress=False)
-    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+    grouped = any(getattr(module, "groups", 1) > 1 for module in model.modules())  # which integers are refused for
+    for dtype in (torch.float32, torch.bfloat16, *(() if grouped else (torch.int8,))):
         if lacks(dtype) is None:
             made = fastres.freeze(model, x, dtype, calibration if dtype == torch.int8 else None)
             for images in (x, x[:1].transpose(2, 3).contiguous(), x.bfloat16()):

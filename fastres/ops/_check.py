@@ -9,15 +9,20 @@ ACTS = ("relu", "none")
 MOST = 2**31 - 1  # largest number that describes a window: what every convolution library takes
 
 
+def strided(op: str, name: str, tensor: object) -> None:
+    """A tensor whose values lie in memory by strides."""
+    if not isinstance(tensor, Tensor):
+        raise must_type(op, name, "a torch.Tensor", tensor)
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise must(op, name, "a strided tensor", f"a {kind} one", "call .to_dense() or pad it")
+
+
 def tensors(op: str, **arguments: Tensor) -> None:
     """Plain strided real floating-point tensors on one device."""
     first = None
     for name, tensor in arguments.items():
-        if not isinstance(tensor, Tensor):
-            raise must_type(op, name, "a torch.Tensor", tensor)
-        if tensor.is_nested or tensor.layout is not torch.strided:
-            kind = "nested" if tensor.is_nested else str(tensor.layout)
-            raise must(op, name, "a strided tensor", f"a {kind} one", "call .to_dense() or pad it")
+        strided(op, name, tensor)
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise must(op, name, "of dtype float64, float32, float16 or bfloat16", tensor.dtype)
         first = first or (name, tensor.device)

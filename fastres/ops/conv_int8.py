@@ -20,7 +20,7 @@ from torch import Tensor
 from fastres.errors import must, must_type
 from fastres.kernels.layout import memory_format
 from fastres.kernels.triton import why_not_device
-from fastres.ops import _conv, _int8
+from fastres.ops import _check, _conv, _int8
 from fastres.ops._backends import triton_module
 from fastres.ops._op import Backend, Op, Sample
 
@@ -65,11 +65,8 @@ def check(x, residual, weight, start, scale, bias, residual_scale, pad, stride, 
         raise must_type(NAME, "integers", "a bool", integers)
 
 
-def _check_tensor(name: str, tensor: object, dtype: torch.dtype, dims: int, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise must_type(NAME, name, "a torch.Tensor", tensor)
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        raise must(NAME, name, "a strided tensor", "another kind", "call .to_dense() or pad it")
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, dims: int, x: Tensor) -> None:
+    _check.strided(NAME, name, tensor)
     if tensor.dtype != dtype or tensor.dim() != dims:
         what = "(N, C, H, W)" if dims == 4 else "(K,)"
         raise must(NAME, name, f"{str(dtype)[6:]} of shape {what}", f"{str(tensor.dtype)[6:]} of shape {tuple(tensor.shape)}")

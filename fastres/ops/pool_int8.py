@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastres.errors import must, must_type
 from fastres.kernels.layout import memory_format, pooled
@@ -37,10 +36,7 @@ def reference(x, kernel, stride, padding, ceil, scale, bias):
 
 
 def check(x, kernel, stride, padding, ceil, scale, bias):
-    if not isinstance(x, Tensor):
-        raise must_type(NAME, "x", "a torch.Tensor", x)
-    if x.is_nested or x.layout is not torch.strided:
-        raise must(NAME, "x", "a strided tensor", "another kind", "call .to_dense() or pad it")
+    _check.strided(NAME, "x", x)
     if x.dtype != torch.int8 or x.dim() != 4 or 0 in x.shape[1:]:
         raise must(NAME, "x", "int8 of shape (N, C, H, W)", f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}")
     for name, pair, least in (("kernel", kernel, 0), ("stride", stride, 1), ("padding", padding, 0)):

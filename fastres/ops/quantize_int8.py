@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastres.errors import must, must_type
 from fastres.kernels.layout import why_not_dense
@@ -37,10 +36,7 @@ def reference(x, scale, zero, channels, padding):
 
 
 def check(x, scale, zero, channels, padding):
-    if not isinstance(x, Tensor):
-        raise must_type(NAME, "x", "a torch.Tensor", x)
-    if x.is_nested or x.layout is not torch.strided:
-        raise must(NAME, "x", "a strided tensor", "another kind", "call .to_dense() or pad it")
+    _check.strided(NAME, "x", x)
     if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:
         raise must(NAME, "x", "float32 of shape (N, C, H, W)", f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:

@@ -28,5 +28,4 @@ def emulated(frozen, x):
             exact.weight = layer.weight.double()
         operands = {v: real(v, values[v]) for v in (layer.x, layer.residual) if v is not None}
         values[layer.y] = stored(layer.y, result(exact, operands))
-    y = values[network.layers[-1].y]
-    return y.flatten(1) if network.flat else y
+    return network.result([values[y] for y in network.outputs])

@@ -68,6 +68,18 @@ Work add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   return {images * numel, kGrain, [args](int64_t begin, int64_t end) { add_act_forward(args, begin, end); }};
 }
 
+Work upsample(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+  FASTRES_CHECK(row.out_channels == row.channels && row.residual.offset != kNone, kPlan, "an enlarged value",
+                "of as many channels as the one it is added to", row.channels);
+  const int64_t bytes = row.out_h * row.out_w * row.channels * call.size;
+  const UpsampleArgs args{call.dtype, row.relu ? Act::kRelu : Act::kNone,
+                          call.at(row.x, first, images, row.height * row.width * row.channels * call.size),
+                          call.at(row.residual, first, images, bytes), call.at(row.y, first, images, bytes), row.channels,
+                          row.height, row.width, row.out_h, row.out_w};
+  return {images * row.out_h, std::max<int64_t>(1, kGrain / (row.out_w * row.channels)),
+          [args](int64_t begin, int64_t end) { upsample_add(args, begin, end); }};
+}
+
 Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(std::min({row.channels, row.height, row.width, row.out_channels, row.out_h, row.out_w}) >= 1, kPlan,
                 "a step's sizes", "at least 1", row.channels);
@@ -79,6 +91,7 @@ Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images
     case Step::kAvgPool: return pool(call, row, first, images);
     case Step::kBn: return bn(call, row, first, images);
     case Step::kAdd: return add(call, row, first, images);
+    case Step::kUpsample: return upsample(call, row, first, images);
     default: FASTRES_CHECK(false, kPlan, "a step", "one of this build", static_cast<int64_t>(row.kind));
   }
   return {};
@@ -104,14 +117,19 @@ std::vector<Work> works_of(const Call& call, const Tensor& program, int64_t imag
 // With one part, all threads share each piece of work; with several, one thread does all of a part, in its own part of the arena:
 // no thread waits for another, and a core reads what it wrote itself.
 void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>& constants, const Tensor& arena,
-              const Tensor& y, int64_t parts) {
-  for (const Tensor* t : {&x, &program, &arena, &y}) check_cpu(kPlan, "every tensor", *t);
-  const DType dtype = dtype_of(y);
-  FASTRES_CHECK(conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16, kPlan, "the output",
-                "float32, or bfloat16 where the processor multiplies it", show(y.scalar_type()));
-  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && (dtype_of(x) == dtype || x.scalar_type() == ScalarType::Float) &&
-                    y.is_contiguous() && y.size(0) == x.size(0),
-                kPlan, "the input", "a batch of images, as many as outputs", show(x.sizes()));
+              const std::vector<Tensor>& ys, int64_t parts) {
+  for (const Tensor* t : {&x, &program, &arena}) check_cpu(kPlan, "every tensor", *t);
+  FASTRES_CHECK(!ys.empty(), kPlan, "the outputs", "at least one", 0);
+  const DType dtype = dtype_of(ys[0]);
+  for (const Tensor& y : ys) {
+    check_cpu(kPlan, "every tensor", y);
+    FASTRES_CHECK(dtype_of(y) == dtype && conv_lacks(dtype) == nullptr && element_size(dtype) <= 4 && dtype != DType::kFloat16,
+                  kPlan, "an output", "float32, or bfloat16 where the processor multiplies it", show(y.scalar_type()));
+    FASTRES_CHECK(y.is_contiguous() && y.dim() > 0 && x.dim() == 4 && y.size(0) == x.size(0), kPlan, "an output",
+                  "contiguous, of as many images as the input", show(y.sizes()));
+  }
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0 && (dtype_of(x) == dtype || x.scalar_type() == ScalarType::Float), kPlan,
+                "the input", "a batch of images", show(x.sizes()));
   FASTRES_CHECK(program.scalar_type() == ScalarType::Long && program.is_contiguous() && program.numel() % kRowFields == 0,
                 kPlan, "the program", "whole rows of " << kRowFields << " int64", show(program.sizes()));
   FASTRES_CHECK(arena.scalar_type() == ScalarType::Byte && arena.is_contiguous(), kPlan, "the arena", "contiguous bytes",
@@ -125,7 +143,7 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
   const int64_t images = x.size(0) / parts, bytes = arena.numel() / parts;
   std::vector<std::vector<Work>> works;
   for (int64_t part = 0; part < parts; ++part) {
-    const Call call{x, constants, y, part * images, static_cast<char*>(arena.data_ptr()) + part * bytes, bytes,
+    const Call call{x, constants, ys, part * images, static_cast<char*>(arena.data_ptr()) + part * bytes, bytes,
                     parts == 1 ? torch::stable::get_num_threads() : 1, dtype, element_size(dtype), finite};
     works.push_back(works_of(call, program, images));
   }
@@ -142,7 +160,7 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
 }  // namespace fastres::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
-  m.def("cpu_plan(Tensor x, Tensor program, Tensor[] constants, Tensor arena, Tensor(a!) y, int parts) -> ()");
+  m.def("cpu_plan(Tensor x, Tensor program, Tensor[] constants, Tensor arena, Tensor(a!)[] ys, int parts) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {

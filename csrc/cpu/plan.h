@@ -6,19 +6,20 @@
 
 namespace fastres::cpu {
 
-enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd };
+enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd, kUpsample };
 
-// A value: bytes into the arena, or one of the tensors of the call; `step` bytes from one image of the batch to the next,
+// A value: bytes into the arena, or one of the tensors of the call (kOutput - i for its output i); `step` bytes from one image of the batch to the next,
 // 0 where the arena holds only the images of one pass.
 struct Place {
   int64_t offset, step;
 };
-constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;
+constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;  // the first output
 
 // One row of a program. A segment is followed by `count` steps, which run for `chunk` images at a time, so that what
 // passes between them stays in the caches. Activations are channels last, without gaps. `weight` and `bias` count the
 // constants of the call: packed weights and a bias for kConv, rows of mean, scale and bias for kBn. kPad copies every
-// stride-th pixel of the input, or of a value, and adds padding and channels of zeros. With `int8` all values are uint8,
+// stride-th pixel of the input, or of a value, and adds padding and channels of zeros. kUpsample adds the nearest pixel of x to
+// each of the residual. With `int8` all values are uint8,
 // but for the input and the output, which are of the call's dtype; `bias` counts the float constants that plan_int8.cpp tells.
 struct PlanRow {
   Step kind;
@@ -51,8 +52,17 @@ struct BnPixelsArgs {
   int64_t channels;
 };
 
+struct UpsampleArgs {
+  DType dtype;
+  Act act;
+  const void *x, *residual;
+  void* y;
+  int64_t channels, height, width, out_h, out_w;
+};
+
 FASTRES_FMA_KERNEL(max_pool, PoolArgs)  // a range counts rows of y
 FASTRES_FMA_KERNEL(avg_pool, PoolArgs)  // the same; of the pixels inside the image
 FASTRES_FMA_KERNEL(bn_pixels, BnPixelsArgs)  // a range counts pixels
+FASTRES_FMA_KERNEL(upsample_add, UpsampleArgs)  // a range counts rows of y
 
 }  // namespace fastres::cpu

@@ -13,21 +13,22 @@ constexpr const char* kPlan = "freeze";
 struct Call {
   const Tensor& x;
   const std::vector<Tensor>& constants;
-  const Tensor& y;
+  const std::vector<Tensor>& ys;
   int64_t image;
   char* arena;
   int64_t arena_bytes, threads;
-  DType dtype;  // of y, and of all values but those of 8-bit integers; x may be float32 where it is bfloat16
+  DType dtype;  // of ys, and of all values but those of 8-bit integers; x may be float32 where it is bfloat16
   int64_t size;  // bytes of an element of dtype
   std::atomic<bool>& finite;  // made false where images that are quantised are not
 
   // The address of a value's first image, once `bytes` of it are known to exist.
   char* at(const Place& place, int64_t first, int64_t images, int64_t image_bytes) const {
-    const int64_t begin = (first + (place.offset == kOutput ? image : 0)) * place.step, end = begin + images * image_bytes;
+    const int64_t output = place.offset <= kOutput ? kOutput - place.offset : -1, outputs = static_cast<int64_t>(ys.size());
+    const int64_t begin = (first + (output >= 0 ? image : 0)) * place.step, end = begin + images * image_bytes;
     FASTRES_CHECK(place.step == 0 || place.step == image_bytes, kPlan, "a value", "of images without gaps", place.step);
-    if (place.offset == kOutput) {
-      FASTRES_CHECK(end <= y.numel() * size, kPlan, "the output", "large enough for its step", y.numel());
-      return static_cast<char*>(y.data_ptr()) + begin;
+    if (output >= 0) {
+      FASTRES_CHECK(output < outputs && end <= ys[output].numel() * size, kPlan, "an output", "large enough for its step", output);
+      return static_cast<char*>(ys[output].data_ptr()) + begin;
     }
     FASTRES_CHECK(place.offset >= 0 && place.offset + end <= arena_bytes, kPlan, "a step's value", "within the arena",
                   place.offset);

@@ -16,8 +16,9 @@ const float* floats(const Call& call, const PlanRow& row, int64_t count) {
 }
 
 bool is_float_output(const Call& call, const PlanRow& row) {
-  FASTRES_CHECK(row.y.offset != kOutput || call.dtype == DType::kFloat32, kPlan, "the output", "float32", "another dtype");
-  return row.y.offset == kOutput;
+  const bool output = row.y.offset <= kOutput;
+  FASTRES_CHECK(!output || call.dtype == DType::kFloat32, kPlan, "an output", "float32", "another dtype");
+  return output;
 }
 
 // The input: scale, zero point. A value: zero point.
@@ -90,7 +91,7 @@ Work add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
 
 Work int8_work(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(int8_lacks() == nullptr, kPlan, "the processor", "one with " << int8_lacks() << " for int8", "one without");
-  FASTRES_CHECK(row.y.offset != kOutput || row.kind == Step::kConv || row.kind == Step::kAdd, kPlan, "the last step",
+  FASTRES_CHECK(row.y.offset > kOutput || row.kind == Step::kConv || row.kind == Step::kAdd, kPlan, "the last step",
                 "a convolution or an addition", static_cast<int64_t>(row.kind));
   switch (row.kind) {
     case Step::kPad: return pad(call, row, first, images);

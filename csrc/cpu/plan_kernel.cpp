@@ -1,4 +1,5 @@
-// Formula: the largest (NaN if there is one) or the mean of a window's pixels in the image; act((x - mean) * scale + bias).
+// Formula: the largest (NaN if there is one) or the mean of a window's pixels in the image; act((x - mean) * scale + bias);
+// act(x[floor(i * in / out)] + residual[i]), the quotient in float as in PyTorch's nearest.
 // Layout: channels last; a thread owns rows of y (pools) or pixels (bn), vectors run along the channels.
 // Bytes per output: a window of reads, mostly from L1, and one write.
 // Accumulate type: float; sums by lines of pixels, which keeps those of large maps exact; one rounding, to the output type.
@@ -71,6 +72,30 @@ void normalise_pixels(const BnPixelsArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+// The pixel of x that a pixel of y shows.
+FASTRES_INLINE int64_t nearest(int64_t at, int64_t in, int64_t out) {
+  const float scale = static_cast<float>(in) / static_cast<float>(out);
+  return min(static_cast<int64_t>(static_cast<float>(at) * scale), in - 1);
+}
+
+template <typename scalar_t>
+void add_nearest(const UpsampleArgs& args, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t image = at / args.out_h, row = nearest(at % args.out_h, args.height, args.out_h);
+    const auto* x = static_cast<const scalar_t*>(args.x) + (image * args.height + row) * args.width * args.channels;
+    for (int64_t w = 0; w < args.out_w; ++w) {
+      const auto* pixel = x + nearest(w, args.width, args.out_w) * args.channels;
+      const int64_t offset = (at * args.out_w + w) * args.channels;
+      const auto* residual = static_cast<const scalar_t*>(args.residual) + offset;
+      auto* y = static_cast<scalar_t*>(args.y) + offset;
+      for_each<kWide>(args.channels, y, false, [&](int64_t c, auto lanes) {
+        const Values v = load<float, kWide>(pixel + c, lanes) + load<float, kWide>(residual + c, lanes);
+        store<kWide>(y + c, args.act == Act::kRelu ? relu(v) : v, lanes);
+      });
+    }
+  }
+}
+
 }  // namespace
 
 void max_pool(const PoolArgs& args, int64_t begin, int64_t end) {
@@ -81,6 +106,11 @@ void max_pool(const PoolArgs& args, int64_t begin, int64_t end) {
 void avg_pool(const PoolArgs& args, int64_t begin, int64_t end) {
   if (args.dtype == DType::kBFloat16) avg_rows<bf16>(args, begin, end);
   else avg_rows<float>(args, begin, end);
+}
+
+void upsample_add(const UpsampleArgs& args, int64_t begin, int64_t end) {
+  if (args.dtype == DType::kBFloat16) add_nearest<bf16>(args, begin, end);
+  else add_nearest<float>(args, begin, end);
 }
 
 void bn_pixels(const BnPixelsArgs& args, int64_t begin, int64_t end) {

@@ -9,7 +9,8 @@ from torch.autograd import forward_ad
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.frozen.calibrate import Quality
-from fastres.frozen.layers import Network, network
+from fastres.frozen.build import network
+from fastres.frozen.layers import Network
 from fastres.frozen.record import Recording, Value, record
 from fastres.ops._conv_cpu import is_finite
 
@@ -91,14 +92,14 @@ class Frozen(nn.Module):
         self.name, self.dtype, self.network, self.device = found.name, dtype, found, device
         super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise UnsupportedError(_CLOSED)
         if torch.compiler.is_compiling():  # decorated here: doing so above would import the compiler with fastres
             return torch.compiler.disable(type(self).call)(self, x)
         return self.call(x)
 
-    def call(self, x: Tensor) -> Tensor:
+    def call(self, x: Tensor) -> Any:
         """What ``forward`` does, never compiled."""
         raise NotImplementedError
 
@@ -192,4 +193,4 @@ def _structure(found: Network) -> list[tuple[Any, ...]]:
         (layer.kind, order[layer.x], order[layer.residual], layer.relu, layer.kernel, layer.stride, layer.padding,
          layer.dilation, layer.groups, layer.ceil, layer.out_channels, layer.expects)
         for layer in found.layers
-    ] + [(found.channels, found.flat)]  # fmt: skip
+    ] + [(found.channels, *(order[y] for y in found.outputs), found.form)]  # fmt: skip

@@ -86,6 +86,8 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
         window = (layer.kernel, layer.stride, layer.padding)
         pool = functools.partial(_max_pool, layer)
         return Call(layer, BN_ACT_MAXPOOL, inputs, (None, None, *_nothing(channels, device), EPS, act, *window), {TORCH: pool})
+    if layer.kind == "upsample":
+        return Call(layer, None, inputs, (act,), {TORCH: _upsample})
     if layer.kind == "linear":
         return Call(layer, None, inputs, (*own, act), {TORCH: _with(layer, _linear)})
     return Call(layer, None, inputs, (), {TORCH: functools.partial(_PLAIN[layer.kind], layer)})
@@ -131,6 +133,10 @@ def _linear(x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
     weight, bias = _fold.folded(rest[:6], EPS, ("linear", x.dtype), lambda w, b: (w.to(x.dtype).flatten(1), b.to(x.dtype)))
     y = F.linear(x.flatten(1), weight, bias)[:, :, None, None]
     return _finished(y, residual, rest[-1])
+
+
+def _upsample(x: Tensor, residual: Tensor, act: str) -> Tensor:
+    return _finished(F.interpolate(x, residual.shape[2:]), residual, act)
 
 
 def _max_pool(layer: Layer, x: Tensor, *_: Any) -> Tensor:

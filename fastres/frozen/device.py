@@ -1,7 +1,7 @@
 """A frozen network as calls of ops: the fastest kernel of each layer, all of them in one CUDA graph per size.
 
 A plan is made for one batch size and one image size. It has a buffer for the images; running the kernels on it once leaves a
-graph that reads the buffer and writes one output. A call copies its images in, replays, and copies the output out.
+graph that reads the buffer and writes the outputs. A call copies its images in, replays, and copies the outputs out.
 """
 
 import contextlib
@@ -50,14 +50,14 @@ class Step:
 
 @dataclass(eq=False)
 class Plan:
-    """The steps for one shape of images, the buffer that they read, and the function that replays them into ``y``."""
+    """The steps for one shape of images, the buffer that they read, and the function that replays them into ``ys``."""
 
     shape: Shape
     steps: list[Step]
     sizes: dict[Value, Size]
     x: Tensor
     replay: Callable[[], object]
-    y: Tensor
+    ys: list[Tensor]
 
 
 class GraphFrozen(Frozen):
@@ -85,9 +85,9 @@ class GraphFrozen(Frozen):
         return self.dtype
 
     @property
-    def _ends(self) -> tuple[Value, Value]:
-        """What the steps begin with, as the buffer holds it, and what they end with."""
-        return self.network.x, self.network.layers[-1].y
+    def _ends(self) -> tuple[Value, list[Value]]:
+        """What the steps begin with, as the buffer holds it, and what they leave."""
+        return self.network.x, self.network.outputs
 
     def _fixed(self) -> dict[Layer, calls.Constants]:
         """What each layer's kernels read beside activations."""
@@ -136,12 +136,12 @@ class GraphFrozen(Frozen):
             sized(layer, sizes, (channels, height, width))
         steps = self._steps(batch, sizes)
         x = torch.zeros(shape, dtype=self.result_dtype, device=self.device).contiguous(memory_format=self._LAYOUT)
-        replay, y = self.graphs.captured(lambda: self.run(steps, x))
-        return Plan(shape, steps, sizes, x, replay, y)
+        replay, ys = self.graphs.captured(lambda: self.run(steps, x))
+        return Plan(shape, steps, sizes, x, replay, ys)
 
     def _steps(self, batch: int, sizes: dict[Value, Size]) -> list[Step]:
         """A kernel for every layer, or one for several layers where that is faster."""
-        readers = [value for layer in self.network.layers for value in (layer.x, layer.residual)]
+        readers = [value for layer in self.network.layers for value in (layer.x, layer.residual)] + self.network.outputs
         steps: dict[int, Step] = {}  # by their places
         makers: dict[Value, int] = {}
         for place, layer in enumerate(self.network.layers):
@@ -163,7 +163,8 @@ class GraphFrozen(Frozen):
         made = [steps[place] for place in sorted(steps)]
         last_readers = {value: step for step in made for value in step.call.inputs}
         for value, reader in last_readers.items():
-            reader.dead.append(value)
+            if value not in self.network.outputs:
+                reader.dead.append(value)
         return made
 
     def _joined(self, way: Way, last: Step, first: Step, batch: int, sizes: dict[Value, Size]) -> Step:
@@ -181,9 +182,9 @@ class GraphFrozen(Frozen):
             self._choices[key] = choose.choose(call, call.op, self._drawn(shapes, call), self.device)
         return self._choices[key]
 
-    def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> Tensor:
+    def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> list[Tensor]:
         """The kernels one after the other, on images as the plan's buffer holds them; ``see`` is shown each with its inputs."""
-        first, last = self._ends
+        first, ends = self._ends
         values = {first: x}
         for step in steps:
             if see is not None:
@@ -192,10 +193,9 @@ class GraphFrozen(Frozen):
             values |= zip(step.call.outputs, made if isinstance(made, tuple) else (made,), strict=True)
             for value in step.dead:
                 del values[value]
-        y = values[last]
-        return y.flatten(1) if self.network.flat else y
+        return [values[end] for end in ends]
 
-    def call(self, x: Tensor) -> Tensor:
+    def call(self, x: Tensor) -> Any:
         self.check(x)
         batch = len(x)
         plan = self.plan(tuple(x.shape))
@@ -204,11 +204,11 @@ class GraphFrozen(Frozen):
             with plainly(self.device):
                 padded = torch.zeros_like(plan.x)
                 padded[:batch].copy_(x)
-                return self.run(plan.steps, padded)[:batch]
+                return self.network.result([y[:batch] for y in self.run(plan.steps, padded)])
         with torch.inference_mode(False), torch.no_grad(), self.graphs.turn():
             plan.x[:batch].copy_(x)
             plan.replay()
-            return plan.y[:batch].clone()
+            return self.network.result([y[:batch].clone() for y in plan.ys])
 
     def take(self, found: Network) -> None:
         with self.graphs.turn(), plainly(self.device):

@@ -53,8 +53,8 @@ class IntegersFrozen(GraphFrozen):
         return super()._made(shape)
 
     @property
-    def _ends(self) -> tuple[Value, Value]:
-        return self._images, self._y
+    def _ends(self) -> tuple[Value, list[Value]]:
+        return self._images, [self._y]
 
     def _fixed(self) -> dict[Layer, Constants]:
         return {layer: self._constants_of(layer) for layer in self.network.layers}

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastres.errors import must, must_type
 from fastres.frozen.calibrate import INHERIT, Quality
 from fastres.frozen.int8 import LEVELS, MOST_TERMS, Scale
-from fastres.frozen.layers import Layer, Network
+from fastres.frozen.layers import Layer, Network, Output
 from fastres.frozen.record import Value
 
 FORMAT = 1
@@ -47,7 +47,7 @@ def write(
         layers.append(row | {"residual": None if layer.residual is None else numbers[layer.residual]})
         tensors |= {f"{index}.{name}": getattr(layer, name).contiguous() for name in _KINDS[layer.kind].split()}
     about = {
-        "format": FORMAT, "name": network.name, "channels": network.channels, "flat": network.flat, "layers": layers,
+        "format": FORMAT, "name": network.name, "channels": network.channels, "flat": network.form.flat, "layers": layers,
         "scales": {str(number): list(scales[value]) for value, number in numbers.items() if value in scales},
         "quality": None if quality is None else quality.to_dict(),
     }  # fmt: skip
@@ -119,7 +119,8 @@ class _Reader:
             _need(layer.kind not in INHERIT or scales[layer.y] == scales[layer.x], f"the scale of {layer.name}")
         _need(layers[-1].kind in ("conv", "linear", "add", "relu") and not layers[-1].relu, "the last layer")
         quality = self.about["quality"]
-        found = Network(_text(self.about["name"]), layers, self.values[0], channels, bool(self.about["flat"]))
+        form = Output(0, bool(self.about["flat"]))
+        found = Network(_text(self.about["name"]), layers, self.values[0], channels, [layers[-1].y], form)
         return found, scales, None if quality is None else _quality(quality)
 
     def layer(self, index: int, row: dict[str, Any], sizes: list[int]) -> Layer:

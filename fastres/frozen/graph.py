@@ -39,8 +39,8 @@ class Graphs:
             finally:
                 self._done.record(stream)
 
-    def captured(self, call: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        """A function that replays the call, and the tensor that it writes each time."""
+    def captured(self, call: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
+        """A function that replays the call, and the tensors that it writes each time."""
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
         stream = self._stream
@@ -51,5 +51,5 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            y = call()
-        return graph.replay, y
+            ys = call()
+        return graph.replay, ys

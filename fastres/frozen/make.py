@@ -13,7 +13,7 @@ from fastres.frozen import file, int8
 from fastres.frozen.base import DTYPES, RECORDED, Frozen, check_device, check_images, parameter_dtype, recorded
 from fastres.frozen.calibrate import Calibration, calibrate, checked, judge
 from fastres.frozen.int8 import Scale
-from fastres.frozen.layers import Layer, Network
+from fastres.frozen.layers import Layer, Network, Output
 from fastres.frozen.module import NativeFrozen
 from fastres.frozen.record import Value
 from fastres.kernels import native
@@ -123,9 +123,13 @@ def _natively(found: Network, wanted: Calibration) -> NativeFrozen:
 
 def _quantized(found: Network, wanted: Calibration, make: Callable[[Mapping[Value, Scale]], Quantised]) -> Quantised:
     """The network in 8-bit integers, made with its scales, if that is good enough."""
+    if not isinstance(found.form, Output) or any(layer.kind == "upsample" for layer in found.layers):
+        what = "must return one tensor, not a container, and enlarge none"
+        raise UnsupportedError(f"fastres.freeze: in 8-bit integers the network {what}")
     last = found.layers[-1]
     if last.kind not in ("conv", "linear", "add", "relu") or last.relu:  # kernels whose results can be float32 write no ReLU
         found.layers.append(Layer("relu", "dequantize", last.y, Value(last.y.shape)))
+        found.outputs = [found.layers[-1].y]
     batches = len(list(wanted.batches))
     with Progress(f"Quantising {found.name}", 3 * batches, quiet=not wanted.progress) as progress:
         calibrated = calibrate(found.layers, found.x, wanted, progress)

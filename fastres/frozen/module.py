@@ -100,7 +100,9 @@ class NativeFrozen(Frozen):
             batch, channels, height, width = shape
             size = (channels, height, width)
             laid = steps(self.network.layers, self.network.x, size, self.dtype, self._offset)
-            found = self._programs[key] = program(laid, batch, parts, self.dtype, self._constants(laid))
+            found = self._programs[key] = program(
+                laid, self.network.outputs, batch, parts, self.dtype, self._constants(laid)
+            )
             if len(self._programs) > _PROGRAMS:
                 self._programs.popitem(last=False)
         else:
@@ -151,15 +153,18 @@ class NativeFrozen(Frozen):
         key = next(reversed(self._programs), None)
         return None if key is None else key[:-1]
 
-    def call(self, x: Tensor) -> Tensor:
+    def call(self, x: Tensor) -> Any:
         self.check(x)
         with torch.inference_mode(False), torch.no_grad(), self._call((max(x.shape[0], 1), *x.shape[1:])) as plan:
-            channels, *pixels = plan.output
-            y = torch.empty((x.shape[0], *pixels, channels), dtype=self.result_dtype, device="cpu")
+            ys = self.results(plan, len(x))
             if x.shape[0]:
-                self.run(plan, self.readable(x.detach().resolve_conj().resolve_neg()), y)
-        y = y.permute(0, 3, 1, 2)
-        return y.flatten(1) if self.network.flat else y
+                self.run(plan, self.readable(x.detach().resolve_conj().resolve_neg()), ys)
+        return self.network.result([y.permute(0, 3, 1, 2) for y in ys])
+
+    def results(self, plan: Program, batch: int) -> list[Tensor]:
+        """Memory for the outputs, channels last."""
+        shapes = [(batch, *pixels, channels) for channels, *pixels in plan.outputs]
+        return [torch.empty(shape, dtype=self.result_dtype, device="cpu") for shape in shapes]
 
     @contextlib.contextmanager
     def _call(self, shape: tuple[int, ...]) -> Iterator[Program]:
@@ -177,7 +182,7 @@ class NativeFrozen(Frozen):
         """The images in a dtype that the plan reads: float32, or that of its results."""
         return x if x.dtype == torch.float32 else x.to(self.result_dtype)
 
-    def run(self, plan: Program, x: Tensor, y: Tensor) -> None:
+    def run(self, plan: Program, x: Tensor, ys: list[Tensor]) -> None:
         """One native call, in a block of memory that no other call uses meanwhile."""
         try:
             arena = self._arenas.pop()
@@ -185,7 +190,7 @@ class NativeFrozen(Frozen):
             arena = None
         if arena is None or arena.numel() < plan.arena_bytes:
             arena = large_pages(plan.arena_bytes)
-        native.op("cpu_plan")(x, plan.rows, plan.constants, arena[: plan.arena_bytes], y, plan.parts)
+        native.op("cpu_plan")(x, plan.rows, plan.constants, arena[: plan.arena_bytes], ys, plan.parts)
         if len(self._arenas) < _ARENAS:
             self._arenas.append(arena)
 

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +22,9 @@ from fastres.frozen.layers import Layer, Pair
 from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu
 
-KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add")  # enum Step of csrc/cpu/plan.h, in its order
+KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample")  # enum Step of csrc/cpu/plan.h, in its order
 FIELDS = 30  # of a row, struct PlanRow there
-NONE, INPUT, OUTPUT = -1, -2, -3
+NONE, INPUT, OUTPUT = -1, -2, -3  # and -4 for the second output, and so on
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 Size = tuple[int, int, int]  # channels, height, width
 
@@ -56,7 +56,7 @@ class Program:
     rows: Tensor
     constants: list[Tensor]
     arena_bytes: int
-    output: Size
+    outputs: list[Size]
     steps: list[Step]
     parts: int = 1  # of the batch
     chunks: list[int] = field(default_factory=list)  # images a pass, for each step
@@ -117,7 +117,8 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
         ArgumentError: the layer cannot run on it.
     """
     channels, *image = sizes[layer.x]
-    y = output_size(layer, (image[0], image[1]))
+    enlarged = layer.residual if layer.kind == "upsample" else None
+    y = output_size(layer, (image[0], image[1])) if enlarged is None else sizes[enlarged][1:]
     sizes[layer.y] = (layer.out_channels or channels, *y)
     fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
     if not fits or (layer.residual is not None and sizes[layer.residual] != sizes[layer.y]):
@@ -171,14 +172,19 @@ def _minima(numbers: list[int]) -> list[int]:
 
 
 def program(
-    found: list[Step], batch: int, parts: int, dtype: torch.dtype, constants: Mapping[Layer, tuple[Tensor, ...]]
+    found: list[Step],
+    outputs: Sequence[Value],
+    batch: int,
+    parts: int,
+    dtype: torch.dtype,
+    constants: Mapping[Layer, tuple[Tensor, ...]],
 ) -> Program:
     """Rows for the runner; ``constants`` are what the kernels of the layers read: weights first, then biases or scales."""
     chunks = passes(found, batch, parts, dtype.itemsize)
-    places, part_bytes = _Arena(found, chunks, batch // parts, dtype.itemsize).place()
-    output = found[-1]
-    if dtype == torch.int8:  # whose results are float32
-        places[output.y] = (OUTPUT, 4 * math.prod(output.y_size))
+    sizes = {step.y: step.y_size for step in found}
+    itemsize = 4 if dtype == torch.int8 else dtype.itemsize  # of results
+    given = {y: (OUTPUT - index, itemsize * math.prod(sizes[y])) for index, y in enumerate(outputs)}
+    places, part_bytes = _Arena(found, given, chunks, batch // parts, dtype.itemsize).place()
     rows, tensors = [], list[Tensor]()
     for index, step in enumerate(found):
         if index == 0 or chunks[index] != chunks[index - 1]:
@@ -188,7 +194,8 @@ def program(
         first, last = (len(tensors), len(tensors) + len(own) - 1) if own else (NONE, NONE)
         tensors += own
         rows.append(_row(step, places, dtype, first, last))
-    return Program(torch.tensor(rows, device="cpu"), tensors, part_bytes * parts, found[-1].y_size, found, parts, chunks)
+    made = [sizes[y] for y in outputs]
+    return Program(torch.tensor(rows, device="cpu"), tensors, part_bytes * parts, made, found, parts, chunks)
 
 
 def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, weight: int, bias: int) -> list[int]:
@@ -220,8 +227,10 @@ class _Arena:
     A value whose residual nobody reads later takes the residual's place: the kernels read an element before they write it.
     """
 
-    def __init__(self, found: list[Step], chunks: list[int], batch: int, itemsize: int) -> None:
-        self.found, self.chunks, self.batch, self.itemsize = found, chunks, batch, itemsize
+    def __init__(
+        self, found: list[Step], given: dict[Value, tuple[int, int]], chunks: list[int], batch: int, itemsize: int
+    ) -> None:
+        self.found, self.given, self.chunks, self.batch, self.itemsize = found, given, chunks, batch, itemsize
         self.made = {step.y: index for index, step in enumerate(found)}
         self.last = {step.y: index for index, step in enumerate(found)}
         for index, step in enumerate(found):
@@ -237,13 +246,12 @@ class _Arena:
         return first, last
 
     def place(self) -> tuple[dict[Value, tuple[int, int]], int]:
-        places: dict[Value, tuple[int, int]] = {}
+        places = dict(self.given)  # outputs live outside
         taken: list[tuple[int, int, int, int]] = []  # first step, last step, offset, end
         for index, step in enumerate(self.found):
+            if step.y in self.given:
+                continue
             image = step.y_size[0] * step.y_size[1] * step.y_size[2] * self.itemsize
-            if index + 1 == len(self.found):
-                places[step.y] = (OUTPUT, image)
-                break
             whole = self.segment(index) != self.segment(self.last[step.y])
             begin = self.segment(index)[0] if whole else index
             end = self.segment(self.last[step.y])[1] if whole else self.last[step.y]
@@ -266,6 +274,6 @@ class _Arena:
     def inherited(self, step: Step, index: int, whole: bool, places: dict[Value, tuple[int, int]]) -> Value | None:
         """The residual whose place y takes, if nobody reads it later and it is held alike."""
         old = step.residual
-        if old is None or self.last[old] != index or old is step.x or whole != (places[old][1] != 0):
+        if old is None or old in self.given or self.last[old] != index or old is step.x or whole != (places[old][1] != 0):
             return None
         return old if self.segment(self.made[old]) == self.segment(index) or whole else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.errors import UnsupportedError
 from fastres.ops import REGISTRY
@@ -38,10 +39,11 @@ class Operation:
 
 @dataclass
 class Recording:
-    """The operations that lead from ``x`` to ``y``."""
+    """The operations that lead from ``x`` to ``ys``; ``form`` is what the network returns, with their places for tensors."""
 
     x: Value
-    y: Value
+    ys: list[Value]
+    form: Any
     operations: list[Operation] = field(default_factory=list)
 
     def reads_parameters(self) -> bool:
@@ -63,7 +65,7 @@ class Recording:
             reshapes = operation.target.split(".")[1] in _RESHAPES
             args = [arg for arg in operation.args if isinstance(arg, Value) or not reshapes]
             found.append((operation.target, len(operation.result.shape), *map(told, args)))
-        return [*found, (order[self.y],)]
+        return [*found, (*(order[y] for y in self.ys), self.form)]
 
 
 def _storage(value: Any) -> int | None:
@@ -155,7 +157,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     """Run the model once, in evaluation and without autograd, and list its operations.
 
     Raises:
-        UnsupportedError: it returns anything but one tensor, or does what a plan cannot.
+        UnsupportedError: it returns anything but tensors, or does what a plan cannot.
     """
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     recorder = _Recorder(names)
@@ -171,7 +173,10 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     finally:
         for module, training in modes:
             module.training = training
-    if not isinstance(y, Tensor) or id(y) not in recorder.values:
-        what = type(y).__name__ if not isinstance(y, Tensor) else "one that does not depend on the input"
-        raise UnsupportedError(f"fastres.freeze: the network must return one tensor, got {what}")
-    return Recording(start, recorder.values[id(y)], recorder.operations)
+    leaves, structure = tree_flatten(y)
+    for leaf in leaves or [y]:
+        if not isinstance(leaf, Tensor) or id(leaf) not in recorder.values:
+            what = type(leaf).__name__ if not isinstance(leaf, Tensor) else "one that does not depend on the input"
+            raise UnsupportedError(f"fastres.freeze: the network must return tensors, alone or in containers, got {what}")
+    form = tree_unflatten(range(len(leaves)), structure)
+    return Recording(start, [recorder.values[id(leaf)] for leaf in leaves], form, recorder.operations)

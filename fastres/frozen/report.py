@@ -140,11 +140,9 @@ def _report(step: Step, images: int, batch: int, ms: float | None) -> StepReport
 
 def _times(frozen: NativeFrozen, plan: Program, x: Tensor) -> list[float | None]:
     """Median milliseconds of each step over the batch, run one by one in their order."""
-    rows, channels = plan.rows, plan.output
-    arena = large_pages(plan.arena_bytes)
-    y = torch.empty((x.shape[0], *channels[1:], channels[0]), dtype=frozen.result_dtype, device="cpu")
+    arena, ys = large_pages(plan.arena_bytes), frozen.results(plan, len(x))
     singles = []
-    for row in rows:
+    for row in plan.rows:
         if row[0] == 0:
             chunk = row[2].item()
         else:
@@ -154,6 +152,6 @@ def _times(frozen: NativeFrozen, plan: Program, x: Tensor) -> list[float | None]
     for _ in range(_REPEATS):
         for times, single in zip(found, singles, strict=True):
             start = time.perf_counter()
-            run(x, single, plan.constants, arena, y, plan.parts)
+            run(x, single, plan.constants, arena, ys, plan.parts)
             times.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(times) for times in found]

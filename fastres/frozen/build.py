@@ -1,0 +1,375 @@
+"""Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastres.errors import UnsupportedError
+from fastres.frozen import weights
+from fastres.frozen.layers import ONE, Layer, Network, Output, Pair
+from fastres.frozen.record import Recording, Value
+from fastres.ops import _fold
+
+_IN_PLACE = ("relu_", "add_", "sub_", "mul_", "div_")
+_END_IN_RELU = ("conv", "linear", "bn", "add", "upsample")
+_WHOLE = 2**31  # where a slice ends that takes all there is, whatever the size of the images
+
+
+def network(name: str, recording: Recording) -> Network:
+    """The layers of a recorded network.
+
+    Raises:
+        UnsupportedError: listing every operation that a plan has no step for.
+    """
+    builder = _Builder(recording)
+    layers, ends = builder.build(), list(map(builder.value, recording.ys))
+    outputs = list(dict.fromkeys(ends))
+    returned = [Output(outputs.index(end), len(y.shape) == 2) for end, y in zip(ends, recording.ys, strict=True)]
+    form = tree_map(lambda place: returned[place], recording.form)
+    return Network(name, layers, recording.x, recording.x.shape[1], outputs, form)
+
+
+class _Refused(Exception):
+    """No layer does what an operation does with these arguments."""
+
+
+class _Builder:
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        operands = (arg for operation in recording.operations for arg in operation.args if isinstance(arg, Value))
+        self.uses = Counter((*operands, *recording.ys))
+        self.found: list[Layer] = []
+        self.same: dict[Value, Value] = {}  # a value that holds what an earlier one holds
+        self.makers: dict[Value, Layer] = {}
+        self.refused: dict[str, int] = {}
+
+    def build(self) -> list[Layer]:
+        for operation in self.recording.operations:
+            if operation.result.constant is not None:
+                continue
+            take = getattr(self, "on_" + _stem(operation.target), None)
+            try:
+                if take is None or operation.target.endswith("out"):
+                    raise _Refused
+                take(*operation.args, y=operation.result)
+            except _Refused:
+                self.refused[operation.target] = self.refused.get(operation.target, 0) + 1
+        if self.refused:
+            what = ", ".join(f"{target} ({count}x)" for target, count in sorted(self.refused.items()))
+            raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; fastres.optimize serves such networks")
+        return self.needed()
+
+    def needed(self) -> list[Layer]:
+        """The layers that lead to the outputs, with every alias resolved."""
+        ends = set(map(self.value, self.recording.ys))
+        kept: list[Layer] = []
+        wanted = set(ends)
+        for layer in reversed(self.found):
+            if layer.y in wanted:
+                wanted |= {layer.x} if layer.residual is None else {layer.x, layer.residual}
+                kept.append(layer)
+        if not ends <= self.makers.keys():
+            raise UnsupportedError("fastres.freeze: the network computes nothing that a plan could run")
+        for shape in (y.shape for y in self.recording.ys):
+            if len(shape) not in (2, 4) or shape[0] != self.recording.x.shape[0]:
+                raise UnsupportedError(f"fastres.freeze: the network must return (N, C, H, W) or (N, features), got {shape}")
+        made = {self.recording.x}
+        for layer in kept[::-1]:
+            if not {layer.x, layer.residual} <= {None, *made}:
+                raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} computes from a constant")
+            if layer.kind == "upsample" and layer.residual is None:
+                raise UnsupportedError("fastres.freeze: a plan enlarges a value only to add it to another")
+            made.add(layer.y)
+        return kept[::-1]
+
+    def value(self, value: Value) -> Value:
+        while value in self.same:
+            value = self.same[value]
+        return value
+
+    def add(self, layer: Layer) -> None:
+        layer.x = self.value(layer.x)
+        self.found.append(layer)
+        self.makers[layer.y] = layer
+
+    def pass_on(self, x: Value, y: Value) -> None:
+        self.uses[x] += self.uses[y] - 1
+        self.same[y] = x
+
+    def stored(self, x: Value, y: Value) -> Value:
+        """The output value of a layer that keeps the shape of x: y itself or, where y is flattened, what y is a view of."""
+        source = self.value(x)
+        if len(source.shape) == len(y.shape):
+            return y
+        self.same[y] = self.between(source.shape, self.uses[y])
+        return self.same[y]
+
+    def between(self, shape: tuple[int, ...], uses: int = 1) -> Value:
+        """A further value, from one layer to so many others."""
+        self.uses[value := Value(shape)] = uses
+        return value
+
+    def private(self, value: Any, *kinds: str) -> Layer | None:
+        """The layer that made a value, if it has one of these kinds, no addition or ReLU yet, and no other reader."""
+        value = self.value(value)
+        layer = self.makers.get(value)
+        fits = layer is not None and layer.kind in kinds and not layer.relu and layer.residual is None
+        return layer if fits and self.uses[value] == 1 else None
+
+    def rename(self, layer: Layer, y: Value) -> None:
+        del self.makers[layer.y]
+        layer.y = y
+        self.makers[y] = layer
+
+    # ---- one method an operation, with its arguments -----------------------------------------------
+
+    def on_convolution(self, x, weight, bias, stride, padding, dilation, transposed, _, groups, *, y):
+        if transposed or len(weight.shape) != 4:
+            raise _Refused
+        pairs = [_pair(value) for value in (stride, padding, dilation)]
+        rows = weights.own(_constant(weight))
+        bias = torch.zeros(len(rows), device=rows.device) if bias is None else weights.own(_constant(bias))
+        self.add(_conv(x, weight, (rows, bias), *pairs, groups, y))
+
+    def on_native_batch_norm(self, x, weight, bias, mean, var, training, _, eps, *, y):
+        if training or mean is None or len(x.shape) != 4:
+            raise _Refused
+        parameters = [_constant(p) for p in (weight, bias, mean, var)]
+        conv = self.private(x, "conv")
+        if conv is not None:
+            conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *parameters), eps)
+            self.rename(conv, y)
+            return
+        self.add(Layer("bn", _layer_name(mean), x, y, weight=weights.batch_norm(*parameters, eps)))
+
+    on_cudnn_batch_norm = on_native_batch_norm
+
+    def on__native_batch_norm_legit_no_training(self, x, weight, bias, mean, var, momentum, eps, *, y):
+        self.on_native_batch_norm(x, weight, bias, mean, var, False, momentum, eps, y=y)
+
+    def on_bn_act(self, x, weight, bias, mean, var, eps, act, *, y):
+        self.on_bn_add_act(x, None, weight, bias, mean, var, eps, act, y=y)
+
+    def on_bn_add_act(self, x, residual, weight, bias, mean, var, eps, act, *, y):
+        normalised, added = self.between(x.shape), self.between(x.shape)
+        self.on_native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, y=normalised)
+        if residual is not None:
+            self.on_add(normalised, residual, y=added)
+        last = normalised if residual is None else added
+        if act == "relu":
+            self.on_relu(last, y=y)
+        else:
+            self.pass_on(last, y)
+
+    def on_conv_bn_act(self, x, *parameters, y):
+        self.on_conv_bn_add_act(x, None, *parameters, y=y)
+
+    def on_conv_bn_add_act(self, x, residual, weight, bias, g, b, m, v, eps, stride, padding, dilation, groups, act, *, y):
+        pairs = [_pair(value) for value in (stride, padding, dilation)]
+        rows, *others = map(_constant, (weight, bias, g, b, m, v))
+        conv = _conv(x, weight, _fold.fold((rows.float(), *others), eps), *pairs, groups, y)
+        conv.residual = None if residual is None else self.value(residual)
+        conv.relu = act == "relu"
+        self.add(conv)
+
+    def on_conv_bn_add_conv_bn_act(self, x, shortcut, *parameters, y):
+        main, own, act = parameters[:11], parameters[11:-1], parameters[-1]
+        residual = self.between(y.shape)
+        self.on_conv_bn_act(shortcut, *own, (0, 0), (1, 1), 1, "none", y=residual)
+        self.on_conv_bn_add_act(x, residual, *main, act, y=y)
+
+    def on_conv_bn_act_maxpool(self, x, *parameters, y):
+        pooled = self.between(y.shape)
+        self.on_conv_bn_act(x, *parameters[:-3], y=pooled)
+        self.on_max_pool2d_with_indices(pooled, *parameters[-3:], y=y)
+
+    def on_mul(self, x, factor, *, y):
+        x, factor = (factor, x) if x.constant is not None else (x, factor)
+        self.scale_and_shift(x, _of_channels(x, factor), None, y)
+
+    def on_div(self, x, divisor, *, y):
+        self.scale_and_shift(x, _of_channels(x, divisor).reciprocal(), None, y)
+
+    def on_sub(self, x, shift, alpha=1, *, y):
+        self.scale_and_shift(x, None, -alpha * _of_channels(x, shift), y)
+
+    def scale_and_shift(self, x: Value, scale: Tensor | None, shift: Tensor | None, y: Value) -> None:
+        """``x * scale + shift`` by channels, in the layer before where that is linear, else as a batch norm."""
+        layer, rows = self.private(x, "conv", "bn"), weights.scale_and_shift(scale, shift)
+        if layer is None:
+            self.add(Layer("bn", "scale and shift", x, y, weight=rows.float()))
+            return
+        layer.weight, layer.bias = weights.with_rows(layer.weight, layer.bias, rows)
+        self.rename(layer, y)
+
+    def on_add(self, x, residual, alpha=1, *, y):
+        if isinstance(residual, Value) and (x.constant is not None or residual.constant is not None):
+            x, shift = (residual, x) if x.constant is not None else (x, residual)
+            self.scale_and_shift(x, None, alpha * _of_channels(x, shift), y)
+            return
+        if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
+            raise _Refused
+        if len({(*self.value(operand).shape, 1, 1)[:4] for operand in (x, residual)}) > 1:
+            raise _Refused  # flattened from images of other sizes
+        y = self.stored(x, y)
+        operands = (x, residual), (residual, x)
+        for kinds, (first, second) in itertools.product((("upsample",), ("conv", "linear")), operands):
+            layer = self.private(first, *kinds)
+            if layer is not None:  # it moves here, where both operands exist
+                self.found.remove(layer)
+                self.found.append(layer)
+                layer.residual = self.value(second)
+                self.rename(layer, y)
+                return
+        self.add(Layer("add", "add", x, y, residual=self.value(residual)))
+
+    def on_upsample_nearest2d(self, x, size, scale_h=None, scale_w=None, *, y):
+        """The addition that follows says how large y is, for images of any size."""
+        if any(scale is not None and scale != int(scale) for scale in (scale_h, scale_w)):
+            raise _Refused
+        self.add(Layer("upsample", "upsample", x, y))
+
+    def on_add_act(self, x, residual, act, *, y):
+        self.on_add(x, residual, y=y)
+        self.makers[self.value(y)].relu = act == "relu"
+
+    def on_relu(self, x, *, y):
+        x, y = self.value(x), self.stored(x, y)
+        layer = self.makers.get(x)
+        if layer is not None and layer.kind in _END_IN_RELU and not layer.relu and self.uses[x] == 1:
+            layer.relu = True
+            self.rename(layer, y)
+            return
+        self.add(Layer("relu", "relu", x, y, relu=True))
+
+    def on_max_pool2d_with_indices(self, x, kernel, stride=(), padding=(0, 0), dilation=(1, 1), ceil=False, *, y):
+        if _pair(dilation) != ONE:
+            raise _Refused
+        kernel = _pair(kernel)
+        self.add(Layer("max_pool", "max_pool", x, y, None, False, kernel, _pair(stride or kernel), _pair(padding), ceil=ceil))
+
+    def on_avg_pool2d(self, x, kernel, stride=(), padding=(0, 0), ceil=False, with_padding=True, divisor=None, *, y):
+        kernel, padding = _pair(kernel), _pair(padding)
+        if divisor is not None or (with_padding and padding != (0, 0)):
+            raise _Refused
+        self.add(Layer("avg_pool", "avg_pool", x, y, None, False, kernel, _pair(stride or kernel), padding, ceil=ceil))
+
+    def on_mean(self, x, dims, keepdim=False, dtype=None, *, y):
+        if len(x.shape) != 4 or not isinstance(dims, list) or sorted(dim % 4 for dim in dims) != [2, 3]:
+            raise _Refused
+        self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
+
+    def on__adaptive_avg_pool2d(self, x, size, *, y):
+        if tuple(size) == (1, 1):
+            self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
+        elif tuple(size) == x.shape[2:]:
+            self.add(Layer("avg_pool", "adaptive_pool", x, y, expects=_pair(size)))
+        else:
+            raise _Refused
+
+    def on_addmm(self, bias, x, weight, beta=1, alpha=1, *, y):
+        source, rows = self.value(x), _constant(weight).t()
+        added = rows.new_zeros(len(rows)) if bias is None else _constant(bias)
+        if beta != 1 or alpha != 1 or added.shape != rows.shape[:1]:
+            raise _Refused
+        kernel = _pair(source.shape[2:]) if len(source.shape) == 4 else ONE
+        rows = rows.reshape(len(rows), -1, *kernel)
+        self.add(Layer("linear", _layer_name(weight), source, y, None, False, kernel, out_channels=len(rows),
+                       expects=kernel, weight=weights.own(rows), bias=weights.own(added)))  # fmt: skip
+
+    def on_mm(self, x, weight, *, y):
+        self.on_addmm(None, x, weight, y=y)
+
+    def on_view(self, x, shape, *, y):
+        flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
+        pixels = len(x.shape) == 4 and len(y.shape) == 4 and y.shape == x.shape
+        if not isinstance(shape, list) or not (flat or pixels):
+            raise _Refused
+        self.pass_on(self.value(x), y)
+
+    on__unsafe_view = on_view
+
+    def on_squeeze(self, x, dims=None, *, y):
+        """Of the pixels only; without ``dims`` it would take a batch of one image too."""
+        dims = [dims] if isinstance(dims, int) else dims or [0]
+        if x.shape[2:].count(1) != len(x.shape[2:]) or any(dim % len(x.shape) < 2 for dim in dims):
+            raise _Refused
+        self.pass_on(self.value(x), y)
+
+    def on_clone(self, x, *_, y):
+        self.pass_on(self.value(x), y)
+
+    def on_as_strided_(self, x, shape, strides, *_, y):
+        if tuple(shape) != x.shape:
+            raise _Refused
+        self.pass_on(self.value(x), y)
+
+    def on_empty(self, *_, y):
+        pass  # the unused outputs of a batch norm in evaluation
+
+    def on_slice(self, x, dim=0, start=None, end=None, step=1, *, y):
+        dim %= len(x.shape)
+        whole = not start and (end is None or end >= _WHOLE or (dim == 1 and end >= x.shape[1]))
+        if not whole or (step != 1 and dim not in (2, 3)) or len(x.shape) != 4:
+            raise _Refused
+        if step == 1:
+            self.pass_on(self.value(x), y)
+            return
+        stride = (step, 1) if dim == 2 else (1, step)
+        before = self.private(x, "pad")
+        if before is not None:
+            before.stride = (before.stride[0] * stride[0], before.stride[1] * stride[1])
+            self.rename(before, y)
+            return
+        self.add(Layer("pad", "subsample", x, y, stride=stride, out_channels=x.shape[1]))
+
+    def on_constant_pad_nd(self, x, pad, value=0, *, y):
+        if len(pad) != 6 or any(pad[:5]) or pad[5] < 0 or value != 0:
+            raise _Refused
+        before = self.private(x, "pad")
+        if before is not None:
+            before.out_channels, before.name = y.shape[1], "zero_pad"
+            self.rename(before, y)
+            return
+        self.add(Layer("pad", "zero_pad", x, y, out_channels=y.shape[1]))
+
+
+def _stem(target: str) -> str:
+    name = target.split(".")[1]
+    return {"flatten": "view", "reshape": "view"}.get(name, name.removesuffix("_") if name in _IN_PLACE else name)
+
+
+def _pair(value: Any) -> Pair:
+    values = tuple(int(v) for v in ([value] if isinstance(value, int) else value))
+    return values if len(values) == 2 else (values[0], values[0])  # type: ignore[return-value]
+
+
+def _constant(value: Value | None) -> Tensor | None:
+    """The tensor of a parameter; refuses a value that the network computes."""
+    if value is not None and value.constant is None:
+        raise _Refused
+    return None if value is None else value.constant
+
+
+def _of_channels(x: Value, constant: Any) -> Tensor:
+    """A constant that scales or shifts channels of x, one value for each."""
+    found = weights.of_channels(_constant(constant), x.shape) if isinstance(constant, Value) else None
+    if found is None:
+        raise _Refused
+    return found
+
+
+def _layer_name(parameter: Value) -> str:
+    return parameter.name.rpartition(".")[0] or parameter.name
+
+
+def _conv(
+    x: Value, weight: Value, own: tuple[Tensor, Tensor], stride: Pair, padding: Pair, dilation: Pair, groups: int, y: Value
+) -> Layer:
+    rows, bias = own
+    return Layer("conv", _layer_name(weight), x, y, None, False, _pair(rows.shape[2:]), stride, padding, dilation, groups,
+                 out_channels=len(rows), weight=rows, bias=bias)  # fmt: skip

@@ -241,7 +241,7 @@ class Function(nn.Module):
 @pytest.mark.parametrize(
     "function, why",
     [
-        (torch.sigmoid, "aten.sigmoid"), (lambda y: y if y.sum() > 0 else -y, "reads a value"), (lambda y: (y, y), "one tensor"),
+        (torch.sigmoid, "aten.sigmoid"), (lambda y: y if y.sum() > 0 else -y, "reads a value"), (lambda y: (y, 1), "return tensors"),
         (lambda y: F.max_pool2d(y, 2, dilation=2), "max_pool2d"), (lambda y: y.view(-1, 16), "aten.view"),
         (lambda y: y + 1.0, "aten.add"), (lambda y: torch.ones(3), "ones"), (lambda y: y.flatten(1)[:, :4], "slice"),
         (lambda y: y[:, :8].relu() + y[:, 8:], "slice"), (nn.Conv2d(16, 8, 3, groups=4), "groups"), (F.dropout, "dropout|bernoulli"),
@@ -322,18 +322,18 @@ def test_a_program_cannot_leave_its_memory():
     x = images((2, 3, 32, 32))
     frozen = fastres.freeze(small(), x)
     plan = frozen.program(x.shape)
-    arena, y = torch.empty(plan.arena_bytes, dtype=torch.uint8), torch.empty(2, 1, 1, 10)
+    arena, ys = torch.empty(plan.arena_bytes, dtype=torch.uint8), [torch.empty(2, 1, 1, 10)]
     run = native.op("cpu_plan")
-    run(x, plan.rows, plan.constants, arena, y, plan.parts)
-    for place, value in ((3, -7), (3, plan.arena_bytes), (7, plan.arena_bytes), (9, 99), (12, 4096), (13, 500), (15, 1 << 40),
+    run(x, plan.rows, plan.constants, arena, ys, plan.parts)
+    for place, value in ((3, -7), (3, -1 << 63), (7, -4), (3, plan.arena_bytes), (7, plan.arena_bytes), (9, 99), (12, 4096), (13, 500), (15, 1 << 40),
                          (16, 4096), (18, 0), (20, 0), (26, 1 << 30)):  # fmt: skip
         rows = plan.rows.clone()
         rows[3, place] = value
         with pytest.raises(RuntimeError, match=r"fastres\.freeze: .* must be"):
-            run(x, rows, plan.constants, arena, y, plan.parts)
-    good = {"x": x, "program": plan.rows, "constants": plan.constants, "arena": arena, "y": y, "parts": plan.parts}
+            run(x, rows, plan.constants, arena, ys, plan.parts)
+    good = {"x": x, "program": plan.rows, "constants": plan.constants, "arena": arena, "ys": ys, "parts": plan.parts}
     for bad in ({"x": x[:1]}, {"program": plan.rows[:, :-1].contiguous()}, {"constants": plan.constants[1:]},
-                {"arena": arena[:-1]}, {"parts": 0}, {"parts": 3}, {"parts": 4}):  # fmt: skip
+                {"arena": arena[:-1]}, {"ys": []}, {"ys": [ys[0][:1]]}, {"ys": [ys[0].bfloat16()]}, {"parts": 0}, {"parts": 3}, {"parts": 4}):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"fastres\.freeze: .* must be"):
             run(**good | bad)
 

@@ -17,7 +17,7 @@ import fastres
 from fastres import nn as fnn
 from fastres import timing, tune, tuner
 from fastres.dispatch import Backend
-from fastres.frozen import base, calls, choose, device, layers, make
+from fastres.frozen import base, build, calls, choose, device, make
 from fastres.frozen.record import record
 from fastres.ops import REGISTRY
 
@@ -347,12 +347,12 @@ def test_batch_norm_by_cudnn_is_batch_norm():
     """What PyTorch records on a GPU."""
     torch.manual_seed(0)
     model, x = with_statistics(Odd()), images((1, 20, 11, 8))
-    expected, again = layers.layers(record(model, x)), record(model, x)
+    expected, again = build.network("", record(model, x)).layers, record(model, x)
     named = "aten.cudnn_batch_norm.default"
     norms = [dataclasses.replace(o, target=named) if "batch_norm" in o.target else o for o in again.operations]
     again.operations = norms
     assert any(o.target == named for o in again.operations)
-    found = layers.layers(again)
+    found = build.network("", again).layers
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.kind == other.kind and (one.weight is None or torch.equal(one.weight, other.weight))

@@ -14,7 +14,7 @@ from reliability.board import Found, Tally, run
 from torch import nn
 
 from fastres import dispatch
-from fastres.frozen import file, int8, layers
+from fastres.frozen import build, file, int8
 from fastres.ops import REGISTRY, _check
 from fastres.optimize import whole
 
@@ -109,7 +109,7 @@ def fault_file(patch):
 
 def fault_plan(patch):
     """ReLUs are left out."""
-    patch.setattr(layers._Builder, "on_relu", lambda self, x, *, y: self.pass_on(x, y))
+    patch.setattr(build._Builder, "on_relu", lambda self, x, *, y: self.pass_on(x, y))
 
 
 def fault_scale(patch):

@@ -30,7 +30,7 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def runs_whole(model, x=X):
     """Whether a call is one plan; its result is then the plan's, to the bit."""
     whole = vars(model)[STATE].whole
-    y = whole.run(model, x)
+    y = whole.run(model, x, True)
     return y is not None and torch.equal(y, model(x))
 
 
@@ -100,7 +100,7 @@ def test_a_call_that_runs_keeps_its_weights(model):
     with frozen._call(tuple(X.shape)) as plan:
         frozen.update(other)
         assert not torch.equal(frozen(X), before)
-        frozen.run(plan, X, y)
+        frozen.run(plan, X, [y])
     assert torch.equal(y.flatten(1), before) and torch.equal(frozen(X), fastres.freeze(other, X)(X))
 
 
@@ -145,7 +145,7 @@ def test_what_follows_a_call_finds_modules(model):
     with torch.autocast("cpu", torch.bfloat16):
         assert not runs_whole(model)
     for other in (X.double(), X[0], X[:0], X.to(torch.bfloat16), X[:, :2]):
-        assert vars(model)[STATE].whole.run(model, other) is None
+        assert vars(model)[STATE].whole.run(model, other, True) is None
     with pytest.raises(RuntimeError):
         model(X[:, :2])
     model.layer1.train()
@@ -168,7 +168,7 @@ def test_networks_that_no_plan_can_run_say_so():
 def test_explain_says_that_the_network_is_one_plan(model):
     assert any("one native plan" in note for note in fastres.explain(model, X).notes)
     with torch.enable_grad():
-        assert any("autograd is on, so the modules" in note for note in fastres.explain(model, X).notes)
+        assert any("one by one: autograd is on" in note for note in fastres.explain(model, X).notes)
     assert not any("plan" in note for note in fastres.explain(fastres.restore(model), X).notes)
 
 

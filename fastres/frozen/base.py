@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastres.errors import UnsupportedError, must, must_type
-from fastres.frozen.calibrate import Quality
 from fastres.frozen.build import network
+from fastres.frozen.calibrate import Quality
 from fastres.frozen.layers import Network
 from fastres.frozen.record import Recording, Value, record
 from fastres.ops._conv_cpu import is_finite

@@ -182,7 +182,9 @@ class GraphFrozen(Frozen):
             self._choices[key] = choose.choose(call, call.op, self._drawn(shapes, call), self.device)
         return self._choices[key]
 
-    def run(self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None) -> list[Tensor]:
+    def run(
+        self, steps: list[Step], x: Tensor, see: Callable[[Step, dict[Value, Tensor]], object] | None = None
+    ) -> list[Tensor]:
         """The kernels one after the other, on images as the plan's buffer holds them; ``see`` is shown each with its inputs."""
         first, ends = self._ends
         values = {first: x}

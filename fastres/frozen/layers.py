@@ -17,7 +17,8 @@ ONE = (1, 1)
 @dataclass(eq=False)
 class Layer:
     """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, upsample (x enlarged to the residual's size,
-    nearest pixels, and added to it), relu or pad (a strided identity, with extra channels of zeros); ``kernel`` of an avg_pool is (0, 0) for all pixels."""
+    nearest pixels, and added to it), relu or pad (a strided identity, with extra channels of zeros); ``kernel`` of an avg_pool
+    is (0, 0) for all pixels."""
 
     kind: str
     name: str

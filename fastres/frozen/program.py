@@ -22,7 +22,7 @@ from fastres.frozen.layers import Layer, Pair
 from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu
 
-KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample")  # enum Step of csrc/cpu/plan.h, in its order
+KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample")  # enum Step of csrc/cpu/plan.h
 FIELDS = 30  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3  # and -4 for the second output, and so on
 ALIGNMENT = 4096  # of a value in the arena, in bytes

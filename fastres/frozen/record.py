@@ -16,7 +16,7 @@ from fastres.errors import UnsupportedError
 from fastres.ops import REGISTRY
 
 _PASSED = frozenset(("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"))
-_RESHAPES = frozenset(("view", "_unsafe_view", "as_strided_", "empty"))  # their numbers are sizes
+_RESHAPES = frozenset(("view", "_unsafe_view", "as_strided_", "empty", "upsample_nearest2d"))  # their numbers are sizes
 
 
 @dataclass(eq=False)

@@ -213,12 +213,19 @@ def _swap(
             unswap(site.module)
         elif site.status in ("fusable", "fused"):
             _install(site.module, State(channels_last))
-    for module in network.modules():
-        if module is not network and is_stage(module):
-            _install(module, State(channels_last))
-    own = State(channels_last, Whole())
+    for name, module in network.named_modules():
+        part = _is_part(name, found)
+        if module is not network and (part or is_stage(module)):
+            _install(module, State(channels_last, Whole() if part else None))
+    own = State(channels_last, None if any(site.status == "skipped" for site in found) else Whole())
     own.conversions, own.skip = conversions, patterns
     _install(network, own)
+
+
+def _is_part(name: str, found: list[Site]) -> bool:
+    """Whether a module holds several that run fused steps, and none to leave alone: it might have a plan of its own."""
+    inside = [site.status for site in found if site.name.startswith(f"{name}.")]
+    return "skipped" not in inside and sum(status in ("fusable", "fused", "fastres") for status in inside) > 1
 
 
 def _install(module: nn.Module, state: State) -> None:

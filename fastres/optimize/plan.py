@@ -70,12 +70,13 @@ class Plan:
     readable: bool = True  # whether the forward could be traced at all
     rejoined: bool = False  # whether a view became a reshape, so that channels_last values pass
     block: Block | None = None
+    mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = field(default_factory=list)  # that the forward read, and copies
 
 
 def plan(module: nn.Module, base: Any, training: bool) -> Plan:
     """Plan ``base.forward`` on this module in one mode; never raises, ``reason`` says what prevented a plan."""
     try:
-        graph = trace(module, base, training)
+        graph, mappings = trace(module, base, training)
     except CannotTrace as error:
         return Plan(reason=str(error), readable=False)
     rewriting = _Rewriting(module, graph, training)
@@ -88,7 +89,7 @@ def plan(module: nn.Module, base: Any, training: bool) -> Plan:
     _read_children_from_owner(graph)
     compiled = fx.GraphModule(nn.Module(), graph, "Plan")
     run = type(compiled).forward if block is None else block.run
-    return Plan(run, steps, None, compiled, identities, rejoined=rejoined, block=block)
+    return Plan(run, steps, None, compiled, identities, rejoined=rejoined, block=block, mappings=mappings)
 
 
 def _block(graph: fx.Graph, rewriting: "_Rewriting") -> Block | None:

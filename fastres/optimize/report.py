@@ -25,6 +25,7 @@ from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
 from fastres.optimize.swap import state_of
 from fastres.optimize.verify import copied, unseen_randomness
+from fastres.optimize.whole import STATE, Whole
 
 _UNSEEN = {"fusable": "fastres.optimize(model) would fuse it", "skipped": "skipped by optimize(skip=...)"}
 
@@ -234,15 +235,29 @@ def _explain_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Choice
 def _explain_model(model: nn.Module, inputs: tuple[Any, ...]) -> Report:
     state = state_of(model)
     found = sites(model)
-    seen = _observe(model, inputs) if inputs else {}
+    seen, parts = _observe(model, inputs) if inputs else ({}, {})
     reports = [_module_report(site, seen) for site in found]
     for report in reports:
         if report.status == "fusable" and state is not None and matches(report.name, state.skip):
             report.status = "skipped"
     verified, notes = None if state is None else state.verified, _notes(model, found)
-    if state is not None and state.whole is not None and inputs and not model.training:
-        notes.append(state.whole.describe(model, inputs[0]))
+    if state is not None and inputs and not model.training:
+        notes.append(_whole_note(model, state.whole, inputs[0], parts))
     return Report(type(model).__name__, model.training, reports, notes, verified)
+
+
+def _whole_note(model: nn.Module, whole: Whole | None, x: Any, parts: dict[str, Tensor]) -> str:
+    """The plan of a network, or why its modules run one by one, and which of them have plans."""
+    reason = "some of them are skipped" if whole is None else whole.why_not(model, x)
+    if reason is None:
+        return "as long as nothing changes, the whole network runs as one native plan (fastres.freeze shows its steps)"
+    planned: list[str] = []
+    for name, given in parts.items():
+        module, inside = model.get_submodule(name), any(name.startswith(f"{outer}.") for outer in planned)
+        if not inside and vars(module)[STATE].whole.why_not(module, given) is None:
+            planned.append(name)
+    own = f"; as native plans of their own run {', '.join(planned)}" if planned else ""
+    return f"the modules run one by one: {reason}{own}"
 
 
 def _module_report(site: Site, seen: _Seen) -> ModuleReport:
@@ -286,13 +301,26 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     return notes
 
 
-def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
-    """The choices of each module's steps when a copy of the model runs on inputs."""
+class _Asked:
+    """In the place of a part's plan: keeps what it is asked to run."""
+
+    def __init__(self, name: str, inputs: dict[str, Tensor]) -> None:
+        self.name, self.inputs = name, inputs
+
+    def run(self, _: nn.Module, x: Tensor, __: bool) -> None:
+        self.inputs.setdefault(self.name, x.detach().clone())
+
+
+def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[_Seen, dict[str, Tensor]]:
+    """The choices of each module's steps when a copy of the model runs on inputs, and the inputs of parts with plans."""
     seen: _Seen = {}
+    parts: dict[str, Tensor] = {}
     where: list[tuple[str, Step | None]] = []
     subject = copied(model, "explain", "give no input")
     for name, module in subject.named_modules():
         state = state_of(module)
+        if name and state is not None and state.whole is not None:
+            state.whole = _Asked(name, parts)  # type: ignore[assignment]
         if type(module).__module__.startswith("fastres."):
             module.register_forward_pre_hook(lambda *_, name=name: where.append((name, None)))
             module.register_forward_hook(lambda *_: where.pop() and None, always_call=True)
@@ -306,7 +334,7 @@ def _observe(model: nn.Module, inputs: tuple[Any, ...]) -> _Seen:
 
     with unseen_randomness(), _Choices(heard, model.training):
         subject(*(value.clone() if isinstance(value, Tensor) else value for value in inputs))
-    return seen
+    return seen, parts
 
 
 def _observed(plan: Plan, name: str, where: list[Any]) -> Plan:

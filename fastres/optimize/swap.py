@@ -26,8 +26,9 @@ class State:
 
     def __init__(self, channels_last: bool = False, whole: Whole | None = None) -> None:
         self.channels_last = channels_last
-        self.whole = whole  # of the network itself; its modules have None
+        self.whole = whole  # of the network itself, and of parts that might have a plan
         self.children: tuple[nn.Module | None, ...] | None = None  # the plans hold for these children
+        self.mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # and while these dicts equal what they held
         self.training = self.evaluation = Plan()
         self.conversions: list[Conversion] = []
         self.skip: tuple[str, ...] = ()
@@ -49,11 +50,14 @@ class State:
         if not base.__module__.startswith("fastres."):
             self.training, self.evaluation = plan(module, base, True), plan(module, base, False)
         self.children = tuple(module._modules.values())
+        self.mappings = [*self.training.mappings, *self.evaluation.mappings]
 
     def current(self, module: nn.Module) -> Plan:
         """The plan of the module's mode, if it can run now: its children are those it was made for, and no identity that it
         skips has a hook."""
-        if not torch.compiler.is_compiling() and self.children != tuple(module._modules.values()):
+        if not torch.compiler.is_compiling() and (
+            self.children != tuple(module._modules.values()) or any(now != then for now, then in self.mappings)
+        ):
             self.prepare(module)
         now = self.training if module.training else self.evaluation
         if now.identities and (why_not() is not None or any(map(has_hooks, now.identities))):
@@ -76,7 +80,7 @@ def swapped_class(base: Any) -> Any:
             return base.forward(self, *args, **kwargs)  # for torch.fx too, which then sees the layers it knows
         (x,) = args
         if state.whole is not None and not self.training:
-            y = state.whole.run(self, x)
+            y = state.whole.run(self, x, state.channels_last)
             if y is not None:
                 return y
         if state.channels_last and _has_layout(x):

@@ -10,7 +10,8 @@ import dis
 import inspect
 import operator
 import types
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ _TRUSTED = (
     "torchvision.models.resnet",
     "torchvision.models.vgg",
     "torchvision.models._utils",
+    "torchvision.models.segmentation",
     "torchvision.models.detection.backbone_utils",
     "torchvision.ops.feature_pyramid_network",
     "torchvision.ops.misc",
@@ -69,6 +71,15 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     """Records calls; remembers the first refusal, so that a bare ``except`` in a forward cannot swallow it."""
 
     refusal: str | None = None
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self.mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+
+    def read(self, mapping: dict[Any, Any]) -> Mapping[Any, Any]:
+        """A dict that the forward may look into, but not write to."""
+        self.mappings.append((mapping, dict(mapping)))
+        return types.MappingProxyType(mapping)
 
     def refuse(self, reason: str) -> CannotTrace:
         self.refusal = self.refusal or reason
@@ -129,6 +140,9 @@ class _Self:
         if name == "training":
             return object.__getattribute__(self, "_fastres_training")
         state = module.__dict__
+        if name == "_modules" and isinstance(module, nn.ModuleDict):
+            children = tracer.read(state["_modules"]).items()
+            return types.MappingProxyType({key: child and _Child(key, child, tracer) for key, child in children})
         if name in state["_modules"]:
             child = state["_modules"][name]
             return None if child is None else _Child(name, child, tracer)
@@ -157,7 +171,14 @@ def _constant(name: str, value: Any, tracer: _Tracer) -> Any:
     plain = plain or (type(value) in (tuple, torch.Size) and all(isinstance(item, _CONSTANTS) for item in value))
     if plain or value is F.relu or value is torch.relu:
         return value
+    if is_plain_mapping(value):
+        return tracer.read(value)
     raise tracer.refuse(f"its forward reads {name}, a {type(value).__name__} that may change unseen")
+
+
+def is_plain_mapping(value: Any) -> bool:
+    """Whether a dict holds constants alone."""
+    return type(value) is dict and all(isinstance(item, _CONSTANTS) for item in (*value, *value.values()))
 
 
 def _class_attribute(stand_in: _Self, name: str) -> Any:
@@ -232,8 +253,8 @@ def _input_name(forward: Callable[..., Any]) -> str:
     return parameters[0].name
 
 
-def trace(module: nn.Module, base: Any, training: bool) -> fx.Graph:
-    """The graph of ``base.forward`` on this module, in training or in evaluation.
+def trace(module: nn.Module, base: Any, training: bool) -> tuple[fx.Graph, list[tuple[dict[Any, Any], dict[Any, Any]]]]:
+    """The graph of ``base.forward`` on this module, in training or in evaluation, and the dicts that it was read with.
 
     The first placeholder is the module itself, the second its input; children appear as ``call_module`` nodes.
 
@@ -250,7 +271,10 @@ def trace(module: nn.Module, base: Any, training: bool) -> fx.Graph:
     x = tracer.create_proxy("placeholder", _input_name(forward), (), {})
     stand_in = _Self(module, base, training, owner, tracer)
     try:
-        result = tracer.create_arg(forward(stand_in, x))
+        result = forward(stand_in, x)
+        if type(result) is OrderedDict:  # of which fx would make a dict
+            result = tracer.create_proxy("call_function", OrderedDict, (list(result.items()),), {})
+        result = tracer.create_arg(result)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -260,4 +284,4 @@ def trace(module: nn.Module, base: Any, training: bool) -> fx.Graph:
     if tracer.refusal is not None:
         raise CannotTrace(tracer.refusal)
     graph.output(result)
-    return graph
+    return graph, tracer.mappings

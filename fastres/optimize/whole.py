@@ -1,4 +1,5 @@
-"""An optimised network in evaluation as one native plan, for as long as nothing about it has changed.
+"""An optimised network in evaluation as one native plan, for as long as nothing about it has changed. Where no plan serves the
+whole network, each of its largest parts that one serves has its own: a backbone, a head, a stage.
 
 Eligible is a call without autograd on a plain CPU tensor of the network's dtype, where nothing follows the call (a mode, a
 transform, torch.compile) and no backend is forced. Unchanged means: every module's attributes, children, parameters,
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_map
 
 from fastres import dispatch
 from fastres.errors import ArgumentError, UnsupportedError, is_out_of_memory
@@ -28,7 +30,7 @@ from fastres.nn._plain import has_hooks, original_class
 from fastres.ops import _fold
 from fastres.ops._op import has_modes
 from fastres.optimize.plan import plan as planned
-from fastres.optimize.trace import is_trusted
+from fastres.optimize.trace import is_plain_mapping, is_trusted
 
 STATE = "_fastres"  # of an instance: what swapping it added, a network's plan with it
 _KEPT = ("_modules", "_parameters", "_buffers")
@@ -46,6 +48,7 @@ class _Made:
         self.serves: dict[tuple[int, ...], bool] = {}  # whether the plan does what the network does, by kind of input
         own, *self.dicts = (state for module in model.modules() for state in _dicts(module))
         self.ids = self.identities(own)
+        self.mappings = [(value, dict(value)) for module in model.modules() for value in _mappings(module)]
         # Alive, so that no id is reused; but not what holds this plan, or the network would only die with the next collection.
         self.objects = [value for name, value in own.items() if name != STATE]
         self.objects += chain.from_iterable(state.values() for state in self.dicts)
@@ -64,6 +67,8 @@ class _Made:
 
     def holds(self, model: nn.Module) -> bool:
         if any(kind.forward is not forward for kind, forward in self.forwards.items()):
+            return False
+        if any(mapping != before for mapping, before in self.mappings):
             return False
         return self.identities(model.__dict__) == self.ids and (self.now() == self.marks or self._takes_writes(model))
 
@@ -91,6 +96,11 @@ def _dicts(module: nn.Module) -> Iterator[dict[str, Any]]:
     yield from (state[name] for name in (*_KEPT, *_HOOKS))
 
 
+def _mappings(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    """Dicts of plain values that a forward may read, and others may write to."""
+    return (value for name, value in module.__dict__.items() if name not in _KEPT and is_plain_mapping(value))
+
+
 _all: weakref.WeakSet["Whole"] = weakref.WeakSet()
 
 
@@ -101,7 +111,7 @@ def forget_all() -> None:
 
 
 class Whole:
-    """The plan of one network; copies and pickles leave it behind."""
+    """The plan of one network, or of a part of one; copies and pickles leave it behind."""
 
     def __init__(self) -> None:
         self._made: _Made | None = None
@@ -111,8 +121,8 @@ class Whole:
     def forget(self) -> None:
         self._made = None
 
-    def run(self, model: nn.Module, x: Tensor) -> Tensor | None:
-        """The network's answer, or None where its modules must run."""
+    def run(self, model: nn.Module, x: Tensor, channels_last: bool) -> Any:
+        """The network's answer, in channels_last only if it may be or x is; None where its modules must run."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _why_not_call(x) is not None:
             return None
         made = self._current(model, x)
@@ -120,23 +130,24 @@ class Whole:
         if plan is None or x.dtype != plan.dtype or x.shape[1] != plan.network.channels or not self._serves(made, model, x):
             return None
         try:
-            return plan(x)
+            y = plan(x)
         except ArgumentError:
             return None  # the modules raise PyTorch's own error
+        if channels_last or x.is_contiguous(memory_format=torch.channels_last):
+            return y
+        return tree_map(Tensor.contiguous, y)
 
-    def describe(self, model: nn.Module, x: Tensor) -> str:
-        """What ``explain`` notes: the plan, or why the modules run one by one."""
+    def why_not(self, model: nn.Module, x: Tensor) -> str | None:
+        """Why the modules run one by one; None where the plan runs."""
         if torch.is_grad_enabled():
-            return "autograd is on, so the modules run one by one; without it an unchanged network on a CPU runs as one plan"
+            return "autograd is on; without it an unchanged network on a CPU runs as one plan"
         reason = _why_not_call(x)
         if reason is None:
             made = self._current(model, x)
             reason = made.reason
             if reason is None and not self._serves(made, model, x):
                 reason = "for this size the network's Python does something else than for the first it saw"
-        if reason is None:
-            return "as long as nothing changes, the whole network runs as one native plan (fastres.freeze shows its steps)"
-        return f"the modules run one by one: {reason}"
+        return reason
 
     def _serves(self, made: _Made, model: nn.Module, x: Tensor) -> bool:
         kind = _kind(x)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 import fastres
 from fastres import models
-from fastres.frozen import choose, device, make
+from fastres.frozen import choose, device, make, program
 from fastres.ops import _conv_cpu
 from fastres.optimize.swap import STATE
 
@@ -47,12 +47,12 @@ class Taps(nn.Module):
         super().__init__()
         self.form = form
         self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2, 1)
-        self.bn, self.last = nn.BatchNorm2d(16), nn.Conv2d(16, 5, 1)
+        self.bn, self.third, self.last = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 5, 1)
 
     def forward(self, x):
         first = self.first(x)
         second = self.bn(self.second(F.relu_(first)))
-        third = F.relu(second + second)
+        third = F.relu(self.third(F.relu(second + second)) + second)
         return self.form(first, second, third, self.last(third))
 
 
@@ -107,6 +107,19 @@ def test_what_a_network_returns_comes_back_from_its_graph(form, monkeypatch):
     frozen = make.by_ops(model, images(4, 3, 12, 15), torch.float32)
     for batch in (4, 3):
         same_as_pytorch(frozen, model, images(batch, 3, 12, 15), torch.float32)
+
+
+def test_results_are_those_of_any_division_of_the_batch(monkeypatch):
+    """Some values then pass from steps for a few images to steps for all of them."""
+    torch.manual_seed(0)
+    model, x = lively(Taps(FORMS["named"])).eval(), images(8, 3, 24, 30)
+    passes = set()
+    for kib in range(60, 400, 20):
+        monkeypatch.setattr(program, "cache_bytes", lambda kib=kib: kib << 10)
+        frozen = fastres.freeze(model, x)
+        same_as_pytorch(frozen, model, x)
+        passes.add(tuple(step.images for step in fastres.explain(frozen).steps))
+    assert len(passes) > 3
 
 
 def test_results_do_not_share_memory_with_later_ones_or_each_other():

@@ -2,7 +2,8 @@
 // act(x[floor(i * in / out)] + residual[i]), the quotient in float as in PyTorch's nearest.
 // Layout: channels last; a thread owns rows of y (pools) or pixels (bn), vectors run along the channels.
 // Bytes per output: a window of reads, mostly from L1, and one write.
-// Accumulate type: float; sums by lines of pixels, which keeps those of large maps exact; one rounding, to the output type.
+// Accumulate type: float; sums by lines of pixels and blocks of lines, which keeps those of large maps exact; one rounding, to the
+// output type.
 // Invariants: every window touches its image, which the binding checks.
 #include "cpu/plan.h"
 
@@ -15,6 +16,7 @@ namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
 
 constexpr int64_t kWide = kLanes<float>;
+constexpr int64_t kBlock = 4;  // lines that are joined before they join the others
 using Values = Vec<float, kWide>;
 
 // For each pixel of y: result = finish(join of the window's pixels, line by line, their number).
@@ -30,14 +32,17 @@ FASTRES_INLINE void pool_rows(const PoolArgs& args, int64_t begin, int64_t end, 
       const int64_t w0 = left < 0 ? 0 : left, w1 = min(left + args.kernel_w, args.width);
       scalar_t* to = y + (at * args.out_w + out) * args.channels;
       for_each<kWide>(args.channels, to, false, [&](int64_t c, auto lanes) {
-        Values value = start - Values{};
+        Values value = start - Values{}, block = value;
         for (int64_t h = h0; h < h1; ++h) {
           Values line = start - Values{};
           for (int64_t w = w0; w < w1; ++w)
             line = join(line, load<float, kWide>(x + (h * args.width + w) * args.channels + c, lanes));
-          value = join(value, line);
+          block = join(block, line);
+          if ((h - h0) % kBlock != kBlock - 1) continue;
+          value = join(value, block);
+          block = start - Values{};
         }
-        store<kWide>(to + c, finish(value, static_cast<float>((h1 - h0) * (w1 - w0))), lanes);
+        store<kWide>(to + c, finish(join(value, block), static_cast<float>((h1 - h0) * (w1 - w0))), lanes);
       });
     }
   }

@@ -45,8 +45,9 @@ def freeze(
     float32 products use TF32 where ``torch.backends`` allows it when a size is planned.
 
     Args:
-        model: a network from one image batch to one tensor: any composition of convolutions, batch norm, additions, ReLU,
-            max and average pooling and linear layers, however its Python is written.
+        model: a network from one image batch to one tensor, or to several in lists, tuples and dicts, as backbones return
+            them: any composition of convolutions, batch norm, additions (also of a value that is enlarged by nearest pixels,
+            as in feature pyramids), ReLU, max and average pooling and linear layers, however its Python is written.
         example: images (N, C, H, W) on the model's device, float32, bfloat16 or, on a GPU, float16; the network runs once on
             them, on a GPU on the first two, in its parameters' dtype and without autocast.
         dtype: ``torch.float32`` or ``torch.bfloat16``, or on a GPU ``torch.float16``, for weights and activations; None is the

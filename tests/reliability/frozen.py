@@ -10,28 +10,31 @@ import torch.nn.functional as F
 from _integers import emulated
 from _modules import lively
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 import fastres
 from fastres.budget import within_budget
 from reliability.board import Tally, scored
 
 STEPS = ("conv", "conv", "conv bn", "conv bn", "relu", "bn", "residual", "max", "average", "pad", "twice", "groups")
+REAL_STEPS = (*STEPS, "enlarge")
 
 
 class Random(nn.Module):
-    """A chain of steps drawn from a seed, some with a residual; it ends in features, a classifier or images. ``groups``:
-    convolutions may be in several."""
+    """A chain of steps drawn from a seed, some with a residual; it ends in features, a classifier or images. Not for integers:
+    convolutions in groups, values that are enlarged, and results of several tensors."""
 
-    def __init__(self, seed: int, groups: bool = True) -> None:
+    def __init__(self, seed: int, integers: bool = False) -> None:
         super().__init__()
-        self.may_group = groups
+        self.integers = integers
         draw = self.draw = random.Random(seed)
         self.first = self.channels = draw.choice((1, 3, 4, 8, 16, 20))
         self.steps = nn.ModuleList()
-        self.kinds = [draw.choice(STEPS) for _ in range(draw.randint(1, 7))]
+        self.kinds = [draw.choice(STEPS if integers else REAL_STEPS) for _ in range(draw.randint(1, 7))]
         for kind in self.kinds:
             self.steps.append(getattr(self, "_" + kind.split()[0])(kind))
         self.end = draw.choice(("images", "mean", "linear", "flat relu linear"))
+        self.taps = [] if integers or draw.random() < 0.7 else draw.sample(self.kinds, 1)
         self.linear = nn.Linear(self.channels, draw.choice((1, 10))) if "linear" in self.end else None
 
     def _conv(self, kind: str, out: int | None = None, stride: int | None = None) -> nn.Module:
@@ -69,13 +72,18 @@ class Random(nn.Module):
 
     def _groups(self, kind: str) -> nn.Module:
         own = self.draw.choice((2, 4, 8, 16))
-        groups = self.channels // own if self.may_group and self.channels % 16 == 0 else 1
+        groups = self.channels // own if not self.integers and self.channels % 16 == 0 else 1
         return nn.Conv2d(self.channels, self.channels, 3, self.draw.choice((1, 2)), 1, groups=groups)
 
     def _twice(self, kind: str) -> nn.Module:
         return nn.Conv2d(self.channels, self.channels, 1)
 
+    def _enlarge(self, kind: str) -> nn.Module:
+        return nn.Conv2d(self.channels, self.channels, 3, 2, 1)
+
     def forward(self, x):
+        """The values behind the tapped kinds of steps too, if there are any, as later steps in place leave them."""
+        seen = []
         for kind, step in zip(self.kinds, self.steps, strict=True):
             if kind == "residual":
                 x = F.relu(step(x) + x)
@@ -83,8 +91,14 @@ class Random(nn.Module):
                 x = step(F.relu(step(x))) + x
             elif kind == "pad":
                 x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 4))
+            elif kind == "enlarge":
+                x = x + F.interpolate(step(x), x.shape[2:])
             else:
                 x = step(x)
+            seen += [x] if kind in self.taps else []
+        return self.last(x) if not self.taps else [*seen, {"end": self.last(x)}]
+
+    def last(self, x):
         if self.end == "images":
             return x
         x = x.mean((2, 3))
@@ -125,10 +139,10 @@ def agrees(frozen: nn.Module, model: nn.Module, x: torch.Tensor, seed: int) -> N
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         with torch.no_grad():
-            own, theirs, truth = frozen(x), model(x), exact(x.double())
-        assert (own.shape, own.dtype) == (theirs.shape, theirs.dtype), f"{own.dtype} {tuple(own.shape)}, not {tuple(theirs.shape)}"
-        verdict = within_budget(own, theirs, truth, x.dtype)
-        if verdict.ok:
+            (own, form), (theirs, expected), (truth, _) = map(tree_flatten, (frozen(x), model(x), exact(x.double())))
+        kinds = [[(y.shape, y.dtype) for y in ys] for ys in (own, theirs)]
+        assert form == expected and kinds[0] == kinds[1], f"{kinds[0]}, not {kinds[1]}"
+        if all(within_budget(*ys, x.dtype).ok for ys in zip(own, theirs, truth, strict=True)):
             return
         x = torch.randn(64, *x.shape[1:], generator=generator)
     rows = []
@@ -136,10 +150,12 @@ def agrees(frozen: nn.Module, model: nn.Module, x: torch.Tensor, seed: int) -> N
         torch.manual_seed(seed + 100_000 * other)
         model = unmasked(Random(seed)).eval()
         with torch.no_grad():
-            found = [fastres.freeze(model, x)(x), model(x), copy.deepcopy(model).double()(x.double())]
-        rows.append([t.double().flatten() / found[2].abs().max().clamp_min(1e-30) for t in found])
-    verdict = within_budget(*(torch.cat(column) for column in zip(*rows, strict=True)), x.dtype)
-    assert verdict.ok, f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
+            found = [tree_leaves(y) for y in (fastres.freeze(model, x)(x), model(x), copy.deepcopy(model).double()(x.double()))]
+        scales = [y.abs().max().clamp_min(1e-30) for y in found[2]]
+        rows.append([[y.double().flatten() / scale for y, scale in zip(ys, scales, strict=True)] for ys in found])
+    for column in zip(*(zip(*row, strict=True) for row in rows), strict=True):  # one output of all networks
+        verdict = within_budget(*map(torch.cat, zip(*column, strict=True)), x.dtype)
+        assert verdict.ok, f"error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
 
 
 def unmasked(model: nn.Module) -> nn.Module:
@@ -168,7 +184,8 @@ def random_networks(tally: Tally, count: int) -> None:
                     agrees(frozen, model, other, seed)
                 else:
                     refuses(lambda frozen=frozen, other=other: frozen(other))
-            assert torch.equal(copy.deepcopy(frozen)(x), frozen(x)), "a copy differs"
+            copies = zip(tree_leaves(copy.deepcopy(frozen)(x)), tree_leaves(frozen(x)), strict=True)
+            assert all(torch.equal(one, other) for one, other in copies), "a copy differs"
 
 
 @scored("F2", "random networks in 8-bit integers: as their integers say, the same from the file", full=600, short=20)
@@ -179,7 +196,7 @@ def random_int8(tally: Tally, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):
             torch.manual_seed(seed)
-            model = unmasked(Random(seed, groups=False)).eval()
+            model = unmasked(Random(seed, integers=True)).eval()
             x = example(seed, model.first, 4)
             with tally.case(f"seed {seed}: {model.kinds}, {model.end}, {tuple(x.shape)}"):
                 if not suits(model, x):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastres
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.table import text_table
 from fastres import functional
 from fastres.experiments import parity, rivals
@@ -219,4 +219,4 @@ def peak(name: str, model: str, batch: int, dtype: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from benchmarks import bench_overhead, harness
+from benchmarks import bench_overhead, command, harness
 from benchmarks.acceptance import lane, plot, tasks
 from benchmarks.acceptance.promises import Promise, kernel_promises, parity_promises, speed_promises
 from benchmarks.acceptance.run import OUT_OF_TIME, Budget, perform_all, say
@@ -178,4 +178,4 @@ def show(rows: list[Row], promises: list[Promise]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks import harness
+from benchmarks import command, harness
 from fastres import tuner
 from fastres.dispatch import GPU_KERNELS
 from fastres.ops import REGISTRY
@@ -38,4 +38,4 @@ def smoke(place: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -5,7 +5,6 @@ Writes ``peers.json`` after every cell; ``--keep`` goes on with the file of an e
 
 import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.peers import cell as cells
 from benchmarks.peers import table
 from benchmarks.peers.cell import Cell, Row
@@ -81,7 +80,7 @@ def keep(todo: list[Cell], folder: Path = harness.RESULTS) -> list[Row]:
     path = folder / harness.device_name(CPU) / "peers.json"
     if not path.exists():
         return []
-    data, now = json.loads(path.read_text(encoding="utf-8")), harness.about(CPU)
+    data, now = harness.read(path), harness.about(CPU)
     for key in ("commit", "torch", "threads"):
         if data[key] != now[key]:
             raise SystemExit(f"--keep: {path} was measured with {key} {data[key]}, this run has {now[key]}")
@@ -94,4 +93,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -76,6 +77,13 @@ def write(path: Path, rows: list[Row], place: torch.device, **more: Any) -> Path
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def check_writable(place: torch.device, folder: Path = RESULTS) -> None:
+    """Raise OSError where this machine's result files cannot be written: before minutes of work, not after."""
+    (folder / device_name(place)).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder / device_name(place)):
+        pass
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ what each is made of. Plots beside the results of networks are drawn too. ``--ch
 page differs from what the files give.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -28,7 +27,7 @@ PAGES = {  # the tables of each, in their order
     README: ("gpu-networks", "cpu-inference", "cpu-training", "scoreboard", "support-matrix"),
     EVIDENCE: (
         "gpu-networks", "gpu-kernels", "peers", "models", "training-steps", "training-kernels", "training-memory",
-        "degradation", "reliability",
+        "overhead", "degradation", "reliability",
     ),
 }  # fmt: skip
 TUNED = ROOT / "fastres" / "tuned"
@@ -39,7 +38,7 @@ COLUMNS = ("cpu", "onednn", "triton", "cuda", "cuda_wide", "cuda_cluster", "cudn
 
 def main(arguments: list[str] | None = None) -> int:
     text = "Write the tables of README.md and benchmarks/results/README.md, and the plots, from the result files."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=text)
+    parser = command.Parser("report", text)
     parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where a page is out of date")
     check = parser.parse_args(arguments).check
     if not check:
@@ -232,13 +231,14 @@ def architectures(path: Path) -> list[str]:
     return [f"sm_{arch}" for arch in sorted(found, key=lambda arch: int(arch.rstrip("af")))]
 
 
+CONDENSED = ("models", "training-steps", "training-kernels", "training-memory", "overhead")
 TABLES: dict[str, Measured | Made] = {
     "gpu-networks": Measured("acceptance", acceptance.networks, on_gpu=True),
     "gpu-kernels": Measured("acceptance", acceptance.kernels, on_gpu=True),
     "cpu-inference": Measured("peers", means),
     "cpu-training": Measured("training-steps", means),
     "peers": Measured("peers", peers.markdown, peers.LEGEND),
-    **{name: Measured(name, _markdown) for name in ("models", "training-steps", "training-kernels", "training-memory")},
+    **{name: Measured(name, _markdown) for name in CONDENSED},
     "degradation": Made(degradation),
     "reliability": Made(reliability),
     "scoreboard": Made(scoreboard_line),

@@ -16,6 +16,7 @@ SAMPLES = 4  # of each op, in both memory formats
 
 
 def main() -> int:
+    command.Parser("acceptance.smoke", "Run the first samples of every op on every backend of this device.").parse_args()
     ran = smoke(harness.device())
     print(f"{ran} calls")
     return 0 if ran else 1

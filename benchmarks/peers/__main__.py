@@ -3,7 +3,6 @@
 Writes ``peers.json`` after every cell; ``--keep`` goes on with the file of an earlier run of the same commit.
 """
 
-import argparse
 import itertools
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from benchmarks.peers import table
 from benchmarks.peers.cell import Cell, Row
 from benchmarks.peers.process import Process
 from benchmarks.peers.ways import DTYPES, WAYS
+from fastres.experiments.subject import load
 
 CPU = torch.device("cpu")
 
@@ -29,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60.0 * options.minutes
     ways = [way for way in WAYS if not options.ways or way.name in options.ways]
     todo = [Cell(*case) for case in itertools.product(options.models, options.batches, options.dtypes)]
+    if not options.no_record:
+        harness.check_writable(CPU)
+    for model in options.models:
+        load(model, device="cpu")  # or fail now, not after minutes of work
     kept = keep(todo) if options.keep else []
     say("peaks of this machine")
     peaks = Process("benchmarks.peers.peaks", {}, threads=threads, pinned=True).answer()["rows"]
@@ -59,13 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> Any:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.partition("\n")[0])
+    parser = command.Parser("peers", "Inference of whole networks on the CPU against every other way to run them.")
     names = [way.name for way in WAYS]
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50", "resnet152"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batches", nargs="+", type=command.images, default=[1, 8, 32])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--ways", nargs="+", choices=names, metavar="WAY", help=f"of {', '.join(names)}; default all")
-    parser.add_argument("--minutes", type=float, default=90.0, help="for all, about: it decides how many turns are taken")
+    parser.add_argument("--minutes", type=command.minutes, default=90.0, help="for all, about; decides the number of turns")
     parser.add_argument("--keep", action="store_true", help="keep the other cells that the result file holds")
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     return parser.parse_args(arguments)

@@ -44,7 +44,7 @@ bench: .venv/built .venv/dev
 peers: .venv/built .venv/peers
 	$(BIN)/python -m benchmarks.peers
 
-# Every class of the scoreboard in full; writes RELIABILITY.json, and README's table from it.
+# Every class of the scoreboard in full; writes RELIABILITY.json, and what README and benchmarks/results/README.md show of it.
 reliability: .venv/built .venv/dev
 	PYTHONPATH=tests $(BIN)/python -m reliability
 	$(BIN)/python -m benchmarks.report

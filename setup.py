@@ -25,6 +25,14 @@ from toolchain import Unmet  # noqa: E402
 PARTS = {"auto": ("cuda", "cpu"), "none": (), "cpu": ("cpu",), "cuda": ("cuda", "cpu")}
 
 
+def wished() -> str:
+    """What FASTRES_BUILD asks for."""
+    wish = os.environ.get("FASTRES_BUILD") or "auto"
+    if wish not in PARTS:
+        raise SystemExit(f"fastres: FASTRES_BUILD must be {', '.join(PARTS)}, got {wish!r}")
+    return wish
+
+
 def git_revision() -> str | None:
     """The commit built from, marked -dirty where the tree differs from it; None outside a clone."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
@@ -67,7 +75,7 @@ class BuildNative(build_ext):
     """Builds the native libraries and puts them, with the record, where Python is going to import them."""
 
     def run(self) -> None:
-        info, libraries = build_native(os.environ.get("FASTRES_BUILD") or "auto")
+        info, libraries = build_native(wished())
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "fastres"
         package.mkdir(parents=True, exist_ok=True)
         for part, name in recipes.PRODUCTS.items():
@@ -95,9 +103,6 @@ class Build(build):
 
 
 if __name__ == "__main__":
-    wish = os.environ.get("FASTRES_BUILD") or "auto"
-    if wish not in PARTS:
-        raise SystemExit(f"fastres: FASTRES_BUILD must be {', '.join(PARTS)}, got {wish!r}")
     # The extension only makes the wheel a platform wheel; BuildNative decides what goes into it.
-    modules = [] if wish == "none" else [Extension("fastres._C", [])]
+    modules = [] if wished() == "none" else [Extension("fastres._C", [])]
     setup(ext_modules=modules, cmdclass={"build": Build, "build_ext": BuildNative})

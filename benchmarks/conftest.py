@@ -17,6 +17,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[ROWS] = {}
+    if config.getoption("--record", False):
+        try:
+            harness.check_writable(harness.device())
+        except OSError as error:
+            raise pytest.UsageError(f"--record: {error}") from None
     for noise in ("ignore:dynamo_pgo force disabled", "ignore:.torch.jit.script_method. is deprecated"):
         config.addinivalue_line("filterwarnings", noise)
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import benchmarks
 import fastres
 from benchmarks.table import case_of, cases
 from fastres import budget, info, timing
+from fastres.errors import ArgumentError
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, training_step
 from fastres.experiments.rivals import FASTRES
@@ -77,6 +79,28 @@ def write(path: Path, rows: list[Row], place: torch.device, **more: Any) -> Path
     return path
 
 
+def check_writable(place: torch.device, folder: Path = RESULTS) -> None:
+    """Raise OSError where this machine's result files cannot be written: before minutes of work, not after."""
+    (folder / device_name(place)).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder / device_name(place)):
+        pass
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a result file holds.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArgumentError(f"{path} must be a result file in JSON, got {error} (remove it, or take it from git)") from None
+    if not isinstance(data, dict):
+        raise ArgumentError(f"{path} must be a result file, an object in JSON, got {type(data).__name__}")
+    return data
+
+
 def extend(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS) -> Path:
     """Write a result file that keeps the rows of other cases that this commit measured before on this machine."""
     measured = cases(rows)
@@ -89,7 +113,7 @@ def measured_before(name: str, place: torch.device, folder: Path = RESULTS) -> l
     path, now = folder / device_name(place) / f"{name}.json", about(place)
     if not path.is_file():
         return []
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read(path)
     return before["rows"] if all(before.get(key) == value for key, value in now.items() if key != "date") else []
 
 

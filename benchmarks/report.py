@@ -1,66 +1,74 @@
-"""``python -m benchmarks.report``: writes README's tables from the result files, and plots beside those of networks.
+"""``python -m benchmarks.report``: writes the tables of README and of benchmarks/results/README.md from the result files.
 
-A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; NAME is that of result files (``models``,
-``ops``, ...), one table a machine, ``reliability`` or ``support-matrix``. ``--check`` writes nothing, and exits
-with 1 where README differs from what the files give.
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``; ``PAGES`` says which page shows which, ``TABLES``
+what each is made of. Plots beside the results of networks are drawn too. ``--check`` writes nothing, and exits with 1 where a
+page differs from what the files give.
 """
 
-import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import sources
+from benchmarks import command, sources
 from benchmarks.acceptance import table as acceptance
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT, read
 from benchmarks.peers import table as peers
-from benchmarks.table import Row, cases, condensed, duration, markdown, rivals
+from benchmarks.table import Row, cases, condensed, duration, markdown, means, rivals
+from fastres import terminal
+from fastres.errors import ArgumentError
+from fastres.experiments import degradation_report
 from fastres.experiments.rivals import FASTRES
 from fastres.ops import REGISTRY
 
-README = ROOT / "README.md"
+README, EVIDENCE = ROOT / "README.md", RESULTS / "README.md"
+PAGES = {  # the tables of each, in their order
+    README: ("gpu-networks", "cpu-inference", "cpu-training", "scoreboard", "support-matrix"),
+    EVIDENCE: (
+        "gpu-networks", "gpu-kernels", "peers", "models", "training-steps", "training-kernels", "training-memory",
+        "overhead", "degradation", "reliability",
+    ),
+}  # fmt: skip
 TUNED = ROOT / "fastres" / "tuned"
 COMPILED = RESULTS / "compile"  # what the compile lane reported, a file for each backend
 MARKED = re.compile(r"(<!-- results:([a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
-ON_GPUS = {"gpu-networks": acceptance.networks, "gpu-kernels": acceptance.kernels}  # of the acceptance runs on GPUs
 COLUMNS = ("cpu", "onednn", "triton", "cuda", "cuda_wide", "cuda_cluster", "cudnn", "torch")
-LEGEND = (
-    "fastres: median time of a call. Other columns: their time divided by that of fastres in the same run, so above 1 fastres"
-    " is faster. Ready after: preparation and first call."
-)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where README is out of date")
-    arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    try:
-        wanted = render(text)
-    except LookupError as error:
-        print(f"benchmarks.report: {error}", file=sys.stderr)
-        return 1
-    if arguments.check:
-        for name in stale(text, wanted):
-            print(f"README.md: the table {name} is not what the result files give (python -m benchmarks.report)")
-        return 1 if text != wanted else 0
-    README.write_text(wanted, encoding="utf-8")
-    for name, draw in {"models": plot, "peers": peers.plot}.items():
+def main(arguments: list[str] | None = None) -> int:
+    text = "Write the tables of README.md and benchmarks/results/README.md, and the plots, from the result files."
+    parser = command.Parser("report", text)
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 where a page is out of date")
+    check = parser.parse_args(arguments).check
+    if not check:
+        terminal.need("drawing the plots", "matplotlib")  # before anything is written
+    current = True
+    for page, names in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        wanted = render(text, names)
+        if not check:
+            page.write_text(wanted, encoding="utf-8")
+        for name in stale(text, wanted) if check else ():
+            current = False
+            where = page.relative_to(ROOT)
+            print(f"{where}: the table {name} is not what the result files give (python -m benchmarks.report)")
+    for name, draw in {} if check else {"models": plot, "peers": peers.plot}.items():
         for path in sorted(RESULTS.glob(f"*/{name}.json")):
-            draw(json.loads(path.read_text()), path.with_suffix(".png"))
-    return 0
+            draw(read(path), path.with_suffix(".png"))
+    return 0 if current else 1
 
 
-def render(text: str, results: Path = RESULTS) -> str:
-    """README with every marked table as the result files give it.
+def render(text: str, names: tuple[str, ...], results: Path = RESULTS) -> str:
+    """A page with every marked table as the result files give it.
 
     Raises:
-        LookupError: a marker names results that no file holds.
+        ArgumentError: its markers are not those names, or no file holds the results of one.
     """
-    return MARKED.sub(lambda found: f"{found[1]}{table(found[2], results)}\n{found[3]}", text)
+    marked = tuple(found[2] for found in MARKED.finditer(text))
+    if marked != names:
+        raise ArgumentError(f"a page must have the markers {', '.join(names)}, got {', '.join(marked) or 'none'}")
+    return MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]].text(results)}\n{found[3]}", text)
 
 
 def stale(text: str, wanted: str) -> list[str]:
@@ -69,29 +77,67 @@ def stale(text: str, wanted: str) -> list[str]:
     return [old[2] for old, new in pairs if old[0] != new[0]]
 
 
-def table(name: str, results: Path) -> str:
-    if name == "support-matrix":
-        return support_matrix()
-    if name == "reliability":
-        return reliability(results)
-    file = "acceptance" if name in ON_GPUS else name
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(f"*/{file}.json"))]
-    if name in ON_GPUS:
-        found = [data for data in found if data.get("cuda")]
-    if not found:
-        raise LookupError(f"README.md shows results:{name}, but no file {results}/*/{file}.json holds them")
-    if name in ON_GPUS:
-        return "\n\n".join(section(data, ON_GPUS[name]) for data in found)
-    show, legend = (peers.markdown, peers.LEGEND) if name == "peers" else (_markdown, LEGEND)
-    return "\n\n".join([*(section(data, show) for data in found), legend])
+class Measured(NamedTuple):
+    """A table of each machine's result file of one name: its rows as ``show`` writes them; a legend below all."""
+
+    file: str
+    show: Callable[[list[Row]], str]
+    legend: str = ""
+    on_gpu: bool = False
+
+    def text(self, results: Path) -> str:
+        found = [read(path) for path in sorted(results.glob(f"*/{self.file}.json"))]
+        found = [data for data in found if data.get("cuda") or not self.on_gpu]
+        if not found:
+            raise ArgumentError(f"no file {results}/*/{self.file}.json holds the rows of a table")
+        return "\n\n".join([*(section(data, self.show) for data in found), *filter(None, [self.legend])])
+
+
+class Made(NamedTuple):
+    """A table that is made in another way."""
+
+    text: Callable[[Path], str]
+
+
+def degradation(results: Path) -> str:
+    path = results / "degradation" / "degradation.json"
+    if not path.is_file():
+        raise ArgumentError(f"no file {path} holds the rows of a table")
+    return degradation_report.markdown(read(path))
+
+
+def scoreboard(results: Path) -> dict[str, Any] | None:
+    """What ``make reliability`` wrote beside README."""
+    path = results.parent.parent / "RELIABILITY.json"
+    return read(path) if path.is_file() else None
+
+
+NOT_TRIED = "No class has been tried in full at this version (`make reliability`)."
+
+
+def scoreboard_line(results: Path) -> str:
+    """The scoreboard in one sentence."""
+    data = scoreboard(results)
+    if data is None:
+        return NOT_TRIED
+    rows, most = data["rows"], max(data["rows"], key=lambda row: row["tried"])
+    classes = {*data.get("classes", {}), *(row["code"] for row in rows)}
+    tried, failed = (sum(row[key] for row in rows) for key in ("tried", "failed"))
+    short = [row["code"] for row in rows if row["tried"] < row["wanted"]]
+    line = (
+        f"**{data['device']}**, torch {data['torch']}: {len(rows)} of {len(classes)} classes run, {tried:,} cases tried"
+        f" ({most['tried']:,} of them in {most['code']}: {most['title']}), {failed} failed"
+    )
+    line += f"; fewer than wanted in {', '.join(short)}" if short else ""
+    partly = [row["code"] for row in rows if row.get("notes")]
+    return f"{line}; parts not run, of {', '.join(partly)}." if partly else f"{line}."
 
 
 def reliability(results: Path) -> str:
-    """The scoreboard, as ``make reliability`` wrote it beside README."""
-    path = results.parent.parent / "RELIABILITY.json"
-    if not path.is_file():
-        return "No class has been tried in full at this version (`make reliability`)."
-    data = json.loads(path.read_text(encoding="utf-8"))
+    """The scoreboard, class by class."""
+    data = scoreboard(results)
+    if data is None:
+        return NOT_TRIED
     lines = [f"**{data['device']}**, torch {data['torch']}:", ""]
     lines += ["| class | what was tried | tried | failed | seconds | commit |", "| :-- | :-- | --: | --: | --: | :-- |"]
     rows = {row["code"]: row for row in data["rows"]}
@@ -152,7 +198,7 @@ def measured_on(results: Path = RESULTS) -> dict[tuple[str, str], list[str]]:
     """The devices that ran an op's kernels on a backend, and kept the budget, from the source as it is now."""
     found: dict[tuple[str, str], list[str]] = {}
     for path in sorted(results.glob("*/acceptance.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read(path)
         verdicts: dict[tuple[str, str], bool] = {}
         for row in data["rows"]:  # one for each dtype
             if "source" in row and row["source"] == current(row["name"], row["rival"]):
@@ -173,7 +219,7 @@ def validated_on() -> dict[str, dict[str, list[str]]]:
     """Architectures with the ops each backend was validated for, over all shipped files."""
     found: dict[str, dict[str, list[str]]] = {}
     for path in sorted(TUNED.glob("*.json")):
-        for arch, backends in json.loads(path.read_text(encoding="utf-8"))["validated"].items():
+        for arch, backends in read(path)["validated"].items():
             for backend, ops in backends.items():
                 found.setdefault(arch, {}).setdefault(backend, []).extend(ops)
     return found
@@ -181,8 +227,23 @@ def validated_on() -> dict[str, dict[str, list[str]]]:
 
 def architectures(path: Path) -> list[str]:
     """Architectures in a report of the compile lane, the oldest first."""
-    found = {row["arch"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    found = {row["arch"] for row in read(path)["rows"]}
     return [f"sm_{arch}" for arch in sorted(found, key=lambda arch: int(arch.rstrip("af")))]
+
+
+CONDENSED = ("models", "training-steps", "training-kernels", "training-memory", "overhead")
+TABLES: dict[str, Measured | Made] = {
+    "gpu-networks": Measured("acceptance", acceptance.networks, on_gpu=True),
+    "gpu-kernels": Measured("acceptance", acceptance.kernels, on_gpu=True),
+    "cpu-inference": Measured("peers", means),
+    "cpu-training": Measured("training-steps", means),
+    "peers": Measured("peers", peers.markdown, peers.LEGEND),
+    **{name: Measured(name, _markdown) for name in CONDENSED},
+    "degradation": Made(degradation),
+    "reliability": Made(reliability),
+    "scoreboard": Made(scoreboard_line),
+    "support-matrix": Made(lambda results: support_matrix()),
+}
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
@@ -226,4 +287,4 @@ def labelled(axes: Any, labels: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

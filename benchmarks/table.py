@@ -77,6 +77,31 @@ def cell(row: Row | None) -> str:
     return f"{row['ratio']:.2f}×" + (f" (ready after {row['wait_s']:.0f} s)" if row.get("wait_s", 0) >= 1 else "")
 
 
+def means(rows: list[Row]) -> str:
+    """A line for each pass and dtype, a column for each rival: the geometric mean of its ratios, their least and most."""
+    rows = [row for row in rows if "shape" in row and row["rival"] != row.get("base", FASTRES)]
+    names = list(dict.fromkeys(row["rival"] for row in rows))
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["pass"], row["dtype"]), []).append(row)
+    lines = []
+    for (pass_, dtype), members in groups.items():
+        networks = ", ".join(dict.fromkeys(row["name"] for row in members))
+        batches = ", ".join(dict.fromkeys(str(row["shape"][0]) for row in members))
+        what = f"{pass_} {dtype}: {networks}; batches of {batches}"
+        lines.append([what, *(mean([row for row in members if row["rival"] == name]) for name in names)])
+    return piped(["", *names], lines)
+
+
+def mean(rows: list[Row]) -> str:
+    """The geometric mean of one rival's ratios, with their number where not every row has one."""
+    ratios = [row["ratio"] for row in rows if row.get("ratio")]
+    if not ratios:
+        return "missing" if rows else ""
+    some = f", {len(ratios)} of {len(rows)}" if len(ratios) < len(rows) else ""
+    return f"{geometric_mean(ratios):.2f}× ({min(ratios):.2f}× to {max(ratios):.2f}×{some})"
+
+
 def ratio_or_reason(row: Row) -> float | str:
     """A rival's time over that of fastres, or why there is none: it is missing, or its own error exceeds the budget."""
     return round(row["ratio"], 3) if "ratio" in row else row.get("missing", "wrong")

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastres
-from benchmarks import harness
+from benchmarks import command, harness
+from benchmarks.peers.process import Died
 from benchmarks.table import text_table
 from fastres import functional
 from fastres.experiments import parity, rivals
@@ -41,16 +42,16 @@ JUDGED = 4  # images that parity is judged on: float64 convolutions are slow
 EAGER = rivals.CHANNELS_LAST.name
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = command.Parser("training", "Training on the CPU against eager PyTorch: kernels, steps, or peak memory.")
     parser.add_argument("part", choices=("kernels", "steps", "memory"))
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="one or more; both by default")
     parser.add_argument("--model", action="append", help="of steps and memory; resnet18 and resnet50 by default")
-    parser.add_argument("--batch", type=int, action="append", help="of steps and memory; 8 and 32 by default")
+    parser.add_argument("--batch", type=command.images, action="append", help="of steps and memory; 8 and 32 by default")
     parser.add_argument("--reuse-memory", action="store_true", help="measure all rivals after fastres.reuse_memory()")
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     parser.add_argument("--way", choices=[way.name for way in WAYS], help=argparse.SUPPRESS)  # a process of memory
-    wish = parser.parse_args()
+    wish = parser.parse_args(arguments)
     if wish.reuse_memory:
         fastres.reuse_memory()
     models, batches = wish.model or ["resnet18", "resnet50"], wish.batch or [8, 32]
@@ -58,6 +59,10 @@ def main() -> int:
     if wish.way:
         print(peak(wish.way, models[0], batches[0], dtypes[0]))
         return 0
+    if not wish.no_record:
+        harness.check_writable(CPU)
+    for model in models if wish.part != "kernels" else ():
+        load(model, device="cpu")  # or fail now, not after minutes of work
     common = {"memory": "reused" if wish.reuse_memory else "fresh"}
     rows: list[Row] = []
     if wish.part == "kernels":
@@ -196,10 +201,12 @@ def memory(model: str, batch: int, dtype: str, common: Row) -> list[Row]:
     """The peak of resident memory of a process that trains, the median of some: the heap's luck moves one by a few percent."""
     peaks: dict[str, list[int]] = {way.name: [] for way in WAYS}
     for way in WAYS * PROCESSES:
-        command = [sys.executable, "-m", "benchmarks.training", "memory", "--way", way.name, "--model", model]
-        command += ["--batch", str(batch), "--dtype", dtype]
-        command += ["--reuse-memory"] if common["memory"] == "reused" else []
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=harness.ROOT)
+        words = [sys.executable, "-m", "benchmarks.training", "memory", "--way", way.name, "--model", model]
+        words += ["--batch", str(batch), "--dtype", dtype]
+        words += ["--reuse-memory"] if common["memory"] == "reused" else []
+        done = subprocess.run(words, capture_output=True, text=True, cwd=harness.ROOT)
+        if done.returncode:
+            raise Died(f"{way.name}: exit code {done.returncode}: {done.stderr.strip().rpartition(chr(10))[2] or 'no words'}")
         peaks[way.name].append(int(done.stdout))
     rows: list[Row] = [{"rival": name, "peak_bytes": statistics.median(found)} for name, found in peaks.items()]
     subject = load(model, batch=batch, device="cpu")
@@ -219,4 +226,4 @@ def peak(name: str, model: str, batch: int, dtype: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(cli_training.in_order(sys.argv[1:] if argv is None else argv))
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:

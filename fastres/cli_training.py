@@ -64,6 +64,17 @@ def degradation(arguments: argparse.Namespace) -> int:
     return 0 if result["ok"] else 1
 
 
+def in_order(words: Sequence[str]) -> list[str]:
+    """The words of a command line, --data with its own moved to the end: argparse would give it a MODEL behind them too."""
+    words = list(words)
+    if "--data" in words:
+        start = words.index("--data")
+        kind, path = [*words[start + 1 : start + 3], "-", "-"][:2]
+        end = start + 1 + (not kind.startswith("-")) + (kind not in ("-", "digits") and not path.startswith("-"))
+        words = [*words[:start], *words[end:], *words[start:end]]
+    return words
+
+
 def _data(words: Sequence[str], out: Path) -> tuple[str, Path | None]:
     """``digits``, or the kind and the path of a user's images."""
     name, *rest = words

@@ -204,7 +204,7 @@ def tune_model(
         tune.check_writable(x.device)  # or fail now, not after minutes of work
     calls = record(model, x)
     if not calls:
-        raise UnsupportedError("fastres.tuner: no fastres op runs in this model (call fastres.optimize(model) first)")
+        raise UnsupportedError(f"fastres.tuner: no fastres op runs in this model ({_what_to_do(model)})")
     session = Session(x.device, seconds, configurations)
     for key, (op, args) in calls.items():
         if step is not None:
@@ -215,6 +215,15 @@ def tune_model(
     if store:
         session.store()
     return session
+
+
+def _what_to_do(model: nn.Module) -> str:
+    """About a model that runs no op."""
+    from fastres.optimize.swap import state_of  # which imports most of fastres; tuning rarely asks for it
+
+    if any(state_of(module) is not None for module in model.modules()):
+        return "fastres.optimize found nothing to fuse, so that there is nothing to tune; fastres.explain(model) says why"
+    return "call fastres.optimize(model) first"
 
 
 def record(model: nn.Module, x: Tensor) -> dict[str, tuple[Op, tuple]]:

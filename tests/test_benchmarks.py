@@ -1,6 +1,7 @@
 """The instruments: the clock, what is compared with what, the tables of README."""
 
 import json
+import re
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from benchmarks import harness, report, table
 from benchmarks.cases import CASES
 from fastres import models, timing
-from fastres.errors import UnsupportedError
+from fastres.errors import ArgumentError, UnsupportedError
 from fastres.experiments import parity, rivals, twin
 from fastres.experiments.compare import compare
 from fastres.experiments.subject import Subject, enliven, load
@@ -179,21 +180,61 @@ def test_a_result_file_says_where_when_and_with_what(results):
 
 def test_tables_are_written_from_the_files_and_checked(results):
     readme = "# x\n<!-- results:models -->\nmade up: 100x\n<!-- /results -->\nend\n"
-    wanted = report.render(readme, results)
+    wanted = report.render(readme, ("models",), results)
     assert "1.50×" in wanted and "missing" in wanted and "made up" not in wanted and wanted.endswith("end\n")
     assert report.stale(readme, wanted) == ["models"]
-    assert report.render(wanted, results) == wanted
+    assert report.render(wanted, ("models",), results) == wanted
     assert report.stale(wanted, wanted) == []
-    with pytest.raises(LookupError, match="results:nothing"):
-        report.render("<!-- results:nothing -->\n<!-- /results -->", results)
+    with pytest.raises(ArgumentError, match="a page must have the markers models, peers, got models"):
+        report.render(readme, ("models", "peers"), results)
+    with pytest.raises(ArgumentError, match=r"no file .*peers\.json holds"):
+        report.render(readme.replace("models", "peers"), ("peers",), results)
 
 
-def test_readme_shows_only_what_the_result_files_give():
-    if not report.README.exists():
-        pytest.skip("README.md is not written yet")
-    text = report.README.read_text(encoding="utf-8")
-    wanted = report.render(text)
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.parent.name)
+def test_a_page_shows_only_what_the_result_files_give(page):
+    text = page.read_text(encoding="utf-8")
+    wanted = report.render(text, report.PAGES[page])
     assert not report.stale(text, wanted), "run python -m benchmarks.report"
+
+
+def test_every_table_has_a_page():
+    assert {name for names in report.PAGES.values() for name in names} == set(report.TABLES)
+
+
+def places(page):
+    """What a page written in Markdown links to, and the anchors of its headings, as GitHub names them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return links, {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_and_pictures_of_every_page_are_there():
+    pages = [*harness.ROOT.glob("*.md"), *harness.RESULTS.glob("**/*.md")]
+    assert set(report.PAGES) <= set(pages)
+    wrong, tried = [], 0
+    for page in pages:
+        for link in places(page)[0]:
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            fine = "://" in link or (target.exists() and (not anchor or anchor in places(target)[1]))
+            wrong += [] if fine else [f"{page.relative_to(harness.ROOT)}: {link}"]
+            tried += 1
+    assert tried > 10 and not wrong, wrong
+
+
+def test_means_are_over_networks_and_batches():
+    row = {"pass": "inference", "dtype": "float32"}
+    rows = [
+        {**row, "name": name, "shape": [batch, 3, 8, 8], "rival": rival, **(found if rival != "fastres" else {"ratio": 1.0})}
+        for name, batch, found in (("a", 1, {"ratio": 2.0}), ("a", 8, {"ratio": 0.5}), ("b", 1, {"missing": "so"}))
+        for rival in ("fastres", "eager")
+    ]
+    rows += [{"name": "peak", "rival": "copy"}, {**row, "name": "b", "shape": [1], "rival": "tool", "missing": "so"}]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.means(rows).splitlines()]
+    assert lines[0] == ["", "eager", "tool"]
+    assert lines[2:] == [["inference float32: a, b; batches of 1, 8", "1.00× (0.50× to 2.00×, 2 of 3)", "missing"]]
 
 
 def test_a_rival_that_is_wrong_or_missing_has_a_reason_for_its_ratio():
@@ -225,7 +266,7 @@ def test_the_support_matrix_names_what_was_compiled_and_validated(monkeypatch, t
 
 def test_the_scoreboard_shows_what_was_tried_and_what_was_not(tmp_path):
     results = tmp_path / "benchmarks" / "results"
-    assert "No class has been tried" in report.reliability(results)
+    assert report.reliability(results) == report.scoreboard_line(results) == report.NOT_TRIED
     commit = {"commit": "a" * 40, "dirty": False, "date": "2026-01-01"}
     row = {"code": "R4", "title": "integers", "wanted": 400, "tried": 448, "failed": 0, "seconds": 1.5, **commit}
     about = {"device": "A CPU", "torch": "2"}
@@ -235,6 +276,8 @@ def test_the_scoreboard_shows_what_was_tried_and_what_was_not(tmp_path):
     (tmp_path / "RELIABILITY.json").write_text(json.dumps({**about, "classes": classes, "rows": rows}))
     lines = report.reliability(results).splitlines()
     assert "A CPU" in lines[0]
+    said = "A CPU**, torch 2: 2 of 4 classes run, 455 cases tried (448 of them in R4: integers), 2 failed"
+    assert report.scoreboard_line(results) == f"**{said}; fewer than wanted in R5; parts not run, of R5."
     assert lines[4:] == [
         "| F1 | networks | not run | | | |",
         "| R4 | integers | 448 | 0 | 1.5 | aaaaaaaaaa, 2026-01-01 |",

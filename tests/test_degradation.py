@@ -246,12 +246,12 @@ def test_the_readme_shows_what_was_measured():
     result = json.loads((kept / "degradation.json").read_text())
     assert result["ok"] and len(result["checks"]) == 2 and len(result["seeds"]) >= 3
     assert degradation.effect(result["networks"]) == result["checks"]
-    readme = (ROOT / "README.md").read_text()
-    assert degradation_report.markdown(result) in readme and "benchmarks/results/degradation/degradation.png" in readme
+    page = (kept.parent / "README.md").read_text()
+    assert degradation_report.markdown(result) in page
     theirs = json.loads((kept / "degradation-torch.json").read_text())
     assert theirs["ok"] and theirs["blocks"] == "torch"
     said = degradation_report.agreement(result, theirs)
-    assert said in readme.replace("\n", " ")
+    assert said in page.replace("\n", " ")
     points, near = (int(word) for word in re.findall(r"\d+", said))
     assert points == len(result["networks"]) * result["settings"]["epochs"] * 2 and near >= 0.95 * points
     assert (kept / "degradation.png").is_file() and json.loads((kept / "gradients.json").read_text())["ok"]

@@ -14,6 +14,7 @@ from fastres import functional
 from fastres import nn as fnn
 from fastres.experiments.twin import torch_twin
 from fastres.nn import _plain
+from fastres.ops import _node
 
 pytestmark = pytest.mark.cpu
 LAST = torch.channels_last
@@ -96,6 +97,28 @@ def test_what_must_be_called_is_called(monkeypatch):
         """Of the same name, from elsewhere."""
 
     assert "not one of the plain modules" in _plain.why_not(FrozenBatchNorm2d())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Frozen])
+def test_explain_says_what_is_one_node(monkeypatch, norm):
+    """Blocks whose norms train are; those with a frozen norm, or one in evaluation, are not."""
+    nodes, run = [], _node.run
+    monkeypatch.setattr(_node, "run", lambda *args: nodes.append(1) or run(*args))
+    model = fastres.models.ResNet(fnn.BasicBlock, [1, 1, 1, 1], norm_layer=norm).train()
+
+    def told(model):
+        fastres.optimize(model)(X)
+        (note,) = [note for note in fastres.explain(model).notes if "one node" in note] or [None]
+        return note, bool(nodes)
+
+    note, is_node = told(model)
+    assert is_node == (norm is nn.BatchNorm2d) == (note is not None and "op by op" not in note)
+    if norm is nn.BatchNorm2d:
+        nodes.clear()
+        for block in (model.layer1, model.layer2):
+            block.eval()
+        note, is_node = told(model)
+        assert is_node and "one in evaluation, run op by op" in note
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from test_train import some_images
 from torch import nn
 
-from fastres import cli, terminal
+from fastres import cli, cli_training, terminal
 from fastres.errors import ArgumentError
 from fastres.experiments import trainer as command
 from fastres.models import cifar, load_weights
@@ -149,8 +149,37 @@ def test_zero_init_starts_as_the_shortcuts_and_refuses_what_has_none():
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data", "folder", "PATH", "MODEL"],
+        ["train", "--data", "folder", "PATH", "MODEL", "--epochs", "3"],
+        ["train", "--epochs", "3", "--data", "folder", "PATH", "MODEL"],
+        ["train", "MODEL", "--epochs", "3", "--data", "folder", "PATH"],
+        ["train", "--data", "digits", "MODEL"],
+        ["train", "--data=digits", "MODEL"],
+        ["train", "MODEL"],
+    ],
+    ids=" ".join,
+)
+def test_the_network_may_stand_before_or_after_the_images(monkeypatch, words):
+    told = []
+
+    def train(arguments):
+        told.append((arguments.model, arguments.data))
+        return 0
+
+    monkeypatch.setattr(cli_training, "train", train)
+    assert cli.main(words) == 0
+    assert told == [("MODEL", ["folder", "PATH"] if "PATH" in words else ["digits"])]
+
+
 WRONG = {
     "no path": ["train", "cifar.resnet8", "--data", "folder"],
+    "no path but an option": ["train", "--data", "folder", "--epochs", "3", "cifar.resnet8"],
+    "no kind": ["train", "cifar.resnet8", "--data"],
+    "no network": ["train", "--data", "folder", "images"],
+    "two paths": ["train", "cifar.resnet8", "--data", "folder", "images", "more"],
     "unknown data": ["train", "cifar.resnet8", "--data", "imagenet", "x"],
     "digits need no path": ["degradation", "--data", "digits", "x"],
     "no such folder": ["train", "cifar.resnet8", "--data", "folder", "/dev/null/images"],
@@ -171,7 +200,7 @@ WRONG = {
 def test_a_wrong_request_is_one_line_and_code_2(capsys, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *arguments)
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("fastres ") and len(err) < 500, err
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("fastres") and len(err) < 500, err
 
 
 @pytest.mark.parametrize("model", ["resnet51", "cifar.resnet9", "nowhere.py:make"])

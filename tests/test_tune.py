@@ -193,6 +193,13 @@ def test_a_model_without_fused_ops_is_refused():
         tuner.tune_model(torch.nn.Linear(2, 2), torch.randn(1, 2))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_with_nothing_to_fuse_is_not_told_to_optimise_it(training):
+    model = fastres.optimize(torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.GELU()).train(training))
+    with pytest.raises(UnsupportedError, match="optimize found nothing to fuse"):
+        tuner.tune_model(model, torch.randn(1, 2, 4, 4))
+
+
 def test_the_cache_is_private_and_whole(cache):
     path = tune.store(CPU, {"cpu": ["add_act"]}, {})
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700

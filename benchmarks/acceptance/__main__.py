@@ -7,7 +7,6 @@ Without one: parity of the CPU kernels, ResNet-50 at batch 1 and 8, the overhead
 one PNG below benchmarks/results/. Exit code 1 where a promise is not kept.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -16,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from benchmarks import bench_overhead, harness
+from benchmarks import bench_overhead, command, harness
 from benchmarks.acceptance import lane, plot, tasks
 from benchmarks.acceptance.promises import Promise, kernel_promises, parity_promises, speed_promises
 from benchmarks.acceptance.run import OUT_OF_TIME, Budget, perform_all, say
 from benchmarks.table import text_table
-from fastres import info, tune
+from fastres import info, terminal, tune
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare
 from fastres.experiments.subject import load
@@ -39,15 +38,18 @@ CPU_WAYS = (rivals.OPTIMIZED, rivals.EAGER, rivals.CHANNELS_LAST, rivals.FREEZIN
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command.Parser("acceptance", "Check on this machine what this release promises, and record it.")
     text = "one or more; all by default; the rows of other parts stay in the result file where this commit wrote them"
     parser.add_argument("--part", choices=PARTS, action="append", help=text)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it; what does not fit is shown so")
+    parser.add_argument("--minutes", type=command.minutes, default=9.0, help="for all of it; what does not fit is shown so")
     text = "compile rivals and kernels beside the validations: the times until rivals are ready are then those of warm caches"
     parser.add_argument("--warm", action="store_true", help=text)
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     wish = parser.parse_args()
     place, parts = harness.device(), wish.part or list(PARTS)
+    if not wish.no_record:
+        harness.check_writable(place)
+        terminal.need("the picture beside the results", "matplotlib")
     on_gpu, budget = place.type == "cuda", Budget(60 * wish.minutes)
     built = [{"do": "lane", **row} for row in lane.build(place, budget)] if on_gpu else []  # before anything loads them
     print(info.text(info.collect()), flush=True)
@@ -60,7 +62,7 @@ def main() -> int:
         kept = [row for row in harness.measured_before("acceptance", place) if PART_OF.get(row["do"]) not in parts]
 
         def keep(rows: list[Row]) -> None:
-            if not wish.no_record:  # what there is, should the rest be cut off
+            if rows and not wish.no_record:  # what there is, should the rest be cut off
                 clocks = {"before": before, "after": harness.clocks(place)}
                 more = {"minutes": wish.minutes, "warm": wish.warm, "clocks": clocks}
                 harness.save("acceptance", [*kept, *built, *rows], place, **more)
@@ -70,7 +72,9 @@ def main() -> int:
             rows, promises = measure(place, parts, budget, keep, compiling)
     rows, promises = [*built, *rows], [*parity_promises(built), *promises]
     show(rows, promises)
-    if not wish.no_record:
+    if not rows:
+        print("nothing was measured, and no file was written")
+    elif not wish.no_record:
         path = harness.RESULTS / harness.device_name(place) / "acceptance.json"
         plot.draw(path)
         print(f"wrote {path} and its picture")
@@ -178,4 +182,4 @@ def show(rows: list[Row], promises: list[Promise]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

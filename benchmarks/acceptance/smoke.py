@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from benchmarks import harness
+from benchmarks import command, harness
 from fastres import tuner
 from fastres.dispatch import GPU_KERNELS
 from fastres.ops import REGISTRY
@@ -16,6 +16,7 @@ SAMPLES = 4  # of each op, in both memory formats
 
 
 def main() -> int:
+    command.Parser("acceptance.smoke", "Run the first samples of every op on every backend of this device.").parse_args()
     ran = smoke(harness.device())
     print(f"{ran} calls")
     return 0 if ran else 1
@@ -38,4 +39,4 @@ def smoke(place: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

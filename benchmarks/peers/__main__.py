@@ -3,9 +3,7 @@
 Writes ``peers.json`` after every cell; ``--keep`` goes on with the file of an earlier run of the same commit.
 """
 
-import argparse
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -14,12 +12,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.peers import cell as cells
 from benchmarks.peers import table
 from benchmarks.peers.cell import Cell, Row
 from benchmarks.peers.process import Process
 from benchmarks.peers.ways import DTYPES, WAYS
+from fastres.experiments.subject import load
 
 CPU = torch.device("cpu")
 
@@ -30,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + 60.0 * options.minutes
     ways = [way for way in WAYS if not options.ways or way.name in options.ways]
     todo = [Cell(*case) for case in itertools.product(options.models, options.batches, options.dtypes)]
+    if not options.no_record:
+        harness.check_writable(CPU)
+    for model in options.models:
+        load(model, device="cpu")  # or fail now, not after minutes of work
     kept = keep(todo) if options.keep else []
     say("peaks of this machine")
     peaks = Process("benchmarks.peers.peaks", {}, threads=threads, pinned=True).answer()["rows"]
@@ -60,13 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> Any:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.partition("\n")[0])
+    parser = command.Parser("peers", "Inference of whole networks on the CPU against every other way to run them.")
     names = [way.name for way in WAYS]
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50", "resnet152"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batches", nargs="+", type=command.images, default=[1, 8, 32])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--ways", nargs="+", choices=names, metavar="WAY", help=f"of {', '.join(names)}; default all")
-    parser.add_argument("--minutes", type=float, default=90.0, help="for all, about: it decides how many turns are taken")
+    parser.add_argument("--minutes", type=command.minutes, default=90.0, help="for all, about; decides the number of turns")
     parser.add_argument("--keep", action="store_true", help="keep the other cells that the result file holds")
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     return parser.parse_args(arguments)
@@ -81,7 +84,7 @@ def keep(todo: list[Cell], folder: Path = harness.RESULTS) -> list[Row]:
     path = folder / harness.device_name(CPU) / "peers.json"
     if not path.exists():
         return []
-    data, now = json.loads(path.read_text(encoding="utf-8")), harness.about(CPU)
+    data, now = harness.read(path), harness.about(CPU)
     for key in ("commit", "torch", "threads"):
         if data[key] != now[key]:
             raise SystemExit(f"--keep: {path} was measured with {key} {data[key]}, this run has {now[key]}")
@@ -94,4 +97,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -15,7 +15,7 @@ from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
 from fastres.nn import _fused
-from fastres.nn._plain import why_not
+from fastres.nn._plain import is_norm, trains, why_not
 from fastres.ops import REGISTRY
 from fastres.ops._given import Before, Norms
 from fastres.ops._node import why_not_recorded
@@ -283,8 +283,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
         notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda, or conv_statistics")
-        most = f"on a CPU those of inputs of up to {_fused.MOST_IN_ONE_NODE} values"
-        notes.append(f"the layers of a block are one node of autograd ({most}), whose kernels' calls are recorded once")
+        notes += _one_node([module for module in model.modules() if is_norm(module)])
         notes += [f"calls that are not recorded, but come from Python every time: {reason}" for reason in why_not_recorded()]
         recomputing = sum(_fused.RECOMPUTES in module.__dict__ for module in model.modules())
         if recomputing:
@@ -299,6 +298,15 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
             reason = follows_layout(model)
             notes.append("inputs keep their memory format" + (f": {reason}" if reason else ""))
     return notes
+
+
+def _one_node(norms: list[nn.Module]) -> list[str]:
+    """In training, whether blocks are one node of autograd: those whose batch norms all train."""
+    if not any(map(trains, norms)):
+        return []
+    most = f"on a CPU those of inputs of up to {_fused.MOST_IN_ONE_NODE} values"
+    but = "" if all(map(trains, norms)) else "; blocks with a frozen norm, or one in evaluation, run op by op"
+    return [f"the layers of a block are one node of autograd ({most}), whose kernels' calls are recorded once{but}"]
 
 
 class _Asked:

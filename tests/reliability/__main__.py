@@ -99,7 +99,7 @@ def write(rows: list[dict]) -> None:
 
     about = {"device": info.cpu_model(), "torch": torch.__version__, "python": platform.python_version()}
     now = {
-        "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*.json", ":!README.md")),
+        "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!*.json", ":!README.md", ":!benchmarks/results")),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }  # fmt: skip
     found = {row["code"]: row | now for row in rows}

@@ -11,6 +11,7 @@ import torch
 from benchmarks import bench_overhead, harness, report, sources
 from benchmarks.acceptance import __main__ as acceptance
 from benchmarks.acceptance import lane, plot, promises, run, smoke, tasks
+from benchmarks.acceptance.worker import perform
 from benchmarks.cases import CHAIN
 from fastres import dispatch, tuner
 from fastres.ops import REGISTRY, _conv_cpu
@@ -46,6 +47,48 @@ def test_a_process_that_dies_takes_only_its_own_task_with_it():
     found = {row["name"]: row for row in run.perform_all(some, run.Budget(60.0), CPU, FAKE)}
     assert "illegal memory access" in found["die"]["missing"] and found["raise"]["missing"] == "ValueError: no"
     assert found["a"]["process"] != found["b"]["process"] and found["b"]["measured"] == ["peaks"]
+
+
+def test_a_process_that_is_of_no_further_use_is_replaced():
+    some = [*named("peaks", do="peaks"), *named("a", "lost", "b")]
+    found = {row["name"]: row for row in run.perform_all(some, run.Budget(60.0), CPU, FAKE)}
+    assert found["a"]["process"] == found["lost"]["process"] != found["b"]["process"]
+    assert found["b"]["measured"] == ["peaks"]
+
+
+def test_a_broken_context_is_noticed_behind_the_task_that_broke_it(monkeypatch):
+    def broken(place):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    about = {"task": {"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"}, "seconds": 9.0}
+    workers = tasks.Worker(CPU), tasks.Worker(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(tuner.Session, "on_samples", lambda *args: "it raises RuntimeError: the launch must be accepted")
+    assert [perform(each, about)["lost"] for each in workers] == [False, True]
+
+
+def test_a_kernel_that_never_ends_costs_its_own_time_alone():
+    some = [{**task, "patience": 1.0} for task in named("hang", "a")]
+    found = {row["name"]: row for row in run.perform_all(some, run.Budget(60.0), CPU, FAKE)}
+    assert found["hang"]["missing"] == "no answer in 3 s" and "process" in found["a"]
+
+
+def test_a_kernel_that_failed_is_not_run_again():
+    rows = [
+        {"do": "validate", "name": "a", "rival": "cuda_wide", "dtype": "fp16", "ok": True},
+        {"do": "validate", "name": "a", "rival": "cuda_wide", "dtype": "bf16", "missing": "no answer in 60 s"},
+        {"do": "validate", "name": "b", "rival": "cuda_wide", "ok": False, "failure": "wrong"},
+        {"do": "validate", "name": "c", "rival": "cuda_wide", "missing": run.OUT_OF_TIME},
+        {"do": "kernel", "name": "d", "rival": "cuda_wide", "missing": "no answer in 60 s"},
+    ]
+    assert acceptance.broken(rows) == [["a", "cuda_wide"], ["b", "cuda_wide"]]
+    every = tasks.kernels(acceptance.broken(rows))
+    assert all(task["broken"] == acceptance.broken(rows) for task in every if task["do"] == "kernel")
+    task = {"do": "kernel", "name": "add_act-forward", "shape": [2, 16, 6, 6], "dtype": "fp32", "broken": [["add_act", "cpu"]]}
+    own = tasks.Worker(CPU)
+    own.peaks["fp32"] = 1e9, 1e15
+    rows = {row["rival"]: row for row in own.perform(task)}
+    assert "median_s" in rows["torch"] and rows["cpu"]["failure"] == "it failed its validation"
 
 
 def test_what_time_does_not_allow_is_a_row(monkeypatch):

@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,29 +76,30 @@ INT8 = "int8"  # the dtype of tasks in 8-bit integers
 OF_INTEGERS = [*BLOCK_ENDS[:2], *INNER[:4], INNER[5], (4, *INNER[8][1:])]  # images are of whole words
 OF_BYTES = {"quantize_int8-forward": (BATCH, 3, 224, 224), "pool_int8-forward": STEM_SHAPE}
 SECONDS = 0.6  # of one kernel's rows together
+PATIENCE_S, COMPILING_S = 60.0, 90.0  # in which one kernel's task answers, unless it never ends; more for Triton's samples
 
 
 def validations(place: torch.device) -> Iterator[Task]:
     """Every kernel that this device can run, but PyTorch's own, in each dtype; what has yet to be compiled comes last."""
     wanted = ("cuda", "cuda_wide", "cuda_cluster", "cudnn", "triton") if place.type == "cuda" else ("cpu", "onednn")
     for name, op, dtype in itertools.product(wanted, reversed(REGISTRY.values()), DTYPES):
-        backend = next((b for b in op.backends if b.name == name), None)
-        if backend is not None and info.status(op, backend).startswith("live"):
-            yield {"do": "validate", "name": op.name, "rival": name, "dtype": dtype}
+        if any(b.name == name and info.status(op, b).startswith("live") for b in op.backends):
+            patience = PATIENCE_S + COMPILING_S * (name == "triton")
+            yield {"do": "validate", "name": op.name, "rival": name, "dtype": dtype, "patience": patience}
 
 
-def kernels() -> Iterator[Task]:
-    """The ops of ResNet-50 at its shapes, in order of what they weigh; bf16 first, then fp16 at the largest shapes."""
+def kernels(broken: Sequence[list[str]] = ()) -> Iterator[Task]:
+    """The ops of ResNet-50 at its shapes, what weighs most first; bf16, then fp16; without what is ``broken``: op, backend."""
     with_backward = {op for case in CASES if case.backward for op in case.covers}
     chosen = {name: case for name, case in CASE_IDS.items() if case.backward or case.op not in with_backward}
     plain = [name for name, case in chosen.items() if not case.convolution and case.op not in AROUND]
     for dtype, most in (("bf16", None), ("fp16", 1)):
-        common = {"do": "kernel", "dtype": dtype}
+        common = {"do": "kernel", "dtype": dtype, "patience": PATIENCE_S, "broken": broken}
         yield {"do": "peaks", "name": "peaks", "dtype": dtype}
         for name, sizes in CONVOLUTIONS.items():
             yield from ({**common, "name": name, "batch": BATCH, "convolution": size} for size in sizes[:most])
         if most is None:
-            of_bytes = {"do": "kernel", "dtype": INT8}
+            of_bytes = {**common, "dtype": INT8}
             yield from ({**of_bytes, "name": INTEGERS, "batch": BATCH, "convolution": size} for size in OF_INTEGERS)
             yield from ({**of_bytes, "name": name, "shape": shape} for name, shape in OF_BYTES.items())
         for shape in SHAPES[:most]:
@@ -149,7 +150,7 @@ def graphs_of_cudnn() -> Iterator[Task]:
 
 
 def label(task: Task) -> str:
-    return " ".join(str(value) for key, value in task.items() if key not in ("ways", "warm"))
+    return " ".join(str(value) for key, value in task.items() if key not in ("ways", "warm", "patience", "broken"))
 
 
 def missing(task: Task, reason: str) -> list[Row]:
@@ -189,15 +190,14 @@ class Worker:
         copy_peak, matmul_peak = harness.copy_peak(self.place), harness.matmul_peak(self.place, DTYPES[task["dtype"]])
         self.peaks[task["dtype"]] = copy_peak * 1e9, matmul_peak * 1e9
         self.peaks[INT8] = copy_peak * 1e9, 2 * matmul_peak * 1e9  # tensor cores multiply twice as many
-        common = {"name": "peaks", "dtype": task["dtype"], "rival": TORCH}
-        return [{**common, "gb_per_s": copy_peak, "gflop_per_s": matmul_peak}]
+        return [{"name": "peaks", "dtype": task["dtype"], "rival": TORCH, "gb_per_s": copy_peak, "gflop_per_s": matmul_peak}]
 
     def kernel(self, task: Task, seconds_left: Callable) -> list[Row]:
         """Every op of a case at one shape on each of its backends, beside PyTorch."""
         with fastres.use(TORCH):
             calls = self.recorded(task)
         with torch.no_grad():
-            return [row for op, args in calls for row in self.backends(op, args, task["dtype"])]
+            return [row for op, args in calls for row in self.backends(op, args, task["dtype"], task.get("broken", ()))]
 
     def recorded(self, task: Task) -> list[tuple[Op, tuple]]:
         """The calls of ops that a task is about, with their arguments."""
@@ -209,15 +209,15 @@ class Worker:
         with torch.set_grad_enabled(case.backward):
             return list(tuner.recorded(lambda: call(case.fused, case, wanting(case, tensors))).values())
 
-    def backends(self, op: Op, args: tuple, dtype: str) -> list[Row]:
+    def backends(self, op: Op, args: tuple, dtype: str, broken: Sequence[list[str]] = ()) -> list[Row]:
         """Rows of one call: a backend that takes the arguments is judged, and timed where it keeps the budget."""
         calls: dict[str, Callable] = {}
         extra: dict[str, Row] = {}
         for backend in op.backends:
             if backend.why_not(*args) is not None:
                 continue
-            run = backend.load()
-            failure = None if backend.name == TORCH else tuner.judge(op, run, args)
+            run, wrong = backend.load(), [op.name, backend.name] in broken  # and may end this process, or never end
+            failure = "it failed its validation" if wrong else None if backend.name == TORCH else tuner.judge(op, run, args)
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -43,17 +45,11 @@ def named(*names, do="kernel"):
 
 
 def test_a_process_that_dies_takes_only_its_own_task_with_it():
-    some = [*named("peaks", do="peaks"), *named("a", "die", "raise", "b")]
+    some = [*named("peaks", do="peaks"), *named("a", "die", "raise", "b", "lost", "c")]
     found = {row["name"]: row for row in run.perform_all(some, run.Budget(60.0), CPU, FAKE)}
     assert "illegal memory access" in found["die"]["missing"] and found["raise"]["missing"] == "ValueError: no"
     assert found["a"]["process"] != found["b"]["process"] and found["b"]["measured"] == ["peaks"]
-
-
-def test_a_process_that_is_of_no_further_use_is_replaced():
-    some = [*named("peaks", do="peaks"), *named("a", "lost", "b")]
-    found = {row["name"]: row for row in run.perform_all(some, run.Budget(60.0), CPU, FAKE)}
-    assert found["a"]["process"] == found["lost"]["process"] != found["b"]["process"]
-    assert found["b"]["measured"] == ["peaks"]
+    assert found["lost"]["process"] == found["b"]["process"] != found["c"]["process"] and found["c"]["measured"] == ["peaks"]
 
 
 def test_a_broken_context_is_noticed_behind_the_task_that_broke_it(monkeypatch):
@@ -261,6 +257,21 @@ def test_a_lane_is_counted(tmp_path):
     (row,) = lane.tests("not cuda", run.Budget(60.0), (str(file), "--rootdir", str(tmp_path)))
     assert (row["ok"], row["passed"], row["skipped"], len(row["failed"])) == (False, 3, 1, 1)
     assert row["failed"][0].endswith("test_b")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_process_of_the_lane_ends_behind_a_test_that_broke_its_context(tmp_path, beside):
+    """Where others go on, which pytest-xdist starts."""
+    (tmp_path / "test_some.py").write_text(
+        "import torch\ndef test_a(): assert False\ndef test_b():\n  torch.cuda.is_initialized = lambda: True\n"
+        "  def broken(): raise RuntimeError('CUDA error')\n  torch.cuda.synchronize = broken\n  assert False\n"
+        "def test_c(): pass\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(harness.ROOT / "tests"), *sys.path])}
+    environment |= {"PYTEST_XDIST_WORKER": "gw0"} if beside else {}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert ran.returncode == 1 and ("2 failed, 1 passed" in ran.stdout) == (not beside)
 
 
 def test_a_lane_that_takes_too_long_says_so(tmp_path, monkeypatch):

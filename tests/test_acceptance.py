@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -12,8 +10,7 @@ import torch
 
 from benchmarks import bench_overhead, harness, report, sources
 from benchmarks.acceptance import __main__ as acceptance
-from benchmarks.acceptance import lane, plot, promises, run, smoke, tasks
-from benchmarks.acceptance.worker import perform
+from benchmarks.acceptance import beside, lane, plot, promises, run, smoke, tasks
 from benchmarks.cases import CHAIN
 from fastres import dispatch, tuner
 from fastres.ops import REGISTRY, _conv_cpu
@@ -50,41 +47,6 @@ def test_a_process_that_dies_takes_only_its_own_task_with_it():
     assert "illegal memory access" in found["die"]["missing"] and found["raise"]["missing"] == "ValueError: no"
     assert found["a"]["process"] != found["b"]["process"] and found["b"]["measured"] == ["peaks"]
     assert found["lost"]["process"] == found["b"]["process"] != found["c"]["process"] and found["c"]["measured"] == ["peaks"]
-
-
-def test_a_broken_context_is_noticed_behind_the_task_that_broke_it(monkeypatch):
-    def broken(place):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    about = {"task": {"do": "validate", "name": "add_act", "rival": "torch", "dtype": "bf16"}, "seconds": 9.0}
-    workers = tasks.Worker(CPU), tasks.Worker(torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    monkeypatch.setattr(tuner.Session, "on_samples", lambda *args: "it raises RuntimeError: the launch must be accepted")
-    assert [perform(each, about)["lost"] for each in workers] == [False, True]
-
-
-def test_a_kernel_that_never_ends_costs_its_own_time_alone():
-    some = [{**task, "patience": 1.0} for task in named("hang", "a")]
-    found = {row["name"]: row for row in run.perform_all(some, run.Budget(60.0), CPU, FAKE)}
-    assert found["hang"]["missing"] == "no answer in 3 s" and "process" in found["a"]
-
-
-def test_a_kernel_that_failed_is_not_run_again():
-    rows = [
-        {"do": "validate", "name": "a", "rival": "cuda_wide", "dtype": "fp16", "ok": True},
-        {"do": "validate", "name": "a", "rival": "cuda_wide", "dtype": "bf16", "missing": "no answer in 60 s"},
-        {"do": "validate", "name": "b", "rival": "cuda_wide", "ok": False, "failure": "wrong"},
-        {"do": "validate", "name": "c", "rival": "cuda_wide", "missing": run.OUT_OF_TIME},
-        {"do": "kernel", "name": "d", "rival": "cuda_wide", "missing": "no answer in 60 s"},
-    ]
-    assert acceptance.broken(rows) == [["a", "cuda_wide"], ["b", "cuda_wide"]]
-    every = tasks.kernels(acceptance.broken(rows))
-    assert all(task["broken"] == acceptance.broken(rows) for task in every if task["do"] == "kernel")
-    task = {"do": "kernel", "name": "add_act-forward", "shape": [2, 16, 6, 6], "dtype": "fp32", "broken": [["add_act", "cpu"]]}
-    own = tasks.Worker(CPU)
-    own.peaks["fp32"] = 1e9, 1e15
-    rows = {row["rival"]: row for row in own.perform(task)}
-    assert "median_s" in rows["torch"] and rows["cpu"]["failure"] == "it failed its validation"
 
 
 def test_what_time_does_not_allow_is_a_row(monkeypatch):
@@ -153,7 +115,7 @@ def test_several_convolutions_are_held_against_their_ops(name, sizes, shape, lab
     assert {row["name"] for row in rows} == {f"{name} {label}"}
     op, args = REGISTRY[name], tasks.convolution(task, torch.float32, CPU)
     assert args[1].shape == shape
-    for name, run_ in tasks.apart(op, args).items():
+    for name, run_ in beside.apart(op, args).items():
         assert tuner.judge(op, run_, args) is None, name
 
 
@@ -165,7 +127,7 @@ def test_a_stem_is_held_against_its_two_ops():
     assert {row["rival"] for row in rows} == {"apart", "conv_bn_act, then pool", "torch"}
     assert {row["name"] for row in rows} == {"conv_bn_act_maxpool 7x7/2 3→8"}
     op, args = REGISTRY[task["name"]], tasks.convolution(task, torch.float32, CPU)
-    for name, run_ in tasks.apart(op, args).items():
+    for name, run_ in beside.apart(op, args).items():
         assert tuner.judge(op, run_, args) is None, name
 
 
@@ -257,21 +219,6 @@ def test_a_lane_is_counted(tmp_path):
     (row,) = lane.tests("not cuda", run.Budget(60.0), (str(file), "--rootdir", str(tmp_path)))
     assert (row["ok"], row["passed"], row["skipped"], len(row["failed"])) == (False, 3, 1, 1)
     assert row["failed"][0].endswith("test_b")
-
-
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_process_of_the_lane_ends_behind_a_test_that_broke_its_context(tmp_path, beside):
-    """Where others go on, which pytest-xdist starts."""
-    (tmp_path / "test_some.py").write_text(
-        "import torch\ndef test_a(): assert False\ndef test_b():\n  torch.cuda.is_initialized = lambda: True\n"
-        "  def broken(): raise RuntimeError('CUDA error')\n  torch.cuda.synchronize = broken\n  assert False\n"
-        "def test_c(): pass\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(harness.ROOT / "tests"), *sys.path])}
-    environment |= {"PYTEST_XDIST_WORKER": "gw0"} if beside else {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert ran.returncode == 1 and ("2 failed, 1 passed" in ran.stdout) == (not beside)
 
 
 def test_a_lane_that_takes_too_long_says_so(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ Only the lists of tasks are about GPUs: on the CPU the same code runs the backen
 """
 
 import copy
-import functools
 import importlib.util
 import itertools
 import math
@@ -18,18 +17,16 @@ from torch import Tensor
 
 import fastres
 from benchmarks import harness, sources
-from benchmarks.acceptance import cudnn_graphs
+from benchmarks.acceptance import beside, cudnn_graphs
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import AROUND, CASES, CHAIN, GRADIENT, INTEGERS, JOINED, LONG_CHAIN, SEVERAL
+from benchmarks.cases import AROUND, CASES, CHAIN, GRADIENT, INTEGERS, JOINED, LONG_CHAIN
 from benchmarks.cases import STEM as POOLED_STEM
 from fastres import info, tuner
+from fastres.dispatch import Backend
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare, prepared
 from fastres.experiments.subject import DTYPES, Subject, load
-from fastres.ops import REGISTRY, _fold, conv_int8
-from fastres.ops import conv_bn_act_conv_bn_add_act as chain
-from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
-from fastres.ops import conv_bn_add_conv_bn_act as projection
+from fastres.ops import REGISTRY, conv_int8
 from fastres.ops._op import Op
 
 Task = dict[str, Any]
@@ -44,6 +41,7 @@ COMPILED_BESIDE = (rivals.CUDA_GRAPHS.name, rivals.COMPILE.name)  # which of a n
 STATISTICS = "conv_statistics"
 TORCH = "torch"  # the plain composition: what the kernels' times are held against
 BATCH = 256
+SOME = 48  # images that make many tiles for each multiprocessor; in float64, in several processes, memory holds no more
 # What batch norm and addition see in ResNet-50, the largest first.
 SHAPES = [(BATCH, 256, 56, 56), (BATCH, 64, 56, 56), (BATCH, 512, 28, 28), (BATCH, 1024, 14, 14), (BATCH, 2048, 7, 7)]
 STEM_SHAPE = (BATCH, 64, 112, 112)
@@ -181,9 +179,20 @@ class Worker:
         op = REGISTRY[task["name"]]
         backend = next(backend for backend in op.backends if backend.name == task["rival"])
         reason = tuner.Session(self.place).on_samples(op, backend, (DTYPES[task["dtype"]],))
+        reason = reason or self.at_real_sizes(op, backend, task["dtype"])
         row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "dtype": task["dtype"], "ok": reason is None}
         row |= {} if reason is None else {"failure": reason}
         return [row | ({"source": sources.fingerprint(op.name, backend.name)} if backend.name in sources.ROOMS else {})]
+
+    def at_real_sizes(self, op: Op, backend: Backend, dtype: str) -> str | None:
+        """The same for convolutions in CUDA at sizes of which multiprocessors walk many tiles: a kernel that fails there, or
+        never ends, is not timed beside others."""
+        own = backend.name in ("cuda", "cuda_wide") and dtype != "fp32" and self.place.type == "cuda"
+        for size in CONVOLUTIONS.get(op.name, ()) if own else ():
+            args = convolution({"name": op.name, "batch": SOME, "convolution": size}, DTYPES[dtype], self.place)
+            if backend.why_not(*args) is None and (reason := tuner.judge(op, backend.load(), args)):
+                return f"on {SOME} images, {size}: {reason}"
+        return None
 
     def measure_peaks(self, task: Task, seconds_left: Callable) -> list[Row]:
         """GB/s of a large copy and flop/s of a large product, against which kernels are held."""
@@ -221,7 +230,7 @@ class Worker:
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)
-        peers = apart(op, args) if op.fallback is not None else cudnn_alone(op, args)
+        peers = beside.apart(op, args) if op.fallback is not None else beside.cudnn_alone(op, args)
         for name, run in peers.items():
             extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
         moved, flops = op.cost(*args)
@@ -291,53 +300,6 @@ class Worker:
             seconds=task.get("seconds", 3.0), batches=(3, 60), replay=task.get("replay", True), warm=task.get("warm", ()),
             seconds_left=seconds_left,
         )  # fmt: skip
-
-
-def apart(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """What an op that does the work of several is held against: those as they are chosen; of several convolutions cuDNN's fused
-    calls too; a projected shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
-    assert op.fallback is not None
-    found: dict[str, Callable] = {"apart": op.fallback}
-    if op.name == POOLED_STEM:  # and in evaluation with batch norm folded into the convolution, as frozen networks may
-        found["conv_bn_act, then pool"] = convolved_then_pooled(args)
-        return found
-    if op.name not in SEVERAL:
-        return found
-    adding = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
-
-    def by_cudnn(last: Callable) -> Callable:
-        if op.name == JOINED:
-            return functools.partial(projection.composed, REGISTRY["conv_bn_act"].reference, last)
-        both = functools.partial(chain.composed, cudnn_relu, last)
-        return both if op.name == CHAIN else functools.partial(long_chain.composed, both, cudnn_relu)
-
-    if args[0].is_cuda and adding.why_not(args[0], args[1], *args[2:13], "relu") is None:
-        found["cudnn"] = by_cudnn(adding.load())
-    return found
-
-
-def convolved_then_pooled(args: tuple[Any, ...]) -> Callable:
-    """A stem as frozen networks run it in two: batch norm in the convolution, the pool behind a norm that changes nothing."""
-    first, last = REGISTRY["conv_bn_act"], REGISTRY["bn_act_maxpool"]
-    nothing = torch.zeros_like(args[5], dtype=torch.float32), torch.full_like(args[5], 1 - 2.0**-10, dtype=torch.float32)
-    return lambda x, *rest: last(first(x, *rest[:-3]), None, None, *nothing, 2.0**-10, "none", *rest[-3:])
-
-
-def cudnn_relu(x: Tensor, *rest: Any) -> Tensor:
-    """cuDNN's fused convolution without residual, as a mark to be held against: fastres has no use for it, since it turns NaN
-    into 0."""
-
-    def finish(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype)
-
-    weight, bias = _fold.folded(rest[:6], rest[6], ("cudnn_relu", x.dtype), finish)
-    return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *rest[7:11])
-
-
-def cudnn_alone(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """cuDNN's mark beside the backends of an op of one convolution."""
-    fits = op.name == "conv_bn_act" and args[0].is_cuda and args[-1] == "relu" and args[0].shape[1] % 8 == 0
-    return {"cudnn": cudnn_relu} if fits else {}
 
 
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:

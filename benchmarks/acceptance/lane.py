@@ -19,7 +19,7 @@ from fastres.experiments.compare import Row
 ROOT = benchmarks.ROOT
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 GRACE_S = 20.0  # for pytest to write its report once it is interrupted
-TEST_S = 100.0  # of one test: some compile a kernel for every tile; a process that needs longer is replaced
+TEST_S = 150.0  # of one test: some compile a kernel for every tile; a process that needs longer is replaced
 
 
 def build(place: torch.device, budget: Budget) -> list[Row]:

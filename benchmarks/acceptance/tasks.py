@@ -222,14 +222,17 @@ class Worker:
         """Rows of one call: a backend that takes the arguments is judged, and timed where it keeps the budget."""
         calls: dict[str, Callable] = {}
         extra: dict[str, Row] = {}
+        truth = tuner.Truth(op, args) if any(b.why_not(*args) is None for b in op.backends if b.name != TORCH) else None
         for backend in op.backends:
             if backend.why_not(*args) is not None:
                 continue
             run, wrong = backend.load(), [op.name, backend.name] in broken  # and may end this process, or never end
-            failure = "it failed its validation" if wrong else None if backend.name == TORCH else tuner.judge(op, run, args)
+            judged = None if wrong or truth is None or backend.name == TORCH else truth.judge(run)
+            failure = "it failed its validation" if wrong else judged
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)
+        del truth  # float64 takes memory
         peers = beside.apart(op, args) if op.fallback is not None else beside.cudnn_alone(op, args)
         for name, run in peers.items():
             extra[name], calls[name] = {}, harness.rotated(run, args, self.place)

@@ -67,12 +67,24 @@ def arguments(name, x, generator=None, act="relu", training=True, dtype=torch.fl
     base = name.removesuffix("_backward").removesuffix("_train")
     if name in ("conv", "conv_backward_weight"):
         return stem(name, x, draw)
+    if name.endswith("int8"):
+        return integers(name, x, generator, kernel)
     if base.startswith("conv"):
         kernels = [torch.randn(channels, channels, k, k, generator=generator) / channels**0.5 / k for k in (kernel, 1)]
         weight_of_x, own = (torch.nn.Parameter(k.to(x.device), requires_grad=False) for k in kernels)
         residual = [draw()] if "add" in base else []
-        padding = (kernel // 2,) * 2
-        args = [x, *residual, weight_of_x, None, weight, bias, mean, var, 1e-5, (1, 1), padding, (1, 1), 1]
+        geometry = (1, 1), (kernel // 2,) * 2, (1, 1), 1
+        if name in ("conv_statistics", "conv_backward_bn_act"):
+            weight_of_x = torch.nn.Parameter(weight_of_x.to(x.dtype), requires_grad=False)
+        if name == "conv_statistics":
+            return [x, weight_of_x, *geometry]
+        if name == "conv_backward_bn_act":
+            return [draw(), weight_of_x, x, weight, bias, mean, var, 1e-5, act, *geometry]
+        if name == "conv_bn_act_maxpool":
+            images, own, _, *geometry = stem("conv", x, draw)
+            norm = [t[:1].expand(len(own)).contiguous() for t in (weight, bias, mean, var)]
+            return [images, own, None, *norm, 1e-5, *geometry, "relu", *window]
+        args = [x, *residual, weight_of_x, None, weight, bias, mean, var, 1e-5, *geometry]
         other = [own, None, weight.flip(0), bias.flip(0), mean, var, 1e-3]
         if base == "conv_bn_add_conv_bn_act":
             args += [*other, (1, 1)]
@@ -103,6 +115,20 @@ def stem(name, x, draw):
     if name == "conv":
         return [draw((n, 3, height, width)), torch.nn.Parameter(draw((64, 3, 7, 7)), requires_grad=False), None, *geometry]
     return [draw((n, 64, (height + 1) // 2, (width + 1) // 2)), draw((n, 3, height, width)), (7, 7), *geometry]
+
+
+def integers(name, x, generator, kernel):
+    """Arguments of an op of 8-bit integers, of activations of x's size; of images, as floats, three channels."""
+    if name == "quantize_int8":
+        return [torch.randn((len(x), 3, *x.shape[2:]), generator=generator).to(x.device), 57.3, 118, 4, (3, 3)]
+    whole = lambda *shape: torch.randint(-128, 128, shape, generator=generator).to(x.device, torch.int8)  # noqa: E731
+    if name == "pool_int8":
+        return [whole(*x.shape), (3, 3), (2, 2), (1, 1), False, None, None]
+    channels, padding = x.shape[1], (kernel // 2,) * 2
+    weight = torch.nn.Parameter(whole(channels, channels, kernel, kernel), requires_grad=False)
+    start = 128 * weight.sum((1, 2, 3), dtype=torch.int32)
+    scale, bias = torch.rand(2, channels, generator=generator).to(x.device)
+    return [whole(*x.shape), whole(*x.shape), weight, start, scale / 9000, bias * 255, 0.4, -128, (1, 1), padding, (1, 1), True]
 
 
 def two_norms(name, x, residual, grads, norm, act, generator):

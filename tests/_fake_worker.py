@@ -15,5 +15,5 @@ for line in sys.stdin:
         time.sleep(60)
     measured += [task["name"]] if task["do"] == "peaks" else []
     row = {"name": task["name"], "process": os.getpid(), "measured": measured}
-    answer = {"missing": "ValueError: no"} if task["name"] == "raise" else {"rows": [row]}
+    answer = {"missing": "ValueError: no"} if task["name"] == "raise" else {"rows": [row], "lost": task["name"] == "lost"}
     print(json.dumps(answer), flush=True)

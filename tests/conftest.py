@@ -20,6 +20,7 @@ from fastres.kernels import native
 MOST = 2 << 30  # bytes that the process may hold before what tests left behind is looked for
 GROWTH = 1 << 29  # and how many more than then remained, before it is again: it takes a third of a second
 ALLOWED = pytest.StashKey[int]()
+FAILED = pytest.StashKey[bool]()
 LANES = ("none", "cpu", "triton_interpreter", "compile", "cuda")
 
 
@@ -69,6 +70,26 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
             item.config.stash[ALLOWED] = max(MOST, resident() + GROWTH)
+
+
+def is_lost() -> bool:
+    """Whether a kernel broke the CUDA context, and with it all that follows in this process."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """With pytest-xdist another process goes on behind a test that broke the context."""
+    stash = item.config.stash
+    stash[FAILED] = call.excinfo is not None or (call.when != "setup" and stash.get(FAILED, False))
+    if call.when == "teardown" and stash[FAILED] and "PYTEST_XDIST_WORKER" in os.environ and is_lost():
+        os._exit(1)
+    return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import bench_overhead, harness, report, sources
 from benchmarks.acceptance import __main__ as acceptance
-from benchmarks.acceptance import lane, plot, promises, run, smoke, tasks
+from benchmarks.acceptance import beside, lane, plot, promises, run, smoke, tasks
 from benchmarks.cases import CHAIN
 from fastres import dispatch, tuner
 from fastres.ops import REGISTRY, _conv_cpu
@@ -42,10 +42,11 @@ def named(*names, do="kernel"):
 
 
 def test_a_process_that_dies_takes_only_its_own_task_with_it():
-    some = [*named("peaks", do="peaks"), *named("a", "die", "raise", "b")]
+    some = [*named("peaks", do="peaks"), *named("a", "die", "raise", "b", "lost", "c")]
     found = {row["name"]: row for row in run.perform_all(some, run.Budget(60.0), CPU, FAKE)}
     assert "illegal memory access" in found["die"]["missing"] and found["raise"]["missing"] == "ValueError: no"
     assert found["a"]["process"] != found["b"]["process"] and found["b"]["measured"] == ["peaks"]
+    assert found["lost"]["process"] == found["b"]["process"] != found["c"]["process"] and found["c"]["measured"] == ["peaks"]
 
 
 def test_what_time_does_not_allow_is_a_row(monkeypatch):
@@ -84,7 +85,7 @@ def test_a_kernel_is_held_against_what_bounds_it(monkeypatch):
     for row in rows:
         moved, _ = REGISTRY[row["name"]].cost(torch.empty(row["shape"]))
         assert row["bound"] == "memory" and row["of_roof"] == pytest.approx(moved / 1e9 / row["median_s"])
-    monkeypatch.setattr(tuner, "judge", lambda op, run, args: "output 0 has error 1")
+    monkeypatch.setattr(tuner.Truth, "judge", lambda self, run: "output 0 has error 1")
     wrong = [row for row in worker.perform(task) if row["rival"] != "torch"]
     assert all(row["failure"] == "output 0 has error 1" and "median_s" not in row for row in wrong)
 
@@ -114,7 +115,7 @@ def test_several_convolutions_are_held_against_their_ops(name, sizes, shape, lab
     assert {row["name"] for row in rows} == {f"{name} {label}"}
     op, args = REGISTRY[name], tasks.convolution(task, torch.float32, CPU)
     assert args[1].shape == shape
-    for name, run_ in tasks.apart(op, args).items():
+    for name, run_ in beside.apart(op, args).items():
         assert tuner.judge(op, run_, args) is None, name
 
 
@@ -126,7 +127,7 @@ def test_a_stem_is_held_against_its_two_ops():
     assert {row["rival"] for row in rows} == {"apart", "conv_bn_act, then pool", "torch"}
     assert {row["name"] for row in rows} == {"conv_bn_act_maxpool 7x7/2 3→8"}
     op, args = REGISTRY[task["name"]], tasks.convolution(task, torch.float32, CPU)
-    for name, run_ in tasks.apart(op, args).items():
+    for name, run_ in beside.apart(op, args).items():
         assert tuner.judge(op, run_, args) is None, name
 
 

@@ -183,8 +183,9 @@ def test_special_values_in_clusters(device, name, dtype):
     args[-4][11:15], args[-3][11:15] = -1.0, -0.0
     for act in ("relu", "none"):
         mean, var = assert_bits_of_two_passes(name, [*args[:-1], act])
-        for actual, expected in zip((mean, var), _bn.normalize_train(x, None, None, 1e-5)[1:], strict=True):
-            assert budget.same_classes(actual, expected)
+        # As on the CPU: on a GPU PyTorch's mean of infinity is NaN or not, as its threads meet it.
+        for actual, expected in zip((mean, var), _bn.normalize_train(x.cpu(), None, None, 1e-5)[1:], strict=True):
+            assert budget.same_classes(actual.cpu(), expected)
         y = run(name, *args[:-1], act)[0]
         assert y[:, (3, 5, 7, 9)].isnan().all() and not y[:, 11:15].any()
         assert y[:, 11:15].signbit().any() == (act == "none")

@@ -170,6 +170,8 @@ def test_the_wide_convolution_is_made_of_hoppers_widest_products() -> None:
         stored.append((len(stores) - 16, any(name.startswith("LDSM.16.MT88.4") for name in names)))
         products = [name for name in names if name.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
         assert len(products) == 4 + 2
+        # What blocks give back to each other waits for no memory: only the two barriers of the cluster do.
+        assert names.count("MEMBAR.ALL.GPU") == names.count("UCGABAR_ARV") == 2
     assert len(rows) == 12 and {row["registers"] for row in rows} == {168} and not any(row["spilled"] for row in rows)
     # What is read beside the accumulators is turned round: residuals, and inputs of batch norms, but nothing for statistics.
     assert sorted(stored) == [(0, True)] * 4 + [(2, True)] * 4 + [(3, False)] * 4
@@ -190,6 +192,10 @@ def test_two_convolutions_in_one_launch_keep_what_is_between_them() -> None:
         waits = [name for name in names if name.startswith("WARPGROUP.DEPBAR")]
         assert len(waits) <= (10 if "HGMMA.64x32x16" in products else 5)  # for each loop and part, none for a product
         shapes |= set(products)
+        last = ""  # of what is written for products and the TMA unit: published before the barrier that tells of it
+        for name in names:
+            last = name if name.startswith(("STSM", "FENCE.VIEW.ASYNC")) else last
+            assert not (name.startswith("BAR.SYNC") and last.startswith("STSM")), row["symbol"]
     assert shapes == {"HGMMA.64x256x16", "HGMMA.64x128x16", "HGMMA.64x32x16"}
 
 

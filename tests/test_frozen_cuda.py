@@ -13,6 +13,7 @@ from fastres import timing
 from fastres.dispatch import GPU_KERNELS
 from fastres.experiments.parity import Reference
 from fastres.experiments.subject import DTYPES, load
+from fastres.ops import REGISTRY
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -50,7 +51,7 @@ def test_networks(name, dtype):
     assert all(torch.equal(frozen(given.x), frozen(x)) for _ in range(3))  # laid out as it may be
 
 
-@pytest.mark.parametrize("backend", GPU_KERNELS)
+@pytest.mark.parametrize("backend", [b.name for b in REGISTRY["conv_bn_add_act"].backends if b.name in GPU_KERNELS])
 def test_one_backend(backend):
     """Of convolutions that it can run; the others take what is fastest."""
     given = subject("resnet50", size=64)

@@ -109,8 +109,8 @@ def test_special_values_of_a_chain(device):
     (x, weight, bias, last, last_bias, residual), _ = integers(case, torch.bfloat16, device)
     x[0, 3, 2, 18], x[1, 2, 6, 0], residual[1, 5, 4, 3], residual[2, 7, 1, 1] = torch.nan, torch.inf, torch.inf, -torch.inf
     y = run(x, weight, bias, last, last_bias, residual, case)
-    middle = F.conv2d(x.float(), weight.float(), bias, 1, case.padding).relu()
-    expected = (F.conv2d(middle, last.float(), last_bias) + residual.float()).relu().to(y.dtype)
+    middle = F.conv2d(x.double(), weight.double(), bias.double(), 1, case.padding).relu()
+    expected = (F.conv2d(middle, last.double(), last_bias.double()) + residual.double()).relu().to(y.dtype)
     nan = expected.isnan()
     assert nan.any() and not nan.all() and torch.equal(y.isnan(), nan) and torch.equal(y[~nan], expected[~nan])
 

@@ -94,7 +94,7 @@ def gpu_parts(
     if compiling is not None:
         compiling.result()  # nothing is timed before it is over
     if "kernels" in parts:
-        rows += perform_all(tasks.kernels(), budget.share(PARTS["kernels"]), place)
+        rows += perform_all(tasks.kernels(broken(rows)), budget.share(PARTS["kernels"]), place)
         promises += kernel_promises(rows)
         keep(rows)
     if "models" in parts:
@@ -118,6 +118,12 @@ def gpu_parts(
         rows += perform_all(tasks.graphs_of_cudnn(), Budget(min(budget.left(), CUDNN_S)), place)
         keep(rows)
     return rows, promises
+
+
+def broken(rows: list[Row]) -> list[list[str]]:
+    """Op and backend of the kernels that were found wrong, or to end their process, or not to end."""
+    wrong = [row for row in rows if row["do"] == "validate" and not row.get("ok") and row.get("missing") != OUT_OF_TIME]
+    return [list(names) for names in dict.fromkeys((row["name"], row["rival"]) for row in wrong)]
 
 
 def compile_first(place: torch.device, budget: Budget) -> None:

@@ -19,6 +19,7 @@ from fastres.experiments.compare import Row
 ROOT = benchmarks.ROOT
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 GRACE_S = 20.0  # for pytest to write its report once it is interrupted
+TEST_S = 150.0  # of one test: some compile a kernel for every tile; a process that needs longer is replaced
 
 
 def build(place: torch.device, budget: Budget) -> list[Row]:
@@ -43,6 +44,8 @@ def tests(lane: str, budget: Budget, where: tuple[str, ...] = ("tests",)) -> lis
         command = [sys.executable, "-m", "pytest", *where, "-m", lane, "-q", "-p", "no:cacheprovider"]
         if importlib.util.find_spec("xdist") is not None:  # most of the time goes to compiling what is tested
             command += ["-n", str(max(1, (os.cpu_count() or 1) - 2))]
+            if importlib.util.find_spec("pytest_timeout") is not None:  # no interrupt reaches who waits for a kernel
+                command += ["--timeout", f"{TEST_S:.0f}", "--timeout-method", "thread"]
         row |= outcome([*command, f"--junitxml={report}", "--tb=line"], dict(os.environ), budget)
         if not report.is_file():
             return [row | {"ok": False}]

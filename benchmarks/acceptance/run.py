@@ -1,6 +1,7 @@
 """Tasks within a time limit, performed one after the other in a process of their own, which is restarted if it dies."""
 
 import json
+import math
 import sys
 import threading
 import time
@@ -75,8 +76,12 @@ def perform_one(
     say(f"{budget.left():4.0f} s left: {label(task)}")
     try:
         process = process or start(module, place, peaks)
-        answer = ask(process, task, budget.left())
-        return process, answer["rows"] if "rows" in answer else missing(task, answer.get("missing", "no rows"))
+        answer = ask(process, task, min(budget.left(), task.get("patience", math.inf)))  # some kernel may never end
+        found = answer["rows"] if "rows" in answer else missing(task, answer.get("missing", "no rows"))
+        if answer.get("lost"):
+            process.close()
+            return None, found
+        return process, found
     except Died as reason:
         if process is not None:
             process.close()

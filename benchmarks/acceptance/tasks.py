@@ -4,12 +4,11 @@ Only the lists of tasks are about GPUs: on the CPU the same code runs the backen
 """
 
 import copy
-import functools
 import importlib.util
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,16 @@ from torch import Tensor
 
 import fastres
 from benchmarks import harness, sources
-from benchmarks.acceptance import cudnn_graphs
+from benchmarks.acceptance import beside, cudnn_graphs
 from benchmarks.bench_ops import CASE_IDS, call, wanting
-from benchmarks.cases import AROUND, CASES, CHAIN, GRADIENT, INTEGERS, JOINED, LONG_CHAIN, SEVERAL
+from benchmarks.cases import AROUND, CASES, CHAIN, GRADIENT, INTEGERS, JOINED, LONG_CHAIN
 from benchmarks.cases import STEM as POOLED_STEM
 from fastres import info, tuner
+from fastres.dispatch import Backend
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, compare, prepared
 from fastres.experiments.subject import DTYPES, Subject, load
-from fastres.ops import REGISTRY, _fold, conv_int8
-from fastres.ops import conv_bn_act_conv_bn_add_act as chain
-from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
-from fastres.ops import conv_bn_add_conv_bn_act as projection
+from fastres.ops import REGISTRY, conv_int8
 from fastres.ops._op import Op
 
 Task = dict[str, Any]
@@ -44,6 +41,7 @@ COMPILED_BESIDE = (rivals.CUDA_GRAPHS.name, rivals.COMPILE.name)  # which of a n
 STATISTICS = "conv_statistics"
 TORCH = "torch"  # the plain composition: what the kernels' times are held against
 BATCH = 256
+SOME = 48  # images that make many tiles for each multiprocessor; in float64, in several processes, memory holds no more
 # What batch norm and addition see in ResNet-50, the largest first.
 SHAPES = [(BATCH, 256, 56, 56), (BATCH, 64, 56, 56), (BATCH, 512, 28, 28), (BATCH, 1024, 14, 14), (BATCH, 2048, 7, 7)]
 STEM_SHAPE = (BATCH, 64, 112, 112)
@@ -76,29 +74,30 @@ INT8 = "int8"  # the dtype of tasks in 8-bit integers
 OF_INTEGERS = [*BLOCK_ENDS[:2], *INNER[:4], INNER[5], (4, *INNER[8][1:])]  # images are of whole words
 OF_BYTES = {"quantize_int8-forward": (BATCH, 3, 224, 224), "pool_int8-forward": STEM_SHAPE}
 SECONDS = 0.6  # of one kernel's rows together
+PATIENCE_S, COMPILING_S = 60.0, 90.0  # in which one kernel's task answers, unless it never ends; more for Triton's samples
 
 
 def validations(place: torch.device) -> Iterator[Task]:
     """Every kernel that this device can run, but PyTorch's own, in each dtype; what has yet to be compiled comes last."""
     wanted = ("cuda", "cuda_wide", "cuda_cluster", "cudnn", "triton") if place.type == "cuda" else ("cpu", "onednn")
     for name, op, dtype in itertools.product(wanted, reversed(REGISTRY.values()), DTYPES):
-        backend = next((b for b in op.backends if b.name == name), None)
-        if backend is not None and info.status(op, backend).startswith("live"):
-            yield {"do": "validate", "name": op.name, "rival": name, "dtype": dtype}
+        if any(b.name == name and info.status(op, b).startswith("live") for b in op.backends):
+            patience = PATIENCE_S + COMPILING_S * (name == "triton")
+            yield {"do": "validate", "name": op.name, "rival": name, "dtype": dtype, "patience": patience}
 
 
-def kernels() -> Iterator[Task]:
-    """The ops of ResNet-50 at its shapes, in order of what they weigh; bf16 first, then fp16 at the largest shapes."""
+def kernels(broken: Sequence[list[str]] = ()) -> Iterator[Task]:
+    """The ops of ResNet-50 at its shapes, what weighs most first; bf16, then fp16; without what is ``broken``: op, backend."""
     with_backward = {op for case in CASES if case.backward for op in case.covers}
     chosen = {name: case for name, case in CASE_IDS.items() if case.backward or case.op not in with_backward}
     plain = [name for name, case in chosen.items() if not case.convolution and case.op not in AROUND]
     for dtype, most in (("bf16", None), ("fp16", 1)):
-        common = {"do": "kernel", "dtype": dtype}
+        common = {"do": "kernel", "dtype": dtype, "patience": PATIENCE_S, "broken": broken}
         yield {"do": "peaks", "name": "peaks", "dtype": dtype}
         for name, sizes in CONVOLUTIONS.items():
             yield from ({**common, "name": name, "batch": BATCH, "convolution": size} for size in sizes[:most])
         if most is None:
-            of_bytes = {"do": "kernel", "dtype": INT8}
+            of_bytes = {**common, "dtype": INT8}
             yield from ({**of_bytes, "name": INTEGERS, "batch": BATCH, "convolution": size} for size in OF_INTEGERS)
             yield from ({**of_bytes, "name": name, "shape": shape} for name, shape in OF_BYTES.items())
         for shape in SHAPES[:most]:
@@ -149,7 +148,7 @@ def graphs_of_cudnn() -> Iterator[Task]:
 
 
 def label(task: Task) -> str:
-    return " ".join(str(value) for key, value in task.items() if key not in ("ways", "warm"))
+    return " ".join(str(value) for key, value in task.items() if key not in ("ways", "warm", "patience", "broken"))
 
 
 def missing(task: Task, reason: str) -> list[Row]:
@@ -180,24 +179,34 @@ class Worker:
         op = REGISTRY[task["name"]]
         backend = next(backend for backend in op.backends if backend.name == task["rival"])
         reason = tuner.Session(self.place).on_samples(op, backend, (DTYPES[task["dtype"]],))
+        reason = reason or self.at_real_sizes(op, backend, task["dtype"])
         row: Row = {"name": op.name, "pass": "parity", "rival": backend.name, "dtype": task["dtype"], "ok": reason is None}
         row |= {} if reason is None else {"failure": reason}
         return [row | ({"source": sources.fingerprint(op.name, backend.name)} if backend.name in sources.ROOMS else {})]
+
+    def at_real_sizes(self, op: Op, backend: Backend, dtype: str) -> str | None:
+        """The same for convolutions in CUDA at sizes of which multiprocessors walk many tiles: a kernel that fails there, or
+        never ends, is not timed beside others."""
+        own = backend.name in ("cuda", "cuda_wide") and dtype != "fp32" and self.place.type == "cuda"
+        for size in CONVOLUTIONS.get(op.name, ()) if own else ():
+            args = convolution({"name": op.name, "batch": SOME, "convolution": size}, DTYPES[dtype], self.place)
+            if backend.why_not(*args) is None and (reason := tuner.judge(op, backend.load(), args)):
+                return f"on {SOME} images, {size}: {reason}"
+        return None
 
     def measure_peaks(self, task: Task, seconds_left: Callable) -> list[Row]:
         """GB/s of a large copy and flop/s of a large product, against which kernels are held."""
         copy_peak, matmul_peak = harness.copy_peak(self.place), harness.matmul_peak(self.place, DTYPES[task["dtype"]])
         self.peaks[task["dtype"]] = copy_peak * 1e9, matmul_peak * 1e9
         self.peaks[INT8] = copy_peak * 1e9, 2 * matmul_peak * 1e9  # tensor cores multiply twice as many
-        common = {"name": "peaks", "dtype": task["dtype"], "rival": TORCH}
-        return [{**common, "gb_per_s": copy_peak, "gflop_per_s": matmul_peak}]
+        return [{"name": "peaks", "dtype": task["dtype"], "rival": TORCH, "gb_per_s": copy_peak, "gflop_per_s": matmul_peak}]
 
     def kernel(self, task: Task, seconds_left: Callable) -> list[Row]:
         """Every op of a case at one shape on each of its backends, beside PyTorch."""
         with fastres.use(TORCH):
             calls = self.recorded(task)
         with torch.no_grad():
-            return [row for op, args in calls for row in self.backends(op, args, task["dtype"])]
+            return [row for op, args in calls for row in self.backends(op, args, task["dtype"], task.get("broken", ()))]
 
     def recorded(self, task: Task) -> list[tuple[Op, tuple]]:
         """The calls of ops that a task is about, with their arguments."""
@@ -209,19 +218,22 @@ class Worker:
         with torch.set_grad_enabled(case.backward):
             return list(tuner.recorded(lambda: call(case.fused, case, wanting(case, tensors))).values())
 
-    def backends(self, op: Op, args: tuple, dtype: str) -> list[Row]:
+    def backends(self, op: Op, args: tuple, dtype: str, broken: Sequence[list[str]] = ()) -> list[Row]:
         """Rows of one call: a backend that takes the arguments is judged, and timed where it keeps the budget."""
         calls: dict[str, Callable] = {}
         extra: dict[str, Row] = {}
+        truth = tuner.Truth(op, args) if any(b.why_not(*args) is None for b in op.backends if b.name != TORCH) else None
         for backend in op.backends:
             if backend.why_not(*args) is not None:
                 continue
-            run = backend.load()
-            failure = None if backend.name == TORCH else tuner.judge(op, run, args)
+            run, wrong = backend.load(), [op.name, backend.name] in broken  # and may end this process, or never end
+            judged = None if wrong or truth is None or backend.name == TORCH else truth.judge(run)
+            failure = "it failed its validation" if wrong else judged
             extra[backend.name] = {"ok": failure is None} if failure is None else {"ok": False, "failure": failure}
             if failure is None:
                 calls[backend.name] = harness.rotated(run, args, self.place)
-        peers = apart(op, args) if op.fallback is not None else cudnn_alone(op, args)
+        del truth  # float64 takes memory
+        peers = beside.apart(op, args) if op.fallback is not None else beside.cudnn_alone(op, args)
         for name, run in peers.items():
             extra[name], calls[name] = {}, harness.rotated(run, args, self.place)
         moved, flops = op.cost(*args)
@@ -291,53 +303,6 @@ class Worker:
             seconds=task.get("seconds", 3.0), batches=(3, 60), replay=task.get("replay", True), warm=task.get("warm", ()),
             seconds_left=seconds_left,
         )  # fmt: skip
-
-
-def apart(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """What an op that does the work of several is held against: those as they are chosen; of several convolutions cuDNN's fused
-    calls too; a projected shortcut has no ReLU and so no fused call, but PyTorch's convolution and batch norm."""
-    assert op.fallback is not None
-    found: dict[str, Callable] = {"apart": op.fallback}
-    if op.name == POOLED_STEM:  # and in evaluation with batch norm folded into the convolution, as frozen networks may
-        found["conv_bn_act, then pool"] = convolved_then_pooled(args)
-        return found
-    if op.name not in SEVERAL:
-        return found
-    adding = next(b for b in REGISTRY["conv_bn_add_act"].backends if b.name == "cudnn")
-
-    def by_cudnn(last: Callable) -> Callable:
-        if op.name == JOINED:
-            return functools.partial(projection.composed, REGISTRY["conv_bn_act"].reference, last)
-        both = functools.partial(chain.composed, cudnn_relu, last)
-        return both if op.name == CHAIN else functools.partial(long_chain.composed, both, cudnn_relu)
-
-    if args[0].is_cuda and adding.why_not(args[0], args[1], *args[2:13], "relu") is None:
-        found["cudnn"] = by_cudnn(adding.load())
-    return found
-
-
-def convolved_then_pooled(args: tuple[Any, ...]) -> Callable:
-    """A stem as frozen networks run it in two: batch norm in the convolution, the pool behind a norm that changes nothing."""
-    first, last = REGISTRY["conv_bn_act"], REGISTRY["bn_act_maxpool"]
-    nothing = torch.zeros_like(args[5], dtype=torch.float32), torch.full_like(args[5], 1 - 2.0**-10, dtype=torch.float32)
-    return lambda x, *rest: last(first(x, *rest[:-3]), None, None, *nothing, 2.0**-10, "none", *rest[-3:])
-
-
-def cudnn_relu(x: Tensor, *rest: Any) -> Tensor:
-    """cuDNN's fused convolution without residual, as a mark to be held against: fastres has no use for it, since it turns NaN
-    into 0."""
-
-    def finish(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return weight.to(x.dtype, memory_format=torch.channels_last), bias.to(x.dtype)
-
-    weight, bias = _fold.folded(rest[:6], rest[6], ("cudnn_relu", x.dtype), finish)
-    return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *rest[7:11])
-
-
-def cudnn_alone(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
-    """cuDNN's mark beside the backends of an op of one convolution."""
-    fits = op.name == "conv_bn_act" and args[0].is_cuda and args[-1] == "relu" and args[0].shape[1] % 8 == 0
-    return {"cudnn": cudnn_relu} if fits else {}
 
 
 def convolution(task: Task, dtype: torch.dtype, place: torch.device) -> tuple[Any, ...]:

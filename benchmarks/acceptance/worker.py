@@ -23,14 +23,26 @@ def main() -> None:
 
 
 def perform(worker: Worker, message: dict[str, Any]) -> dict[str, Any]:
-    """The rows of a task, or why there are none; one that this process will not survive ends it."""
+    """The rows of a task, or why there are none, and whether this process is of no use to the next one; a task that it will not
+    survive ends it."""
     end = time.monotonic() + message["seconds"]
     try:
-        return {"rows": worker.perform(message["task"], lambda: end - time.monotonic())}
+        answer = {"rows": worker.perform(message["task"], lambda: end - time.monotonic())}
     except Exception as error:  # whatever a task raises is its result; the next one still runs
         if "CUDA error" in str(error):  # the context is lost, and with it all that follows
             raise
-        return {"missing": reason(error)}
+        answer = {"missing": reason(error)}
+    return answer | {"lost": is_lost(worker.place)}
+
+
+def is_lost(place: torch.device) -> bool:
+    """Whether a kernel broke the CUDA context, which a judge may have taken for the result of what it judged."""
+    try:
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+    except RuntimeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

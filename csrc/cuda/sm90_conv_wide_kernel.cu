@@ -117,7 +117,8 @@ __device__ __forceinline__ void load_operands(const Kernel& p, Shared<kWhole>& s
         uint8_t* to = s.x[slice.index] + first * kRowBytes;
         for (int i = 0; i < p.share; ++i, to += p.box * kRowBytes) {
           const int4 at = s.corners[i];
-          load_pixels_everywhere(to, p.x, full, channel, at.x, at.y, at.z, right, down, p.cluster);
+          if (p.cluster == 1) load_pixels(to, p.x, full, channel, at.x, at.y, at.z, right, down);
+          else load_pixels_everywhere(to, p.x, full, channel, at.x, at.y, at.z, right, down, p.cluster);
         }
         for (int i = 0; i < together; ++i, stage.next()) {
           s.weight_empty[stage.index].wait(stage.parity ^ 1);

@@ -20,10 +20,12 @@ cudaError_t clusters_at_once(int* count, void (*kernel)(Params), unsigned thread
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Arrives once at the barrier that another block, or this one, has in this place.
+// Arrives once at the barrier that another block, or this one, has in this place, once products that were waited for have read
+// what the barrier is about. It publishes no writes: a release at the cluster's scope would wait for all that the thread wrote.
 __device__ __forceinline__ void arrive_at(Barrier& barrier, int rank) {
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
-               "[there]; }" ::"r"(shared_address(&barrier)), "r"(rank)
+  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(
+                   shared_address(&barrier)),
+               "r"(rank)
                : "memory");
 }
 

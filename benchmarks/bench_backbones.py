@@ -12,7 +12,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fastres
-from benchmarks import harness
 from fastres import models, timing
 from fastres.budget import within_budget
 from fastres.experiments.rivals import FASTRES

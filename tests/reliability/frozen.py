@@ -1,6 +1,5 @@
 """F: random networks, frozen and optimised, against the same modules run one by one."""
 
-# ruff: noqa: E501
 
 import copy
 import random

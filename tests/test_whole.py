@@ -13,6 +13,7 @@ from torch import nn
 
 import fastres
 from fastres import models
+from fastres.optimize import whole
 from fastres.optimize.swap import STATE
 
 pytestmark = pytest.mark.cpu
@@ -29,8 +30,7 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def runs_whole(model, x=X):
     """Whether a call is one plan; its result is then the plan's, to the bit."""
-    whole = vars(model)[STATE].whole
-    y = whole.run(model, x, True)
+    y = vars(model)[STATE].whole.run(model, x, True)
     return y is not None and torch.equal(y, model(x))
 
 
@@ -165,6 +165,24 @@ def test_networks_that_no_plan_can_run_say_so():
 
 
 @torch.no_grad()
+def test_what_no_plan_can_run_is_not_tried_again_after_every_step(monkeypatch):
+    """But weights may become finite."""
+    model, tries = lively(models.cifar.resnet(8)).eval(), []
+    model.fc = nn.Sequential(model.fc, nn.Sigmoid())
+    fastres.optimize(model.eval())  # whose stages have plans
+    monkeypatch.setattr(whole, "freeze", lambda *args, freeze=whole.freeze: tries.append(type(args[0])) or freeze(*args))
+    for _ in range(3):
+        model.conv1.weight.mul_(1.5)
+        model(X)
+        assert tries.count(type(model)) == 1
+    plain = fastres.optimize(lively(models.cifar.resnet(8)).eval())
+    plain.conv1.weight[0] = math.nan
+    assert not runs_whole(plain)
+    plain.conv1.weight[0] = 0.5
+    assert runs_whole(plain)
+
+
+@torch.no_grad()
 def test_explain_says_that_the_network_is_one_plan(model):
     assert any("one native plan" in note for note in fastres.explain(model, X).notes)
     with torch.enable_grad():
@@ -286,7 +304,6 @@ def test_the_bits_do_not_depend_on_the_sizes_seen_before(model):
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 @pytest.mark.parametrize("where", ["freeze", "record"])
 def test_memory_that_ran_out_once_is_told_and_not_remembered(model, monkeypatch, where, error):
-    whole = sys.modules["fastres.optimize.whole"]
     right, first = getattr(whole, where), []
 
     def fails_once(*args):

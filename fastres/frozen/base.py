@@ -20,6 +20,10 @@ _CLOSED = "fastres.freeze: a frozen network cannot be traced, scripted or export
 RECORDED = 2  # images at most that a network runs on to be recorded
 
 
+class NotFinite(UnsupportedError):
+    """Weights that a plan cannot serve until they change."""
+
+
 def named(dtypes: tuple[torch.dtype, ...]) -> str:
     """Dtypes in words."""
     *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -63,7 +67,7 @@ def layers_of(name: str, recording: Recording) -> Network:
     for layer in found.layers:
         if layer.weight is not None and not is_finite(layer.weight):
             what = "must be finite: a plan multiplies padding too"
-            raise UnsupportedError(f"fastres.freeze: the weights of {layer.name} {what}")
+            raise NotFinite(f"fastres.freeze: the weights of {layer.name} {what}")
     return found
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from fastres import dispatch
 from fastres.errors import ArgumentError, UnsupportedError, is_out_of_memory
 from fastres.frozen import Frozen, freeze
-from fastres.frozen.base import layers_of
+from fastres.frozen.base import NotFinite, layers_of
 from fastres.frozen.record import Recording, record
 from fastres.nn import _fused
 from fastres.nn._plain import has_hooks, original_class
@@ -42,8 +42,9 @@ _KINDS = 256  # of input that are remembered
 class _Made:
     """A plan with what it was made from."""
 
-    def __init__(self, model: nn.Module, plan: Frozen | None, reason: str | None) -> None:
+    def __init__(self, model: nn.Module, plan: Frozen | None, reason: str | None, by_values: bool) -> None:
         self.plan, self.reason = plan, reason
+        self.by_values = by_values  # whether the values of weights are the reason that there is no plan
         self.recording: Recording | None = None  # once parameters were written to
         self.serves: dict[tuple[int, ...], bool] = {}  # whether the plan does what the network does, by kind of input
         own, *self.dicts = (state for module in model.modules() for state in _dicts(module))
@@ -73,10 +74,14 @@ class _Made:
         return self.identities(model.__dict__) == self.ids and (self.now() == self.marks or self._takes_writes(model))
 
     def _takes_writes(self, model: nn.Module) -> bool:
-        """Whether the plan could take over what was written to the same memory."""
+        """Whether the plan could take over what was written to the same memory; where there is none, that stays so."""
         marks = self.now()
-        if self.plan is None or self.plan.images is None or [mark[1] for mark in marks] != [mark[1] for mark in self.marks]:
+        if self.by_values or [mark[1] for mark in marks] != [mark[1] for mark in self.marks]:
             return False
+        if self.plan is None:
+            self.marks = marks
+            return True
+        assert self.plan.images is not None
         if self.recording is None:
             found = _recorded(model, torch.zeros(self.plan.images, dtype=self.plan.dtype, device="cpu"))
             if found is None or not found.reads_parameters() or found.signature() != self.plan.signature:
@@ -84,7 +89,7 @@ class _Made:
             self.recording = found
         try:
             self.plan.take(layers_of(self.plan.name, self.recording))
-        except UnsupportedError:  # weights that are not finite
+        except NotFinite:
             return False
         self.marks = marks
         return True
@@ -205,18 +210,18 @@ def _recorded(model: nn.Module, x: Tensor) -> Recording | None:
 
 
 def _make(model: nn.Module, x: Tensor) -> _Made:
-    reason = _why_not_model(model)
+    reason, by_values = _why_not_model(model), False
     plan = None
     if reason is None:
         try:
             plan = freeze(model, x.detach()[:2].clone())
         except (ArgumentError, UnsupportedError) as error:
-            reason = str(error).partition(": ")[2]
+            reason, by_values = str(error).partition(": ")[2], isinstance(error, NotFinite)
         except Exception as error:  # as above
             if is_out_of_memory(error):
                 raise
             reason = f"{_RAISED} {type(error).__name__} on this input"
-    made = _Made(model, plan, reason)
+    made = _Made(model, plan, reason, by_values)
     made.serves[_kind(x)] = plan is not None
     return made
 

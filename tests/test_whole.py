@@ -3,7 +3,6 @@
 import copy
 import gc
 import math
-import sys
 import weakref
 
 import pytest

@@ -56,7 +56,8 @@ class State:
         """The plan of the module's mode, if it can run now: its children are those it was made for, and no identity that it
         skips has a hook."""
         if not torch.compiler.is_compiling() and (
-            self.children != tuple(module._modules.values()) or any(now != then for now, then in self.mappings)
+            self.children != tuple(module._modules.values())
+            or (self.mappings and any(now != then for now, then in self.mappings))
         ):
             self.prepare(module)
         now = self.training if module.training else self.evaluation

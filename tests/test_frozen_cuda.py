@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerances import assert_close_to_truth
 from torch import nn
 
@@ -36,7 +37,8 @@ def judged(frozen, model, x):
 def uncaptured(frozen, x):
     """The kernels one after the other, on a full batch."""
     with torch.no_grad():
-        return frozen.run(frozen.plan(tuple(x.shape)).steps, x.to(frozen.dtype))
+        ys = frozen.run(frozen.plan(tuple(x.shape)).steps, x.to(frozen.dtype))
+    return frozen.network.result(ys)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,6 +64,34 @@ def test_one_backend(backend):
     with fastres.use(**forced):
         frozen = fastres.freeze(model, given.x)
     judged(frozen, model, given.x)
+
+
+class Maps(nn.Module):
+    """Two maps of a network, the coarse one enlarged and added to the fine one."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.inner = model, nn.ModuleList(nn.Conv2d(channels, 64, 1) for channels in (64, 128))
+
+    def forward(self, x):
+        fine = self.model.layer1(self.model.maxpool(self.model.relu(self.model.bn1(self.model.conv1(x)))))
+        coarse = self.inner[1](self.model.layer2(fine))
+        return {"fine": self.inner[0](fine) + F.interpolate(coarse, fine.shape[2:]), "coarse": coarse}
+
+
+def test_several_maps():
+    given = subject("resnet18", size=64)
+    model = Maps(given.model).to(given.x).eval()
+    frozen, exact = fastres.freeze(model, given.x), copy.deepcopy(model).double()
+    for x in (given.x, given.x[:1], images((2, 3, 96, 56), given.x)):
+        found = frozen(x)
+        with torch.no_grad():
+            same, truth = model(x), exact(x.double())
+        for name in ("fine", "coarse"):
+            assert_close_to_truth(found[name], same[name], truth[name], x.dtype, name)
+    before = frozen(given.x)["fine"].clone()
+    frozen(given.x.flip(0))
+    assert torch.equal(before, frozen(given.x)["fine"])
 
 
 def test_another_dtype_than_the_models():

@@ -98,6 +98,8 @@ CPP = [
           "test_conv_cpu.py::test_groups", {}, "conv_bn_act_kernel"),
     Fault("a pixel is enlarged by a rounded quotient", "cpu/plan_kernel.cpp", "static_cast<float>(at) * scale)", "static_cast<float>(at) * scale + 0.5f)",
           "test_backbones.py::test_the_nearest_pixels_are_pytorchs", {}),
+    Fault("all images are gated by the first one's gate", "cpu/plan_kernel.cpp", "+ pixel / args.pixels * args.channels", "",
+          "test_frozen_steps.py::test_a_step_computes_what_pytorch_does", {}),
     Fault("lines of a block are lost", "cpu/plan_kernel.cpp", "finish(join(value, block), ", "finish(value, ",
           "test_frozen.py::test_networks", {}),
 ]  # fmt: skip

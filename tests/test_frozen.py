@@ -55,6 +55,7 @@ NETWORKS = {
     "timm 26d": lambda: (timm.create_model("resnet26d"), (2, 3, 64, 64)),
     "flat features": lambda: (nn.Sequential(nn.Conv2d(3, 18, 3), nn.BatchNorm2d(18), nn.ReLU(), nn.Flatten()), (2, 3, 8, 9)),
     "mean of a large map": lambda: (nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), (2, 3, 112, 96)),
+    "timm, gated": lambda: (timm.create_model("seresnext26d_32x4d", num_classes=5), (3, 3, 64, 50)),
     "vgg": lambda: (vision.vgg11_bn(num_classes=3).features, (1, 3, 64, 64)),
     "pre-activation": lambda: (fnn.PreActBasicBlock(24, 24), (2, 24, 9, 9)),
     "few channels, dilated": lambda: (nn.Sequential(nn.Conv2d(3, 16, 3, padding=2, dilation=2), nn.Conv2d(16, 4, 1)), (2, 3, 11, 12)),

@@ -21,7 +21,7 @@ class Behind(nn.Module):
     def __init__(self, function):
         super().__init__()
         self.function, self.conv, self.bn = function, nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
-        self.small = nn.Conv2d(16, 24, 6)
+        self.small, self.scale = nn.Conv2d(16, 24, 6), nn.Conv2d(16, 16, 1)
 
     def forward(self, x):
         return self.function(self, self.conv(x))
@@ -40,7 +40,19 @@ def named(m, y):
         return m.bn(y)
 
 
+def gate(m, y):
+    """A factor for each channel of each image, by the image (Hu et al., *Squeeze-and-Excitation Networks*, 2018)."""
+    return m.scale(y.mean((2, 3), keepdim=True)).sigmoid()
+
+
 STEPS = {
+    "channels gated": lambda m, y: y * gate(m, y),
+    "channels gated, added to and cut at zero": lambda m, y: F.relu(gate(m, y) * y + m.bn(y)),
+    "channels gated in place, behind a ReLU": lambda m, y: y.relu_().mul_(gate(m, y)).relu_(),
+    "a gate that is no sigmoid": lambda m, y: y.add_(y * m.scale(F.adaptive_avg_pool2d(y, 1))),
+    "a gate that gates a gate": lambda m, y: y * (gate(m, y) * gate(m, y.relu())),
+    "two values gated alike": lambda m, y: (g := gate(m, y)) * y + g * m.bn(y),
+    "probabilities": lambda m, y: m.small(y).flatten(1).sigmoid(),
     "what has a name for a profiler": named,
     "our batch norm": lambda m, y: bn_act(m, y, "relu"),
     "our batch norm without ReLU": lambda m, y: bn_act(m, y, "none"),
@@ -79,6 +91,9 @@ def test_a_step_computes_what_pytorch_does(name):
     with torch.no_grad(), fastres.use("torch"):
         expected, exact = model(X), copy.deepcopy(model).double()(X.double())
         assert_close_to_truth(frozen(X), expected, exact, torch.float32, name)
+        x = X.clone()
+        x[1, :, 3, 3] = torch.nan
+        assert torch.equal(frozen(x).isnan(), model(x).isnan())
 
 
 REFUSED = {
@@ -94,6 +109,9 @@ REFUSED = {
     "a scale for each pixel": (lambda m, y: y * m.small.weight[0, :, :, :], "aten.mul"),
     "a random scale": (lambda m, y: y * torch.rand_like(m.bn.weight)[:, None, None], "aten.rand_like|aten.mul"),
     "a scale that the images give": (lambda m, y: y * y.mean((0, 2, 3), keepdim=True), "aten.mul"),
+    "a gate for each pixel": (lambda m, y: y * y.sigmoid(), "aten.sigmoid"),
+    "one gate for all channels": (lambda m, y: y * gate(m, y).mean(1, keepdim=True), "aten.mean|aten.mul"),
+    "a gate of as many pixels": (lambda m, y: y * F.relu(y), "aten.mul"),
     "a number": (lambda m, y: y * 2, "aten.mul"),
     "a part of the weights that the images choose": (
         lambda m, y: y * m.bn.weight[y.mean((0, 2, 3)).long().clamp(0, 15)][:, None, None], "aten.mul|dtype",

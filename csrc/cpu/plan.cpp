@@ -80,6 +80,25 @@ Work upsample(const Call& call, const PlanRow& row, int64_t first, int64_t image
           [args](int64_t begin, int64_t end) { upsample_add(args, begin, end); }};
 }
 
+Work gate(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+  FASTRES_CHECK(row.out_channels == row.channels && row.out_h == row.height && row.out_w == row.width, kPlan, "a gated value",
+                "of its own size", row.channels);
+  const int64_t pixels = row.height * row.width, bytes = pixels * row.channels * call.size;
+  const bool added = row.residual.offset != kNone;
+  const GateArgs args{call.dtype, row.relu ? Act::kRelu : Act::kNone, call.at(row.x, first, images, bytes),
+                      call.at(row.gate, first, images, row.channels * call.size),
+                      added ? call.at(row.residual, first, images, bytes) : nullptr, call.at(row.y, first, images, bytes),
+                      row.channels, pixels};
+  return {images * pixels, std::max<int64_t>(1, kGrain / row.channels),
+          [args](int64_t begin, int64_t end) { gate_channels(args, begin, end); }};
+}
+
+Work sigmoid(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+  const int64_t numel = row.height * row.width * row.channels, bytes = numel * call.size;
+  const SigmoidArgs args{call.dtype, call.at(row.x, first, images, bytes), call.at(row.y, first, images, bytes)};
+  return {images * numel, kGrain / 16, [args](int64_t begin, int64_t end) { sigmoid(args, begin, end); }};
+}
+
 Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(std::min({row.channels, row.height, row.width, row.out_channels, row.out_h, row.out_w}) >= 1, kPlan,
                 "a step's sizes", "at least 1", row.channels);
@@ -92,6 +111,8 @@ Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images
     case Step::kBn: return bn(call, row, first, images);
     case Step::kAdd: return add(call, row, first, images);
     case Step::kUpsample: return upsample(call, row, first, images);
+    case Step::kGate: return gate(call, row, first, images);
+    case Step::kSigmoid: return sigmoid(call, row, first, images);
     default: FASTRES_CHECK(false, kPlan, "a step", "one of this build", static_cast<int64_t>(row.kind));
   }
   return {};

@@ -6,7 +6,7 @@
 
 namespace fastres::cpu {
 
-enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd, kUpsample };
+enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd, kUpsample, kGate, kSigmoid };
 
 // A value: bytes into the arena, or one of the tensors of the call (kOutput - i for its output i); `step` bytes from one image of the batch to the next,
 // 0 where the arena holds only the images of one pass.
@@ -19,7 +19,7 @@ constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;  // the first output
 // passes between them stays in the caches. Activations are channels last, without gaps. `weight` and `bias` count the
 // constants of the call: packed weights and a bias for kConv, rows of mean, scale and bias for kBn. kPad copies every
 // stride-th pixel of the input, or of a value, and adds padding and channels of zeros. kUpsample adds the nearest pixel of x to
-// each of the residual. With `int8` all values are uint8,
+// each of the residual. kGate multiplies each image's channels by its gate. With `int8` all values are uint8,
 // but for the input and the output, which are of the call's dtype; `bias` counts the float constants that plan_int8.cpp tells.
 struct PlanRow {
   Step kind;
@@ -32,6 +32,7 @@ struct PlanRow {
   int64_t groups;
   int64_t winograd;  // whether its weights are transformed, for a 3x3 convolution with stride 1
   int64_t int8;
+  Place gate;
 };
 constexpr int64_t kRowFields = sizeof(PlanRow) / sizeof(int64_t);
 
@@ -60,9 +61,25 @@ struct UpsampleArgs {
   int64_t channels, height, width, out_h, out_w;
 };
 
+struct GateArgs {
+  DType dtype;
+  Act act;
+  const void *x, *gate, *residual;  // residual: nullptr for none
+  void* y;
+  int64_t channels, pixels;  // of an image
+};
+
+struct SigmoidArgs {
+  DType dtype;
+  const void* x;
+  void* y;
+};
+
 FASTRES_FMA_KERNEL(max_pool, PoolArgs)  // a range counts rows of y
 FASTRES_FMA_KERNEL(avg_pool, PoolArgs)  // the same; of the pixels inside the image
 FASTRES_FMA_KERNEL(bn_pixels, BnPixelsArgs)  // a range counts pixels
 FASTRES_FMA_KERNEL(upsample_add, UpsampleArgs)  // a range counts rows of y
+FASTRES_FMA_KERNEL(gate_channels, GateArgs)  // a range counts pixels
+FASTRES_FMA_KERNEL(sigmoid, SigmoidArgs)  // a range counts values; few, one at a time
 
 }  // namespace fastres::cpu

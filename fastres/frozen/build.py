@@ -14,8 +14,8 @@ from fastres.frozen.layers import ONE, Layer, Network, Output, Pair
 from fastres.frozen.record import Recording, Value
 from fastres.ops import _fold
 
-_IN_PLACE = ("relu_", "add_", "sub_", "mul_", "div_")
-_END_IN_RELU = ("conv", "linear", "bn", "add", "upsample")
+_IN_PLACE = ("relu_", "add_", "sub_", "mul_", "div_", "sigmoid_")
+_END_IN_RELU = ("conv", "linear", "bn", "add", "upsample", "gate")
 _WHOLE = 2**31  # where a slice ends that takes all there is, whatever the size of the images
 
 
@@ -70,7 +70,7 @@ class _Builder:
         wanted = set(ends)
         for layer in reversed(self.found):
             if layer.y in wanted:
-                wanted |= {layer.x} if layer.residual is None else {layer.x, layer.residual}
+                wanted.update(layer.operands)
                 kept.append(layer)
         if not ends <= self.makers.keys():
             raise UnsupportedError("fastres.freeze: the network computes nothing that a plan could run")
@@ -79,7 +79,7 @@ class _Builder:
                 raise UnsupportedError(f"fastres.freeze: the network must return (N, C, H, W) or (N, features), got {shape}")
         made = {self.recording.x}
         for layer in kept[::-1]:
-            if not {layer.x, layer.residual} <= {None, *made}:
+            if not made.issuperset(layer.operands):
                 raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} computes from a constant")
             if layer.kind == "upsample" and layer.residual is None:
                 raise UnsupportedError("fastres.freeze: a plan enlarges a value only to add it to another")
@@ -187,9 +187,26 @@ class _Builder:
         self.on_conv_bn_act(x, *parameters[:-3], y=pooled)
         self.on_max_pool2d_with_indices(pooled, *parameters[-3:], y=y)
 
+    def on_sigmoid(self, x, *, y):
+        if tuple(self.value(x).shape[2:]) not in ((), (1, 1)):
+            raise _Refused
+        x, y = self.value(x), self.stored(x, y)
+        self.add(Layer("sigmoid", "sigmoid", x, y))
+
     def on_mul(self, x, factor, *, y):
+        if isinstance(factor, Value) and x.constant is factor.constant is None:
+            x, gate = (factor, x) if self.is_gate(x) else (x, factor)
+            if y.shape != x.shape or gate.shape != (*x.shape[:2], 1, 1):
+                raise _Refused
+            self.add(Layer("gate", "gate", x, y, gate=self.value(gate)))
+            return
         x, factor = (factor, x) if x.constant is not None else (x, factor)
         self.scale_and_shift(x, _of_channels(x, factor), None, y)
+
+    def is_gate(self, x: Value) -> bool:
+        """Whether a value is the sigmoid that scales channels; where images have one pixel, both factors look alike."""
+        layer = self.makers.get(self.value(x))
+        return layer is not None and layer.kind == "sigmoid"
 
     def on_div(self, x, divisor, *, y):
         self.scale_and_shift(x, _of_channels(x, divisor).reciprocal(), None, y)
@@ -217,7 +234,7 @@ class _Builder:
             raise _Refused  # flattened from images of other sizes
         y = self.stored(x, y)
         operands = (x, residual), (residual, x)
-        for kinds, (first, second) in itertools.product((("upsample",), ("conv", "linear")), operands):
+        for kinds, (first, second) in itertools.product((("upsample",), ("conv", "linear", "gate")), operands):
             layer = self.private(first, *kinds)
             if layer is not None:  # it moves here, where both operands exist
                 self.found.remove(layer)

@@ -88,6 +88,8 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
         return Call(layer, BN_ACT_MAXPOOL, inputs, (None, None, *_nothing(channels, device), EPS, act, *window), {TORCH: pool})
     if layer.kind == "upsample":
         return Call(layer, None, inputs, (act,), {TORCH: _upsample})
+    if layer.kind == "gate":
+        return Call(layer, None, tuple(layer.operands), (act,), {TORCH: _with(layer, _gate)})
     if layer.kind == "linear":
         return Call(layer, None, inputs, (*own, act), {TORCH: _with(layer, _linear)})
     return Call(layer, None, inputs, (), {TORCH: functools.partial(_PLAIN[layer.kind], layer)})
@@ -139,6 +141,14 @@ def _upsample(x: Tensor, residual: Tensor, act: str) -> Tensor:
     return _finished(F.interpolate(x, residual.shape[2:]), residual, act)
 
 
+def _gate(x: Tensor, residual: Tensor | None, gate: Tensor, act: str) -> Tensor:
+    return _finished(x * gate, residual, act)
+
+
+def _sigmoid(layer: Layer, x: Tensor) -> Tensor:
+    return x.sigmoid()
+
+
 def _max_pool(layer: Layer, x: Tensor, *_: Any) -> Tensor:
     return F.max_pool2d(x, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil)
 
@@ -158,4 +168,4 @@ def _pad(layer: Layer, x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1])).contiguous(memory_format=torch.channels_last)
 
 
-_PLAIN = {"max_pool": _max_pool, "avg_pool": _avg_pool, "relu": _relu, "pad": _pad}
+_PLAIN = {"max_pool": _max_pool, "avg_pool": _avg_pool, "relu": _relu, "pad": _pad, "sigmoid": _sigmoid}

@@ -141,7 +141,7 @@ class GraphFrozen(Frozen):
 
     def _steps(self, batch: int, sizes: dict[Value, Size]) -> list[Step]:
         """A kernel for every layer, or one for several layers where that is faster."""
-        readers = [value for layer in self.network.layers for value in (layer.x, layer.residual)] + self.network.outputs
+        readers = [value for layer in self.network.layers for value in layer.operands] + self.network.outputs
         steps: dict[int, Step] = {}  # by their places
         makers: dict[Value, int] = {}
         for place, layer in enumerate(self.network.layers):

@@ -1,7 +1,7 @@
 """Ways in which one call of an op can replace two calls, the first of which makes an operand of the last."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -32,7 +32,7 @@ class Way(NamedTuple):
     def operand_of(self, last: Call) -> Value | None:
         return getattr(last.layer, self.operand)
 
-    def joins(self, last: Call, first: Call, readers: list[Value | None]) -> bool:
+    def joins(self, last: Call, first: Call, readers: Sequence[Value | None]) -> bool:
         """Whether it can do what two calls do, the second of which reads the first one's output."""
         return self.suits(last, first) and not (self.at_last and readers.count(self.operand_of(last)) > 1)
 

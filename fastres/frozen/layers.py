@@ -16,9 +16,9 @@ ONE = (1, 1)
 
 @dataclass(eq=False)
 class Layer:
-    """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, upsample (x enlarged to the residual's size,
-    nearest pixels, and added to it), relu or pad (a strided identity, with extra channels of zeros); ``kernel`` of an avg_pool
-    is (0, 0) for all pixels."""
+    """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, upsample (x enlarged to the residual's size by
+    nearest pixels, and added to it), gate (x times ``gate``, a value for each channel), sigmoid, relu or pad (a strided
+    identity, with extra channels of zeros); ``kernel`` of an avg_pool is (0, 0) for all pixels."""
 
     kind: str
     name: str
@@ -37,6 +37,12 @@ class Layer:
     weight: Tensor | None = None  # conv, linear: (K, C, R, S), folded; bn: (3, C) of mean, scale, bias
     bias: Tensor | None = None
     scale: Tensor | None = None  # of each output channel's weights where those are int8
+    gate: Value | None = None
+
+    @property
+    def operands(self) -> list[Value]:
+        """What it reads."""
+        return [value for value in (self.x, self.residual, self.gate) if value is not None]
 
 
 @dataclass(frozen=True)

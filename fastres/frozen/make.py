@@ -47,7 +47,8 @@ def freeze(
     Args:
         model: a network from one image batch to one tensor, or to several in lists, tuples and dicts, as backbones return
             them: any composition of convolutions, batch norm, additions (also of a value that is enlarged by nearest pixels,
-            as in feature pyramids), ReLU, max and average pooling and linear layers, however its Python is written.
+            as in feature pyramids), channels scaled by a sigmoid (squeeze and excitation), ReLU, max and average pooling and
+            linear layers, however its Python is written.
         example: images (N, C, H, W) on the model's device, float32, bfloat16 or, on a GPU, float16; the network runs once on
             them, on a GPU on the first two, in its parameters' dtype and without autocast.
         dtype: ``torch.float32`` or ``torch.bfloat16``, or on a GPU ``torch.float16``, for weights and activations; None is the
@@ -124,9 +125,10 @@ def _natively(found: Network, wanted: Calibration) -> NativeFrozen:
 
 def _quantized(found: Network, wanted: Calibration, make: Callable[[Mapping[Value, Scale]], Quantised]) -> Quantised:
     """The network in 8-bit integers, made with its scales, if that is good enough."""
-    if not isinstance(found.form, Output) or any(layer.kind == "upsample" for layer in found.layers):
-        what = "must return one tensor, not a container, and enlarge none"
-        raise UnsupportedError(f"fastres.freeze: in 8-bit integers the network {what}")
+    if not isinstance(found.form, Output):
+        raise UnsupportedError("fastres.freeze: in 8-bit integers the network must return one tensor, not a container")
+    if lacks := {layer.kind for layer in found.layers} & {"upsample", "gate", "sigmoid"}:
+        raise UnsupportedError(f"fastres.freeze: in 8-bit integers a plan has no step for {', '.join(sorted(lacks))}")
     last = found.layers[-1]
     if last.kind not in ("conv", "linear", "add", "relu") or last.relu:  # kernels whose results can be float32 write no ReLU
         found.layers.append(Layer("relu", "dequantize", last.y, Value(last.y.shape)))

@@ -22,8 +22,9 @@ from fastres.frozen.layers import Layer, Pair
 from fastres.frozen.record import Value
 from fastres.ops import _conv_cpu
 
-KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample")  # enum Step of csrc/cpu/plan.h
-FIELDS = 30  # of a row, struct PlanRow there
+# enum Step of csrc/cpu/plan.h
+KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample", "gate", "sigmoid")
+FIELDS = 32  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3  # and -4 for the second output, and so on
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 Size = tuple[int, int, int]  # channels, height, width
@@ -38,8 +39,14 @@ class Step(NamedTuple):
     y: Value
     x_size: Size
     y_size: Size
+    gate: Value | None = None
     padded: bool = False  # whether x comes with its padding written out
     winograd: bool = False
+
+    @property
+    def operands(self) -> list[Value]:
+        """What it reads."""
+        return [value for value in (self.x, self.residual, self.gate) if value is not None]
 
     @property
     def row_kind(self) -> str:
@@ -101,12 +108,12 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
             source = copied(layer.x, Value(()), layer.name, _conv_cpu.whole_words(channels, dtype), layer.padding)
         elif layer.kind != "pad":
             source = readable(layer.x)
-        residual = None if layer.residual is None else readable(layer.residual)
+        residual, gate = (None if value is None else readable(value) for value in (layer.residual, layer.gate))
         y = sized(layer, sizes, size)[1:]
         weight = (layer.out_channels, channels, *layer.kernel)
         winograd = layer.kind == "conv" and layer.groups == 1 and not padded
         winograd = winograd and _conv_cpu.suits_winograd(weight, dtype, layer.stride, layer.dilation, y)
-        found.append(Step(layer, source, residual, layer.y, sizes[source], sizes[layer.y], padded, winograd))
+        found.append(Step(layer, source, residual, layer.y, sizes[source], sizes[layer.y], gate, padded, winograd))
     return found
 
 
@@ -121,6 +128,7 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
     y = output_size(layer, (image[0], image[1])) if enlarged is None else sizes[enlarged][1:]
     sizes[layer.y] = (layer.out_channels or channels, *y)
     fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
+    fits = fits and (layer.gate is None or sizes[layer.gate] == (channels, 1, 1))
     if not fits or (layer.residual is not None and sizes[layer.residual] != sizes[layer.y]):
         raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
     return sizes[layer.y]
@@ -128,7 +136,7 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
 
 def output_size(layer: Layer, size: Pair) -> Pair:
     """Height and width of a layer's output."""
-    if layer.kind in ("bn", "add", "relu"):
+    if layer.kind in ("bn", "add", "relu", "gate", "sigmoid"):
         return size
     if layer.kind == "linear" or layer.kernel == (0, 0):
         return 1, 1
@@ -155,7 +163,7 @@ def passes(found: list[Step], batch: int, parts: int, itemsize: int) -> list[int
     """Images a pass for each step: a power of two, as many as keep its live values in half of the last-level cache, and no
     more than a later step takes, so that the batch comes together once. (ResNet-50 at batch 32 in float32 ran 1.03 times
     as fast as with all images in every pass; a quarter or all of the cache gained less. AMD EPYC, 2026-11-25.)"""
-    last = {value: index for index, step in enumerate(found) for value in (step.x, step.residual) if value is not None}
+    last = {value: index for index, step in enumerate(found) for value in step.operands}
     live, fits = dict[Value, int](), []
     for index, step in enumerate(found):
         live[step.y] = _bytes(step.y_size, itemsize)
@@ -209,12 +217,12 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
     if kernel == (0, 0):
         kernel = (height, width)
     x, y = places.get(step.x, (INPUT, 0)), places[step.y]
-    residual = (NONE, 0) if step.residual is None else places[step.residual]
+    residual, gate = ((NONE, 0) if value is None else places[value] for value in (step.residual, step.gate))
     row = [KINDS.index(step.row_kind), 0, 0, *x, *residual, *y, weight, bias, layer.relu]
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
     row += [channels, height, width, out_channels, out_h, out_w, *kernel, *layer.stride, *padding, *layer.dilation]
-    return [int(v) for v in (*row, run, layer.groups, step.winograd, dtype == torch.int8)]
+    return [int(v) for v in (*row, run, layer.groups, step.winograd, dtype == torch.int8, *gate)]
 
 
 def _bytes(size: Size, itemsize: int) -> int:
@@ -234,7 +242,7 @@ class _Arena:
         self.made = {step.y: index for index, step in enumerate(found)}
         self.last = {step.y: index for index, step in enumerate(found)}
         for index, step in enumerate(found):
-            self.last.update({value: index for value in (step.x, step.residual) if value in self.made})
+            self.last.update({value: index for value in step.operands if value in self.made})
 
     def segment(self, index: int) -> tuple[int, int]:
         """First and last step of the segment of a step."""
@@ -274,6 +282,8 @@ class _Arena:
     def inherited(self, step: Step, index: int, whole: bool, places: dict[Value, tuple[int, int]]) -> Value | None:
         """The residual whose place y takes, if nobody reads it later and it is held alike."""
         old = step.residual
-        if old is None or old in self.given or self.last[old] != index or old is step.x or whole != (places[old][1] != 0):
+        if old is None or old in self.given or self.last[old] != index or old in (step.x, step.gate):
+            return None
+        if whole != (places[old][1] != 0):
             return None
         return old if self.segment(self.made[old]) == self.segment(index) or whole else None

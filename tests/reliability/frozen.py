@@ -16,12 +16,12 @@ from fastres.budget import within_budget
 from reliability.board import Tally, scored
 
 STEPS = ("conv", "conv", "conv bn", "conv bn", "relu", "bn", "residual", "max", "average", "pad", "twice", "groups")
-REAL_STEPS = (*STEPS, "enlarge")
+REAL_STEPS = (*STEPS, "enlarge", "gate")
 
 
 class Random(nn.Module):
     """A chain of steps drawn from a seed, some with a residual; it ends in features, a classifier or images. Not for integers:
-    convolutions in groups, values that are enlarged, and results of several tensors."""
+    convolutions in groups, values that are enlarged or gated, and results of several tensors."""
 
     def __init__(self, seed: int, integers: bool = False) -> None:
         super().__init__()
@@ -80,6 +80,9 @@ class Random(nn.Module):
     def _enlarge(self, kind: str) -> nn.Module:
         return nn.Conv2d(self.channels, self.channels, 3, 2, 1)
 
+    def _gate(self, kind: str) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(self.channels, 4, 1), nn.ReLU(), nn.Conv2d(4, self.channels, 1))
+
     def forward(self, x):
         """The values behind the tapped kinds of steps too, if there are any, as later steps in place leave them."""
         seen = []
@@ -92,6 +95,8 @@ class Random(nn.Module):
                 x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 4))
             elif kind == "enlarge":
                 x = x + F.interpolate(step(x), x.shape[2:])
+            elif kind == "gate":
+                x = x * step(x.mean((2, 3), keepdim=True)).sigmoid()
             else:
                 x = step(x)
             seen += [x] if kind in self.taps else []

@@ -206,7 +206,7 @@ def test_integers_are_for_networks_that_return_one_tensor():
     if _conv_cpu.lacks(torch.int8):
         pytest.skip(_conv_cpu.lacks(torch.int8))
     for model in (Taps(FORMS["list"]), Enlarging(lambda low, high: high + F.interpolate(low, high.shape[2:]))):
-        with pytest.raises(fastres.UnsupportedError, match="must return one tensor|no step for upsample"):
+        with pytest.raises(fastres.UnsupportedError, match=r"must return one tensor|no step for upsample"):
             fastres.freeze(model.eval(), images(1, 3, 6, 6), quantize=[images(2, 3, 6, 6)])
 
 

@@ -98,8 +98,8 @@ _POINTS = 16  # of a kernel transformed for F(2x2, 3x3)
 
 
 def is_finite(weight: Tensor) -> bool:
-    """Whether all values are: NaN wins in their extremes, and these take a twentieth of the time of ``isfinite``."""
-    return all(extreme.isfinite() for extreme in weight.aminmax())
+    """Whether all values are: then so is their sum, unless it overflows, which takes a tenth of the time of their extremes."""
+    return bool(weight.sum().isfinite()) or all(extreme.isfinite() for extreme in weight.aminmax())
 
 
 def suits_winograd(weight: Sequence[int], dtype: torch.dtype, stride: Pair, dilation: Pair, out: Pair) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn import _fused, _sequence
-from fastres.nn._plain import why_not
+from fastres.nn._plain import ORIGINAL, why_not
 from fastres.nn.blocks import BasicBlock, Bottleneck
 from fastres.nn.shortcut import ZeroPadShortcut
 from fastres.ops._op import is_interposed
@@ -36,11 +36,17 @@ def run_all(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
     training = _is_plain_training(x)
     blocks: list[nn.Module] = []
     for stage in stages:
-        if training and type(stage) is Stage and not _sequence.must_be_called(stage):
+        if training and _is_plain(stage):
             blocks += stage
         else:
             blocks.append(stage)
     return run(blocks, x)
+
+
+def _is_plain(stage: nn.Module) -> bool:
+    """Whether it is a ``Stage``, perhaps with the class that optimize put on top, and nobody expects its call."""
+    kind = type(stage)
+    return vars(kind).get(ORIGINAL, kind) is Stage and not _sequence.must_be_called(stage)
 
 
 def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -181,15 +181,20 @@ def signature(args: tuple) -> tuple[tuple, bool, bool]:
     plain, needs_grad = True, False
     for arg in args:
         kind = type(arg)
-        if kind is Tensor or kind is Parameter:
+        if kind is Tensor or kind is Parameter or (kind not in _SCALARS and isinstance(arg, Tensor)):
+            if kind is not Tensor and kind is not Parameter:
+                plain = False
             if arg.layout is not torch.strided or arg.is_nested:
                 plain = False
+                key.append(arg.layout)  # the check refuses it: no choice is ever kept for such a key
                 continue
             key.append((arg.dtype, arg.device, arg.shape, arg.stride()))
             if arg.requires_grad:
                 needs_grad = True
+        elif kind is tuple:
+            key += (arg, len(arg) == 2 and type(arg[0]) is type(arg[1]) is int)
         elif kind in _SCALARS:
-            key += (kind, arg)  # True and 1.0 equal 1, which an argument may not be
+            key += (kind, arg)  # True and 1.0 equal 1, which an argument, or an item of a pair above, may not be
         else:
             plain = False
     return tuple(key), plain, needs_grad

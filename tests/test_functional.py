@@ -86,12 +86,21 @@ def test_a_function_equals_what_its_docstring_says(name, training):
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_tensor_momentum_is_the_number_it_holds(name):
     updated = []
-    for momentum in (0.25, torch.tensor(0.25)):
+    for momentum in (0.25, torch.tensor(0.25), torch.tensor([[0.25]])):
         given = arguments(name, training=True) | {"momentum": momentum}
         getattr(FF, name)(**given)
         updated.append([given[key] for key in STATISTICS])
-    for a, b in zip(*updated, strict=True):
-        assert torch.allclose(a, b)
+    for number, *others in zip(*updated, strict=True):
+        assert all(torch.allclose(number, other) for other in others)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_running_buffers_that_are_negated_views_are_updated_as_others(name):
+    own, theirs = (arguments(name, training=True) for _ in range(2))
+    own |= {key: torch._neg_view(-own[key]) for key in STATISTICS}
+    y, expected = getattr(FF, name)(**own), getattr(FF, name)(**theirs)
+    assert torch.equal(y, expected) and all(own[key].is_neg() for key in STATISTICS)
+    assert all(torch.allclose(own[key], theirs[key]) for key in STATISTICS)
 
 
 @pytest.mark.parametrize(("name", "training"), CASES)
@@ -119,7 +128,9 @@ def wrong_tensors(shape):
 WINDOW = [0, -1, None, "same", (1, 1, 1), 2.0, True, (1, -1), 10**20]
 WRONG = {
     "training": [None, 1, "yes", torch.tensor(True)],
-    "momentum": [None, "x", torch.ones(2)],
+    "momentum": [
+        None, "x", torch.ones(2), torch.tensor(True), torch.tensor(0.5j), torch.tensor(0.5).to_sparse(), 0.5j,
+    ],
     "eps": [0.0, -1.0, None, "x", float("nan"), float("inf"), True],
     "act": [None, "gelu", 1, b"relu"],
     "kernel_size": [*WINDOW, 100],

@@ -51,7 +51,7 @@ def normalize_train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     if values == 0:
         return torch.empty_like(x), mean, var
     y = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)[0]
-    return y, mean, var.mul_((values - 1) / values)
+    return y, mean, var * ((values - 1) / values)  # not in place: the derivative has kept it
 
 
 def differentiate(

@@ -1,10 +1,13 @@
 """The functions: what their docstrings say they equal, and what they say of wrong arguments."""
 
+import functools
+
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import assert_close_to_truth
+from torch.autograd import forward_ad
 
 import fastres
 import fastres.functional as FF
@@ -86,12 +89,57 @@ def test_a_function_equals_what_its_docstring_says(name, training):
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_tensor_momentum_is_the_number_it_holds(name):
     updated = []
-    for momentum in (0.25, torch.tensor(0.25)):
+    for momentum in (0.25, torch.tensor(0.25), torch.tensor([[0.25]])):
         given = arguments(name, training=True) | {"momentum": momentum}
         getattr(FF, name)(**given)
         updated.append([given[key] for key in STATISTICS])
-    for a, b in zip(*updated, strict=True):
-        assert torch.allclose(a, b)
+    for number, *others in zip(*updated, strict=True):
+        assert all(torch.allclose(number, other) for other in others)
+
+
+@pytest.mark.parametrize(("name", "training"), CASES)
+def test_derivatives_of_torch_func_and_of_forward_mode_are_pytorchs(name, training):
+    """Which see PyTorch's operations, not an op: it would drop a tangent without a word."""
+    given = arguments(name, training) | (dict.fromkeys(STATISTICS) if training else {})
+    x, tangent = given.pop("x"), torch.randn(N, C, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+    def forward_mode(function):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+    found = []
+    for function in (getattr(FF, name), plainly):
+        call = functools.partial(function, **given)
+
+        def loss(x, call=call):
+            return call(x).square().sum()
+
+        twice = torch.func.grad(lambda x, loss=loss: torch.func.grad(loss)(x).square().sum())
+        results = [torch.func.jvp(call, (x,), (tangent,))[1], forward_mode(call), torch.func.grad(loss)(x), twice(x)]
+        if not training:
+            results.append(torch.vmap(torch.func.grad(loss))(torch.stack([x, tangent])))
+        found.append(results)
+    for own, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+
+
+def test_an_op_refuses_forward_mode_in_words():
+    x = torch.randn(2, 3)
+    op = torch.ops.fastres.add_act
+    with pytest.raises(fastres.UnsupportedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: op(x, x, "relu"), (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(fastres.UnsupportedError, match="no forward-mode derivative"):
+        op(forward_ad.make_dual(x, x), x, "relu")
+    assert torch.equal(torch.vmap(lambda x: op(x, x, "relu"))(x), (x + x).relu())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_running_buffers_that_are_negated_views_are_updated_as_others(name):
+    own, theirs = (arguments(name, training=True) for _ in range(2))
+    own |= {key: torch._neg_view(-own[key]) for key in STATISTICS}
+    y, expected = getattr(FF, name)(**own), getattr(FF, name)(**theirs)
+    assert torch.equal(y, expected) and all(own[key].is_neg() for key in STATISTICS)
+    assert all(torch.allclose(own[key], theirs[key]) for key in STATISTICS)
 
 
 @pytest.mark.parametrize(("name", "training"), CASES)
@@ -119,7 +167,9 @@ def wrong_tensors(shape):
 WINDOW = [0, -1, None, "same", (1, 1, 1), 2.0, True, (1, -1), 10**20]
 WRONG = {
     "training": [None, 1, "yes", torch.tensor(True)],
-    "momentum": [None, "x", torch.ones(2)],
+    "momentum": [
+        None, "x", torch.ones(2), torch.tensor(True), torch.tensor(0.5j), torch.tensor(0.5).to_sparse(), 0.5j,
+    ],
     "eps": [0.0, -1.0, None, "x", float("nan"), float("inf"), True],
     "act": [None, "gelu", 1, b"relu"],
     "kernel_size": [*WINDOW, 100],

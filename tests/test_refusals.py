@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import torch
 
-from fastres import cli, dispatch, info, memory, tune
-from fastres.errors import ArgumentError, UnsupportedError
+from fastres import cli, dispatch, functional, info, memory, tune
+from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from fastres.experiments import report, subject
 from fastres.kernels import native, triton
 from fastres.ops import REGISTRY, _conv, _conv_cpu
@@ -118,6 +118,21 @@ WRONG = {
     "too large a window": ("bn_act_maxpool", "kernel_size", lambda pair: (19, 19), ValueError, "at most x's padded size"),
     "a gradient of another size": ("bn_act_maxpool_backward", "grad_y", lambda t: t[:1], ValueError, "of shape"),
     "an output of another size": ("conv_backward_input", "grad_y", lambda t: t[:, :, 1:], ValueError, "of the output's shape"),
+    "an output's gradient of another dtype": ("bn_act_backward", "grad_y", lambda t: t.double(), ValueError, "of x's dtype"),
+    "a pooled gradient of another dtype": ("bn_act_maxpool_backward", "grad_y", lambda t: t.half(), ValueError, "of x's dtype"),
+    "a block's gradient of another kind": ("bn_add_act_backward", "grad_y", lambda t: t.bfloat16(), ValueError, "of x's dtype"),
+    "a sparse mask": ("bn_add_act_backward", "mask", lambda mask: mask.to_sparse(), ValueError, "a strided tensor"),
+    "no mean": ("bn_act", "mean", lambda t: None, TypeError, "a torch.Tensor, got NoneType"),
+    "no var": ("conv_backward_bn_act", "var", lambda t: None, TypeError, "a torch.Tensor, got NoneType"),
+    "no mean of the shortcut": ("bn_add_bn_act", "residual_mean", lambda t: None, TypeError, "a torch.Tensor, got NoneType"),
+    "no residual in a chain": (
+        "conv_bn_act_conv_bn_add_act_conv_bn_act", "residual", lambda t: None, TypeError, "a torch.Tensor, got NoneType"),
+    "a negative size": ("conv_backward_input", "size", lambda size: (-1, 1), ValueError, "two whole numbers"),
+    "a size that is none": ("conv_backward_input", "size", lambda size: None, TypeError, "a pair of int"),
+    "a negative kernel": ("conv_backward_weight", "kernel", lambda size: (-1, 1), ValueError, "two whole numbers"),
+    "negative groups": ("conv_backward_input", "groups", lambda groups: -1, ValueError, "at least 1"),
+    "no groups": ("conv_backward_weight", "groups", lambda groups: None, TypeError, "an int"),
+    "an eps that is no double": ("bn_act", "eps", lambda eps: 2**64, ValueError, "a finite number"),
     "a weight of another dtype": ("conv_backward_input", "weight", lambda t: t.double(), ValueError, "of grad_y's dtype"),
 }
 
@@ -136,6 +151,39 @@ def test_wrong_arguments_of_an_op_are_named(case):
     REGISTRY[name].check(*replaced(name, argument, lambda value: value))
     with pytest.raises(kind, match=rf"fastres\.{name}: {argument} must be {words}"):
         REGISTRY[name].check(*replaced(name, argument, change))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+WRONG_RESIDUALS = {
+    "size": (lambda t: t[:1], "shape"), "rank": (lambda t: t[0], "shape"), "device": (lambda t: t.to("meta"), "on the device"),
+    "layout": (lambda t: t.to_sparse(), "a strided tensor"), "dtype": (lambda t: t.long(), "of dtype"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_RESIDUALS)
+def test_a_subclass_is_checked_at_every_call(case):
+    """What is kept of a call that passed must not serve another one of other sizes, dtypes or devices."""
+    x, op = torch.randn(2, 3, 4, 4), torch.ops.fastres.add_act
+    change, words = WRONG_RESIDUALS[case]
+    for kind in (torch.Tensor, Subclass):
+        assert torch.equal(op(x, x.as_subclass(kind), "relu"), (x + x).relu())
+        with pytest.raises(ArgumentError, match=rf"residual must be .*{words}"):
+            op(x, change(x).as_subclass(kind) if case != "layout" else change(x), "relu")
+    wider = op(x, x.double().as_subclass(Subclass), "relu")
+    assert wider.dtype == torch.float64 and torch.equal(wider, (x + x.double()).relu())
+
+
+@pytest.mark.parametrize("pair", [(1.0, 1.0), (True, True), (1, 1.0)])
+def test_a_pair_that_equals_another_is_checked_too(pair):
+    x, weight, one = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 3, 3), torch.ones(2)
+    run = functional.conv_bn_act
+    assert run(x, weight, None, one, one, stride=(1, 1)).shape == (1, 2, 2, 2)
+    for name in ("stride", "dilation"):
+        with pytest.raises(ArgumentTypeError, match=f"{name} must be a pair of int"):
+            run(x, weight, None, one, one, **{name: pair})
 
 
 def test_kernels_tell_which_arguments_they_leave_to_pytorch():

@@ -51,7 +51,7 @@ def normalize_train(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     if values == 0:
         return torch.empty_like(x), mean, var
     y = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)[0]
-    return y, mean, var.mul_((values - 1) / values)
+    return y, mean, var * ((values - 1) / values)  # not in place: the derivative has kept it
 
 
 def differentiate(
@@ -149,6 +149,8 @@ def check_forward(
     _check.images(op, x=x, **activations)
     if activations:
         _check.same_shape(op, x=x, **activations)
+        _check.same_dtype(op, x=x, **{name: t for name, t in activations.items() if name.startswith("grad_y")})  # y has x's
+    _check.tensors(op, x=x, **stats)  # which None is not
     _check.per_channel(op, x.shape[1], x, weight=weight, bias=bias, **stats)
     _check.eps(op, eps)
     _check.act(op, act)

@@ -46,6 +46,15 @@ def same_shape(op: str, **arguments: Tensor) -> None:
             raise must(op, name, f"of {first}'s shape {tuple(expected.shape)}", tuple(tensor.shape))
 
 
+def same_dtype(op: str, **arguments: Tensor | None) -> None:
+    """All of the dtype of the first; None passes."""
+    (first, expected), *others = arguments.items()
+    assert expected is not None
+    for name, tensor in others:
+        if tensor is not None and tensor.dtype != expected.dtype:
+            raise must(op, name, f"of {first}'s dtype {expected.dtype}", tensor.dtype, "cast one of them")
+
+
 def per_channel(op: str, channels: int, like: Tensor, **parameters: Tensor | None) -> None:
     """One value per channel, on the device of the activation; None passes."""
     given = {name: tensor for name, tensor in parameters.items() if tensor is not None}
@@ -66,7 +75,7 @@ def act(op: str, value: str) -> None:
 def eps(op: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise must_type(op, "eps", "a float", value)
-    if not 0 < value < float("inf"):
+    if not 0 < value < (2**63 if isinstance(value, int) else float("inf")):  # beyond it an int is no double for PyTorch
         raise must(op, "eps", "a finite number above 0", value)
 
 
@@ -83,3 +92,10 @@ def pair(op: str, name: str, value: object, least: int) -> None:
         raise must_type(op, name, "a pair of int", value)
     if len(value) != 2 or min(value) < least or max(value) > MOST:
         raise must(op, name, f"two whole numbers from {least} to {MOST}", tuple(value))
+
+
+def size(op: str, name: str, value: object) -> None:
+    """A height and a width; in a trace they may be symbols, which the shapes of what is computed bound."""
+    if isinstance(value, (tuple, list)) and any(isinstance(item, torch.SymInt) for item in value):
+        value = tuple(1 if isinstance(item, torch.SymInt) else item for item in value)
+    pair(op, name, value, 1)

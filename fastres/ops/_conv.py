@@ -81,6 +81,13 @@ def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, str
     _check.act(op, act)
 
 
+def check_groups(op, out_channels, groups):
+    if type(groups) is not int:
+        raise must_type(op, "groups", "an int", groups)
+    if groups < 1 or out_channels % groups:
+        raise must(op, "groups", f"at least 1 and a divisor of the {out_channels} output channels", groups)
+
+
 def check_convolution(op, x, weight, bias, stride, padding, dilation, groups):
     _check.images(op, x=x, weight=weight)
     out_channels, in_channels, *kernel = weight.shape
@@ -88,10 +95,7 @@ def check_convolution(op, x, weight, bias, stride, padding, dilation, groups):
     _check.pair(op, "stride", stride, 1)
     _check.pair(op, "padding", padding, 0)
     _check.pair(op, "dilation", dilation, 1)
-    if type(groups) is not int:
-        raise must_type(op, "groups", "an int", groups)
-    if groups < 1 or out_channels % groups:
-        raise must(op, "groups", f"at least 1 and a divisor of the {out_channels} output channels", groups)
+    check_groups(op, out_channels, groups)
     if x.shape[1] != in_channels * groups:
         raise must(
             op, "x", f"of {in_channels * groups} channels (weight {tuple(weight.shape)}, groups {groups})", x.shape[1]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.errors import must, must_type
+from fastres.errors import must
 from fastres.kernels.layout import memory_format
+from fastres.ops import _check
 
 
 def pack(y: Tensor, act: str) -> Tensor:
@@ -59,8 +60,7 @@ def fake(x: Tensor, act: str) -> Tensor:
 
 
 def check(op: str, mask: Tensor, x: Tensor, act: str) -> None:
-    if not isinstance(mask, Tensor):
-        raise must_type(op, "mask", "a torch.Tensor", mask)
+    _check.strided(op, "mask", mask)
     expected = (size(x, act),)
     if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
         raise must(op, "mask", f"of dtype torch.uint8 and shape {expected}", f"{mask.dtype} and {tuple(mask.shape)}")

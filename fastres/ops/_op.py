@@ -8,12 +8,15 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from fastres import dispatch
 from fastres.dispatch import Backend, Choice
+from fastres.errors import UnsupportedError
 
 _LIBRARY = torch.library.Library("fastres", "DEF")
 _MAX_CHOICES = 4096  # per op, then dropped, so that ever-changing shapes cannot grow memory without bound
@@ -95,6 +98,8 @@ class Op:
         if not plain or is_interposed():
             if not any(isinstance(arg, torch.fx.Proxy) for arg in args):
                 self.check(*args)
+                if is_differentiated():
+                    return self.reference(*args)
             return self._packet(*args)
         run = self._choices.get(key) or self._choose(key, args)
         if needs_grad and torch.is_grad_enabled():
@@ -131,6 +136,10 @@ class Op:
 
     def _from_dispatcher(self, *args: Any) -> Any:
         args = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
+        if forward_ad._current_level >= 0:  # torch.library has no such derivatives, and says nothing
+            raise UnsupportedError(
+                f"torch.ops.fastres.{self.name} has no forward-mode derivative (call fastres.functional, which gives PyTorch's)"
+            )
         return self.chosen(*args)(*args)
 
     def chosen(self, *args: Any) -> Callable:
@@ -181,15 +190,20 @@ def signature(args: tuple) -> tuple[tuple, bool, bool]:
     plain, needs_grad = True, False
     for arg in args:
         kind = type(arg)
-        if kind is Tensor or kind is Parameter:
+        if kind is Tensor or kind is Parameter or (kind not in _SCALARS and isinstance(arg, Tensor)):
+            if kind is not Tensor and kind is not Parameter:
+                plain = False
             if arg.layout is not torch.strided or arg.is_nested:
                 plain = False
+                key.append(arg.layout)  # the check refuses it: no choice is ever kept for such a key
                 continue
             key.append((arg.dtype, arg.device, arg.shape, arg.stride()))
             if arg.requires_grad:
                 needs_grad = True
+        elif kind is tuple:
+            key += (arg, len(arg) == 2 and type(arg[0]) is type(arg[1]) is int)
         elif kind in _SCALARS:
-            key += (kind, arg)  # True and 1.0 equal 1, which an argument may not be
+            key += (kind, arg)  # True and 1.0 equal 1, which an argument, or an item of a pair above, may not be
         else:
             plain = False
     return tuple(key), plain, needs_grad
@@ -219,6 +233,7 @@ class Once:
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._are_functorch_transforms_active
+_DERIVATIVES = (TransformType.Grad, TransformType.Jvp)
 
 
 def has_modes() -> bool:
@@ -229,8 +244,16 @@ def has_modes() -> bool:
 
 
 def is_interposed() -> bool:
-    """Whether a mode or a functorch transform must see the call."""
-    return has_modes() or bool(_transforms())
+    """Whether a mode, a functorch transform or forward-mode differentiation must see the call."""
+    return has_modes() or bool(_transforms()) or forward_ad._current_level >= 0
+
+
+def is_differentiated() -> bool:
+    """Whether derivatives are taken that only PyTorch's own operations have: forward-mode ones, which an op would drop without
+    a word, and those of torch.func."""
+    if forward_ad._current_level >= 0:
+        return True
+    return bool(_transforms()) and any(level.key() in _DERIVATIVES for level in get_interpreter_stack() or ())
 
 
 def _eager_function(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:

@@ -59,6 +59,7 @@ def reference_backward(grad_y, grad_y2, mask, x, residual, weight, mean, var, ep
 def _check_both(op, x, residual, weight, bias, stats, eps, r_weight, r_bias, r_stats, r_eps, act, **activations):
     _bn.check_forward(op, x, weight, bias, stats, eps, act, residual=residual, **activations)
     parameters = {"residual_weight": r_weight, "residual_bias": r_bias}
+    _check.tensors(op, x=x, **r_stats)
     _check.per_channel(op, x.shape[1], x, **parameters, **r_stats)
     _check.eps(op, r_eps)
 

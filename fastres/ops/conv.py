@@ -62,9 +62,7 @@ def reference_weight(grad_y, x, kernel, stride, padding, dilation, groups):
 
 def check(x, weight, bias, stride, padding, dilation, groups):
     _conv.check_convolution("conv", x, weight, bias, stride, padding, dilation, groups)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise must("conv", name, f"of x's dtype {x.dtype}", tensor.dtype, "cast one of them")
+    _check.same_dtype("conv", x=x, weight=weight, bias=bias)
 
 
 def check_backward(op, grad_y, x_shape, weight_shape, like, stride, padding, dilation, groups):
@@ -75,14 +73,14 @@ def check_backward(op, grad_y, x_shape, weight_shape, like, stride, padding, dil
     shape = _conv.output_shape(x, weight, stride, padding, dilation)
     if tuple(grad_y.shape) != shape:
         raise must(op, "grad_y", f"of the output's shape {shape}", tuple(grad_y.shape))
-    for name, tensor in like.items():
-        if tensor.dtype != grad_y.dtype:
-            raise must(op, name, f"of grad_y's dtype {grad_y.dtype}", tensor.dtype, "cast one of them")
+    _check.same_dtype(op, grad_y=grad_y, **like)
 
 
 def check_input(grad_y, weight, size, stride, padding, dilation, groups):
     op = "conv_backward_input"
     _check.images(op, grad_y=grad_y, weight=weight)
+    _check.size(op, "size", size)
+    _conv.check_groups(op, weight.shape[0], groups)
     x_shape = (grad_y.shape[0], weight.shape[1] * groups, *size)
     check_backward(op, grad_y, x_shape, weight.shape, {"weight": weight}, stride, padding, dilation, groups)
 
@@ -90,7 +88,9 @@ def check_input(grad_y, weight, size, stride, padding, dilation, groups):
 def check_weight(grad_y, x, kernel, stride, padding, dilation, groups):
     op = "conv_backward_weight"
     _check.images(op, grad_y=grad_y, x=x)
-    weight_shape = (grad_y.shape[1], x.shape[1] // max(groups, 1), *kernel)
+    _check.size(op, "kernel", kernel)
+    _conv.check_groups(op, grad_y.shape[1], groups)
+    weight_shape = (grad_y.shape[1], x.shape[1] // groups, *kernel)
     check_backward(op, grad_y, x.shape, weight_shape, {"x": x}, stride, padding, dilation, groups)
 
 

@@ -52,7 +52,7 @@ def reference(*args):
 def check(*args):
     (x, weight, *first), (residual, last_weight, *last) = _split(args)
     _conv.check(NAME, x, None, weight, *first)
-    _check.tensors(NAME, x=x, mean=first[3], var=first[4])
+    _check.tensors(NAME, x=x, residual=residual, mean=first[3], var=first[4])
     middle = x.new_empty(1).expand(_conv.output_shape(x, weight, *first[6:9]))
     try:
         _conv.check(NAME, middle, residual, last_weight, *last)

@@ -7,12 +7,12 @@
 //   follows a row or an image is what precedes the next. x is read once, with what the last windows reach beyond: the operand
 //   of a tap is that of the first one, moved by the same number of places for all outputs.
 // Layout: NHWC, pixels aligned to 16 bytes; a tile is of 512 places x 64 output channels; the blocks of a cluster take tiles
-// of the same places, share the slices of x, 64 channels each, and walk on together. Of a block's warpgroups one moves data, a
-// slice and the weights of its taps at a time; two compute 256 places each, the second some taps behind the first, so that
-// while one finishes its tile the other's products run.
-// Bytes per output: residual (gradients: the batch norm's input) and y once, x and weights once from memory. From L2, for each tap of a slice (1,024 cycles of
-// products): 8 KiB of weights, and of x 64 KiB by tap, whole so much for all taps, divided by the blocks of a cluster. An H200
-// gives a multiprocessor about 24 bytes a cycle.
+// of the same places, share the slices of x, 64 channels each, and walk on together. Of a block's warpgroups one moves data: a
+// thread slices of x, by tap each warpgroup's half by itself, another the weights of their taps; two compute 256 places each,
+// the second some taps behind the first, so that while one finishes its tile the other's products run.
+// Bytes per output: residual (gradients: the batch norm's input) and y once, x and weights once from memory. From L2, for each
+// tap of a slice (1,024 cycles of products): 8 KiB of weights, and of x 64 KiB by tap, whole so much for all taps, divided by the
+// blocks of a cluster. An H200 gives a multiprocessor about 24 bytes a cycle.
 // Products: whole, places of zeros are computed too and left out: with a 3x3 window, (1 + 1 / width)(1 + 1 / height).
 // Accumulate type: float, the products' own order; bias and residual are added in float; one rounding, to y's type. Statistics
 // are of the rounded values, in two passes over registers: the mean, then deviations from it; so are the sums of gradients.
@@ -33,7 +33,7 @@ constexpr int kBlockThreads = (kGroups + 1) * kGroup;
 constexpr int kPlaces = kGroups * kGroupPlaces;
 constexpr int kChannelsOut = 64, kDepth = 64;    // of a tile; of a slice of x and of a tap's weight
 constexpr int kMostCluster = 4;                  // blocks
-constexpr int kMostBoxes = 4;                    // that bring a slice: a multiple of the cluster
+constexpr int kBoxes = 4;                        // that bring a slice: a multiple of the cluster
 constexpr int kTapBytes = kChannelsOut * kRowBytes;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 168 each at launch
 
@@ -42,6 +42,7 @@ struct Plan {
   static constexpr int kRows = kWhole ? 640 : kPlaces;  // of a slice in shared memory, at most
   static constexpr int kSlices = kWhole ? 2 : 3, kTaps = kWhole ? 7 : 3;  // of the rings
   static constexpr int kLead = kWhole ? 4 : 1;  // taps that the first warpgroup is ahead of the second
+  static constexpr int kParts = kWhole ? 1 : kGroups;  // of a slice, filled and given back each by itself: by tap of a warpgroup
 };
 constexpr int kLeastWholeTaps = 5;  // of a window
 static_assert(Plan<true>::kLead < kLeastWholeTaps);
@@ -54,7 +55,7 @@ struct Kernel : Outputs {
   Window window;
   int taps, channels;
   bool turned;             // taps of the weight: the last one is that of the first place
-  int boxes, box;          // of a slice; places of each
+  int box;                 // places of each box of a slice
   int cluster, clusters;   // blocks; how many
   int share;               // boxes that a block loads for its cluster
   int tiles, columns_of_tiles;  // of clusters
@@ -67,8 +68,9 @@ struct Shared {
   uint8_t x[P::kSlices][P::kRows * kRowBytes];  // these first: each is aligned to 1024 bytes
   uint8_t weight[P::kTaps][kTapBytes];
   uint8_t out[kGroups * 4][kChunk * kWarpChannels * 2];
-  int4 corners[kMostBoxes];  // of the boxes: x, y, image of the first place's window
-  Barrier x_full[P::kSlices], x_empty[P::kSlices], weight_full[P::kTaps], weight_empty[P::kTaps];
+  int4 corners[kBoxes];  // of the boxes: x, y, image of the first place's window
+  Barrier x_full[P::kSlices][P::kParts], x_empty[P::kSlices][P::kParts];
+  Barrier weight_full[P::kTaps], weight_empty[P::kTaps];
   Barrier lead;  // the first warpgroup has begun its tile
 };
 static_assert(sizeof(Shared<true>) <= 227 << 10 && sizeof(Shared<false>) <= 227 << 10);
@@ -98,28 +100,43 @@ __device__ __forceinline__ void find_corners(const Kernel& p, Shared<kWhole>& s,
   }
 }
 
+// This block's boxes of each slice, to all blocks of the cluster; each block waits for the bytes of all boxes.
 template <bool kWhole>
-__device__ __forceinline__ void load_operands(const Kernel& p, Shared<kWhole>& s) {
+__device__ __forceinline__ void load_slices(const Kernel& p, Shared<kWhole>& s) {
   using P = Plan<kWhole>;
-  const int apart = kWhole ? 1 : p.taps, together = kWhole ? p.taps : 1;  // taps with slices of their own, of a slice
-  const int first = rank_in_cluster() * p.share * p.box;  // of this block's places in a slice
+  const int first = rank_in_cluster() * p.share;  // box
   Slot<P::kSlices> slice;
-  Slot<P::kTaps> stage;
   for (Tile tile(p); tile; tile.next()) {
-    find_corners(p, s, tile.place() + first);
-    for (int tap = 0; tap < apart; ++tap) {
+    find_corners(p, s, tile.place() + first * p.box);
+    for (int tap = 0; tap < (kWhole ? 1 : p.taps); ++tap) {
       const int row = tap / p.window.w.kernel;
       const int down = row * p.window.h.dilation, right = (tap - row * p.window.w.kernel) * p.window.w.dilation;
       for (int channel = 0; channel < p.channels; channel += kDepth, slice.next()) {
-        Barrier& full = s.x_full[slice.index];
-        s.x_empty[slice.index].wait(slice.parity ^ 1);
-        full.arrive_and_expect(p.boxes * p.box * kRowBytes);
-        uint8_t* to = s.x[slice.index] + first * kRowBytes;
-        for (int i = 0; i < p.share; ++i, to += p.box * kRowBytes) {
-          const int4 at = s.corners[i];
-          if (p.cluster == 1) load_pixels(to, p.x, full, channel, at.x, at.y, at.z, right, down);
-          else load_pixels_everywhere(to, p.x, full, channel, at.x, at.y, at.z, right, down, p.cluster);
+        for (int part = 0; part < P::kParts; ++part) {
+          Barrier& full = s.x_full[slice.index][part];
+          s.x_empty[slice.index][part].wait(slice.parity ^ 1);
+          full.arrive_and_expect(kBoxes / P::kParts * p.box * kRowBytes);
+          for (int i = 0; i < p.share; ++i) {
+            const int4 at = s.corners[i];
+            uint8_t* to = s.x[slice.index] + (first + i) * p.box * kRowBytes;
+            if ((first + i) * P::kParts / kBoxes != part) continue;
+            if (p.cluster == 1) load_pixels(to, p.x, full, channel, at.x, at.y, at.z, right, down);
+            else load_pixels_everywhere(to, p.x, full, channel, at.x, at.y, at.z, right, down, p.cluster);
+          }
         }
+      }
+    }
+  }
+}
+
+// The weights of each slice's taps.
+template <bool kWhole>
+__device__ __forceinline__ void load_weights(const Kernel& p, Shared<kWhole>& s) {
+  const int apart = kWhole ? 1 : p.taps, together = kWhole ? p.taps : 1;  // taps with slices of their own, of a slice
+  Slot<Plan<kWhole>::kTaps> stage;
+  for (Tile tile(p); tile; tile.next()) {
+    for (int tap = 0; tap < apart; ++tap) {
+      for (int channel = 0; channel < p.channels; channel += kDepth) {
         for (int i = 0; i < together; ++i, stage.next()) {
           s.weight_empty[stage.index].wait(stage.parity ^ 1);
           s.weight_full[stage.index].arrive_and_expect(kTapBytes);
@@ -137,9 +154,9 @@ struct Held {
 };
 
 template <bool kWhole>
-__device__ __forceinline__ void give_back(const Kernel& p, Shared<kWhole>& s, const Held& held, int lane) {
+__device__ __forceinline__ void give_back(const Kernel& p, Shared<kWhole>& s, const Held& held, int group, int lane) {
   if (held.stage >= 0 && lane == 0) s.weight_empty[held.stage].arrive();
-  if (held.slice >= 0 && lane < p.cluster) arrive_at(s.x_empty[held.slice], lane);
+  if (held.slice >= 0 && lane < p.cluster) arrive_at(s.x_empty[held.slice][kWhole ? 0 : group], lane);
 }
 
 // Adds the products of the taps of one slice; `step` counts the taps of the tile. The last ones are left under way.
@@ -159,7 +176,7 @@ __device__ __forceinline__ void multiply(const Kernel& p, Shared<kWhole>& s, con
         wide_product<scalar_t>(acc, operand(s.weight[stage.index] + 32 * k), operand(places + 32 * k), step + k);
       commit_products();
       wait_for_products<1>();
-      give_back(p, s, held, lane);
+      give_back(p, s, held, group, lane);
       held = {stage.index, -1};
       if (step == p.lead && group == 0 && threadIdx.x == 0) s.lead.arrive();
     }
@@ -187,13 +204,13 @@ __device__ __forceinline__ void compute(const Kernel& p, Shared<kWhole>& s, int 
     Change<kEnd, scalar_t> change(p, channel, lane);  // its parameters are read before the products
     if (group == 1 && p.lead >= 0) s.lead.wait(tile.number % 2);
     for (int i = 0; i < slices; ++i, slice.next()) {
-      s.x_full[slice.index].wait(slice.parity);
+      s.x_full[slice.index][kWhole ? 0 : group].wait(slice.parity);
       const uint8_t* x = s.x[slice.index] + group * kGroupPlaces * kRowBytes;
       multiply<kWhole, scalar_t>(p, s, x, slice.index, stage, held, group, lane, step, acc);
     }
     wait_for_products<0>();
     pin(acc);
-    give_back(p, s, held, lane);
+    give_back(p, s, held, group, lane);
     if constexpr (kEnd == End::kStatistics) round_all<scalar_t>(acc);
     finish<scalar_t>(p, s.out[4 * group + warp], place, channel, lane, acc, change);
     if constexpr (kEnd == End::kStatistics) write_statistics(p, place, channel, lane, acc);
@@ -210,7 +227,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sm90_conv_wide_kernel(const 
   Shared<kWhole>& s = shared_memory<Shared<kWhole>>();
   const int group = threadIdx.x / kGroup;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < P::kSlices; ++i) s.x_full[i].init(1), s.x_empty[i].init(4 * kGroups * p.cluster);
+    for (int i = 0; i < P::kSlices; ++i)
+      for (int part = 0; part < P::kParts; ++part)
+        s.x_full[i][part].init(1), s.x_empty[i][part].init(4 * kGroups / P::kParts * p.cluster);
     for (int i = 0; i < P::kTaps; ++i) s.weight_full[i].init(1), s.weight_empty[i].init(4 * kGroups);
     s.lead.init(1);
     publish_barriers();
@@ -226,7 +245,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sm90_conv_wide_kernel(const 
     compute<kWhole, kEnd, scalar_t>(p, s, group);
   } else {
     give_up_registers<kProducerRegisters>();
-    if (threadIdx.x % kGroup == 0) load_operands<kWhole>(p, s);
+    if (threadIdx.x % kGroup == 0) load_slices<kWhole>(p, s);
+    if (threadIdx.x % kGroup == 32) load_weights<kWhole>(p, s);
   }
   sync_cluster(p.cluster);
 #endif
@@ -249,15 +269,14 @@ Kernel plan(const ConvActParams& c) {
   if (kWhole && !(is_same_size(window.h) && is_same_size(window.w) && kernel.taps >= kLeastWholeTaps)) return kernel;
   const int64_t reach = int64_t{window.h.kernel - 1} * window.h.dilation * kernel.columns +
                         int64_t{window.w.kernel - 1} * window.w.dilation;
-  kernel.boxes = kMostBoxes;
-  const int64_t box = ceil_div(ceil_div(kPlaces + (kWhole ? reach : 0), kernel.boxes), 8) * 8;  // whole periods of the swizzle
+  const int64_t box = ceil_div(ceil_div(kPlaces + (kWhole ? reach : 0), kBoxes), 8) * 8;  // whole periods of the swizzle
   const int64_t columns = ceil_div(c.channels_out, kChannelsOut);
   for (kernel.cluster = kMostCluster; columns % kernel.cluster != 0; kernel.cluster /= 2) {}
-  kernel.share = kernel.boxes / kernel.cluster;
+  kernel.share = kBoxes / kernel.cluster;
   kernel.columns_of_tiles = static_cast<int>(columns / kernel.cluster);
   const int64_t places = int64_t{c.x.count} * kernel.rows * kernel.columns;
   const int64_t tiles = ceil_div(places, kPlaces) * kernel.columns_of_tiles;
-  if (box * kernel.boxes > Plan<kWhole>::kRows || places >= 1 << 30 || tiles >= 1 << 30) return kernel;
+  if (box * kBoxes > Plan<kWhole>::kRows || places >= 1 << 30 || tiles >= 1 << 30) return kernel;
   kernel.box = static_cast<int>(box);
   kernel.tiles = static_cast<int>(tiles);
   const int64_t steps = ceil_div(c.x.channels, kDepth) * kernel.taps;
@@ -269,7 +288,7 @@ Kernel plan(const ConvActParams& c) {
 template <bool kWhole>
 double duration(const Kernel& kernel, int multiprocessors) {
   constexpr double kProductCycles = 1024, kBytesPerCycle = 24;
-  const double slice = double(kernel.boxes) * kernel.box * kRowBytes / kernel.cluster / (kWhole ? kernel.taps : 1);
+  const double slice = double(kBoxes) * kernel.box * kRowBytes / kernel.cluster / (kWhole ? kernel.taps : 1);
   const int64_t turns = ceil_div(kernel.tiles, std::max(multiprocessors / kernel.cluster, 1));
   return double(turns) * kernel.taps * std::max(kProductCycles, (kTapBytes + slice) / kBytesPerCycle);
 }

@@ -20,6 +20,7 @@ namespace {
 
 constexpr size_t kStack = 128 << 10;
 constexpr unsigned kMaxThreads = 1024;  // of a block
+constexpr unsigned kGroup = 128, kRest = 6;  // threads of a warpgroup; rounds in which one rests
 
 struct Fiber {
   ucontext_t context;  // of the first entry; jumps, which save no signal mask, are much faster
@@ -81,20 +82,23 @@ void run_cluster(unsigned blocks, unsigned threads_of_each, unsigned seed) {
     makecontext(&fiber.context, enter, 0);
   }
   // The order of the threads changes from round to round and from block to block: results that depend on it differ. One of
-  // several blocks rests in each round, so that some are ahead of others.
-  unsigned still = 0;  // rounds without progress
+  // several blocks rests in each round, and one warpgroup of each block in many, or none, so that some are ahead of others.
+  const unsigned groups = (threads_of_each + kGroup - 1) / kGroup;
+  unsigned still = 0, resting = seed % (groups + 1), rested = 0;  // still: rounds without progress
   for (unsigned round = seed, left = threads; left > 0; ++round) {
     progress = false;
     left = 0;
     for (unsigned i = 0; i < threads; ++i) {
       const unsigned number = round % 2 ? threads - 1 - i : i;
       if (blocks > 1 && number / threads_of_each == round % blocks) continue;
+      if (number % threads_of_each / kGroup == resting) continue;
       if (!fibers[number].done && !fibers[number].at_barrier) resume(number);
     }
     for (unsigned block = 0; block < blocks; ++block)
       left += pass_barrier(fibers.data() + block * threads_of_each, threads_of_each);
     still = progress ? 0 : still + 1;
-    if (still < blocks) continue;
+    if (still > 0 || ++rested == kRest) resting = (resting + 1) % (groups + 1), rested = 0;
+    if (still < blocks * (groups + 1)) continue;
     if (!works.empty()) {
       works.front()();
       works.pop_front();

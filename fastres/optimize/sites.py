@@ -199,7 +199,7 @@ def follows_layout(model: nn.Module) -> str | None:
 
 
 def _overflows(module: nn.Module) -> bool:
-    """Whether oneDNN's gradient of this weight, in channels_last, is its kernel for strided 1x1 convolutions, which writes whole
+    """Whether oneDNN's gradient of this weight, in channels_last, is its kernel for strided 1x1 ones, which writes whole
     vectors of channels into room for fewer: https://github.com/uxlfoundation/oneDNN/issues/6035 (torch 2.13)."""
     if not isinstance(module, nn.Conv2d) or module.weight.device.type != "cpu":
         return False

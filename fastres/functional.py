@@ -81,9 +81,10 @@ def bn_act(
         needs_statistics("bn_act", running_mean, running_var)
         return BN_ACT(x, weight, bias, running_mean, running_var, eps, act)
     check_running("bn_act", x, running_mean, running_var)
-    y, mean, var = BN_ACT_TRAIN(x, weight, bias, eps, act)
-    update_running(x, running_mean, running_var, mean, var, momentum)
-    return y
+    def update(y: Tensor, mean: Tensor, var: Tensor) -> None:
+        update_running(x, running_mean, running_var, mean, var, momentum)
+
+    return BN_ACT_TRAIN.by(None, x, weight, bias, eps, act, then=update)[0]
 
 
 @_names(**_STATISTICS)
@@ -104,9 +105,10 @@ def bn_add_act(
         needs_statistics("bn_add_act", running_mean, running_var)
         return BN_ADD_ACT(x, residual, weight, bias, running_mean, running_var, eps, act)
     check_running("bn_add_act", x, running_mean, running_var)
-    y, mean, var, _ = BN_ADD_ACT_TRAIN(x, residual, weight, bias, eps, act)
-    update_running(x, running_mean, running_var, mean, var, momentum)
-    return y
+    def update(y: Tensor, mean: Tensor, var: Tensor, mask: Tensor) -> None:
+        update_running(x, running_mean, running_var, mean, var, momentum)
+
+    return BN_ADD_ACT_TRAIN.by(None, x, residual, weight, bias, eps, act, then=update)[0]
 
 
 @_names(**_STATISTICS, residual_mean="residual_running_mean", residual_var="residual_running_var")
@@ -142,12 +144,11 @@ def bn_add_bn_act(
         return BN_ADD_BN_ACT(x, residual, *norm, running_mean, running_var, eps, *shortcut, act)
     check_running(op, x, running_mean, running_var)
     check_running(op, residual, r_mean, r_var, "residual_")
-    y, mean, var, mean_of_residual, var_of_residual, _ = BN_ADD_BN_ACT_TRAIN(
-        x, residual, *norm, eps, *r_norm, residual_eps, act
-    )
-    update_running(x, running_mean, running_var, mean, var, momentum)
-    update_running(residual, r_mean, r_var, mean_of_residual, var_of_residual, residual_momentum)
-    return y
+    def update(y: Tensor, mean: Tensor, var: Tensor, r_batch_mean: Tensor, r_batch_var: Tensor, mask: Tensor) -> None:
+        update_running(x, running_mean, running_var, mean, var, momentum)
+        update_running(residual, r_mean, r_var, r_batch_mean, r_batch_var, residual_momentum)
+
+    return BN_ADD_BN_ACT_TRAIN.by(None, x, residual, *norm, eps, *r_norm, residual_eps, act, then=update)[0]
 
 
 @_names(**_STATISTICS)
@@ -166,14 +167,15 @@ def bn_act_maxpool(
     padding: Size = 1,
 ) -> Tensor:
     """The stem's tail: ``F.max_pool2d(relu(F.batch_norm(x, ...)), kernel_size, stride, padding)``; buffers as in ``bn_act``."""
-    window = _pair(kernel_size), _pair(stride), _pair(padding)
+    window = pair(kernel_size), pair(stride), pair(padding)
     if not is_training("bn_act_maxpool", training, momentum):
         needs_statistics("bn_act_maxpool", running_mean, running_var)
         return BN_ACT_MAXPOOL(x, weight, bias, running_mean, running_var, eps, act, *window)
     check_running("bn_act_maxpool", x, running_mean, running_var)
-    y, mean, var = BN_ACT_MAXPOOL_TRAIN(x, weight, bias, eps, act, *window)
-    update_running(x, running_mean, running_var, mean, var, momentum)
-    return y
+    def update(y: Tensor, mean: Tensor, var: Tensor) -> None:
+        update_running(x, running_mean, running_var, mean, var, momentum)
+
+    return BN_ACT_MAXPOOL_TRAIN.by(None, x, weight, bias, eps, act, *window, then=update)[0]
 
 
 @_names()
@@ -192,7 +194,7 @@ def conv2d(
     where that is faster. On CUDA, the stem of a network in float16 or bfloat16, channels_last, has kernels of its own, forward
     and for the weight gradient. ``fastres.explain(fastres.functional.conv2d, x, weight, ...)`` says where, and why not.
     """
-    return CONV(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups)
+    return CONV(x, weight, bias, pair(stride), pair(padding), pair(dilation), groups)
 
 
 @_names(**_CONVOLUTION)
@@ -220,7 +222,7 @@ def conv_bn_act(
     """
     return _conv(
         x, None, conv_weight, conv_bias, running_mean, running_var, weight, bias, training, momentum, eps,
-        (_pair(stride), _pair(padding), _pair(dilation), groups), act,
+        (pair(stride), pair(padding), pair(dilation), groups), act,
     )  # fmt: skip
 
 
@@ -248,7 +250,7 @@ def conv_bn_add_act(
         raise must_type("conv_bn_add_act", "residual", "a torch.Tensor", residual)
     return _conv(
         x, residual, conv_weight, conv_bias, running_mean, running_var, weight, bias, training, momentum, eps,
-        (_pair(stride), _pair(padding), _pair(dilation), groups), act,
+        (pair(stride), pair(padding), pair(dilation), groups), act,
     )  # fmt: skip
 
 
@@ -288,7 +290,7 @@ def conv_bn_add_conv_bn_act(
     x = _matched(op.name, x, conv_weight)
     shortcut = _matched(op.name, shortcut, shortcut_conv_weight, "shortcut", "shortcut_weight")
     statistics, own_statistics = (running_mean, running_var), (shortcut_running_mean, shortcut_running_var)
-    geometry, own_stride = (_pair(stride), _pair(padding), _pair(dilation), groups), _pair(shortcut_stride)
+    geometry, own_stride = (pair(stride), pair(padding), pair(dilation), groups), pair(shortcut_stride)
     main = conv_weight, conv_bias, weight, bias, *statistics, eps, *geometry
     own = shortcut_conv_weight, shortcut_conv_bias, shortcut_weight, shortcut_bias, *own_statistics, shortcut_eps
     args = x, shortcut, *main, *own, own_stride, act
@@ -326,8 +328,8 @@ def conv_bn_act_maxpool(
     op = CONV_BN_ACT_MAXPOOL
     x = _matched(op.name, x, conv_weight)
     geometry, window = (stride, padding, dilation), (kernel_size, pool_stride, pool_padding)
-    args = (x, conv_weight, conv_bias, weight, bias, running_mean, running_var, eps, *map(_pair, geometry), groups, act,
-            *map(_pair, window))  # fmt: skip
+    args = (x, conv_weight, conv_bias, weight, bias, running_mean, running_var, eps, *map(pair, geometry), groups, act,
+            *map(pair, window))  # fmt: skip
     apart = torch.compiler.is_compiling() or op.falls_back(*args)
     if apart or (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)):
         assert op.fallback is not None
@@ -376,6 +378,6 @@ def _conv(
     return bn_add_act(z, residual, mean, var, weight, bias, training, momentum, eps, act)
 
 
-def _pair(value: Any) -> Any:
+def pair(value: Any) -> Any:
     """A pair, where one whole number was given; the ops check the rest."""
     return (value, value) if type(value) is int else tuple(value) if isinstance(value, list) else value

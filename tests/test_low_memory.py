@@ -8,7 +8,7 @@ import torch
 from _modules import lively, saved
 from torch import nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint
 
 import fastres
 import fastres.nn as fnn
@@ -182,13 +182,8 @@ def on_the_cpu(model, x):
         return model(x)
 
 
-def in_a_checkpoint(model, x):
-    with set_checkpoint_early_stop(False):  # which would leave out the last statistics of the second forward
-        return checkpoint(model, x, use_reentrant=False)
-
-
 AROUND = {
-    "checkpoint": in_a_checkpoint,
+    "checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=False),
     "reentrant checkpoint": lambda model, x: checkpoint(model, x, use_reentrant=True),
     "saved elsewhere": on_the_cpu,
     "compiled": lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True)(x),

@@ -247,6 +247,19 @@ def test_a_users_network_keeps_its_view(channels_last, shape):
     assert_restores(model, optimized, images(*shape))
 
 
+@pytest.mark.parametrize(("channels", "stride", "kept"), [(8, 2, True), (15, (1, 2), True), (16, 2, False), (8, 1, False)])
+def test_a_convolution_that_is_unsafe_in_channels_last_keeps_its_format(channels, stride, kept):
+    """PyTorch's own gradient of such a weight corrupts memory in channels_last, and not in the format that users gave."""
+    model = nn.Sequential(nn.Conv2d(channels, 32, 1, stride, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    seen = []
+    fastres.optimize(model)
+    handle = model[2].register_forward_hook(lambda module, args, y: seen.append(y.is_contiguous()))
+    model(images(2, channels, 8, 8))
+    handle.remove()
+    notes = fastres.explain(model, images(2, channels, 8, 8)).notes
+    assert seen == [kept] and any("writes beyond its memory" in note for note in notes) == kept
+
+
 def test_further_arguments_run_the_original_forward():
     model = lively(Inherited()).eval()
     optimized, x = fastres.optimize(copy.deepcopy(model)), images(2, 8, 5, 5)

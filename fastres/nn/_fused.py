@@ -172,13 +172,15 @@ def _as_node(
     ]  # fmt: skip
     shape = tuple(steps[: len(chain)]), residual is x, dtype, tuple(steps[len(chain) :]) or None, apart, made
     norms = [module for module, _ in every if type(module) is nn.BatchNorm2d]
-    try:
-        y, statistics = _node.run(_chain.Chain(*shape), tensors)
+
+    def update(statistics: _chain.Statistics) -> None:
         if norms:
             _norm.update([(bn, *found) for bn, found in zip(norms, statistics, strict=True)])
+
+    try:
+        return _node.run(_chain.Chain(*shape), tensors, update)
     except WRONG:
         return None  # one by one they raise PyTorch's own error, or take what the ops do not; nothing has been updated yet
-    return y
 
 
 def joins(chain: Sequence[Link], x: Tensor) -> bool:
@@ -256,19 +258,14 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
     """``act(bn(x) [+ residual])``, with the running buffers and the batch counter updated as torch does; ``known``: the
     statistics that the preceding convolution found."""
     if fuses(x, None, bn, act, None):
+        *statistics, training = _norm.statistics(bn)
+        arguments: Any = *statistics, False, 0.0, bn.eps, name(act)
         try:
-            if known is not None:
+            if training:
                 return _norm.train([(bn, x)], name(act), residual, [known])[0]
-            statistics, momentum = _norm.statistics(bn), _norm.momentum(bn)
-            if residual is None:
-                y = functional.bn_act(x, *statistics, momentum, bn.eps, name(act))
-            else:
-                y = functional.bn_add_act(x, residual, *statistics, momentum, bn.eps, name(act))
+            return functional.bn_act(x, *arguments) if residual is None else functional.bn_add_act(x, residual, *arguments)
         except WRONG:
             pass  # as above; nothing has been updated yet
-        else:
-            _norm.count(bn)
-            return y
     return add_act(act, _call(bn, x), residual)
 
 
@@ -292,35 +289,28 @@ def bn_add_bn_act(
         *own, training = _norm.statistics(bn)
         *others, residual_training = _norm.statistics(residual_bn)
         if training == residual_training and x.dtype == residual.dtype:
-            updates = _norm.momentum(bn), bn.eps, _norm.momentum(residual_bn), residual_bn.eps
-            arguments: tuple[Any, ...] = (*own, *others, training, *updates, name(act))
             try:
-                if known != (None, None):
+                if training:
                     return _norm.train([(bn, x), (residual_bn, residual)], name(act), residual, known)[0]
-                y = functional.bn_add_bn_act(x, residual, *arguments)
-            except ArgumentError:
+                arguments: Any = *own, *others, False, 0.0, bn.eps, 0.0, residual_bn.eps, name(act)
+                return functional.bn_add_bn_act(x, residual, *arguments)
+            except WRONG:
                 pass  # as above
-            else:
-                _norm.count(bn)
-                _norm.count(residual_bn)
-                return y
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual, None, known[1]), known[0])
 
 
 def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor, known: Known = None) -> Tensor:
     """``pool(act(bn(x)))``; ``known`` as in ``bn_act``."""
     if fuses(x, None, bn, act, pool):
-        window: Any = pool.kernel_size, pool.stride, pool.padding
+        *statistics, training = _norm.statistics(bn)
+        window = tuple(map(functional.pair, (pool.kernel_size, pool.stride, pool.padding)))
+        arguments: Any = *statistics, False, 0.0, bn.eps, name(act), *window
         try:
-            if known is not None:
-                pairs = tuple((size, size) if type(size) is int else tuple(size) for size in window)
-                return _norm.train([(bn, x)], name(act), None, [known], pairs)[0]
-            y = functional.bn_act_maxpool(x, *_norm.statistics(bn), _norm.momentum(bn), bn.eps, name(act), *window)
+            if training:
+                return _norm.train([(bn, x)], name(act), None, [known], window)[0]
+            return functional.bn_act_maxpool(x, *arguments)
         except WRONG:
             pass  # as above
-        else:
-            _norm.count(bn)
-            return y
     return pool(bn_act(bn, act, x, None, known))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastres.nn._plain import is_frozen_norm, trains
 from fastres.ops import _running
 from fastres.ops._given import Known, runner
-from fastres.ops._made import Made
+from fastres.ops._op import Op
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
@@ -51,9 +51,9 @@ def affine(bn: nn.BatchNorm2d) -> tuple[Any, Any, float]:
 def train(
     norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: str, residual: Tensor | None, known: Sequence[Known],
     window: tuple[Any, ...] = (), apart: bool = False,
-) -> tuple[Tensor, Tensor, Made]:  # fmt: skip
-    """One op on one or two batch norms in training, whose statistics may be ``known``: its output twice, and how it was made.
-    The running statistics of the norms are updated.
+) -> tuple[Tensor, Tensor, Op, tuple[Any, ...], tuple[Tensor, ...]]:  # fmt: skip
+    """One op on one or two batch norms that normalise by the batch, whose statistics may be ``known``: its output twice, the
+    op, its arguments, and the statistics. The running statistics of the norms are updated.
 
     ``window``: of the pool behind; none where there is none. ``apart``: the output is two tensors of one memory where there is
     a gradient, see ``Op.in_two``.
@@ -63,23 +63,28 @@ def train(
     inputs = (norms[0][1],) if residual is None else (norms[0][1], residual)
     arguments = *inputs, *(value for norm, _ in norms for value in affine(norm)), act, *window
     run = runner(op, arguments, known)
-    found = op.in_two(*arguments, run=run) if apart else None
+
+    def then(y: Tensor, *found: Tensor) -> None:
+        pairs = zip(norms, found[::2], found[1::2], strict=False)  # a mask may come last
+        update([(*norm, mean, var) for norm, mean, var in pairs])
+
+    found = op.in_two(*arguments, run=run, then=then) if apart else None
     if found is None:
-        y, *statistics = op.by(run, *arguments)
+        y, *statistics = op.by(run, *arguments, then=then)
         again = y
     else:
         y, again, *statistics = found
-    statistics = statistics[: 2 * len(norms)]
-    update([(*norm, *statistics[2 * index : 2 * index + 2]) for index, norm in enumerate(norms)])
-    return y, again, Made(op, arguments, tuple(statistics), y._version)
+    return y, again, op, arguments, tuple(statistics[: 2 * len(norms)])
 
 
 def update(batches: Batches) -> None:
     """Update the running buffers and the counters of batch norms that ran in training; none where one cannot be."""
-    together = [batch for batch in (_batch(*each) for each in batches) if batch is not None]
-    if len(together) == len(batches) and _running.update_together(together):
-        return
+    if not torch.compiler.is_compiling():
+        together = [batch for batch in (_batch(*each) for each in batches) if batch is not None]
+        if len(together) == len(batches) and _running.update_together(together):
+            return
     for bn, x, _, _ in batches:
+        _running.check_momentum("bn_act", momentum(bn))
         _running.check_running("bn_act", x, *statistics(bn)[:2])
     for bn, x, mean, var in batches:
         _running.update_running(x, *statistics(bn)[:2], mean, var, momentum(bn))

@@ -1,7 +1,7 @@
 """Consecutive blocks, between which the two gradients of a value are kept apart."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def run_all(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
     blocks: list[nn.Module] = []
     for stage in stages:
         if training and _is_plain(stage):
-            blocks += stage
+            blocks += cast(Stage, stage)
         else:
             blocks.append(stage)
     return run(blocks, x)

@@ -28,6 +28,7 @@ def in_training(
     if bn is residual_bn or not all(trains(norm) and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
         return None
     try:
-        return train(norms, _fused.name(act), residual, known, apart=apart)
+        y, again, op, arguments, statistics = train(norms, _fused.name(act), residual, known, apart=apart)
     except _fused.WRONG:
         return None  # the modules raise PyTorch's own error, or accept what the op does not; nothing has been updated yet
+    return y, again, Made(op, arguments, statistics, y._version)

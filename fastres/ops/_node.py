@@ -136,8 +136,8 @@ def why_not_recorded() -> list[str]:
 class _Call:
     """One call of a chain, and what it keeps."""
 
-    def __init__(self, chain: Chain) -> None:
-        self.chain = chain
+    def __init__(self, chain: Chain, then: Callable[[Statistics], None]) -> None:
+        self.chain, self.then = chain, then
         self.kept: Sequence[Any] = ()
         self.form: Any = None
 
@@ -188,6 +188,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:  # type: ignore[override]
         ctx.set_materialize_grads(False)
         y = call.run(tensors, ctx.needs_input_grad[1:])
+        call.then(call.statistics())
         ctx.form, ctx.made, kept = call.form, call.chain.made, call.kept
         if ctx.made is not None:  # keep what x is made from, not x
             call.form.chain = call.chain._replace(made=None)
@@ -328,8 +329,7 @@ def _differentiate_twice(chain: Chain, tensors: Sequence, needs: Sequence, grad_
     return [next(found) if need else None for need in needs]
 
 
-def run(chain: Chain, tensors: Sequence[Any]) -> tuple[Any, Statistics]:
-    """``compose`` as one node; y twice, as two tensors that share memory, where the chain wants it ``apart``."""
-    call = _Call(chain)
-    y = _Node.apply(call, *tensors)
-    return y, call.statistics()
+def run(chain: Chain, tensors: Sequence[Any], then: Callable[[Statistics], None]) -> Any:
+    """``compose`` as one node; y twice, as two tensors that share memory, where the chain wants it ``apart``. ``then`` gets the
+    statistics before autograd keeps anything, see ``Op.by``."""
+    return _Node.apply(_Call(chain, then), *tensors)

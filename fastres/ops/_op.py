@@ -106,28 +106,39 @@ class Op:
             return self._packet(*args) if self._function is None else self._function.apply(*args, run)
         return run(*args)
 
-    def by(self, run: Callable | None, *args: Any) -> Any:
+    def by(self, run: Callable | None, *args: Any, then: Callable[..., None] | None = None) -> Any:
         """The call with ``run`` in place of the chosen backend's function: for callers who know part of the outputs. The chosen
-        one runs where ``run`` is None, and where something other than autograd must see the op."""
-        if run is None or is_interposed():
-            return self(*args)
-        if self._function is not None and torch.is_grad_enabled() and signature(args)[2]:
+        one runs where ``run`` is None, and where something other than autograd must see the op.
+
+        ``then`` gets the outputs before autograd keeps anything: a checkpoint ends a forward that it repeats there, once it has
+        all that it needs, and PyTorch's batch norm has updated its buffers by then.
+        """
+        compiling = torch.compiler.is_compiling()
+        key, plain, needs_grad = ((), False, False) if compiling else signature(args)
+        if not plain or is_interposed():
+            outputs = self(*args)
+            if then is not None:
+                then(*outputs)
+            return outputs
+        run = _followed_by(then, run or self._choices.get(key) or self._choose(key, args))
+        if needs_grad and self._function is not None and torch.is_grad_enabled():
             return self._function.apply(*args, run)
         return run(*args)
 
-    def in_two(self, *args: Any, run: Callable | None = None) -> Any:
+    def in_two(self, *args: Any, run: Callable | None = None, then: Callable[..., None] | None = None) -> Any:
         """The outputs, with the first one as two tensors that share memory: their gradients reach ``backward`` separately, as
         ``grad_y`` and ``grad_y2``, and a kernel adds them as it reads them, instead of autograd in a pass of its own.
 
         Each of the two gets only its part of the gradient, so the caller must not let others see them. None where there is no
-        gradient, or something other than autograd follows the call. ``run`` as in ``by``.
+        gradient, or something other than autograd follows the call. ``run`` and ``then`` as in ``by``.
         """
         if torch.compiler.is_compiling() or is_interposed() or not torch.is_grad_enabled():
             return None
         key, plain, needs_grad = signature(args)
         if not plain or not needs_grad:
             return None
-        return self._function_in_two.apply(*args, run or self._choices.get(key) or self._choose(key, args))
+        run = _followed_by(then, run or self._choices.get(key) or self._choose(key, args))
+        return self._function_in_two.apply(*args, run)
 
     @functools.cached_property
     def _function_in_two(self) -> Any:
@@ -254,6 +265,19 @@ def is_differentiated() -> bool:
     if forward_ad._current_level >= 0:
         return True
     return bool(_transforms()) and any(level.key() in _DERIVATIVES for level in get_interpreter_stack() or ())
+
+
+def _followed_by(then: Callable[..., None] | None, run: Callable) -> Callable:
+    """``run``, whose outputs go to ``then`` as well."""
+    if then is None:
+        return run
+
+    def both(*args: Any) -> Any:
+        outputs = run(*args)
+        then(*outputs)
+        return outputs
+
+    return both
 
 
 def _eager_function(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:

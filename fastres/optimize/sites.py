@@ -185,11 +185,22 @@ def recomputing_blocks(model: nn.Module, found: list[Site], skip: Sequence[str] 
 
 
 def follows_layout(model: nn.Module) -> str | None:
-    """Why a network might not work in channels_last: it has unknown code that cannot be read, or that views memory."""
+    """Why a network might not work in channels_last: it has unknown code that cannot be read, or that views memory; or a
+    convolution in which PyTorch's library for CPUs writes beyond its memory."""
     for name, module in model.named_modules():
+        if _overflows(module):
+            return f"{name or 'the model'}: oneDNN's gradient of a strided 1x1 weight of few channels writes beyond its memory"
         base = original_class(module)
         if not is_trusted(base.forward) or "forward" in module.__dict__:
             made = plan(module, base, module.training)
             if not made.readable or (made.rejoined and name and not made.steps):
                 return f"{name or 'the model'} ({base.__name__}): {made.reason or 'it views memory as if contiguous'}"
     return None
+
+
+def _overflows(module: nn.Module) -> bool:
+    """Whether oneDNN's gradient of this weight, in channels_last, is its kernel for strided 1x1 ones, which writes whole
+    vectors of channels into room for fewer: https://github.com/uxlfoundation/oneDNN/issues/6035 (torch 2.13)."""
+    if not isinstance(module, nn.Conv2d) or module.weight.device.type != "cpu":
+        return False
+    return module.kernel_size == (1, 1) and module.stride != (1, 1) and module.in_channels // module.groups < 16

@@ -142,7 +142,7 @@ def _upsample(x: Tensor, residual: Tensor, act: str) -> Tensor:
 
 
 def _gate(x: Tensor, residual: Tensor | None, gate: Tensor, act: str) -> Tensor:
-    return _finished(x * gate, residual, act)
+    return _finished(x * gate if residual is None else torch.addcmul(residual, x, gate), None, act)
 
 
 def _sigmoid(layer: Layer, x: Tensor) -> Tensor:

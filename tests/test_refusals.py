@@ -130,6 +130,8 @@ WRONG = {
     "a negative size": ("conv_backward_input", "size", lambda size: (-1, 1), ValueError, "two whole numbers"),
     "a size that is none": ("conv_backward_input", "size", lambda size: None, TypeError, "a pair of int"),
     "a negative kernel": ("conv_backward_weight", "kernel", lambda size: (-1, 1), ValueError, "two whole numbers"),
+    "a flag that is none": ("bn_act_backward", "training", lambda flag: 1, TypeError, "a bool, got int"),
+    "a pool's flag that is none": ("bn_act_maxpool_backward", "training", lambda flag: None, TypeError, "a bool"),
     "negative groups": ("conv_backward_input", "groups", lambda groups: -1, ValueError, "at least 1"),
     "no groups": ("conv_backward_weight", "groups", lambda groups: None, TypeError, "an int"),
     "an eps that is no double": ("bn_act", "eps", lambda eps: 2**64, ValueError, "a finite number"),

@@ -72,6 +72,11 @@ def act(op: str, value: str) -> None:
         raise must(op, "act", f"one of {ACTS}", repr(value))
 
 
+def flag(op: str, name: str, value: object) -> None:
+    if type(value) is not bool:
+        raise must_type(op, name, "a bool", value)
+
+
 def eps(op: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise must_type(op, "eps", "a float", value)

@@ -15,8 +15,7 @@ from fastres.ops._op import Once, is_interposed
 
 def is_training(op: str, training: Any, momentum: Any) -> bool:
     """The flag, once it and momentum are known to be what torch's batch norm accepts."""
-    if training is not True and training is not False:
-        raise must_type(op, "training", "a bool", training)
+    _check.flag(op, "training", training)
     check_momentum(op, momentum)
     return training
 

@@ -51,6 +51,7 @@ def check_train(x, weight, bias, eps, act):
 
 def check_backward(grad_y, x, weight, bias, mean, var, eps, act, training):
     _bn.check_forward("bn_act_backward", x, weight, bias, {"mean": mean, "var": var}, eps, act, grad_y=grad_y)
+    _check.flag("bn_act_backward", "training", training)
 
 
 def fake(x, weight, bias, mean, var, eps, act):

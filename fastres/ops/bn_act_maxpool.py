@@ -70,6 +70,7 @@ def check_train(x, weight, bias, eps, act, *window):
 
 def check_backward(grad_y, x, weight, bias, mean, var, eps, act, training, *window):
     _bn.check_forward("bn_act_maxpool_backward", x, weight, bias, {"mean": mean, "var": var}, eps, act)
+    _check.flag("bn_act_maxpool_backward", "training", training)
     _check.images("bn_act_maxpool_backward", x=x, grad_y=grad_y)
     _check.same_dtype("bn_act_maxpool_backward", x=x, grad_y=grad_y)
     check_window("bn_act_maxpool_backward", x, *window)

@@ -43,8 +43,7 @@ def check(x, kernel, stride, padding, ceil, scale, bias):
         _check.pair(NAME, name, pair, least)
     if 0 in kernel and any(kernel):
         raise must(NAME, "kernel", "of at least one pixel, or (0, 0) for all of them", tuple(kernel))
-    if type(ceil) is not bool:
-        raise must_type(NAME, "ceil", "a bool", ceil)
+    _check.flag(NAME, "ceil", ceil)
     window, size = pooled(x.shape[2:], kernel, stride, padding, ceil)
     if any(2 * pad > k for pad, k in zip(padding, window, strict=True)):
         raise must(NAME, "padding", f"at most half of the window {tuple(window)}", tuple(padding))

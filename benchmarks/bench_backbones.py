@@ -48,12 +48,14 @@ class Pyramid(nn.Module):
         self.outer = nn.ModuleList(nn.Conv2d(256, 256, 3, padding=1) for _ in CHANNELS)
 
     def forward(self, x):
-        *maps, top = (inner(value) for inner, value in zip(self.inner, self.backbone(x), strict=True))
-        found = [self.outer[-1](top)]
-        for value, outer in zip(maps[::-1], self.outer[-2::-1], strict=True):
+        maps, found = self.backbone(x), OrderedDict()
+        top = self.inner[-1](maps[-1])
+        found["3"] = self.outer[-1](top)
+        for index in (2, 1, 0):
+            value = self.inner[index](maps[index])
             top = value + F.interpolate(top, value.shape[-2:])
-            found.insert(0, outer(top))
-        return OrderedDict((str(index), value) for index, value in enumerate(found))
+            found[str(index)] = self.outer[index](top)
+        return found
 
 
 class Segmenter(nn.Module):

@@ -1,5 +1,6 @@
 """Forwards that a user may write, one line unlike the next: a graph where it tells all, else a refusal that says why."""
 
+import copy
 import functools
 import re
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from _modules import lively
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import fastres
+from fastres import models
 from fastres.optimize.swap import state_of
 
 pytestmark = pytest.mark.none
@@ -220,3 +223,83 @@ def test_a_lack_of_memory_is_no_refusal():
     with pytest.raises(MemoryError):
         fastres.optimize(model)
     assert type(model) is kind and state_of(model) is None
+
+
+class Child(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls, self.seen = nn.Conv2d(16, 16, 1), 0, [0]
+
+    def forward(self, x):
+        return self.conv(x)
+
+    def twice(self, x):
+        return self.conv(self.forward(x))
+
+    def count(self):
+        self.calls += 1
+
+
+class Nested(nn.Module):
+    """A network whose forward, one of those below, looks into its children."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.child = models.cifar.resnet(8), Child()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU()) for _ in range(3))
+        self.named = nn.ModuleDict({"a": nn.Conv2d(16, 16, 1), "b": nn.ReLU()})
+
+
+def loops(self, x):
+    x = self.stem.relu(self.stem.bn1(self.stem.conv1(x)))
+    for index, block in enumerate(self.blocks):
+        x = block(x) if index else block[0](x)
+    return x
+
+
+def reads_items(self, x):
+    x, found = self.stem.conv1(x), {}
+    for name, layer in self.named.items():
+        x = layer(x)
+        found[name] = x
+    return list(found.values())
+
+
+def indexes(self, x):
+    x = self.stem.conv1(x)
+    return self.blocks[len(self.blocks) - 1](x) + self.named["a"](x) + self.blocks[1:][0](x)
+
+
+def calls_a_method(self, x):
+    return self.child.twice(self.stem.layer1(self.stem.conv1(x)))
+
+
+def counts(self, x):
+    self.child.count()
+    return self.child(self.stem.conv1(x))
+
+
+def notes(self, x):
+    self.child.seen.append(1)
+    return self.child(self.stem.conv1(x))
+
+
+def names(self, x):
+    self.blocks[0].name = "first"
+    return self.child(self.stem.conv1(x))
+
+
+@torch.no_grad()
+@pytest.mark.cpu
+@pytest.mark.parametrize("forward", [loops, reads_items, indexes, calls_a_method, counts, notes, names])
+def test_a_forward_may_look_into_its_children_but_leave_no_mark_there(forward):
+    torch.manual_seed(0)
+    model = lively(type("Network", (Nested,), {"forward": forward})()).eval()
+    plain = copy.deepcopy(model)
+    fastres.optimize(model)
+    for y, other in zip(tree_leaves(model(X)), tree_leaves(plain(X)), strict=True):
+        torch.testing.assert_close(y, other, rtol=1e-4, atol=1e-4)
+    leaves_marks = forward in (counts, notes, names)
+    assert (state_of(model).whole.run(model, X, True) is None) == leaves_marks
+    model(X), plain(X)
+    assert (model.child.calls, model.child.seen) == (plain.child.calls, plain.child.seen)

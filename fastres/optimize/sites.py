@@ -14,7 +14,7 @@ from fastres.nn import BasicBlock, Bottleneck, PreActBasicBlock, PreActBottlenec
 from fastres.nn._plain import original_class, why_not
 from fastres.optimize.plan import Plan, Step, plan
 from fastres.optimize.swap import state_of
-from fastres.optimize.trace import is_trusted
+from fastres.optimize.trace import CannotTrace, is_trusted, read
 
 _OTHER_RANKS = (nn.BatchNorm1d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm3d)
 _BLOCKS = (BasicBlock, Bottleneck, PreActBasicBlock, PreActBottleneck)
@@ -192,10 +192,21 @@ def follows_layout(model: nn.Module) -> str | None:
             return f"{name or 'the model'}: oneDNN's gradient of a strided 1x1 weight of few channels writes beyond its memory"
         base = original_class(module)
         if not is_trusted(base.forward) or "forward" in module.__dict__:
-            made = plan(module, base, module.training)
-            if not made.readable or (made.rejoined and name and not made.steps):
-                return f"{name or 'the model'} ({base.__name__}): {made.reason or 'it views memory as if contiguous'}"
+            reason = _why_not_layout(plan(module, base, module.training), module, base, not name)
+            if reason is not None:
+                return f"{name or 'the model'} ({base.__name__}): {reason}"
     return None
+
+
+def _why_not_layout(made: Plan, module: nn.Module, base: Any, is_root: bool) -> str | None:
+    views = made.rejoined and not (is_root or made.steps)  # else its plan has reshapes instead
+    if not made.readable:
+        try:
+            nodes = read(module, base, module.training).nodes
+        except CannotTrace as error:
+            return str(error)
+        views = any(node.op == "call_method" and node.target == "view" for node in nodes)
+    return "it views memory as if contiguous" if views else None
 
 
 def _overflows(module: nn.Module) -> bool:

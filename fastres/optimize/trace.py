@@ -4,6 +4,7 @@ The forward runs once on a stand-in for ``self`` and a proxy for the input, so n
 is not touched. The stand-in gives access only to what cannot change unseen: children (only to be called), plain constants
 of the instance, parameters, methods. A forward from a library that is not known to trace may also name, in its code, only
 those and the pure functions listed here: one that counts, prints or draws a number would lose its effect.
+Where only that matters (``read``), a forward may also look into its children and call their methods.
 """
 
 import dis
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastres.errors import is_out_of_memory
+from fastres.nn._plain import original_class
 
 _TRUSTED = (
     "torchvision.models.resnet",
@@ -33,14 +35,16 @@ _TRUSTED = (
     "torch.nn.",
     "fastres.",
 )
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_BUILTIN_WORDS = "len range int float bool isinstance tuple list zip enumerate min max sum abs super"
+_BUILTIN_WORDS = "len range int float bool str isinstance tuple list dict zip enumerate reversed min max sum abs super"
 _BUILTINS = frozenset(_BUILTIN_WORDS.split())
 _PURE_WORDS = """
     nn functional relu relu_ add add_ mul mul_ sub div cat concat flatten reshape view size shape dim ndim
     mean sum max amax contiguous permute transpose unsqueeze squeeze chunk split stack expand expand_as
     sigmoid tanh softmax log_softmax gelu silu elu leaky_relu hardtanh relu6 pad dropout dropout2d
     interpolate avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d append
+    insert extend items keys values get
 """
 _PURE = frozenset(_PURE_WORDS.split())
 _IMPURE_WORDS = "no_grad enable_grad inference_mode set_grad_enabled autocast random rand randn manual_seed"
@@ -71,9 +75,11 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     """Records calls; remembers the first refusal, so that a bare ``except`` in a forward cannot swallow it."""
 
     refusal: str | None = None
+    owner: fx.Proxy
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, inside: bool) -> None:
         super().__init__(graph)
+        self.inside = inside  # whether the forward may look into its children
         self.mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
 
     def read(self, mapping: dict[Any, Any]) -> Mapping[Any, Any]:
@@ -117,13 +123,27 @@ class _Child:
         return bool(self._module)
 
     def __getattr__(self, name: str) -> Any:
-        raise self._tracer.refuse(f"its forward reads {self._name}.{name}")
+        module, tracer = self._module, self._tracer
+        if not tracer.inside:
+            raise tracer.refuse(f"its forward reads {self._name}.{name}")
+        return getattr(_Self(module, original_class(module), module.training, tracer.owner, tracer), name)
 
     def __iter__(self) -> Any:
-        raise self._tracer.refuse(f"its forward iterates over {self._name}, which may change unseen")
+        return iter(self._children("iterates over"))
 
     def __getitem__(self, index: Any) -> Any:
-        raise self._tracer.refuse(f"its forward indexes {self._name}, which may change unseen")
+        return self._children("indexes")[index]
+
+    def __len__(self) -> int:
+        return len(self._children("counts"))
+
+    def _children(self, does: str) -> Any:
+        """Those of a container, in a list or in a dict."""
+        module, tracer = self._module, self._tracer
+        if not tracer.inside or not isinstance(module, _CONTAINERS):
+            raise tracer.refuse(f"its forward {does} {self._name}, which may change unseen")
+        found = {name: child and _Child(name, child, tracer) for name, child in module._modules.items()}
+        return found if isinstance(module, nn.ModuleDict) else list(found.values())
 
 
 class _Self:
@@ -210,6 +230,10 @@ def _check_code(module: nn.Module, base: type, function: types.FunctionType, tra
             raise tracer.refuse(f"its forward uses {min(impure)}")
         return
     own = module.__dict__.keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
+    if tracer.inside:  # children's names, and what their classes define
+        kinds = {kind for child in module.modules() for kind in type(child).__mro__ if issubclass(kind, nn.Module)}
+        own |= {key for child in module.modules() for key in child._modules}
+        own |= {key for kind in kinds - {nn.Module} for key in vars(kind)}
     # The stand-in judges what is read from self.
     unknown = {name for name in attributes - _PURE - own if not hasattr(base, name)}
     unknown |= {name for name in names if not _is_pure(name, function.__globals__, base)}
@@ -237,9 +261,9 @@ def _is_pure(name: str, scope: dict[str, Any], base: type) -> bool:
     if name not in scope:
         return name in _BUILTINS
     value = scope[name]
-    if isinstance(value, type):
+    if isinstance(value, type) and value is not OrderedDict:
         return issubclass(base, value)  # super(Block, self)
-    return any(value is known for known in (torch, F, nn, operator)) or (
+    return any(value is known for known in (torch, F, nn, operator, OrderedDict)) or (
         name in _PURE and any(value is getattr(library, name, None) for library in (torch, F))
     )
 
@@ -253,6 +277,15 @@ def _input_name(forward: Callable[..., Any]) -> str:
     return parameters[0].name
 
 
+def read(module: nn.Module, base: Any, training: bool) -> fx.Graph:
+    """The calls of ``base.forward`` on this module, of its children and of theirs.
+
+    Raises:
+        CannotTrace: as below; the forward might have effects.
+    """
+    return _traced(module, base, training, True)[0]
+
+
 def trace(module: nn.Module, base: Any, training: bool) -> tuple[fx.Graph, list[tuple[dict[Any, Any], dict[Any, Any]]]]:
     """The graph of ``base.forward`` on this module, in training or in evaluation, and the dicts that it was read with.
 
@@ -261,13 +294,19 @@ def trace(module: nn.Module, base: Any, training: bool) -> tuple[fx.Graph, list[
     Raises:
         CannotTrace: with the reason in one sentence.
     """
+    return _traced(module, base, training, False)
+
+
+def _traced(
+    module: nn.Module, base: Any, training: bool, inside: bool
+) -> tuple[fx.Graph, list[tuple[dict[Any, Any], dict[Any, Any]]]]:
     forward = base.forward
     if not isinstance(forward, types.FunctionType):
         raise CannotTrace("its forward is not a Python function")
     graph = fx.Graph()
-    tracer = _Tracer(graph)
+    tracer = _Tracer(graph, inside)
     _check_code(module, base, forward, tracer)
-    owner = tracer.create_proxy("placeholder", "owner", (), {})
+    owner = tracer.owner = tracer.create_proxy("placeholder", "owner", (), {})
     x = tracer.create_proxy("placeholder", _input_name(forward), (), {})
     stand_in = _Self(module, base, training, owner, tracer)
     try:

@@ -29,8 +29,7 @@ from fastres.nn import _fused
 from fastres.nn._plain import has_hooks, original_class
 from fastres.ops import _fold
 from fastres.ops._op import has_modes
-from fastres.optimize.plan import plan as planned
-from fastres.optimize.trace import is_plain_mapping, is_trusted
+from fastres.optimize.trace import CannotTrace, is_plain_mapping, is_trusted, read
 
 STATE = "_fastres"  # of an instance: what swapping it added, a network's plan with it
 _KEPT = ("_modules", "_parameters", "_buffers")
@@ -191,8 +190,11 @@ def _why_unread(module: nn.Module) -> str | None:
         return "it has a forward of its own on the instance"
     if is_trusted(base.forward):
         return None
-    made = planned(module, base, False)
-    return None if made.readable else made.reason
+    try:
+        read(module, base, False)
+    except CannotTrace as error:
+        return str(error)
+    return None
 
 
 def _kind(x: Tensor) -> tuple[int, ...]:

@@ -84,7 +84,7 @@ def test_backbones(benchmark, record, network):
             assert within_budget(y, same, truth, torch.float32).ok
         found = timing.interleaved(calls, torch.device("cpu"), seconds=SECONDS)
         name = f"resnet50, {network.__name__.lower()}"
-        common = {"model": name, "shape": list(IMAGES), "dtype": "float32", "pass": "inference"}
+        common = {"name": name, "shape": list(IMAGES), "dtype": "float32", "pass": "inference"}
         ratios = {rival: timed.median / found[FASTRES].median for rival, timed in found.items()}
         record([{**common, "rival": rival, "ratio": ratios[rival], **timed.to_dict()} for rival, timed in found.items()])
         benchmark.pedantic(optimized, args=(x,), rounds=3, warmup_rounds=1)

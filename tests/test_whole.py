@@ -164,6 +164,14 @@ def test_networks_that_no_plan_can_run_say_so():
 
 
 @torch.no_grad()
+def test_a_compiled_part_runs_as_it_was_compiled(model):
+    calls = []
+    model.layer1.compile(backend=lambda graph, _: lambda *args: calls.append(1) or graph(*args))
+    model(X)
+    assert calls and any("layer1 is compiled" in note for note in fastres.explain(model, X).notes)
+
+
+@torch.no_grad()
 def test_what_no_plan_can_run_is_not_tried_again_after_every_step(monkeypatch):
     """But weights may become finite."""
     model, tries = lively(models.cifar.resnet(8)).eval(), []

@@ -234,6 +234,8 @@ def _why_not_model(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if has_hooks(module):
             return f"{name or 'the network'} has hooks, which must fire"
+        if module._compiled_call_impl is not None:
+            return f"{name or 'the network'} is compiled"
         if module.training:
             return f"{name or 'the network'} is in training mode"
         if (unread := _why_unread(module)) is not None:

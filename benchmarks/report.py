@@ -26,7 +26,7 @@ README, EVIDENCE = ROOT / "README.md", RESULTS / "README.md"
 PAGES = {  # the tables of each, in their order
     README: ("gpu-networks", "cpu-inference", "cpu-training", "scoreboard", "support-matrix"),
     EVIDENCE: (
-        "gpu-networks", "gpu-kernels", "peers", "models", "training-steps", "training-kernels", "training-memory",
+        "gpu-networks", "gpu-kernels", "peers", "models", "backbones", "training-steps", "training-kernels", "training-memory",
         "overhead", "degradation", "reliability",
     ),
 }  # fmt: skip
@@ -231,7 +231,7 @@ def architectures(path: Path) -> list[str]:
     return [f"sm_{arch}" for arch in sorted(found, key=lambda arch: int(arch.rstrip("af")))]
 
 
-CONDENSED = ("models", "training-steps", "training-kernels", "training-memory", "overhead")
+CONDENSED = ("models", "backbones", "training-steps", "training-kernels", "training-memory", "overhead")
 TABLES: dict[str, Measured | Made] = {
     "gpu-networks": Measured("acceptance", acceptance.networks, on_gpu=True),
     "gpu-kernels": Measured("acceptance", acceptance.kernels, on_gpu=True),

@@ -15,7 +15,7 @@ PYTHON = [
           "test_functional.py::test_a_function_equals_what_its_docstring_says", {}),
     Fault("channels_last is lost", "kernels/layout.py", "not x.is_contiguous() and x.stride(1) == 1", "x.stride(1) == 0",
           "test_nn.py::test_channels_last_goes_through", {}),
-    Fault("an eps of any value", "ops/_check.py", "if not 0 < value < float(\"inf\"):", "if False:",
+    Fault("an eps of any value", "ops/_check.py", "if not 0 < value < (2**63 if isinstance(value, int) else float(\"inf\")):", "if False:",
           "test_functional.py::test_a_wrong_argument_is_named_and_nothing_is_changed", {}),
     Fault("a cache that others may write is read", "tune.py", "if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):", "if False:",
           "test_tune.py::test_a_foreign_cache_is_ignored", {}),

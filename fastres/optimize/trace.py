@@ -142,7 +142,7 @@ class _Child:
         module, tracer = self._module, self._tracer
         if not tracer.inside or not isinstance(module, _CONTAINERS):
             raise tracer.refuse(f"its forward {does} {self._name}, which may change unseen")
-        found = {name: child and _Child(name, child, tracer) for name, child in module._modules.items()}
+        found = {key: None if child is None else _Child(key, child, tracer) for key, child in module._modules.items()}
         return found if isinstance(module, nn.ModuleDict) else list(found.values())
 
 
@@ -162,7 +162,8 @@ class _Self:
         state = module.__dict__
         if name == "_modules" and isinstance(module, nn.ModuleDict):
             children = tracer.read(state["_modules"]).items()
-            return types.MappingProxyType({key: child and _Child(key, child, tracer) for key, child in children})
+            found = {key: None if child is None else _Child(key, child, tracer) for key, child in children}
+            return types.MappingProxyType(found)
         if name in state["_modules"]:
             child = state["_modules"][name]
             return None if child is None else _Child(name, child, tracer)

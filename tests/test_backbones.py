@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from _modules import lively
 from _uncaptured import Uncaptured
+from test_frozen import check
 from tolerances import assert_close_to_truth
 from torch import nn
 from torch.utils._pytree import tree_flatten
@@ -66,18 +67,9 @@ FORMS = {
 }
 
 
+@torch.no_grad()
 def same_as_pytorch(call, model, x, dtype=torch.float32):
-    """Every tensor within budget, in the same containers."""
-    with torch.no_grad(), fastres.use("torch"):
-        plain = fastres.restore(copy.deepcopy(model)).eval()
-        truth, same = copy.deepcopy(plain).double()(x.double()), plain.to(dtype)(x.to(dtype))
-    with torch.no_grad():
-        found = call(x)
-    (ours, form), (theirs, expected), (exact, _) = tree_flatten(found), tree_flatten(same), tree_flatten(truth)
-    assert form == expected and len(ours) == len(theirs)
-    for y, other, true in zip(ours, theirs, exact, strict=True):
-        assert y.shape == other.shape
-        assert_close_to_truth(y, other, true, dtype)
+    check(call, model, x, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from _modules import lively
 from tolerances import assert_close_to_truth
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 import fastres
 from fastres import models
@@ -77,9 +78,11 @@ def check(frozen, model, x, dtype=torch.float32):
     with torch.no_grad(), fastres.use("torch"):
         truth = copy.deepcopy(plain).double()(x.double())
         same = plain.to(dtype)(x.to(dtype))
-    y = frozen(x)
-    assert y.dtype == dtype and not y.requires_grad
-    assert_close_to_truth(y, same, truth, dtype)
+    (ys, form), (others, expected), (exact, _) = map(tree_flatten, (frozen(x), same, truth))
+    assert form == expected  # the same containers
+    for y, other, true in zip(ys, others, exact, strict=True):
+        assert y.dtype == dtype and y.shape == other.shape and not y.requires_grad
+        assert_close_to_truth(y, other, true, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from fastres.nn import _fused, _sequence
 from fastres.nn._plain import kind_of
-from fastres.optimize.trace import CannotTrace, trace
+from fastres.optimize.trace import CannotTrace, Mappings, trace
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -70,7 +70,7 @@ class Plan:
     readable: bool = True  # whether the forward could be traced at all
     rejoined: bool = False  # whether a view became a reshape, so that channels_last values pass
     block: Block | None = None
-    mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = field(default_factory=list)  # that the forward read, and copies
+    mappings: Mappings = field(default_factory=list)
 
 
 def plan(module: nn.Module, base: Any, training: bool) -> Plan:

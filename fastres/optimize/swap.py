@@ -16,6 +16,7 @@ from fastres.nn._plain import ORIGINAL, has_hooks, original_class, why_not
 from fastres.ops import _fold
 from fastres.optimize.convert import Conversion
 from fastres.optimize.plan import Plan, plan
+from fastres.optimize.trace import Mappings
 from fastres.optimize.whole import STATE, Whole
 
 _transforms = torch._C._are_functorch_transforms_active
@@ -28,7 +29,7 @@ class State:
         self.channels_last = channels_last
         self.whole = whole  # of the network itself, and of parts that might have a plan
         self.children: tuple[nn.Module | None, ...] | None = None  # the plans hold for these children
-        self.mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # and while these dicts equal what they held
+        self.mappings: Mappings = []  # and while these dicts equal what they held
         self.training = self.evaluation = Plan()
         self.conversions: list[Conversion] = []
         self.skip: tuple[str, ...] = ()

@@ -35,6 +35,7 @@ _TRUSTED = (
     "torch.nn.",
     "fastres.",
 )
+Mappings = list[tuple[dict[Any, Any], dict[Any, Any]]]  # dicts that a forward read, each with a copy of what it then held
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _BUILTIN_WORDS = "len range int float bool str isinstance tuple list dict zip enumerate reversed min max sum abs super"
@@ -80,7 +81,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     def __init__(self, graph: fx.Graph, inside: bool) -> None:
         super().__init__(graph)
         self.inside = inside  # whether the forward may look into its children
-        self.mappings: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self.mappings: Mappings = []
 
     def read(self, mapping: dict[Any, Any]) -> Mapping[Any, Any]:
         """A dict that the forward may look into, but not write to."""
@@ -287,7 +288,7 @@ def read(module: nn.Module, base: Any, training: bool) -> fx.Graph:
     return _traced(module, base, training, True)[0]
 
 
-def trace(module: nn.Module, base: Any, training: bool) -> tuple[fx.Graph, list[tuple[dict[Any, Any], dict[Any, Any]]]]:
+def trace(module: nn.Module, base: Any, training: bool) -> tuple[fx.Graph, Mappings]:
     """The graph of ``base.forward`` on this module, in training or in evaluation, and the dicts that it was read with.
 
     The first placeholder is the module itself, the second its input; children appear as ``call_module`` nodes.
@@ -298,9 +299,7 @@ def trace(module: nn.Module, base: Any, training: bool) -> tuple[fx.Graph, list[
     return _traced(module, base, training, False)
 
 
-def _traced(
-    module: nn.Module, base: Any, training: bool, inside: bool
-) -> tuple[fx.Graph, list[tuple[dict[Any, Any], dict[Any, Any]]]]:
+def _traced(module: nn.Module, base: Any, training: bool, inside: bool) -> tuple[fx.Graph, Mappings]:
     forward = base.forward
     if not isinstance(forward, types.FunctionType):
         raise CannotTrace("its forward is not a Python function")

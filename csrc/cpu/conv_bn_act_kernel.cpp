@@ -5,6 +5,7 @@
 // Invariants: an output's sum is the same in every tile and for any number of threads; padding is a run of zeros.
 #include "cpu/conv_bn_act.h"
 
+#include "cpu/conv_finish.h"
 #include "cpu/conv_tile.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -15,60 +16,6 @@
 
 namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
-
-// With 0 this is relu: NaN passes and -0.0 stays, since the instruction then gives its second operand.
-FASTRES_INLINE Sum at_least(float floor, Sum v) {
-#if FASTRES_CPU_LEVEL >= 4
-  return (Sum)_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(floor), (__m512)v);
-#else
-  return (Sum)_mm256_max_ps(_mm256_set1_ps(floor), (__m256)v);
-#endif
-}
-
-FASTRES_INLINE float floor_of(const ConvArgs& args) { return args.act == Act::kRelu ? 0.0f : -__builtin_inff(); }
-
-// One vector of outputs, of any kind, at an offset of y and of the residual, if there is one.
-template <typename scalar_t, typename Lanes>
-FASTRES_INLINE void finish(const ConvArgs& args, Sum sum, const float* bias, scalar_t* y, const scalar_t* residual,
-                           int64_t at, Lanes lanes) {
-  Sum value = sum + load<float, kWide>(bias, lanes);
-  if (residual != nullptr) value += load<float, kWide>(residual + at, lanes);
-  store<kWide>(y + at, at_least(floor_of(args), value), lanes);
-}
-
-// Two neighbouring vectors. In bfloat16 one instruction rounds both; like the one that multiplies, it takes subnormals for zero.
-template <typename scalar_t>
-FASTRES_DOT FASTRES_INLINE void store_two(scalar_t* to, Sum a, Sum b) {
-#if FASTRES_CPU_LEVEL >= 4
-  if constexpr (sizeof(scalar_t) == 2) {
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
-    return;
-  }
-#endif
-  store<kWide>(to, a, Whole{});
-  store<kWide>(to + kWide, b, Whole{});
-}
-
-// A tile of whole vectors, without a branch.
-template <bool kResidual, typename scalar_t, int kPixels, int kVectors>
-FASTRES_DOT FASTRES_INLINE void finish_tile(const ConvArgs& args, const Sum (&sum)[kPixels][kVectors], const float* bias,
-                                            scalar_t* y, const scalar_t* residual) {
-  const float floor = floor_of(args);
-#pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) {
-    Sum value[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      value[v] = sum[p][v] + load<float, kWide>(bias + v * kWide, Whole{});
-      if constexpr (kResidual) value[v] += load<float, kWide>(residual + p * args.out_step + v * kWide, Whole{});
-      value[v] = at_least(floor, value[v]);
-    }
-    scalar_t* to = y + p * args.out_step;
-#pragma GCC unroll 8
-    for (int v = 0; v + 1 < kVectors; v += 2) store_two(to + v * kWide, value[v], value[v + 1]);
-    if constexpr (kVectors % 2 == 1) store<kWide>(to + (kVectors - 1) * kWide, value[kVectors - 1], Whole{});
-  }
-}
 
 // One tile of kPixels by kVectors vectors, from `pixel` and `channel` on; `last` lanes of the last vector exist.
 template <typename scalar_t, int kPixels, int kVectors, bool kGroups = false>

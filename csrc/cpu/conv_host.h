@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "cpu/conv_amx.h"
 #include "cpu/conv_bn_act.h"
 #include "cpu/conv_int8.h"
 #include "cpu/team.h"
@@ -13,6 +14,7 @@ namespace fastres::cpu {
 constexpr int64_t kWordBytes = 4;
 constexpr int64_t kBlockBytes = 256 << 10;  // of x, read again for every block of channels: a part of an L2
 constexpr int64_t kBytesPerCycle = 8;       // that reach a core from beyond its cache
+constexpr int64_t kAmxEnd = 512;            // cycles of a product's bias, activation and stores
 constexpr int64_t kLeastWork = 1 << 18;     // multiplications that are worth a thread
 
 inline int64_t packed_words(int64_t out_channels, int64_t depth) {
@@ -25,37 +27,61 @@ inline const char* conv_lacks(DType dtype) {
   return dtype == DType::kBFloat16 && !has_bf16_dot() ? "AVX-512 BF16" : nullptr;
 }
 
+// A tile of output as a kernel computes it: its cycles, and the bytes of x that it reads.
+struct TileCost {
+  int64_t pixels, cycles, x_bytes, block_bytes;
+};
+
+inline TileCost vector_cost(const ConvArgs& args) {
+  const int64_t pixels = conv_tile().pixels, depth = args.kernel_h * args.kernel_w * args.run;
+  return {pixels, pixels * conv_tile().channels / 16 * depth, pixels * args.stride_h * args.stride_w * args.pixel_step, kBlockBytes};
+}
+inline TileCost amx_cost(const ConvArgs& args) {
+  const int64_t depth = args.kernel_h * args.kernel_w * args.run;
+  return {kAmxPixels, kAmxPixels / 4 * depth * kAmxWords / amx_words(args) + kAmxEnd, kAmxPixels * amx_row_bytes(args), kAmxBlockBytes};
+}
+
 // A convolution shared out to threads: kernel(args, begin, end). Split by pixels, a thread reads what it wrote a layer before,
 // and all weights once per block of pixels; split by channels, it reads all of x, half of it perhaps from another core, and each
 // weight once. The split with fewer cycles is taken, counting rounds of tiles and bytes from beyond a core's cache; weights are
 // loaded while others are multiplied.
 template <typename Args, typename Kernel>
-Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel kernel) {
+Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel kernel, TileCost (*cost_of)(const ConvArgs&)) {
   ConvArgs& args = conv_of(whole);
   args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0 &&
                args.out_h == args.height && args.out_w == args.width;  // a run may hold the taps of a row: fewer pixels
-  const int64_t tiles = conv_pixel_tiles(args), blocks = conv_channel_blocks(args);
-  const int64_t depth = args.kernel_h * args.kernel_w * args.run, cycles = conv_tile().pixels * conv_tile().channels / 16 * depth;
-  const int64_t x = args.images * args.image_step, weights = args.out_channels * depth * kWordBytes;
-  const int64_t tile_bytes = conv_tile().pixels * args.stride_h * args.stride_w * args.pixel_step;
-  args.block = std::max<int64_t>(4, kBlockBytes / tile_bytes);
+  const TileCost tile = cost_of(args);
+  const int64_t tiles = ceil_div(args.images * args.out_h * args.out_w, tile.pixels), blocks = conv_channel_blocks(args);
+  const int64_t x = args.images * args.image_step;
+  const int64_t weights = args.out_channels * args.kernel_h * args.kernel_w * args.run * kWordBytes;
+  args.block = std::max<int64_t>(4, tile.block_bytes / tile.x_bytes);
   const int64_t own = ceil_div(tiles, threads), reads = x <= 2 * kBlockBytes ? 1 : ceil_div(blocks, threads);
   const auto cost = [&](int64_t rounds, int64_t x_bytes, int64_t weight_bytes) {
-    return std::max(rounds * cycles, weight_bytes / kBytesPerCycle) + x_bytes / kBytesPerCycle;
+    return std::max(rounds * tile.cycles, weight_bytes / kBytesPerCycle) + x_bytes / kBytesPerCycle;
   };
   const int64_t by_pixels = cost(own * blocks, x / threads, weights * ceil_div(own, args.block));
   const int64_t by_channels = cost(ceil_div(tiles * blocks, threads), x * reads, weights / threads);
   args.share_channels = threads > 1 && by_channels < by_pixels;
   const int64_t units = args.share_channels ? tiles * blocks : tiles;
-  const int64_t work = cycles * 16 * (args.share_channels ? 1 : blocks);
+  const int64_t work = tile.cycles * 16 * (args.share_channels ? 1 : blocks);
   return {units, ceil_div(kLeastWork, work), [whole, kernel](int64_t begin, int64_t end) { kernel(whole, begin, end); }};
 }
 
 // What this machine lacks for 8-bit integers, null for nothing.
 inline const char* int8_lacks() { return has_int8_dot() ? nullptr : "AVX-512 VNNI"; }
 
+inline ConvArgs& conv_of(ConvArgs& args) { return args; }
+inline ConvArgs& conv_of(ConvInt8Args& args) { return args.conv; }
+
 inline Work conv_work(const ConvArgs& args, int64_t threads) {
-  return shared_out<ConvArgs>(args, threads, [](ConvArgs& all) -> ConvArgs& { return all; }, conv_bn_act_forward);
+  if (args.dtype == DType::kBFloat16 && suits_amx(args))
+    return shared_out<ConvArgs>(args, threads, conv_of, conv_bn_act_amx, amx_cost);
+  return shared_out<ConvArgs>(args, threads, conv_of, conv_bn_act_forward, vector_cost);
+}
+
+inline Work conv_int8_work(const ConvInt8Args& args, int64_t threads) {
+  if (suits_amx(args.conv)) return shared_out<ConvInt8Args>(args, threads, conv_of, conv_int8_amx, amx_cost);
+  return shared_out<ConvInt8Args>(args, threads, conv_of, conv_int8_forward, vector_cost);
 }
 
 // What divides a convolution in groups into slices.
@@ -90,8 +116,7 @@ inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads)
   const auto units_of = [](const ConvArgs& one) {
     return conv_pixel_tiles(one) * (one.share_channels ? conv_channel_blocks(one) : 1);
   };
-  Work work = shared_out<ConvArgs>(args, threads, [](ConvArgs& all) -> ConvArgs& { return all; },
-                                   [=](const ConvArgs& first, int64_t begin, int64_t end) {
+  Work work = shared_out<ConvArgs>(args, threads, conv_of, [=](const ConvArgs& first, int64_t begin, int64_t end) {
     const int64_t units = units_of(first);
     for (int64_t at = begin, stop; at < end; at = stop) {
       const int64_t slice = at / units, channel = slice * first.out_channels;
@@ -104,13 +129,9 @@ inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads)
       one.y = static_cast<char*>(first.y) + channel * size;
       conv_bn_act_forward(one, at - slice * units, stop - slice * units);
     }
-  });
+  }, vector_cost);
   work.units *= slices.count;
   return work;
-}
-
-inline Work conv_int8_work(const ConvInt8Args& args, int64_t threads) {
-  return shared_out<ConvInt8Args>(args, threads, [](ConvInt8Args& all) -> ConvArgs& { return all.conv; }, conv_int8_forward);
 }
 
 // A 3x3 convolution with stride 1, with transformed weights; channels in whole vectors. `finite` as in WinogradArgs.

@@ -9,6 +9,7 @@
 #endif
 #include "cpu/conv_int8.h"
 
+#include "cpu/conv_finish.h"
 #include "cpu/conv_tile.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
@@ -17,47 +18,6 @@ namespace fastres::cpu::FASTRES_LEVEL {
 
 #if FASTRES_CPU_LEVEL >= 4
 namespace {
-
-FASTRES_INLINE __m512 affine(IntSum sum, const float* scale, const float* bias, __mmask16 mask) {
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps((__m512i)sum), _mm512_maskz_loadu_ps(mask, scale), _mm512_maskz_loadu_ps(mask, bias));
-}
-
-// 64 channels of one pixel, in packed order.
-template <bool kResidual>
-FASTRES_INLINE void finish_packed(const ConvInt8Args& args, const IntSum (&sum)[4], const float* scale, const float* bias,
-                                  const uint8_t* residual, uint8_t* y) {
-  __m512i part[4];
-  if constexpr (kResidual) {
-    const __m512i zero = _mm512_setzero_si512(), r = _mm512_loadu_si512(residual);
-    const __m512i low = _mm512_unpacklo_epi8(r, zero), high = _mm512_unpackhi_epi8(r, zero);
-    part[0] = _mm512_unpacklo_epi16(low, zero), part[1] = _mm512_unpackhi_epi16(low, zero);
-    part[2] = _mm512_unpacklo_epi16(high, zero), part[3] = _mm512_unpackhi_epi16(high, zero);
-  }
-  const __m512 residual_scale = _mm512_set1_ps(args.residual_scale);
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) {
-    __m512 value = affine(sum[v], scale + v * kWide, bias + v * kWide, 0xffff);
-    if constexpr (kResidual) value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[v]), residual_scale, value);
-    part[v] = _mm512_cvtps_epi32(value);
-  }
-  _mm512_storeu_si512(y, _mm512_packus_epi16(_mm512_packs_epi32(part[0], part[1]), _mm512_packs_epi32(part[2], part[3])));
-}
-
-// One vector of channels of one pixel, in their own order.
-FASTRES_INLINE void finish(const ConvInt8Args& args, IntSum sum, const float* scale, const float* bias, int64_t at,
-                           __mmask16 mask) {
-  __m512 value = affine(sum, scale, bias, mask);
-  if (args.conv.residual != nullptr) {
-    const __m128i r = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(args.conv.residual) + at);
-    value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(r)), _mm512_set1_ps(args.residual_scale), value);
-  }
-  if (args.float_y) {
-    _mm512_mask_storeu_ps(static_cast<float*>(args.conv.y) + at, mask, value);
-  } else {
-    const __m512i least = _mm512_max_epi32(_mm512_cvtps_epi32(value), _mm512_setzero_si512());
-    _mm_mask_storeu_epi8(static_cast<uint8_t*>(args.conv.y) + at, mask, _mm512_cvtusepi32_epi8(least));
-  }
-}
 
 // One tile of kPixels by kVectors vectors, from `pixel` and `channel` on; `last` lanes of the last vector exist.
 template <int kPixels, int kVectors>

@@ -68,8 +68,6 @@ def lacks(dtype: torch.dtype) -> str | None:
         return "this processor has no AVX-512 BF16"
     if dtype == torch.int8 and not features["int8_dot"]:
         return "this processor has no AVX-512 VNNI"
-    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return "this processor has AMX, which oneDNN uses for bfloat16 and this kernel does not"
     return None
 
 

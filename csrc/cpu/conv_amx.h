@@ -1,0 +1,33 @@
+// The convolutions as products of matrices in tile registers (AMX), of bfloat16 or 8-bit integers; a range counts units of output.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/conv_int8.h"
+
+namespace fastres::cpu {
+
+constexpr int64_t kAmxPixels = 32;             // of a product, two registers of rows
+constexpr int64_t kAmxWords = 16;              // of a register's row, at most
+constexpr int64_t kAmxLeastWords = 6;          // with fewer the vector kernels are faster
+constexpr int64_t kAmxBlockBytes = 512 << 10;  // of the matrix of pixels, read again for every block of channels: a part of an L2
+
+// Words that a product adds up at a time: they divide all words of an output.
+inline int64_t amx_words(const ConvArgs& args) {
+  const int64_t depth = args.kernel_h * args.kernel_w * args.run;
+  for (int64_t words = kAmxWords;; --words)
+    if (depth % words == 0) return words;
+}
+
+// Whether these kernels are the faster ones for a convolution in bfloat16 or 8-bit integers.
+inline bool suits_amx(const ConvArgs& args) { return has_amx() && args.group == 0 && amx_words(args) >= kAmxLeastWords; }
+
+// Bytes of the matrix's row of a pixel: of x itself where every pixel of y reads one of x, else gathered from all taps.
+inline int64_t amx_row_bytes(const ConvArgs& args) {
+  return args.dense ? args.pixel_step : args.kernel_h * args.kernel_w * args.run * 4;
+}
+
+FASTRES_FMA_KERNEL(conv_bn_act_amx, ConvArgs)     // in bfloat16; with has_amx() only, as the next one
+FASTRES_FMA_KERNEL(conv_int8_amx, ConvInt8Args)
+
+}  // namespace fastres::cpu

@@ -1,0 +1,281 @@
+// Formula: those of conv_bn_act_kernel.cpp and conv_int8_kernel.cpp: (pixels, words) times (words, channels), then the same ends.
+// Layout: a row of the left matrix holds the words of all taps of an output pixel: x itself where the convolution is dense, else
+// gathered for a block of pixels into memory that stays in L2. The right one is the packed weights, as the vector kernels read them.
+// Bytes per output: a block of rows once for each block of channels, from L2; weights once per block of pixels.
+// Accumulate type: float in the order of taps and channels, subnormals taken for zero; int32, exact. One rounding, at the end.
+// Invariants: an output's sum is the same in every tile and for any number of threads; padding is zeros.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own AVX-512 headers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include "cpu/conv_amx.h"
+
+#include <memory>
+#include <new>
+
+#include "cpu/conv_finish.h"
+
+#if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
+
+namespace fastres::cpu::FASTRES_LEVEL {
+
+#if FASTRES_CPU_LEVEL >= 4
+namespace {
+
+// ---- tile registers: 0 to 3 hold sums, 4 and 5 pixels, 6 and 7 channels; named here so that any compiler will do ----
+
+constexpr int64_t kRows = 16;  // of a register, each of 64 bytes
+
+template <int kTile>
+FASTRES_INLINE void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
+}
+template <int kTile>
+FASTRES_INLINE void load_tile(const void* from, int64_t step) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(step), "i"(kTile) : "memory");
+}
+template <int kTile>
+FASTRES_INLINE void store_tile(void* to, int64_t step) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(step), "i"(kTile) : "memory");
+}
+template <int kSum, int kLeft, int kRight>
+FASTRES_INLINE void multiply_tiles(bf16) {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+}
+template <int kSum, int kLeft, int kRight>
+FASTRES_INLINE void multiply_tiles(uint8_t) {  // unsigned by signed
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+}
+
+// The sizes of the registers, for products of some rows by some words; the registers are in use from here to the end of its life.
+class Tiles {
+ public:
+  explicit Tiles(int64_t words) : words_(words) {}
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+  ~Tiles() { asm volatile("tilerelease"); }
+
+  FASTRES_INLINE void hold(int64_t rows) {
+    if (rows == held_) return;
+    held_ = rows;
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};  // of a row
+      uint8_t rows[16] = {};
+    } sizes;
+    const auto first = static_cast<uint8_t>(min(rows, kRows)), second = static_cast<uint8_t>(rows > kRows ? rows - kRows : 1);
+    const auto row = static_cast<uint16_t>(words_ * kWord), whole = static_cast<uint16_t>(kRows * kWord);
+    const uint8_t counts[] = {first, first, second, second, first, second, static_cast<uint8_t>(words_), static_cast<uint8_t>(words_)};
+    const uint16_t bytes[] = {whole, whole, whole, whole, row, row, whole, whole};
+    for (int i = 0; i < 8; ++i) sizes.rows[i] = counts[i], sizes.bytes[i] = bytes[i];
+    asm volatile("ldtilecfg %0" ::"m"(sizes));
+  }
+
+ private:
+  const int64_t words_;
+  int64_t held_ = 0;
+};
+
+// ---- the product -----------------------------------------------------------------------------------
+
+// Steps in bytes. A step of the sum takes `words` of each row of x and as many rows of the weights.
+struct Matrices {
+  const char* x;
+  int64_t x_step;
+  const char* weight;
+  int64_t weight_step, steps, words;
+};
+
+// Up to 16 kDown pixels by 16 kAcross channels, into rows of kBlockChannels sums.
+template <typename scalar_t, int kDown, int kAcross>
+FASTRES_INLINE void multiply(const Matrices& m, void* sums) {
+  constexpr int64_t kSumStep = kBlockChannels * kWord;
+  zero_tile<0>();
+  if constexpr (kAcross == 2) zero_tile<1>();
+  if constexpr (kDown == 2) zero_tile<2>();
+  if constexpr (kDown == 2 && kAcross == 2) zero_tile<3>();
+  const char *x = m.x, *weight = m.weight;
+  for (int64_t step = 0; step < m.steps; ++step) {
+    load_tile<6>(weight, m.weight_step);
+    load_tile<4>(x, m.x_step);
+    multiply_tiles<0, 4, 6>(scalar_t{});
+    if constexpr (kDown == 2) {
+      load_tile<5>(x + kRows * m.x_step, m.x_step);
+      multiply_tiles<2, 5, 6>(scalar_t{});
+    }
+    if constexpr (kAcross == 2) {
+      load_tile<7>(weight + kVectorBytes, m.weight_step);
+      multiply_tiles<1, 4, 7>(scalar_t{});
+      if constexpr (kDown == 2) multiply_tiles<3, 5, 7>(scalar_t{});
+    }
+    x += m.words * kWord, weight += m.words * m.weight_step;
+  }
+  auto* to = static_cast<char*>(sums);
+  store_tile<0>(to, kSumStep);
+  if constexpr (kAcross == 2) store_tile<1>(to + kVectorBytes, kSumStep);
+  if constexpr (kDown == 2) store_tile<2>(to + kRows * kSumStep, kSumStep);
+  if constexpr (kDown == 2 && kAcross == 2) store_tile<3>(to + kRows * kSumStep + kVectorBytes, kSumStep);
+}
+
+// All of a block's vectors of channels.
+template <typename scalar_t, int kDown>
+void multiply_block(Matrices m, int64_t vectors, float* sums) {
+  for (; vectors >= 2; vectors -= 2, m.weight += 2 * kVectorBytes, sums += 2 * kWide) multiply<scalar_t, kDown, 2>(m, sums);
+  if (vectors == 1) multiply<scalar_t, kDown, 1>(m, sums);
+}
+
+// ---- the left matrix ---------------------------------------------------------------------------------
+
+FASTRES_INLINE void copy(char* to, const char* from, int64_t bytes) {
+  for (; bytes >= kVectorBytes; bytes -= kVectorBytes, to += kVectorBytes, from += kVectorBytes)
+    _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+  if (bytes > 0) {
+    const __mmask64 part = (uint64_t{1} << bytes) - 1;
+    _mm512_mask_storeu_epi8(to, part, _mm512_maskz_loadu_epi8(part, from));
+  }
+}
+FASTRES_INLINE void clear(char* to, int64_t bytes) { memset(to, 0, bytes); }
+
+// The words of all taps of the pixels [begin, end), a row after the other.
+void gather(const ConvArgs& args, int64_t begin, int64_t end, char* to) {
+  const int64_t tap = args.run * kWord, taps = args.kernel_w * tap;
+  for (int64_t pixel = begin; pixel < end; ++pixel) {
+    const int64_t line = pixel / args.out_w, image = line / args.out_h;
+    const int64_t top = line % args.out_h * args.stride_h - args.pad_h, left = pixel % args.out_w * args.stride_w - args.pad_w;
+    const bool inside = left >= 0 && left + (args.kernel_w - 1) * args.dilation_w < args.width;
+    for (int64_t ky = 0; ky < args.kernel_h; ++ky, to += taps) {
+      const int64_t row = top + ky * args.dilation_h;
+      if (row < 0 || row >= args.height) {
+        clear(to, taps);
+        continue;
+      }
+      const char* from = static_cast<const char*>(args.x) + image * args.image_step + row * args.row_step;
+      if (inside && args.dilation_w == 1) {
+        copy(to, from + left * args.pixel_step, taps);
+        continue;
+      }
+      for (int64_t kx = 0; kx < args.kernel_w; ++kx) {
+        const int64_t col = left + kx * args.dilation_w;
+        if (col < 0 || col >= args.width) clear(to + kx * tap, tap);
+        else copy(to + kx * tap, from + col * args.pixel_step, tap);
+      }
+    }
+  }
+}
+
+// ---- the convolution -------------------------------------------------------------------------------
+
+// The sums of one tile: rows of kBlockChannels sums, from a pixel and a channel on; `last` lanes of the last vector
+// exist.
+struct Sums {
+  const float* at;
+  int64_t pixel, rows, channel, vectors, last;
+};
+
+// Fetches what a tile will write, and what it will add, while its sums are computed.
+template <typename out_t>
+FASTRES_INLINE void fetch(const ConvArgs& args, int64_t pixel, int64_t rows, int64_t channel) {
+  for (int64_t p = 0; p < rows; ++p) {
+    const int64_t at = (pixel + p) * args.out_step + channel;
+    if (args.residual != nullptr) prefetch<kBlockChannels>(static_cast<const out_t*>(args.residual) + at);
+    if (!args.stream) own<kBlockChannels>(static_cast<out_t*>(args.y) + at);
+  }
+}
+
+// finish(sums) of each tile of the units [begin, end).
+template <typename scalar_t, typename Finish>
+void convolve(const ConvArgs& args, int64_t begin, int64_t end, Finish finish) {
+  const int64_t pixels = args.images * args.out_h * args.out_w, tiles = ceil_div(pixels, kAmxPixels);
+  const int64_t depth = args.kernel_h * args.kernel_w * args.run, words = amx_words(args), row = amx_row_bytes(args);
+  const int64_t first_block = args.share_channels ? begin / tiles : 0;
+  const int64_t last_block = args.share_channels ? (end - 1) / tiles : ceil_div(args.out_channels, kBlockChannels) - 1;
+  const bool one = args.share_channels && first_block == last_block;  // then the range is one of tiles
+  const int64_t low = one ? begin - first_block * tiles : args.share_channels ? 0 : begin;
+  const int64_t high = one ? end - first_block * tiles : args.share_channels ? tiles : end;
+
+  constexpr std::align_val_t kLine{64};
+  const auto free = [](char* p) { ::operator delete[](p, kLine); };
+  const int64_t bytes = args.dense ? 0 : min(args.block, high - low) * kAmxPixels * row;
+  const std::unique_ptr<char[], decltype(free)> gathered(static_cast<char*>(::operator new[](bytes, kLine)), free);
+  alignas(64) float sums[kAmxPixels * kBlockChannels];
+  Tiles registers(words);
+  for (int64_t first = low; first < high; first += args.block) {
+    const int64_t stop = min(first + args.block, high);
+    if (!args.dense) gather(args, first * kAmxPixels, min(stop * kAmxPixels, pixels), gathered.get());
+    const char* matrix = args.dense ? static_cast<const char*>(args.x) + first * kAmxPixels * row : gathered.get();
+    for (int64_t block = first_block; block <= last_block; ++block) {
+      const int64_t shift = args.share_channels ? block * tiles : 0;
+      const int64_t from = shift + first < begin ? begin - shift : first, to = min(stop, end - shift);
+      const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, args.out_channels - channel);
+      const int64_t vectors = ceil_div(channels, kWide);
+      const auto* weight = static_cast<const char*>(args.weight) + channel * depth * kWord;
+      for (int64_t tile = from; tile < to; ++tile) {
+        const int64_t pixel = tile * kAmxPixels, rows = min(kAmxPixels, pixels - pixel);
+        const Matrices m{matrix + (tile - first) * kAmxPixels * row, row, weight, vectors * kVectorBytes, depth / words, words};
+        fetch<scalar_t>(args, pixel, rows, channel);
+        registers.hold(rows);
+        if (rows > kRows) multiply_block<scalar_t, 2>(m, vectors, sums);
+        else multiply_block<scalar_t, 1>(m, vectors, sums);
+        finish(Sums{sums, pixel, rows, channel, vectors, channels - (vectors - 1) * kWide});
+      }
+    }
+  }
+}
+
+FASTRES_DOT void finish_sums(const ConvArgs& args, Sums sums) {
+  const auto* residual = static_cast<const bf16*>(args.residual);
+  auto* y = static_cast<bf16*>(args.y);
+  const float* bias = args.bias + sums.channel;
+  const bool whole = sums.vectors == kMostVectors && sums.last == kWide && !args.stream;
+  for (int64_t p = 0; p < sums.rows; ++p, sums.at += kBlockChannels) {
+    const int64_t at = (sums.pixel + p) * args.out_step + sums.channel;
+    Sum sum[1][kMostVectors];
+    for (int v = 0; v < kMostVectors; ++v) sum[0][v] = load<float, kWide>(sums.at + v * kWide, Whole{});
+    if (whole && residual != nullptr) finish_tile<true>(args, sum, bias, y + at, residual + at);
+    else if (whole) finish_tile<false>(args, sum, bias, y + at, residual);
+    else
+      for (int64_t v = 0; v < sums.vectors; ++v) {
+        const int64_t to = at + v * kWide;
+        if (args.stream) finish(args, sum[0][v], bias + v * kWide, y, residual, to, Stream{});
+        else if (v + 1 < sums.vectors) finish(args, sum[0][v], bias + v * kWide, y, residual, to, Whole{});
+        else finish(args, sum[0][v], bias + v * kWide, y, residual, to, Part{sums.last});
+      }
+  }
+}
+
+FASTRES_DOT void finish_sums(const ConvInt8Args& args, Sums sums) {
+  const auto* residual = static_cast<const uint8_t*>(args.conv.residual);
+  auto* y = static_cast<uint8_t*>(args.conv.y);
+  const float *scale = args.scale + sums.channel, *bias = args.conv.bias + sums.channel;
+  const bool whole = sums.vectors == kMostVectors && sums.last == kWide && !args.float_y;
+  for (int64_t p = 0; p < sums.rows; ++p, sums.at += kBlockChannels) {
+    const int64_t at = (sums.pixel + p) * args.conv.out_channels + sums.channel;
+    IntSum sum[kMostVectors];
+    for (int v = 0; v < kMostVectors; ++v) sum[v] = (IntSum)_mm512_load_si512(sums.at + v * kWide);
+    if (whole && residual != nullptr) finish_packed<true>(args, sum, scale, bias, residual + at, y + at);
+    else if (whole) finish_packed<false>(args, sum, scale, bias, nullptr, y + at);
+    else
+      for (int64_t v = 0; v < sums.vectors; ++v)
+        finish(args, sum[v], scale + v * kWide, bias + v * kWide, at + v * kWide,
+               v + 1 < sums.vectors ? 0xffff : static_cast<__mmask16>((1u << sums.last) - 1));
+  }
+}
+
+}  // namespace
+
+void conv_bn_act_amx(const ConvArgs& args, int64_t begin, int64_t end) {
+  convolve<bf16>(args, begin, end, [&](const Sums& sums) { finish_sums(args, sums); });
+  if (args.stream) stream_fence();
+}
+
+void conv_int8_amx(const ConvInt8Args& args, int64_t begin, int64_t end) {
+  convolve<uint8_t>(args.conv, begin, end, [&](const Sums& sums) { finish_sums(args, sums); });
+}
+#else
+void conv_bn_act_amx(const ConvArgs&, int64_t, int64_t) {}  // no processor of this level has the instructions
+void conv_int8_amx(const ConvInt8Args&, int64_t, int64_t) {}
+#endif
+
+}  // namespace fastres::cpu::FASTRES_LEVEL
+
+#endif

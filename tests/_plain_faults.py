@@ -77,6 +77,23 @@ PYTHON = [
     Fault("a kernel of integers that is not proven", "frozen/device_int8.py", "if None not in reasons:", "if False:",
           "test_frozen_int8.py::test_without_a_proven_kernel_it_is_refused_on_a_gpu", {}),
 ]  # fmt: skip
+# Of the convolutions in tile registers, which are emulated here.
+TILES = "test_conv_cpu.py::test_any_geometry", {}, "conv_amx_kernel"
+INTEGERS = "test_int8.py::test_steps_compute_what_their_integers_say", {}, "conv_amx_kernel"
+AMX = [
+    Fault("a tap beyond the image is read", "cpu/conv_amx_kernel.cpp", "if (col < 0 || col >= args.width)", "if (col < 0)", *TILES),
+    Fault("a row beyond the image is read", "cpu/conv_amx_kernel.cpp", "if (row < 0 || row >= args.height)", "if (row < 0)", *TILES),
+    Fault("dilated taps are taken for neighbours", "cpu/conv_amx_kernel.cpp", "if (inside && args.dilation_w == 1)", "if (inside)", *TILES),
+    Fault("tiles overlap", "cpu/conv_amx_kernel.cpp", "matrix + (tile - first) * kAmxPixels * row", "matrix + (tile - first) * kTileRows * row",
+          *TILES),
+    Fault("sums go on from the last tile's", "cpu/conv_amx_kernel.cpp", "if constexpr (kDown == 2) zero_tile<2>();", "", *TILES),
+    Fault("a part of a vector is written whole", "cpu/conv_amx_kernel.cpp", "residual, to, Part{sums.last});", "residual, to, Whole{});", *TILES),
+    Fault("an odd vector of channels is left out", "cpu/conv_amx_kernel.cpp", "if (vectors == 1) multiply<scalar_t, kDown, 1>(m, sums);", "",
+          *INTEGERS),
+    Fault("integers forget their residual", "cpu/conv_amx_kernel.cpp", "if (whole && residual != nullptr) finish_packed<true>",
+          "if (false) finish_packed<true>", *INTEGERS),
+]  # fmt: skip
+
 CPP = [
     Fault("ReLU as a maximum", "common/epilogue.h", "v < T{} ? T{} : v", "v > T{} ? v : T{}",
           "test_reliability.py::test_nothing_fails[R5]", {}, "add_act_kernel"),
@@ -102,4 +119,5 @@ CPP = [
           "test_frozen_steps.py::test_a_step_computes_what_pytorch_does", {}),
     Fault("lines of a block are lost", "cpu/plan_kernel.cpp", "finish(join(value, block), ", "finish(value, ",
           "test_frozen.py::test_networks", {}),
+    *AMX,
 ]  # fmt: skip

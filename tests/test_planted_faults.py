@@ -22,6 +22,7 @@ import torch
 pytestmark = pytest.mark.compile
 ROOT = Path(__file__).resolve().parents[1]
 FP32 = "torch.float32"
+TILES = ROOT / "tests" / "amx_on_cpu" / "tiles.h"
 SM90, HALF = "cuda/sm90_conv_bn_act_kernel.cu", {"dtype": "torch.float16"}
 WIDE = "cuda/sm90_conv_wide_kernel.cu"
 FINISH, SUMS = "cuda/device/sm90_wide_finish.cuh", "cuda/device/sm90_wide_sums.cuh"  # of it
@@ -361,11 +362,13 @@ def of_cpp(room: Path, faults: list[Fault]) -> list[str]:
         copy, kernel = package(folder), fault.kernel or Path(fault.file).stem
         shutil.copytree(recipes.CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cuda", "*.py", "__pycache__"))
         apply(fault, folder / "csrc" / fault.file)
+        emulated = shutil.copy(TILES, folder / "csrc/cpu/tiles.h") if kernel == "conv_amx_kernel" else None
         faulty = f"fault{index}.{kernel}.o"
         flags = [f"-DFASTRES_CPU_LEVEL={level}", *recipes.LEVELS[level], f"-I{folder / 'csrc'}", "-O1"]
         edges.append((faulty, "cxx", [folder / "csrc" / "cpu" / f"{kernel}.cpp"], flags))
         objects = sorted(sound.glob("*.o"), key=lambda path: path.stem.rpartition(".")[2] if "." in path.stem else "")
         objects = [faulty if path.name == f"{kernel}.{level}.o" else path for path in objects]
+        objects = [path for path in objects if emulated is None or path != sound / "tiles.o"]
         link = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu"]
         edges.append((copy / recipes.PRODUCTS["cpu"], "link", objects, link))
         tasks.append(["plain", str(folder), fault.test, fault.arguments])

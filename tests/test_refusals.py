@@ -12,7 +12,7 @@ from fastres import cli, dispatch, functional, info, memory, tune
 from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from fastres.experiments import report, subject
 from fastres.kernels import native, triton
-from fastres.ops import REGISTRY, _conv, _conv_cpu
+from fastres.ops import REGISTRY, _conv, _conv_cpu, conv
 
 pytestmark = pytest.mark.none
 CL = torch.channels_last
@@ -22,7 +22,7 @@ ALL = {"level": 4, "bf16_dot": True, "int8_dot": True}
 
 @pytest.fixture
 def processor(monkeypatch):
-    """Puts another processor, and whether it has AMX, in the place of this one."""
+    """Puts another processor, and whether PyTorch uses its AMX, in the place of this one."""
 
     def put(amx=False, **features):
         monkeypatch.setattr(native, "why_not", lambda name: None)
@@ -41,7 +41,7 @@ def processor(monkeypatch):
         (torch.float32, {"level": 2}, "no AVX2 and FMA"),
         (torch.bfloat16, {"bf16_dot": False}, "no AVX-512 BF16"),
         (torch.int8, {"int8_dot": False}, "no AVX-512 VNNI"),
-        (torch.bfloat16, {"amx": True}, "has AMX"),
+        (torch.bfloat16, {"amx": True}, None),
         (torch.float64, {}, "no float64 kernel"),
     ],
 )
@@ -64,6 +64,20 @@ def test_the_native_convolution_tells_what_it_does_not_compute(processor, monkey
     assert "the tensors are on meta" in refuse(x.to("meta"), weight, ONE, 1)
     monkeypatch.setattr(native, "why_not", lambda name: f"no {name} was built")
     assert refuse(x, weight, ONE, 1) == "no cpu_conv_bn_act was built"
+
+
+def test_convolutions_of_training_tell_what_they_leave_to_onednn(processor):
+    x, grad_y = (torch.empty(8, 64, 28, 28).contiguous(memory_format=CL) for _ in range(2))
+    geometry = (ONE, ONE, ONE, 1)
+    for amx, dtype, words in [(False, torch.bfloat16, None), (True, torch.float32, None), (True, torch.bfloat16, "has AMX")]:
+        processor(amx=amx)
+        a, b, weight = x.to(dtype), grad_y.to(dtype), torch.empty(64, 64, 3, 3, dtype=dtype)
+        found = [
+            conv.why_not(a, weight, None, *geometry),
+            conv.why_not_input(b, weight, (28, 28), *geometry),
+            conv.why_not_weight(b, a, (3, 3), *geometry),
+        ]
+        assert found == [None] * 3 if words is None else all(words in reason for reason in found)
 
 
 def test_onednn_tells_what_it_is_not_used_for(monkeypatch):

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/level.h"
+#include "cpu/tiles.h"
 
 namespace {
 

@@ -1,21 +1,19 @@
 // The convolutions as products of matrices in tile registers (AMX), of bfloat16 or 8-bit integers; a range counts units of output.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/conv_int8.h"
+#include "cpu/tiles.h"
 
 namespace fastres::cpu {
 
-constexpr int64_t kAmxPixels = 32;             // of a product, two registers of rows
-constexpr int64_t kAmxWords = 16;              // of a register's row, at most
-constexpr int64_t kAmxLeastWords = 6;          // with fewer the vector kernels are faster
-constexpr int64_t kAmxBlockBytes = 512 << 10;  // of the matrix of pixels, read again for every block of channels: a part of an L2
+constexpr int64_t kAmxPixels = 2 * kTileRows;   // of a product
+constexpr int64_t kAmxLeastWords = 6;           // with fewer the vector kernels are faster
+constexpr int64_t kAmxBlockBytes = 512 << 10;   // of the matrix of pixels, read again for every block of channels: a part of an L2
 
-// Words that a product adds up at a time: they divide all words of an output.
+// Words that are added up at a time, a row of a register at most: they divide all words of an output.
 inline int64_t amx_words(const ConvArgs& args) {
   const int64_t depth = args.kernel_h * args.kernel_w * args.run;
-  for (int64_t words = kAmxWords;; --words)
+  for (int64_t words = kTileRows;; --words)
     if (depth % words == 0) return words;
 }
 

@@ -14,6 +14,7 @@
 #include <new>
 
 #include "cpu/conv_finish.h"
+#include "cpu/tiles.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
 
@@ -22,61 +23,33 @@ namespace fastres::cpu::FASTRES_LEVEL {
 #if FASTRES_CPU_LEVEL >= 4
 namespace {
 
-// ---- tile registers: 0 to 3 hold sums, 4 and 5 pixels, 6 and 7 channels; named here so that any compiler will do ----
+// ---- the product -----------------------------------------------------------------------------------
 
-constexpr int64_t kRows = 16;  // of a register, each of 64 bytes
-
-template <int kTile>
-FASTRES_INLINE void zero_tile() {
-  asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
-}
-template <int kTile>
-FASTRES_INLINE void load_tile(const void* from, int64_t step) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(step), "i"(kTile) : "memory");
-}
-template <int kTile>
-FASTRES_INLINE void store_tile(void* to, int64_t step) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(step), "i"(kTile) : "memory");
-}
-template <int kSum, int kLeft, int kRight>
-FASTRES_INLINE void multiply_tiles(bf16) {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
-}
-template <int kSum, int kLeft, int kRight>
-FASTRES_INLINE void multiply_tiles(uint8_t) {  // unsigned by signed
-  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
-}
-
-// The sizes of the registers, for products of some rows by some words; the registers are in use from here to the end of its life.
-class Tiles {
+// The tile registers, in use from the first product to the end of this object's life; `words` are added up at a time.
+class Registers {
  public:
-  explicit Tiles(int64_t words) : words_(words) {}
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() { asm volatile("tilerelease"); }
+  explicit Registers(int64_t words) : words_(static_cast<uint8_t>(words)) {}
+  Registers(const Registers&) = delete;
+  Registers& operator=(const Registers&) = delete;
+  ~Registers() { release_tiles(); }
 
-  FASTRES_INLINE void hold(int64_t rows) {
-    if (rows == held_) return;
-    held_ = rows;
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};  // of a row
-      uint8_t rows[16] = {};
-    } sizes;
-    const auto first = static_cast<uint8_t>(min(rows, kRows)), second = static_cast<uint8_t>(rows > kRows ? rows - kRows : 1);
-    const auto row = static_cast<uint16_t>(words_ * kWord), whole = static_cast<uint16_t>(kRows * kWord);
-    const uint8_t counts[] = {first, first, second, second, first, second, static_cast<uint8_t>(words_), static_cast<uint8_t>(words_)};
-    const uint16_t bytes[] = {whole, whole, whole, whole, row, row, whole, whole};
-    for (int i = 0; i < 8; ++i) sizes.rows[i] = counts[i], sizes.bytes[i] = bytes[i];
-    asm volatile("ldtilecfg %0" ::"m"(sizes));
+  // Sizes them for products of so many pixels.
+  FASTRES_INLINE void hold(int64_t pixels) {
+    if (pixels == pixels_) return;
+    pixels_ = pixels;
+    const auto first = static_cast<uint8_t>(min(pixels, kTileRows)), second = static_cast<uint8_t>(pixels - first);
+    TileSizes sizes;
+    for (int tile = 0; tile < 8; ++tile) {
+      sizes.rows[tile] = tile >= 6 ? words_ : tile == 2 || tile == 3 || tile == 5 ? second : first;
+      sizes.bytes[tile] = sizes.rows[tile] == 0 ? 0 : tile == 4 || tile == 5 ? words_ * kWord : kTileBytes;
+    }
+    configure_tiles(sizes);
   }
 
  private:
-  const int64_t words_;
-  int64_t held_ = 0;
+  const uint8_t words_;
+  int64_t pixels_ = 0;
 };
-
-// ---- the product -----------------------------------------------------------------------------------
 
 // Steps in bytes. A step of the sum takes `words` of each row of x and as many rows of the weights.
 struct Matrices {
@@ -98,23 +71,23 @@ FASTRES_INLINE void multiply(const Matrices& m, void* sums) {
   for (int64_t step = 0; step < m.steps; ++step) {
     load_tile<6>(weight, m.weight_step);
     load_tile<4>(x, m.x_step);
-    multiply_tiles<0, 4, 6>(scalar_t{});
+    multiply_tiles<scalar_t, 0, 4, 6>();
     if constexpr (kDown == 2) {
-      load_tile<5>(x + kRows * m.x_step, m.x_step);
-      multiply_tiles<2, 5, 6>(scalar_t{});
+      load_tile<5>(x + kTileRows * m.x_step, m.x_step);
+      multiply_tiles<scalar_t, 2, 5, 6>();
     }
     if constexpr (kAcross == 2) {
       load_tile<7>(weight + kVectorBytes, m.weight_step);
-      multiply_tiles<1, 4, 7>(scalar_t{});
-      if constexpr (kDown == 2) multiply_tiles<3, 5, 7>(scalar_t{});
+      multiply_tiles<scalar_t, 1, 4, 7>();
+      if constexpr (kDown == 2) multiply_tiles<scalar_t, 3, 5, 7>();
     }
     x += m.words * kWord, weight += m.words * m.weight_step;
   }
   auto* to = static_cast<char*>(sums);
   store_tile<0>(to, kSumStep);
   if constexpr (kAcross == 2) store_tile<1>(to + kVectorBytes, kSumStep);
-  if constexpr (kDown == 2) store_tile<2>(to + kRows * kSumStep, kSumStep);
-  if constexpr (kDown == 2 && kAcross == 2) store_tile<3>(to + kRows * kSumStep + kVectorBytes, kSumStep);
+  if constexpr (kDown == 2) store_tile<2>(to + kTileRows * kSumStep, kSumStep);
+  if constexpr (kDown == 2 && kAcross == 2) store_tile<3>(to + kTileRows * kSumStep + kVectorBytes, kSumStep);
 }
 
 // All of a block's vectors of channels.
@@ -198,7 +171,7 @@ void convolve(const ConvArgs& args, int64_t begin, int64_t end, Finish finish) {
   const int64_t bytes = args.dense ? 0 : min(args.block, high - low) * kAmxPixels * row;
   const std::unique_ptr<char[], decltype(free)> gathered(static_cast<char*>(::operator new[](bytes, kLine)), free);
   alignas(64) float sums[kAmxPixels * kBlockChannels];
-  Tiles registers(words);
+  Registers registers(words);
   for (int64_t first = low; first < high; first += args.block) {
     const int64_t stop = min(first + args.block, high);
     if (!args.dense) gather(args, first * kAmxPixels, min(stop * kAmxPixels, pixels), gathered.get());
@@ -214,7 +187,7 @@ void convolve(const ConvArgs& args, int64_t begin, int64_t end, Finish finish) {
         const Matrices m{matrix + (tile - first) * kAmxPixels * row, row, weight, vectors * kVectorBytes, depth / words, words};
         fetch<scalar_t>(args, pixel, rows, channel);
         registers.hold(rows);
-        if (rows > kRows) multiply_block<scalar_t, 2>(m, vectors, sums);
+        if (rows > kTileRows) multiply_block<scalar_t, 2>(m, vectors, sums);
         else multiply_block<scalar_t, 1>(m, vectors, sums);
         finish(Sums{sums, pixel, rows, channel, vectors, channels - (vectors - 1) * kWide});
       }

@@ -38,7 +38,7 @@ inline TileCost vector_cost(const ConvArgs& args) {
 }
 inline TileCost amx_cost(const ConvArgs& args) {
   const int64_t depth = args.kernel_h * args.kernel_w * args.run;
-  return {kAmxPixels, kAmxPixels / 4 * depth * kAmxWords / amx_words(args) + kAmxEnd, kAmxPixels * amx_row_bytes(args), kAmxBlockBytes};
+  return {kAmxPixels, kAmxPixels / 4 * depth * kTileRows / amx_words(args) + kAmxEnd, kAmxPixels * amx_row_bytes(args), kAmxBlockBytes};
 }
 
 // A convolution shared out to threads: kernel(args, begin, end). Split by pixels, a thread reads what it wrote a layer before,

@@ -2,11 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace fastres::cpu {
 
@@ -41,22 +36,6 @@ inline bool has_bf16_dot() {
 inline bool has_int8_dot() {
 #if defined(__x86_64__)
   return cpu_level() >= 4 && __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
-}
-
-// Whether this machine multiplies tiles of bfloat16 and of 8-bit integers (AMX), and the kernel lets this process use them.
-inline bool has_amx() {
-#if defined(__x86_64__) && defined(__linux__)
-  static const bool has = [] {
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
-    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; of all threads, those to come too
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return has_bf16_dot() && has_int8_dot() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll &&
-           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  }();
-  return has;
 #else
   return false;
 #endif

@@ -137,6 +137,9 @@ def why_not_fast(x, weight_shape, stride, padding, dilation, groups) -> str | No
         return "it convolves 3x3 kernels with stride 1, without dilation, in one group"
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return f"it convolves float32 and bfloat16 on cpu, the tensors are {x.dtype} on {x.device.type}"
+    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        # training steps of ResNet-18 and -50, batch 8, under autocast: 1.2 to 1.4 times as fast (Intel Xeon, 2026-11-28)
+        return "this processor has AMX, with which oneDNN convolves bfloat16 faster than Winograd's algorithm"
     n, _, height, width = x.shape
     out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
     least = min(weight_shape[:2])

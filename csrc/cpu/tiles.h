@@ -2,7 +2,6 @@
 // sums in 0 to 3 (two of pixels by two of channels), pixels in 4 and 5, weights in 6 and 7.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -36,8 +35,10 @@ inline void store_tile(void* to, int64_t step) {
 // sum += left * right: pairs of bfloat16 into float, or fours of unsigned by signed bytes into int32.
 template <typename scalar_t, int kSum, int kLeft, int kRight>
 inline void multiply_tiles() {
-  if constexpr (std::is_same_v<scalar_t, bf16>) asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
-  else asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+  if constexpr (std::is_same_v<scalar_t, bf16>)
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
+  else
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSum), "i"(kLeft), "i"(kRight));
 }
 
 struct alignas(64) TileSizes {

@@ -58,8 +58,7 @@ def freeze(
             in 8-bit integers, scaled for such images (signed weights with a scale for each output channel, unsigned
             activations with one scale each; sums exact, results float32), and ``save`` keeps it in a file. With the same
             scales a GPU gives the CPU's bytes; it needs a kernel that its architecture has validated, or that is forced, and
-            answers an image that is not finite, which the CPU refuses, with NaN. On processors with AMX, bfloat16 of PyTorch
-            itself can be the faster one.
+            answers an image that is not finite, which the CPU refuses, with NaN.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.

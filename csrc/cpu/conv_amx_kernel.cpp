@@ -10,7 +10,6 @@
 #endif
 #include "cpu/conv_amx.h"
 
-#include <memory>
 #include <new>
 
 #include "cpu/conv_finish.h"
@@ -163,39 +162,54 @@ FASTRES_INLINE void fetch(const ConvArgs& args, int64_t pixel, int64_t rows, int
   }
 }
 
-// finish(sums) of each tile of the units [begin, end).
+// Bytes on a cache line of their own.
+class Gathered {
+ public:
+  explicit Gathered(int64_t bytes) : bytes_(static_cast<char*>(::operator new[](bytes, kLine))) {}
+  Gathered(const Gathered&) = delete;
+  Gathered& operator=(const Gathered&) = delete;
+  ~Gathered() { ::operator delete[](bytes_, kLine); }
+  char* get() const { return bytes_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  char* const bytes_;
+};
+
+// finish(sums) of each tile of the units [begin, end): tiles of pixels with all channels, or, where channels are shared out, tiles of
+// pixels and channels, `tiles` of them to a block of channels.
 template <typename scalar_t, typename Finish>
 void convolve(const ConvArgs& args, int64_t begin, int64_t end, Finish finish) {
   const int64_t pixels = args.images * args.out_h * args.out_w, tiles = ceil_div(pixels, kAmxPixels);
   const int64_t depth = args.kernel_h * args.kernel_w * args.run, words = amx_words(args), row = amx_row_bytes(args);
+  const int64_t stride = args.share_channels ? tiles : 0;  // units from one block of channels to the next
   const int64_t first_block = args.share_channels ? begin / tiles : 0;
   const int64_t last_block = args.share_channels ? (end - 1) / tiles : ceil_div(args.out_channels, kBlockChannels) - 1;
-  const bool one = args.share_channels && first_block == last_block;  // then the range is one of tiles
-  const int64_t low = one ? begin - first_block * tiles : args.share_channels ? 0 : begin;
-  const int64_t high = one ? end - first_block * tiles : args.share_channels ? tiles : end;
+  const bool whole = first_block < last_block && args.share_channels;  // then some block takes all tiles of pixels
+  const int64_t low = whole ? 0 : begin - first_block * stride, high = whole ? tiles : end - first_block * stride;
 
-  constexpr std::align_val_t kLine{64};
-  const auto free = [](char* p) { ::operator delete[](p, kLine); };
-  const int64_t bytes = args.dense ? 0 : min(args.block, high - low) * kAmxPixels * row;
-  const std::unique_ptr<char[], decltype(free)> gathered(static_cast<char*>(::operator new[](bytes, kLine)), free);
+  const Gathered gathered(args.dense ? 0 : min(args.block, high - low) * kAmxPixels * row);
   alignas(64) float sums[kAmxPixels * kBlockChannels];
   Registers registers(words);
   for (int64_t first = low; first < high; first += args.block) {
     const int64_t stop = min(first + args.block, high);
-    if (!args.dense) gather(args, first * kAmxPixels, min(stop * kAmxPixels, pixels), gathered.get());
-    const char* matrix = args.dense ? static_cast<const char*>(args.x) + first * kAmxPixels * row : gathered.get();
+    const char* matrix = static_cast<const char*>(args.x) + first * kAmxPixels * row;
+    if (!args.dense) {
+      gather(args, first * kAmxPixels, min(stop * kAmxPixels, pixels), gathered.get());
+      matrix = gathered.get();
+    }
     for (int64_t block = first_block; block <= last_block; ++block) {
-      const int64_t shift = args.share_channels ? block * tiles : 0;
-      const int64_t from = shift + first < begin ? begin - shift : first, to = min(stop, end - shift);
+      const int64_t from = first + block * stride < begin ? begin - block * stride : first, to = min(stop, end - block * stride);
+      if (from >= to) continue;  // another thread's
       const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, args.out_channels - channel);
-      const int64_t vectors = ceil_div(channels, kWide);
+      const int64_t vectors = ceil_div(channels, kWide), lines = depth * vectors;
+      const int64_t steps = depth / words, lines_a_step = ceil_div(lines, (to - from) * steps * ceil_div(vectors, 2));
       const auto* weight = static_cast<const char*>(args.weight) + channel * depth * kWord;
       for (int64_t tile = from; tile < to; ++tile) {
         const int64_t pixel = tile * kAmxPixels, rows = min(kAmxPixels, pixels - pixel);
-        const int64_t turns = to - from, lines = depth * vectors, steps = ceil_div(vectors, 2) * (depth / words);
-        const Coming coming{weight + (lines + (tile - from) * lines / turns) * kVectorBytes, ceil_div(lines, turns * steps)};
+        const Coming coming{weight + (lines + (tile - from) * lines / (to - from)) * kVectorBytes, lines_a_step};
         const char* x = matrix + (tile - first) * kAmxPixels * row;
-        const Matrices m{x, row, weight, vectors * kVectorBytes, depth / words, words, coming};
+        const Matrices m{x, row, weight, vectors * kVectorBytes, steps, words, coming};
         fetch<scalar_t>(args, pixel, rows, channel);
         registers.hold(rows);
         if (rows > kTileRows) multiply_block<scalar_t, 2>(m, vectors, sums);

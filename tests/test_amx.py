@@ -10,6 +10,7 @@ pytestmark = pytest.mark.compile
 SOUND = (
     "test_conv_cpu.py::test_any_geometry test_conv_cpu.py::test_one_row_of_taps_over_few_channels "
     "test_conv_cpu.py::test_windows_that_meet_no_pixel_give_the_bias "
+    "test_conv_cpu.py::test_the_same_bits_however_pixels_and_channels_are_shared_out "
     "test_int8.py::test_steps_compute_what_their_integers_say test_int8.py::test_the_same_for_any_number_of_threads"
 )
 

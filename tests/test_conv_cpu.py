@@ -209,6 +209,28 @@ def test_the_same_bits_for_any_number_of_threads_and_any_batch(winograd):
         assert torch.equal(run(x[index : index + 1], None, weight, bias, *rest), whole[index : index + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel, out", [(1, 300), (3, 300), (3, 64)])
+def test_the_same_bits_however_pixels_and_channels_are_shared_out(kernel, out, dtype):
+    """Few pixels and many channels: threads take blocks of channels, parts of one, or, from one image to many, pixels."""
+    if _conv_cpu.lacks(dtype):
+        pytest.skip(_conv_cpu.lacks(dtype))
+    g = torch.Generator().manual_seed(kernel)
+    x, weight = (torch.randn(shape, generator=g) for shape in ((9, 256, 7, 9), (out, 256, kernel, kernel)))
+    x, bias, rest = x.to(dtype), torch.randn(out, generator=g), (((1, 1), (kernel // 2,) * 2, (1, 1)), "relu", False)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5, 16):
+            torch.set_num_threads(threads)
+            found.append(run(x, None, weight, bias, *rest))
+            assert torch.equal(found[-1], found[0])
+            assert torch.equal(run(x[4:5], None, weight, bias, *rest), found[0][4:5])
+    finally:
+        torch.set_num_threads(before)
+    doubles, same = (x.double(), None, weight.to(dtype).double(), bias.double()), (x, None, weight.to(dtype), bias)
+    assert_close_to_truth(found[0], plain(*same, *rest[:2]), plain(*doubles, *rest[:2]), dtype)
+
+
 def test_the_op_refuses_what_would_leave_its_memory():
     x, bias = torch.randn(1, 16, 8, 8).contiguous(memory_format=LAST), torch.zeros(16)
     packed = _conv_cpu.Packed(torch.randn(16, 16, 3, 3), bias, torch.float32)

@@ -1,4 +1,4 @@
-// The convolutions as products of matrices in tile registers (AMX), of bfloat16 or 8-bit integers; a range counts units of output.
+// The convolutions of bfloat16 or 8-bit integers as products of matrices in tile registers (AMX); a range counts units of output.
 #pragma once
 
 #include "cpu/conv_int8.h"
@@ -6,9 +6,11 @@
 
 namespace fastres::cpu {
 
-constexpr int64_t kAmxPixels = 2 * kTileRows;   // of a product
-constexpr int64_t kAmxLeastWords = 6;           // with fewer the vector kernels are faster
-constexpr int64_t kAmxBlockBytes = 512 << 10;   // of the matrix of pixels, read again for every block of channels: a part of an L2
+constexpr int64_t kAmxPixels = 2 * kTileRows;  // of a tile of output, with a block of channels
+constexpr int64_t kAmxLeastWords = 6;          // with fewer the vector kernels are faster
+constexpr int64_t kAmxBlockBytes = 512 << 10;  // of the matrix of pixels, read again for every block of channels: a part of L2
+constexpr int64_t kAmxStep = 8 * 16;           // cycles of a tile's products of kTileRows words or fewer
+constexpr int64_t kAmxEnd = 512;               // of its bias, activation and stores
 
 // Words that are added up at a time, a row of a register at most: they divide all words of an output.
 inline int64_t amx_words(const ConvArgs& args) {
@@ -25,7 +27,7 @@ inline int64_t amx_row_bytes(const ConvArgs& args) {
   return args.dense ? args.pixel_step : args.kernel_h * args.kernel_w * args.run * 4;
 }
 
-FASTRES_FMA_KERNEL(conv_bn_act_amx, ConvArgs)     // in bfloat16; with has_amx() only, as the next one
+FASTRES_FMA_KERNEL(conv_bn_act_amx, ConvArgs)  // in bfloat16; with has_amx() only, as the next one
 FASTRES_FMA_KERNEL(conv_int8_amx, ConvInt8Args)
 
 }  // namespace fastres::cpu

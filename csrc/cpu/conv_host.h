@@ -14,7 +14,6 @@ namespace fastres::cpu {
 constexpr int64_t kWordBytes = 4;
 constexpr int64_t kBlockBytes = 256 << 10;  // of x, read again for every block of channels: a part of an L2
 constexpr int64_t kBytesPerCycle = 8;       // that reach a core from beyond its cache
-constexpr int64_t kAmxEnd = 512;            // cycles of a product's bias, activation and stores
 constexpr int64_t kLeastWork = 1 << 18;     // multiplications that are worth a thread
 
 inline int64_t packed_words(int64_t out_channels, int64_t depth) {
@@ -27,6 +26,9 @@ inline const char* conv_lacks(DType dtype) {
   return dtype == DType::kBFloat16 && !has_bf16_dot() ? "AVX-512 BF16" : nullptr;
 }
 
+inline ConvArgs& conv_of(ConvArgs& args) { return args; }
+inline ConvArgs& conv_of(ConvInt8Args& args) { return args.conv; }
+
 // A tile of output as a kernel computes it: its cycles, and the bytes of x that it reads.
 struct TileCost {
   int64_t pixels, cycles, x_bytes, block_bytes;
@@ -37,8 +39,8 @@ inline TileCost vector_cost(const ConvArgs& args) {
   return {pixels, pixels * conv_tile().channels / 16 * depth, pixels * args.stride_h * args.stride_w * args.pixel_step, kBlockBytes};
 }
 inline TileCost amx_cost(const ConvArgs& args) {
-  const int64_t depth = args.kernel_h * args.kernel_w * args.run;
-  return {kAmxPixels, kAmxPixels / 4 * depth * kTileRows / amx_words(args) + kAmxEnd, kAmxPixels * amx_row_bytes(args), kAmxBlockBytes};
+  const int64_t steps = args.kernel_h * args.kernel_w * args.run / amx_words(args);
+  return {kAmxPixels, steps * kAmxStep + kAmxEnd, kAmxPixels * amx_row_bytes(args), kAmxBlockBytes};
 }
 
 // A convolution shared out to threads: kernel(args, begin, end). Split by pixels, a thread reads what it wrote a layer before,
@@ -46,7 +48,7 @@ inline TileCost amx_cost(const ConvArgs& args) {
 // weight once. The split with fewer cycles is taken, counting rounds of tiles and bytes from beyond a core's cache; weights are
 // loaded while others are multiplied.
 template <typename Args, typename Kernel>
-Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel kernel, TileCost (*cost_of)(const ConvArgs&)) {
+Work shared_out(Args whole, int64_t threads, Kernel kernel, TileCost (*cost_of)(const ConvArgs&)) {
   ConvArgs& args = conv_of(whole);
   args.dense = args.kernel_h * args.kernel_w * args.stride_h * args.stride_w == 1 && args.pad_h + args.pad_w == 0 &&
                args.out_h == args.height && args.out_w == args.width;  // a run may hold the taps of a row: fewer pixels
@@ -70,18 +72,14 @@ Work shared_out(Args whole, int64_t threads, ConvArgs& (*conv_of)(Args&), Kernel
 // What this machine lacks for 8-bit integers, null for nothing.
 inline const char* int8_lacks() { return has_int8_dot() ? nullptr : "AVX-512 VNNI"; }
 
-inline ConvArgs& conv_of(ConvArgs& args) { return args; }
-inline ConvArgs& conv_of(ConvInt8Args& args) { return args.conv; }
-
 inline Work conv_work(const ConvArgs& args, int64_t threads) {
-  if (args.dtype == DType::kBFloat16 && suits_amx(args))
-    return shared_out<ConvArgs>(args, threads, conv_of, conv_bn_act_amx, amx_cost);
-  return shared_out<ConvArgs>(args, threads, conv_of, conv_bn_act_forward, vector_cost);
+  if (args.dtype == DType::kBFloat16 && suits_amx(args)) return shared_out(args, threads, conv_bn_act_amx, amx_cost);
+  return shared_out(args, threads, conv_bn_act_forward, vector_cost);
 }
 
 inline Work conv_int8_work(const ConvInt8Args& args, int64_t threads) {
-  if (suits_amx(args.conv)) return shared_out<ConvInt8Args>(args, threads, conv_of, conv_int8_amx, amx_cost);
-  return shared_out<ConvInt8Args>(args, threads, conv_of, conv_int8_forward, vector_cost);
+  if (suits_amx(args.conv)) return shared_out(args, threads, conv_int8_amx, amx_cost);
+  return shared_out(args, threads, conv_int8_forward, vector_cost);
 }
 
 // What divides a convolution in groups into slices.
@@ -116,7 +114,7 @@ inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads)
   const auto units_of = [](const ConvArgs& one) {
     return conv_pixel_tiles(one) * (one.share_channels ? conv_channel_blocks(one) : 1);
   };
-  Work work = shared_out<ConvArgs>(args, threads, conv_of, [=](const ConvArgs& first, int64_t begin, int64_t end) {
+  Work work = shared_out(args, threads, [=](const ConvArgs& first, int64_t begin, int64_t end) {
     const int64_t units = units_of(first);
     for (int64_t at = begin, stop; at < end; at = stop) {
       const int64_t slice = at / units, channel = slice * first.out_channels;

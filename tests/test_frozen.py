@@ -133,8 +133,10 @@ def test_float_images_are_rounded_to_bfloat16_as_pytorch_does(channels):
         assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
-def test_a_batch_in_several_passes_is_what_its_images_are_alone(monkeypatch):
-    monkeypatch.setattr("fastres.frozen.program.cache_bytes", lambda: 1 << 20)
+@pytest.mark.parametrize("cache, thread", [(1 << 20, 1 << 40), (1 << 40, (1 << 19) // torch.get_num_threads())])
+def test_a_batch_in_several_passes_is_what_its_images_are_alone(cache, thread, monkeypatch):
+    monkeypatch.setattr("fastres.frozen.program.cache_bytes", lambda: cache)
+    monkeypatch.setattr("fastres.frozen.program.MOST_LIVE", thread)
     model, x = small(), images((13, 3, 32, 32))
     frozen = fastres.freeze(model, x)
     assert len(set(frozen.program(x.shape).chunks)) > 1 and max(frozen.program(x.shape).chunks) > 1

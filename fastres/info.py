@@ -51,11 +51,10 @@ def versions() -> dict[str, str | None]:
 
 def machine() -> dict[str, Any]:
     """Processor, threads torch uses, GPUs."""
-    amx = native.why_not_cpu() is None and native.cpu_features()["amx"]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": cpu_model(),
-        "capability": torch.backends.cpu.get_cpu_capability() + (" with AMX" if amx else ""),
+        "capability": torch.backends.cpu.get_cpu_capability() + (" with AMX" if torch.cpu._is_amx_tile_supported() else ""),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "gpus": gpus,

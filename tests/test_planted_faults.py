@@ -368,7 +368,7 @@ def of_cpp(room: Path, faults: list[Fault]) -> list[str]:
         edges.append((faulty, "cxx", [folder / "csrc" / "cpu" / f"{kernel}.cpp"], flags))
         objects = sorted(sound.glob("*.o"), key=lambda path: path.stem.rpartition(".")[2] if "." in path.stem else "")
         objects = [faulty if path.name == f"{kernel}.{level}.o" else path for path in objects]
-        objects = [path for path in objects if emulated is None or path != sound / "tiles.o"]
+        objects = [path for path in objects if emulated is None or path != sound / "conv_amx_kernel.1.o"]
         link = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu"]
         edges.append((copy / recipes.PRODUCTS["cpu"], "link", objects, link))
         tasks.append(["plain", str(folder), fault.test, fault.arguments])

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/level.h"
-#include "cpu/tiles.h"
 
 namespace {
 
@@ -24,7 +23,7 @@ PYBIND11_MODULE(_C, m) {
       [] {
         using pybind11::literals::operator""_a;
         return pybind11::dict("level"_a = fastres::cpu::cpu_level(), "bf16_dot"_a = fastres::cpu::has_bf16_dot(),
-                              "int8_dot"_a = fastres::cpu::has_int8_dot(), "amx"_a = fastres::cpu::has_amx());
+                              "int8_dot"_a = fastres::cpu::has_int8_dot());
       },
-      "The x86-64 level whose kernels run here, and which products of 16-bit and 8-bit numbers the processor has.");
+      "The x86-64 level whose kernels run here, and whether the processor multiplies pairs of bfloat16.");
 }

@@ -12,7 +12,7 @@ namespace fastres::cpu {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 64;  // of a row
 
-// Whether this machine multiplies tiles of bfloat16 and of 8-bit integers, and Linux lets this process use them.
+// Whether this machine multiplies tiles of bfloat16 and of 8-bit integers, and Linux, once asked, lets this process use them.
 bool has_amx();
 
 #if defined(__x86_64__)

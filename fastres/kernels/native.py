@@ -60,7 +60,7 @@ def build_info() -> dict:
 
 
 def cpu_features() -> dict:
-    """The x86-64 ``level`` whose kernels run here, ``bf16_dot``, ``int8_dot`` and ``amx``; once ``why_not_cpu()`` said None."""
+    """The x86-64 ``level`` whose kernels run here, ``bf16_dot`` and ``int8_dot``; once ``why_not_cpu()`` said None."""
     return importlib.import_module("fastres._C").cpu_features()
 
 

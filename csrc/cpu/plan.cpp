@@ -170,7 +170,7 @@ void run_plan(const Tensor& x, const Tensor& program, const std::vector<Tensor>&
   }
   if (parts == 1) run_team(works[0]);
   else
-    parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_or_throw(parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part)
         for (const Work& work : works[part]) work.run(0, work.units);
     });

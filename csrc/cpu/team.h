@@ -18,7 +18,23 @@ struct Work {
   std::function<void(int64_t, int64_t)> run;
 };
 
-inline void run_now(const Work& work) { parallel_for(0, work.units, work.grain, work.run); }
+// parallel_for, which loses what an exception said: the first one that `run` throws is thrown here.
+template <typename Run>
+void parallel_or_throw(int64_t units, int64_t grain, const Run& run) {
+  std::exception_ptr failure;
+  std::mutex guard;
+  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    try {
+      run(begin, end);
+    } catch (...) {
+      const std::lock_guard lock(guard);
+      if (!failure) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+inline void run_now(const Work& work) { parallel_or_throw(work.units, work.grain, work.run); }
 
 // Where members wait for one another. Those that arrive early spin for some microseconds before they yield: an OpenMP region for
 // each of a network's fifty pieces of work cost 2 to 15 % of its time, depending on where the virtual machine's processors were

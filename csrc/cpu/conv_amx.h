@@ -14,9 +14,8 @@ constexpr int64_t kAmxEnd = 512;               // of its bias, activation and st
 
 // Words that are added up at a time, a row of a register at most: they divide all words of an output.
 inline int64_t amx_words(const ConvArgs& args) {
-  const int64_t depth = args.kernel_h * args.kernel_w * args.run;
   for (int64_t words = kTileRows;; --words)
-    if (depth % words == 0) return words;
+    if (conv_depth(args) % words == 0) return words;
 }
 
 // Whether these kernels are the faster ones for a convolution in bfloat16 or 8-bit integers.
@@ -24,7 +23,7 @@ inline bool suits_amx(const ConvArgs& args) { return has_amx() && args.group == 
 
 // Bytes of the matrix's row of a pixel: of x itself where every pixel of y reads one of x, else gathered from all taps.
 inline int64_t amx_row_bytes(const ConvArgs& args) {
-  return args.dense ? args.pixel_step : args.kernel_h * args.kernel_w * args.run * 4;
+  return args.dense ? args.pixel_step : conv_depth(args) * 4;
 }
 
 FASTRES_FMA_KERNEL(conv_bn_act_amx, ConvArgs)  // in bfloat16; with has_amx() only, as the next one

@@ -16,8 +16,6 @@
 #include <unistd.h>
 #endif
 
-#include <new>
-
 #include "cpu/conv_finish.h"
 #include "cpu/tiles.h"
 
@@ -168,33 +166,19 @@ FASTRES_INLINE void fetch(const ConvArgs& args, int64_t pixel, int64_t rows, int
   }
 }
 
-// Bytes on a cache line of their own.
-class Gathered {
- public:
-  explicit Gathered(int64_t bytes) : bytes_(static_cast<char*>(::operator new[](bytes, kLine))) {}
-  Gathered(const Gathered&) = delete;
-  Gathered& operator=(const Gathered&) = delete;
-  ~Gathered() { ::operator delete[](bytes_, kLine); }
-  char* get() const { return bytes_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  char* const bytes_;
-};
-
 // finish(sums) of each tile of the units [begin, end): tiles of pixels with all channels, or, where channels are shared out, tiles of
 // pixels and channels, `tiles` of them to a block of channels.
 template <typename scalar_t, typename Finish>
 void convolve(const ConvArgs& args, int64_t begin, int64_t end, Finish finish) {
   const int64_t pixels = args.images * args.out_h * args.out_w, tiles = ceil_div(pixels, kAmxPixels);
-  const int64_t depth = args.kernel_h * args.kernel_w * args.run, words = amx_words(args), row = amx_row_bytes(args);
+  const int64_t depth = conv_depth(args), words = amx_words(args), row = amx_row_bytes(args);
   const int64_t stride = args.share_channels ? tiles : 0;  // units from one block of channels to the next
   const int64_t first_block = args.share_channels ? begin / tiles : 0;
   const int64_t last_block = args.share_channels ? (end - 1) / tiles : ceil_div(args.out_channels, kBlockChannels) - 1;
   const bool whole = first_block < last_block && args.share_channels;  // then some block takes all tiles of pixels
   const int64_t low = whole ? 0 : begin - first_block * stride, high = whole ? tiles : end - first_block * stride;
 
-  const Gathered gathered(args.dense ? 0 : min(args.block, high - low) * kAmxPixels * row);
+  const Lines gathered(args.dense ? 0 : min(args.block, high - low) * kAmxPixels * row);
   alignas(64) float sums[kAmxPixels * kBlockChannels];
   Registers registers(words);
   for (int64_t first = low; first < high; first += args.block) {

@@ -39,6 +39,8 @@ struct ConvArgs {
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// Words of x, over all taps, in the sum of an output.
+inline int64_t conv_depth(const ConvArgs& args) { return args.kernel_h * args.kernel_w * args.run; }
 inline int64_t conv_pixel_tiles(const ConvArgs& args) {
   return ceil_div(args.images * args.out_h * args.out_w, conv_tile().pixels);
 }

@@ -35,11 +35,11 @@ struct TileCost {
 };
 
 inline TileCost vector_cost(const ConvArgs& args) {
-  const int64_t pixels = conv_tile().pixels, depth = args.kernel_h * args.kernel_w * args.run;
+  const int64_t pixels = conv_tile().pixels, depth = conv_depth(args);
   return {pixels, pixels * conv_tile().channels / 16 * depth, pixels * args.stride_h * args.stride_w * args.pixel_step, kBlockBytes};
 }
 inline TileCost amx_cost(const ConvArgs& args) {
-  const int64_t steps = args.kernel_h * args.kernel_w * args.run / amx_words(args);
+  const int64_t steps = conv_depth(args) / amx_words(args);
   return {kAmxPixels, steps * kAmxStep + kAmxEnd, kAmxPixels * amx_row_bytes(args), kAmxBlockBytes};
 }
 
@@ -54,8 +54,7 @@ Work shared_out(Args whole, int64_t threads, Kernel kernel, TileCost (*cost_of)(
                args.out_h == args.height && args.out_w == args.width;  // a run may hold the taps of a row: fewer pixels
   const TileCost tile = cost_of(args);
   const int64_t tiles = ceil_div(args.images * args.out_h * args.out_w, tile.pixels), blocks = conv_channel_blocks(args);
-  const int64_t x = args.images * args.image_step;
-  const int64_t weights = args.out_channels * args.kernel_h * args.kernel_w * args.run * kWordBytes;
+  const int64_t x = args.images * args.image_step, weights = args.out_channels * conv_depth(args) * kWordBytes;
   args.block = std::max<int64_t>(4, tile.block_bytes / tile.x_bytes);
   const int64_t own = ceil_div(tiles, threads), reads = x <= 2 * kBlockBytes ? 1 : ceil_div(blocks, threads);
   const auto cost = [&](int64_t rounds, int64_t x_bytes, int64_t weight_bytes) {
@@ -110,7 +109,7 @@ inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads)
   ConvArgs args = whole;
   args.out_channels /= slices.count, args.group = slices.group;
   const int64_t x_bytes = whole.pixel_step / slices.count, size = element_size(whole.dtype);
-  const int64_t weight_bytes = packed_words(args.out_channels, args.kernel_h * args.kernel_w * args.run) * kWordBytes;
+  const int64_t weight_bytes = packed_words(args.out_channels, conv_depth(args)) * kWordBytes;
   const auto units_of = [](const ConvArgs& one) {
     return conv_pixel_tiles(one) * (one.share_channels ? conv_channel_blocks(one) : 1);
   };

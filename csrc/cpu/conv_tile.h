@@ -2,6 +2,7 @@
 // Included by *_kernel.cpp only; everything lives in the namespace of the level it is compiled for.
 #pragma once
 
+#include <new>
 #include <utility>
 
 #include "cpu/conv_bn_act.h"
@@ -20,6 +21,20 @@ alignas(64) inline constexpr char kZeros[kConvMostRun * kWord] = {};  // what a 
 constexpr int64_t kSumWords = 256;  // added up before they join the total: long sums keep the accuracy of short ones
 using Sum = Vec<float, kWide>;
 using IntSum = Vec<int32_t, kWide>;
+
+// Memory for a call of a kernel, in whole cache lines.
+class Lines {
+ public:
+  explicit Lines(int64_t bytes) : bytes_(static_cast<char*>(::operator new[](bytes, kLine))) {}
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+  ~Lines() { ::operator delete[](bytes_, kLine); }
+  char* get() const { return bytes_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  char* const bytes_;
+};
 
 // ---- one step of a sum: words of x, the same for all lanes or each lane's own, times a vector of words of the weights -----
 
@@ -187,7 +202,7 @@ struct Window {
 template <typename Run>
 FASTRES_INLINE void for_tiles(const ConvArgs& args, int64_t begin, int64_t end, Run run) {
   const int64_t pixels = args.images * args.out_h * args.out_w, tiles = ceil_div(pixels, kMostPixels);
-  const int64_t blocks = ceil_div(args.out_channels, kBlockChannels), depth = args.kernel_h * args.kernel_w * args.run;
+  const int64_t blocks = ceil_div(args.out_channels, kBlockChannels), depth = conv_depth(args);
   const auto run_block = [&](int64_t block, int64_t first, int64_t stop) {
     const int64_t channel = block * kBlockChannels, channels = min(kBlockChannels, args.out_channels - channel);
     const int64_t vectors = ceil_div(channels, kWide);

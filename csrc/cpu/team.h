@@ -18,20 +18,34 @@ struct Work {
   std::function<void(int64_t, int64_t)> run;
 };
 
+// The first exception of several threads.
+class Failure {
+ public:
+  void keep() {  // the one being handled
+    const std::lock_guard lock(guard_);
+    if (!first_) first_ = std::current_exception();
+  }
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::exception_ptr first_;
+  std::mutex guard_;
+};
+
 // parallel_for, which loses what an exception said: the first one that `run` throws is thrown here.
 template <typename Run>
 void parallel_or_throw(int64_t units, int64_t grain, const Run& run) {
-  std::exception_ptr failure;
-  std::mutex guard;
+  Failure failure;
   parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     try {
       run(begin, end);
     } catch (...) {
-      const std::lock_guard lock(guard);
-      if (!failure) failure = std::current_exception();
+      failure.keep();
     }
   });
-  if (failure) std::rethrow_exception(failure);
+  failure.rethrow();
 }
 
 inline void run_now(const Work& work) { parallel_or_throw(work.units, work.grain, work.run); }
@@ -67,8 +81,7 @@ inline void run_team(const std::vector<Work>& works) {
   const int64_t team = torch::stable::get_num_threads();
   Meeting meeting(team);
   std::atomic<bool> failed{false};
-  std::exception_ptr failure;
-  std::mutex guard;
+  Failure failure;
   parallel_for(0, team, 1, [&](int64_t first, int64_t last) {  // a member has one share, or several where threads are few
     for (const Work& work : works) {
       const int64_t sharers = std::clamp<int64_t>(work.units / work.grain, 1, team);
@@ -77,14 +90,13 @@ inline void run_team(const std::vector<Work>& works) {
         for (int64_t share = first; share < std::min(last, sharers) && !failed.load(std::memory_order_relaxed); ++share)
           if (share * each < work.units) work.run(share * each, std::min(share * each + each, work.units));
       } catch (...) {
-        const std::lock_guard lock(guard);
-        if (!failure) failure = std::current_exception();
+        failure.keep();
         failed = true;
       }
       meeting.wait(last - first);
     }
   });
-  if (failure) std::rethrow_exception(failure);
+  failure.rethrow();
 }
 
 }  // namespace fastres::cpu

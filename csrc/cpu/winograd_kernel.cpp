@@ -5,7 +5,6 @@
 // Invariants: an output's sum does not depend on group, thread or batch; padding is zeros before the transform.
 #include "cpu/winograd.h"
 
-#include <memory>
 #include <utility>
 
 #include "common/epilogue.h"
@@ -146,11 +145,9 @@ void forward(const WinogradArgs& args, int64_t begin, int64_t end) {
   const ConvArgs& conv = args.conv;
   const int64_t tiles = conv.images * args.tiles_h * args.tiles_w, blocks = ceil_div(conv.out_channels, kBlockChannels);
   const int64_t most = ceil_div(tiles, args.groups), v_words = kPoints * point_step(most * conv.run);
-  constexpr std::align_val_t kLine{64};
-  const auto free = [](float* p) { ::operator delete[](p, kLine); };
   const auto words = v_words + kPoints * point_step(most * kBlockChannels);
-  const std::unique_ptr<float[], decltype(free)> scratch(static_cast<float*>(::operator new[](words * kWord, kLine)), free);
-  float *v = scratch.get(), *m = v + v_words;
+  const Lines scratch(words * kWord);
+  float *v = reinterpret_cast<float*>(scratch.get()), *m = v + v_words;
   for (int64_t at = begin, now = -1; at < end; ++at) {
     const int64_t group = at / blocks, first = tiles * group / args.groups, count = tiles * (group + 1) / args.groups - first;
     if (group != now)

@@ -149,7 +149,7 @@ def test_means_round_ties_to_the_even_byte():
 
 def test_means_are_divided_and_scaled_with_one_rounding_each():
     """Not multiplied by a rounded inverse; nor rounded between multiplication and addition. All of it next to half way."""
-    scale, apart = torch.tensor(60.3), {"by the inverse": 0, "rounded twice": 0}
+    scale, apart, wanted = torch.tensor(60.3), {"by the inverse": 0, "rounded twice": 0}, 6
     for total in range(60, 250):
         x = torch.full((49,), -128, dtype=torch.int8)
         x[0] += total
@@ -157,12 +157,13 @@ def test_means_are_divided_and_scaled_with_one_rounding_each():
         mean, inverse = torch.tensor(float(total)) / 49, torch.tensor(float(total)) * (torch.tensor(1.0) / 49)
         bias = (20.5 - mean.double() * scale.double()).float()
         args = (x, *ALL, scale.item(), bias.item())
-        found, expected = pools.pool_int8(*args), POOL_INT8.reference(*args)
-        assert torch.equal(found, expected)
+        expected = POOL_INT8.reference(*args)
         other = (inverse.double() * scale.double() + bias.double()).float(), mean * scale + bias
-        for name, value in zip(apart, other, strict=True):
-            apart[name] += (value.round() - 128 != found[0, 0, 0, 0]).item()
-    assert min(apart.values()) > 5, apart
+        wrong = [name for name, value in zip(apart, other, strict=True) if value.round() - 128 != expected[0, 0, 0, 0]]
+        if any(apart[name] < wanted for name in wrong):
+            assert torch.equal(pools.pool_int8(*args), expected)
+            apart.update({name: apart[name] + 1 for name in wrong})
+    assert min(apart.values()) >= wanted, apart
 
 
 @pytest.mark.parametrize("shift", [16, 17])

@@ -26,6 +26,8 @@ def pair(name, **options):
     return ours, getattr(torchvision.models, name)(**options)
 
 
+# Of the largest no training step is run: their blocks, and as many layers, are those of others.
+LARGEST = ("resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2")
 # Images on which no ReLU of a network stands so near its edge that rounding decides, in PyTorch as here, and with it much
 # of the gradient.
 CLEAR = {"resnet34": 2}
@@ -67,7 +69,7 @@ def test_a_network_is_torchvisions(name):
     optimized = fastres.optimize(copy.deepcopy(theirs), strict=True, channels_last=False)
     assert repr(optimized) == repr(theirs) and list(optimized.state_dict()) == list(theirs.state_dict())
     networks, start = (ours, optimized, theirs, truth), copy.deepcopy(theirs.state_dict())
-    for seed in (CLEAR.get(name, 1), 3, 4):  # on another processor, rounding decides other ReLUs
+    for seed in (CLEAR.get(name, 1), 3, 4) if name not in LARGEST else ():  # on another processor, rounding decides other ReLUs
         x = images(3, 3, 49, 49, seed=seed)
         *found, plain, exact = [in_place(called, network, x.to(network.fc.weight.dtype)) for network in networks]
         try:

@@ -64,7 +64,7 @@ def derivatives(tally: Tally, count: int) -> None:
                     assert check(function, inputs, fast_mode=True)
 
 
-@scored("R6", "opcheck: every op × layout × with and without gradient", full=200, short=16)
+@scored("R6", "opcheck: every op × layout × with and without gradient", full=200, short=8)
 def opchecks(tally: Tally, count: int) -> None:
     rows = [
         (op, layout, grad)

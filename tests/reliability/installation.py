@@ -197,7 +197,7 @@ def check(cell: Cell, folder: Path, sources: Path) -> None:
     assert info["built"] == list(cell.built), info
 
 
-@scored("R20", "installing: no torch, no compiler, broken nvcc, isolated, editable, sdist, moved, offline", full=20, short=4)
+@scored("R20", "installing: no torch, no compiler, broken nvcc, isolated, editable, sdist, moved, offline", full=20, short=2)
 def installation(tally: Tally, count: int) -> None:
     if missing := [tool for tool in TOOLS if not importlib.util.find_spec(tool)]:
         tally.note(f"{', '.join(missing)} must be installed")

@@ -27,7 +27,7 @@ LEAST = 2048  # bytes of an allocation that may fail: tensors, workspaces, table
 CPU = torch.device("cpu")
 
 
-@scored("R23", "allocations that fail, Ctrl-C in tune, freeze and training, kill -9 while files are written", full=700, short=75)
+@scored("R23", "allocations that fail, Ctrl-C in tune, freeze and training, kill -9 while files are written", full=700, short=45)
 def interruptions(tally: Tally, count: int) -> None:
     children.apart(tally, "interruptions.allocations", 2 * count // 3, watched=True)
     children.apart(tally, "interruptions.control_c", count // 6)

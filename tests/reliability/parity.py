@@ -117,11 +117,11 @@ def fuzz(tally: Tally, count: int, run, values: int, ops: tuple[str, ...] = OPS)
     tally.fuzz(pairs, lambda pair: judge(*pair, run), count)
 
 
-@scored("R1", "fuzz parity, forward: shapes × dtypes × layouts × flags, red zones, poison", full=20_000, short=1000)
+@scored("R1", "fuzz parity, forward: shapes × dtypes × layouts × flags, red zones, poison", full=20_000, short=400)
 def parity_forward(tally: Tally, count: int) -> None:
     fuzz(tally, count, forward, 2)
 
 
-@scored("R2", "fuzz parity, backward: every gradient", full=5000, short=500)
+@scored("R2", "fuzz parity, backward: every gradient", full=5000, short=200)
 def parity_backward(tally: Tally, count: int) -> None:
     fuzz(tally, count, backward, 8)

@@ -24,12 +24,12 @@ THREADS = 8
 ROUND = 1000
 
 
-@scored("R18", "calls of changing shapes without growth of memory, eight threads, fork and spawn", full=1_080_000, short=12_000)
+@scored("R18", "calls of changing shapes without growth of memory, eight threads, fork and spawn", full=1_080_000, short=4_000)
 def soak(tally: Tally, count: int) -> None:
     each = min(10_000, count // 20)
     children.apart(tally, "soak.steady", count - THREADS * each)
     children.apart(tally, "soak.at_once", each)
-    children.apart(tally, "soak.processes")
+    children.apart(tally, "soak.processes", 3 if count > 100_000 else 1)
 
 
 def calls(seed: int) -> list:
@@ -133,8 +133,8 @@ def answer(seed: int, queue) -> None:
     queue.put(sum(float(v.double().nan_to_num().sum()) for f in calls(seed)[:200] for v in values(f())))
 
 
-def processes(tally: Tally) -> None:
-    """A process that is forked after calls, or spawned, computes the same. One with threads of OpenMP cannot be forked by
+def processes(tally: Tally, each: int) -> None:
+    """Processes that are forked after calls, or spawned, compute the same. One with threads of OpenMP cannot be forked by
     PyTorch's own rule, so the parent has one.
     """
     torch.set_num_threads(1)
@@ -142,7 +142,7 @@ def processes(tally: Tally) -> None:
     here = sum(float(v.double().nan_to_num().sum()) for f in calls(3)[:200] for v in values(f()))
     for method in ("fork", "spawn"):
         context = multiprocessing.get_context(method)
-        for number in range(3):
+        for number in range(each):
             with tally.case(f"{method} {number}"):
                 queue = context.Queue()
                 child = context.Process(target=answer, args=(3, queue))

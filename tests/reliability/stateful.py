@@ -211,7 +211,7 @@ class Pair:
         self.close(*found, "inference mode")
 
 
-@scored("R10", "random sequences of eight things done to a model and to its twin", full=2000, short=60)
+@scored("R10", "random sequences of eight things done to a model and to its twin", full=2000, short=30)
 def sequences(tally: Tally, count: int) -> None:
     for seed in range(count):
         pair = Pair(seed)

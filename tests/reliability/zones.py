@@ -6,7 +6,7 @@ from reliability.board import CLASSES, Tally, scored
 SHARES = {"R1": 0.5, "R2": 0.3, "F1": 0.15, "F2": 0.05}  # of the cases
 
 
-@scored("R14", "fuzz with red zones at both ends of every block of memory, tensors poisoned", full=4000, short=100)
+@scored("R14", "fuzz with red zones at both ends of every block of memory, tensors poisoned", full=4000, short=60)
 def zones(tally: Tally, count: int) -> None:
     for code, share in SHARES.items():
         children.apart(tally, "zones.fuzz", code, -int(-count * share // 1), watched=True)

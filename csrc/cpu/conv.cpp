@@ -1,4 +1,5 @@
-// Binding of conv, conv_backward_input and conv_backward_weight: 3x3, stride 1, by Winograd's F(2x2, 3x3).
+// Binding of conv, conv_backward_input and conv_backward_weight: 3x3, stride 1, by Winograd's F(2x2, 3x3); and of the weight
+// gradient of any kernel as outer products.
 #include "cpu/conv.h"
 
 #include <array>
@@ -143,15 +144,80 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& p
   return finite ? grad : empty_vector(0, ScalarType::Float, x);
 }
 
+struct Window {
+  Pads kernel, stride, padding, dilation;
+};
+
+void check_window(const char* op, const Window& window, const Tensor& grad_y, const Tensor& x) {
+  const auto check = [&](const char* param, const Pads& pair, int64_t least) {
+    FASTRES_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < 1 << 20, op, param,
+                  "two numbers from " << least, show({pair.data(), pair.size()}));
+  };
+  check("kernel", window.kernel, 1);
+  check("stride", window.stride, 1);
+  check("padding", window.padding, 0);
+  check("dilation", window.dilation, 1);
+  for (int i = 0; i < 2; ++i) {
+    const int64_t room = x.size(2 + i) + 2 * window.padding[i] - window.dilation[i] * (window.kernel[i] - 1) - 1;
+    FASTRES_CHECK(room >= 0, op, "kernel", "no larger than the padded input", show({window.kernel.data(), 2}));
+    FASTRES_CHECK(grad_y.size(0) == x.size(0) && grad_y.size(2 + i) == room / window.stride[i] + 1 &&
+                      grad_y.scalar_type() == x.scalar_type(),
+                  op, "grad_y", "of x's dtype, with the pixels of the output", show(grad_y.sizes()));
+  }
+}
+
+// The pixels that each tap joins, tap by tap; `first` gets where each tap's begin, and the end.
+std::vector<PixelPair> pixel_pairs(const Tensor& grad_y, const Tensor& x, const Window& window, std::vector<int64_t>& first) {
+  std::vector<PixelPair> pairs;
+  const auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
+  for (int64_t tap = 0; tap < window.kernel[0] * window.kernel[1]; ++tap) {
+    first.push_back(pairs.size());
+    const int64_t down = tap / window.kernel[1] * window.dilation[0] - window.padding[0];
+    const int64_t right = tap % window.kernel[1] * window.dilation[1] - window.padding[1];
+    for (int64_t at = 0; at < grad_y.size(0) * grad_y.size(2) * grad_y.size(3); ++at) {
+      const int64_t image = at / (grad_y.size(2) * grad_y.size(3));
+      const int64_t row = at / grad_y.size(3) % grad_y.size(2) * window.stride[0] + down;
+      const int64_t col = at % grad_y.size(3) * window.stride[1] + right;
+      if (inside(row, x.size(2)) && inside(col, x.size(3)))
+        pairs.push_back({at * grad_y.size(1), ((image * x.size(2) + row) * x.size(3) + col) * x.size(1)});
+    }
+  }
+  first.push_back(pairs.size());
+  return pairs;
+}
+
+// The weight gradient of conv2d(x, weight, stride, padding, dilation), dense in channels_last, for few pixels.
+Tensor conv_outer_products(const Tensor& grad_y, const Tensor& x, const Pads& kernel, const Pads& stride, const Pads& padding,
+                           const Pads& dilation) {
+  const char* op = "conv_backward_weight";
+  check_activation(op, "x", x);
+  check_activation(op, "grad_y", grad_y);
+  const Window window{kernel, stride, padding, dilation};
+  check_window(op, window, grad_y, x);
+  const int64_t channels = x.size(1), out_channels = grad_y.size(1);
+  std::vector<int64_t> first;
+  const std::vector<PixelPair> pairs = pixel_pairs(grad_y, x, window, first);
+  Tensor grad = empty_output(std::array{out_channels, channels, kernel[0], kernel[1]}, Format::channels_last, x);
+  const ConvOuterArgs args{.dtype = dtype_of(x), .grad_y = grad_y.data_ptr(), .x = x.data_ptr(), .grad_weight = grad.data_ptr(),
+                           .out_channels = out_channels, .channels = channels, .taps = kernel[0] * kernel[1],
+                           .pairs = pairs.data(), .first_pair = first.data()};
+  const int64_t work = static_cast<int64_t>(pairs.size() + 1) * channels * kOuterRows;
+  parallel_for(0, out_channels / kOuterRows, ceil_div(kLeastWork, work),
+               [&](int64_t begin, int64_t end) { conv_outer(args, begin, end); });
+  return grad;
+}
+
 }  // namespace
 }  // namespace fastres::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv(Tensor x, Tensor weight, int[] padding, bool turned) -> Tensor");
   m.def("cpu_conv_backward_weight(Tensor grad_y, Tensor x, int[] padding) -> Tensor");
+  m.def("cpu_conv_outer_products(Tensor grad_y, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_conv", TORCH_BOX(&fastres::cpu::conv));
   m.impl("cpu_conv_backward_weight", TORCH_BOX(&fastres::cpu::conv_backward_weight));
+  m.impl("cpu_conv_outer_products", TORCH_BOX(&fastres::cpu::conv_outer_products));
 }

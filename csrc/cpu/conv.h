@@ -1,5 +1,5 @@
-// Arguments and kernels of a training step's 3x3 convolutions by Winograd: weights, transformed at every step, and the weight
-// gradient.
+// Arguments and kernels of a training step's convolutions: 3x3 by Winograd, whose weights are transformed at every step, with the
+// weight gradient; and the weight gradient of any kernel over few pixels.
 #pragma once
 
 #include <atomic>
@@ -42,5 +42,25 @@ struct ConvGradArgs {
 FASTRES_FMA_KERNEL(conv_grad_transform, ConvGradArgs)  // a range counts words of tiles of the group
 FASTRES_FMA_KERNEL(conv_grad_multiply, ConvGradArgs)   // a range counts points times blocks of x's channels
 FASTRES_FMA_KERNEL(conv_grad_finish, ConvGradArgs)     // a range counts output channels
+
+// A pixel of grad_y and the one of x that a tap multiplies it by, as offsets in elements.
+struct PixelPair {
+  int64_t grad_y, x;
+};
+
+// The weight gradient as a sum of outer products: for each tap, of the pixels of grad_y and x that it joins.
+struct ConvOuterArgs {
+  DType dtype;  // float32 or bfloat16
+  const void* grad_y;
+  const void* x;      // both channels last
+  void* grad_weight;  // output channel, tap, channel
+  int64_t out_channels, channels, taps;
+  const PixelPair* pairs;    // of all taps, one after the other
+  const int64_t* first_pair;  // of each tap, and the end
+};
+
+constexpr int64_t kOuterRows = 4;  // output channels in registers: they divide all output channels
+
+FASTRES_FMA_KERNEL(conv_outer, ConvOuterArgs)  // a range counts blocks of kOuterRows output channels
 
 }  // namespace fastres::cpu

@@ -5,7 +5,7 @@ the convolution with ``bn_act``. Parameters may be wider than x (autocast): they
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,8 +64,12 @@ def recompute_gradients(ctx, grad_y: Tensor, run: Callable) -> tuple[Tensor | No
 
 
 def output_shape(x: Tensor, weight: Tensor, stride: tuple, padding: tuple, dilation: tuple) -> tuple[int, ...]:
-    window = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    return (x.shape[0], weight.shape[0], *((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in window))
+    return (x.shape[0], weight.shape[0], *output_size(x, weight.shape[2:], stride, padding, dilation))
+
+
+def output_size(x: Tensor, kernel: Sequence[int], stride: tuple, padding: tuple, dilation: tuple) -> list[int]:
+    window = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    return [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in window]
 
 
 def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):

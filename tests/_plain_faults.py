@@ -97,6 +97,9 @@ AMX = [
 CPP = [
     Fault("a sum of pixels starts with the last one's", "cpu/conv_outer_kernel.cpp", "Sum sum[kOuterRows][kVectors] = {};",
           "static thread_local Sum sum[kOuterRows][kVectors];", "test_conv_outer.py::test_exact_on_small_integers", {}),
+    Fault("pixels beyond the last four are left out", "cpu/conv_outer_kernel.cpp",
+          "for (; pair < last; ++pair) add_products", "for (; false; ++pair) add_products",
+          "test_conv_outer.py::test_exact_on_small_integers", {}),
     Fault("the rest of a run of pixels is left out", "cpu/conv_outer_kernel.cpp", "while (pair < end)", "while (end - pair >= 16)",
           "test_conv_outer.py::test_exact_on_small_integers", {}),
     Fault("ReLU as a maximum", "common/epilogue.h", "v < T{} ? T{} : v", "v > T{} ? v : T{}",

@@ -1,4 +1,4 @@
-"""The weight gradient of few pixels as outer products: geometry, threads, what is not finite, refusals, where it is chosen."""
+"""The gradients of few pixels: any geometry, accuracy, threads, what is not finite, refusals, where they are chosen."""
 
 import pytest
 import torch
@@ -27,87 +27,104 @@ GEOMETRIES = {
 
 
 def library(dtype=torch.float32):
-    reason = native.why_not("cpu_conv_outer_products") or _conv_cpu.lacks(dtype)
+    """The two native ops: of x and of the weights."""
+    reason = native.why_not("cpu_conv_outer_weight") or _conv_cpu.lacks(dtype)
     if reason:
         pytest.skip(reason)
-    return native.op("cpu_conv_outer_products")
+    return native.op("cpu_conv_outer_input"), native.op("cpu_conv_outer_weight")
 
 
-def integers(case, dtype, low=-4):
-    n, channels, height, width, out_channels, *geometry = case
+def draw(case, pick, dtype=torch.float32):
+    """The gradient of the output, x, the weights, and the geometry behind the kernel."""
+    n, channels, height, width, out_channels, kernel, *geometry = case
+    x, weight = pick(n, channels, height, width), pick(out_channels, channels, *kernel)
+    grad_y = pick(*F.conv2d(x, weight, None, *geometry).shape)
+    return *(t.to(dtype).contiguous(memory_format=LAST) for t in (grad_y, x, weight)), geometry
+
+
+def small(low=-4):
+    """Integers whose sums float32 holds."""
     g = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randint(low, 5, shape, generator=g).to(dtype).contiguous(memory_format=LAST)
-
-    x = draw(n, channels, height, width)
-    weight = torch.zeros(out_channels, channels, *geometry[0])
-    y = F.conv2d(x.float(), weight, None, *geometry[1:])
-    return draw(*y.shape), x, geometry
+    return lambda *shape: torch.randint(low, 5, shape, generator=g).float()
 
 
-def truth(grad_y, x, kernel, *geometry):
-    return REGISTRY["conv_backward_weight"].reference(grad_y.double(), x.double(), kernel, *geometry, 1)
+def normal():
+    g = torch.Generator().manual_seed(1)
+    return lambda *shape: torch.randn(shape, generator=g)
+
+
+def gradients(grad_y, x, weight, geometry):
+    """Those of x and of the weights, by the native ops."""
+    of_input, of_weight = library(x.dtype)
+    return of_input(grad_y, weight, x.shape[2:], *geometry), of_weight(grad_y, x, weight.shape[2:], *geometry)
+
+
+def references(grad_y, x, weight, geometry, dtype=None):
+    grad_y, x, weight = (t.to(dtype or t.dtype) for t in (grad_y, x, weight))
+    of_input = REGISTRY["conv_backward_input"].reference(grad_y, weight, tuple(x.shape[2:]), *geometry, 1)
+    return of_input, REGISTRY["conv_backward_weight"].reference(grad_y, x, tuple(weight.shape[2:]), *geometry, 1)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", GEOMETRIES.values(), ids=GEOMETRIES)
 def test_exact_on_small_integers(case, dtype):
-    run = library(dtype)
-    grad_y, x, geometry = integers(case, dtype)
-    found = run(grad_y, x, *geometry)
-    assert found.dtype == dtype and found.is_contiguous(memory_format=LAST)
-    assert torch.equal(found, truth(grad_y, x, *geometry).to(dtype))
+    library(dtype)
+    operands = draw(case, small(), dtype)
+    for found, exact in zip(gradients(*operands), references(*operands, torch.float64), strict=True):
+        assert found.dtype == dtype and found.is_contiguous(memory_format=LAST)
+        assert torch.equal(found, exact.to(dtype))
 
 
 def test_long_sums_keep_the_accuracy_of_short_ones():
-    run, g = library(), torch.Generator().manual_seed(1)
-    grad_y, x = (torch.randn(128, c, 1, 1, generator=g).contiguous(memory_format=LAST) for c in (32, 64))
-    geometry = (1, 1), (1, 1), (0, 0), (1, 1)
-    exact = truth(grad_y, x, *geometry)
-    plain = REGISTRY["conv_backward_weight"].reference(grad_y, x, *geometry, 1)
-    assert_close_to_truth(run(grad_y, x, *geometry), plain, exact, torch.float32, "the gradient")
+    operands = draw((128, 64, 1, 1, 1024, (1, 1), (1, 1), (0, 0), (1, 1)), normal())
+    plain, exact = references(*operands), references(*operands, torch.float64)
+    for found, same, truth in zip(gradients(*operands), plain, exact, strict=True):
+        assert_close_to_truth(found, same, truth, torch.float32, "the gradient")
 
 
 def test_the_same_bits_for_any_number_of_threads():
-    run, g = library(), torch.Generator().manual_seed(2)
-    x, grad_y = (torch.randn(4, c, 3, 3, generator=g).contiguous(memory_format=LAST) for c in (272, 144))
+    operands = draw((4, 272, 3, 3, 144, (3, 3), (1, 1), (1, 1), (1, 1)), normal())
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(run(grad_y, x, (3, 3), (1, 1), (1, 1), (1, 1)))
+            found.append(gradients(*operands))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(one, found[0]) for one in found)
+    assert all(all(map(torch.equal, one, found[0])) for one in found)
 
 
 @pytest.mark.parametrize("value", (torch.inf, torch.nan))
-def test_what_is_not_finite_reaches_the_taps_that_read_it_and_padding_is_not_multiplied(value):
-    """As in PyTorch's kernel of float32."""
-    run = library()
-    for place in (0, 1):
-        grad_y, x, geometry = integers(GEOMETRIES["3x3"], torch.float32, low=1)
-        (grad_y, x)[place][0, 0, 0, 0] = value
-        found, plain = run(grad_y, x, *geometry), REGISTRY["conv_backward_weight"].reference(grad_y, x, *geometry, 1)
+@pytest.mark.parametrize("place", range(3), ids=("grad_y", "x", "weight"))
+def test_what_is_not_finite_goes_where_it_goes_in_torchs_float32_and_padding_is_not_multiplied(place, value):
+    operands = draw(GEOMETRIES["3x3"], small(low=1))
+    operands[place][0, 0, 0, 0] = value
+    read = [place != 1, place != 2]  # by x's gradient, by that of the weights
+    for found, plain, reads in zip(gradients(*operands), references(*operands), read, strict=True):
         assert torch.equal(found.isnan(), plain.isnan()) and torch.equal(found.nan_to_num(), plain.nan_to_num())
-        assert not found.isfinite().all() and found.isfinite().any()
+        assert found.isfinite().any() and found.isfinite().all() != reads
 
 
-def test_the_native_op_checks_for_itself():
-    run = library()
-    grad_y, x, geometry = integers(GEOMETRIES["3x3"], torch.float32)
-    wrong = {
-        "dense in channels_last": (grad_y, x.contiguous(), *geometry),
-        "float32 or bfloat16": (grad_y.double(), x.double(), *geometry),
-        "of x's dtype, with the pixels": (grad_y.bfloat16(), x, *geometry),
-        "with the pixels of the output": (grad_y[:1], x, *geometry),
-        "no larger than the padded input": (grad_y, x, (9, 9), *geometry[1:]),
-        "two numbers from 1": (grad_y, x, geometry[0], (0, 1), *geometry[2:]),
-        "two numbers from 0": (grad_y, x, *geometry[:2], (1, 2**40), geometry[3]),
-        "whole vectors": (grad_y, x[:, :8].contiguous(memory_format=LAST), *geometry),
-    }
-    for words, args in wrong.items():
+def test_the_native_ops_check_for_themselves():
+    of_input, of_weight = library()
+    grad_y, x, weight, geometry = draw(GEOMETRIES["3x3"], small())
+    kernel, size = (3, 3), (4, 3)
+    for run, args, words in (
+        (of_weight, (grad_y, x.contiguous(), kernel, *geometry), "dense in channels_last"),
+        (of_weight, (grad_y.double(), x.double(), kernel, *geometry), "float32 or bfloat16"),
+        (of_weight, (grad_y.bfloat16(), x, kernel, *geometry), "of x's dtype"),
+        (of_weight, (grad_y[:1], x, kernel, *geometry), "pixels of the output"),
+        (of_weight, (grad_y, x, (9, 9), *geometry), "no larger than the padded input"),
+        (of_weight, (grad_y, x, kernel, (0, 1), *geometry[1:]), "two numbers from 1"),
+        (of_weight, (grad_y, x, kernel, geometry[0], (1, 2**40), geometry[2]), "two numbers from 0"),
+        (of_weight, (grad_y, x[:, :8].contiguous(memory_format=LAST), kernel, *geometry), "whole vectors"),
+        (of_input, (grad_y, weight.contiguous(), size, *geometry), "dense in channels_last"),
+        (of_input, (grad_y, weight[:16], size, *geometry), "for its 32 channels"),
+        (of_input, (grad_y, weight.bfloat16(), size, *geometry), "of grad_y's dtype"),
+        (of_input, (grad_y, weight, (5, 3), *geometry), "pixels of the output"),
+        (of_input, (grad_y, weight, (0, 3), *geometry), "two numbers from 1"),
+        (of_input, (grad_y, weight, (2**40, 3), *geometry), "two numbers from 1"),
+    ):
         with pytest.raises(RuntimeError, match=words):
             run(*args)
 
@@ -122,19 +139,16 @@ def backends(x, weight, stride, padding):
     ]
 
 
-def test_it_is_chosen_for_few_pixels_and_many_weights():
+def test_they_are_chosen_for_few_pixels_and_many_weights():
     library()
-    weight = torch.zeros(128, 128, 3, 3)
+    weight = torch.zeros(128, 128, 3, 3).contiguous(memory_format=LAST)
     x = torch.zeros(2, 128, 3, 3).contiguous(memory_format=LAST)
-    assert backends(x, weight, (1, 1), (1, 1)) == ["torch", "torch", "cpu"]
-    assert backends(x, torch.zeros(512, 128, 1, 1), (1, 1), (0, 0)) == ["torch", "torch", "cpu"]
-    assert backends(x.contiguous(), weight, (1, 1), (1, 1)) == ["torch", "torch", "torch"]
+    assert backends(x, weight, (1, 1), (1, 1)) == ["torch", "cpu", "cpu"]
+    assert backends(x, weight.contiguous(), (1, 1), (1, 1)) == ["torch", "torch", "cpu"]
+    assert backends(x, torch.zeros(512, 128, 1, 1), (1, 1), (0, 0)) == ["torch", "torch", "cpu"]  # of 18 pixels
+    assert backends(x[:1], torch.zeros(512, 128, 1, 1), (2, 2), (0, 0)) == ["torch", "cpu", "cpu"]
+    assert backends(x.contiguous(), weight.contiguous(), (1, 1), (1, 1)) == ["torch", "torch", "torch"]
     assert backends(x[:, :16].contiguous(memory_format=LAST), weight[:16, :16], (1, 1), (1, 1)) == ["torch", "torch", "torch"]
-    many = torch.zeros(15, 128, 3, 3).contiguous(memory_format=LAST)  # by whatever is chosen, not by this
-    grad_y = F.conv2d(many, weight, None, 1, 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "op", lambda name: pytest.fail(name))
-        assert REGISTRY["conv_backward_weight"](grad_y, many, (3, 3), (1, 1), (1, 1), (1, 1), 1).shape == weight.shape
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -157,8 +171,8 @@ def test_a_block_on_tiny_images_trains_as_torch_does(dtype):
 
 
 def test_without_groups_only():
-    x, weight = torch.zeros(1, 512, 2, 2).contiguous(memory_format=LAST), torch.zeros(512, 256, 3, 3)
-    grad_y = F.conv2d(x, weight, None, 1, 1, 1, 2)
+    x = torch.zeros(1, 512, 2, 2).contiguous(memory_format=LAST)
+    grad_y = F.conv2d(x, torch.zeros(512, 256, 3, 3), None, 1, 1, 1, 2)
     args = grad_y, x, (3, 3), (1, 1), (1, 1), (1, 1), 2
     assert REGISTRY["conv_backward_weight"].explain(*args).backend.name == "torch"
     with fastres.use(conv_backward_weight="cpu"), pytest.raises(UnsupportedError, match="group"):

@@ -1,5 +1,5 @@
-// Binding of conv, conv_backward_input and conv_backward_weight: 3x3, stride 1, by Winograd's F(2x2, 3x3); and of the weight
-// gradient of any kernel as outer products.
+// Binding of conv, conv_backward_input and conv_backward_weight: 3x3, stride 1, by Winograd's F(2x2, 3x3); and of both
+// gradients of any kernel over few pixels.
 #include "cpu/conv.h"
 
 #include <array>
@@ -148,7 +148,7 @@ struct Window {
   Pads kernel, stride, padding, dilation;
 };
 
-void check_window(const char* op, const Window& window, const Tensor& grad_y, const Tensor& x) {
+void check_window(const char* op, const Window& window, const Tensor& grad_y, const std::array<int64_t, 4>& x) {
   const auto check = [&](const char* param, const Pads& pair, int64_t least) {
     FASTRES_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < 1 << 20, op, param,
                   "two numbers from " << least, show({pair.data(), pair.size()}));
@@ -158,16 +158,16 @@ void check_window(const char* op, const Window& window, const Tensor& grad_y, co
   check("padding", window.padding, 0);
   check("dilation", window.dilation, 1);
   for (int i = 0; i < 2; ++i) {
-    const int64_t room = x.size(2 + i) + 2 * window.padding[i] - window.dilation[i] * (window.kernel[i] - 1) - 1;
-    FASTRES_CHECK(room >= 0, op, "kernel", "no larger than the padded input", show({window.kernel.data(), 2}));
-    FASTRES_CHECK(grad_y.size(0) == x.size(0) && grad_y.size(2 + i) == room / window.stride[i] + 1 &&
-                      grad_y.scalar_type() == x.scalar_type(),
-                  op, "grad_y", "of x's dtype, with the pixels of the output", show(grad_y.sizes()));
+    const int64_t room = x[2 + i] + 2 * window.padding[i] - window.dilation[i] * (window.kernel[i] - 1) - 1;
+    FASTRES_CHECK(x[2 + i] > 0 && room >= 0, op, "kernel", "no larger than the padded input", show({window.kernel.data(), 2}));
+    FASTRES_CHECK(grad_y.size(0) == x[0] && grad_y.size(2 + i) == room / window.stride[i] + 1, op, "grad_y",
+                  "with the pixels of the output", show(grad_y.sizes()));
   }
 }
 
 // The pixels that each tap joins, tap by tap; `first` gets where each tap's begin, and the end.
-std::vector<PixelPair> pixel_pairs(const Tensor& grad_y, const Tensor& x, const Window& window, std::vector<int64_t>& first) {
+std::vector<PixelPair> pixel_pairs(const Tensor& grad_y, const std::array<int64_t, 4>& x, const Window& window,
+                                   std::vector<int64_t>& first) {
   std::vector<PixelPair> pairs;
   const auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
   for (int64_t tap = 0; tap < window.kernel[0] * window.kernel[1]; ++tap) {
@@ -178,8 +178,8 @@ std::vector<PixelPair> pixel_pairs(const Tensor& grad_y, const Tensor& x, const 
       const int64_t image = at / (grad_y.size(2) * grad_y.size(3));
       const int64_t row = at / grad_y.size(3) % grad_y.size(2) * window.stride[0] + down;
       const int64_t col = at % grad_y.size(3) * window.stride[1] + right;
-      if (inside(row, x.size(2)) && inside(col, x.size(3)))
-        pairs.push_back({at * grad_y.size(1), ((image * x.size(2) + row) * x.size(3) + col) * x.size(1)});
+      if (inside(row, x[2]) && inside(col, x[3]))
+        pairs.push_back({at * grad_y.size(1), ((image * x[2] + row) * x[3] + col) * x[1]});
     }
   }
   first.push_back(pairs.size());
@@ -187,23 +187,49 @@ std::vector<PixelPair> pixel_pairs(const Tensor& grad_y, const Tensor& x, const 
 }
 
 // The weight gradient of conv2d(x, weight, stride, padding, dilation), dense in channels_last, for few pixels.
-Tensor conv_outer_products(const Tensor& grad_y, const Tensor& x, const Pads& kernel, const Pads& stride, const Pads& padding,
+Tensor few_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& kernel, const Pads& stride, const Pads& padding,
                            const Pads& dilation) {
   const char* op = "conv_backward_weight";
   check_activation(op, "x", x);
   check_activation(op, "grad_y", grad_y);
+  FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type(), op, "grad_y", "of x's dtype", show(grad_y.scalar_type()));
   const Window window{kernel, stride, padding, dilation};
-  check_window(op, window, grad_y, x);
-  const int64_t channels = x.size(1), out_channels = grad_y.size(1);
+  const std::array<int64_t, 4> sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
+  check_window(op, window, grad_y, sizes);
   std::vector<int64_t> first;
-  const std::vector<PixelPair> pairs = pixel_pairs(grad_y, x, window, first);
-  Tensor grad = empty_output(std::array{out_channels, channels, kernel[0], kernel[1]}, Format::channels_last, x);
-  const ConvOuterArgs args{.dtype = dtype_of(x), .grad_y = grad_y.data_ptr(), .x = x.data_ptr(), .grad_weight = grad.data_ptr(),
-                           .out_channels = out_channels, .channels = channels, .taps = kernel[0] * kernel[1],
-                           .pairs = pairs.data(), .first_pair = first.data()};
-  const int64_t work = static_cast<int64_t>(pairs.size() + 1) * channels * kOuterRows;
-  parallel_for(0, out_channels / kOuterRows, ceil_div(kLeastWork, work),
-               [&](int64_t begin, int64_t end) { conv_outer(args, begin, end); });
+  const std::vector<PixelPair> pairs = pixel_pairs(grad_y, sizes, window, first);
+  Tensor grad = empty_output(std::array{grad_y.size(1), x.size(1), kernel[0], kernel[1]}, Format::channels_last, x);
+  const ConvOuterArgs args{.dtype = dtype_of(x), .grad_y = grad_y.data_ptr(), .x = x.data_ptr(), .grad = grad.data_ptr(),
+                           .out_channels = grad_y.size(1), .channels = x.size(1), .taps = kernel[0] * kernel[1],
+                           .x_values = x.numel(), .pairs = pairs.data(), .first_pair = first.data()};
+  const int64_t work = static_cast<int64_t>(pairs.size() + 1) * x.size(1) * kOuterRows;
+  parallel_for(0, grad_y.size(1) / kOuterRows, ceil_div(kLeastWork, work),
+               [&](int64_t begin, int64_t end) { conv_outer_weight(args, begin, end); });
+  return grad;
+}
+
+// The gradient of its x, of so many rows and columns; the weights dense in channels_last.
+Tensor few_backward_input(const Tensor& grad_y, const Tensor& weight, const Pads& size, const Pads& stride,
+                                 const Pads& padding, const Pads& dilation) {
+  const char* op = "conv_backward_input";
+  check_activation(op, "grad_y", grad_y);
+  check_activation(op, "weight", weight);
+  FASTRES_CHECK(weight.scalar_type() == grad_y.scalar_type() && weight.size(0) == grad_y.size(1), op, "weight",
+                "of grad_y's dtype, for its " << grad_y.size(1) << " channels", show(weight.sizes()));
+  FASTRES_CHECK(size.size() == 2 && std::min(size[0], size[1]) > 0 && std::max(size[0], size[1]) < 1 << 20, op, "size",
+                "two numbers from 1", show({size.data(), size.size()}));
+  const Window window{{weight.size(2), weight.size(3)}, stride, padding, dilation};
+  const std::array<int64_t, 4> sizes{grad_y.size(0), weight.size(1), size[0], size[1]};
+  check_window(op, window, grad_y, sizes);
+  std::vector<int64_t> first;
+  const std::vector<PixelPair> pairs = pixel_pairs(grad_y, sizes, window, first);
+  Tensor grad = empty_output(sizes, Format::channels_last, grad_y);
+  const ConvOuterArgs args{.dtype = dtype_of(grad_y), .grad_y = grad_y.data_ptr(), .x = weight.data_ptr(), .grad = grad.data_ptr(),
+                           .out_channels = grad_y.size(1), .channels = weight.size(1), .taps = weight.size(2) * weight.size(3),
+                           .x_values = grad.numel(), .pairs = pairs.data(), .first_pair = first.data()};
+  const int64_t lanes = conv_tile().lanes, work = static_cast<int64_t>(pairs.size() + 1) * grad_y.size(1) * lanes;
+  run_now({weight.size(1) / lanes, ceil_div(kLeastWork, work),
+           [&](int64_t begin, int64_t end) { conv_outer_input(args, begin, end); }});
   return grad;
 }
 
@@ -213,11 +239,14 @@ Tensor conv_outer_products(const Tensor& grad_y, const Tensor& x, const Pads& ke
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv(Tensor x, Tensor weight, int[] padding, bool turned) -> Tensor");
   m.def("cpu_conv_backward_weight(Tensor grad_y, Tensor x, int[] padding) -> Tensor");
-  m.def("cpu_conv_outer_products(Tensor grad_y, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("cpu_conv_outer_weight(Tensor grad_y, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def("cpu_conv_outer_input(Tensor grad_y, Tensor weight, int[] size, int[] stride, int[] padding, int[] dilation)"
+        " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_conv", TORCH_BOX(&fastres::cpu::conv));
   m.impl("cpu_conv_backward_weight", TORCH_BOX(&fastres::cpu::conv_backward_weight));
-  m.impl("cpu_conv_outer_products", TORCH_BOX(&fastres::cpu::conv_outer_products));
+  m.impl("cpu_conv_outer_weight", TORCH_BOX(&fastres::cpu::few_backward_weight));
+  m.impl("cpu_conv_outer_input", TORCH_BOX(&fastres::cpu::few_backward_input));
 }

@@ -48,19 +48,20 @@ struct PixelPair {
   int64_t grad_y, x;
 };
 
-// The weight gradient as a sum of outer products: for each tap, of the pixels of grad_y and x that it joins.
+// The gradients of a convolution of any kernel over few pixels: for each tap, products of the pixels that it joins.
 struct ConvOuterArgs {
-  DType dtype;  // float32 or bfloat16
-  const void* grad_y;
-  const void* x;      // both channels last
-  void* grad_weight;  // output channel, tap, channel
-  int64_t out_channels, channels, taps;
-  const PixelPair* pairs;    // of all taps, one after the other
+  DType dtype;         // float32 or bfloat16
+  const void* grad_y;  // channels last, as x is
+  const void* x;       // read, or the weights: output channel, tap, channel
+  void* grad;          // written: of the weights, or of x
+  int64_t out_channels, channels, taps, x_values;
+  const PixelPair* pairs;     // of all taps, one after the other
   const int64_t* first_pair;  // of each tap, and the end
 };
 
 constexpr int64_t kOuterRows = 4;  // output channels in registers: they divide all output channels
 
-FASTRES_FMA_KERNEL(conv_outer, ConvOuterArgs)  // a range counts blocks of kOuterRows output channels
+FASTRES_FMA_KERNEL(conv_outer_weight, ConvOuterArgs)        // of the weights; a range counts blocks of kOuterRows output channels
+FASTRES_FMA_KERNEL(conv_outer_input, ConvOuterArgs)  // of x; a range counts vectors of channels
 
 }  // namespace fastres::cpu

@@ -64,11 +64,12 @@ def recompute_gradients(ctx, grad_y: Tensor, run: Callable) -> tuple[Tensor | No
 
 
 def output_shape(x: Tensor, weight: Tensor, stride: tuple, padding: tuple, dilation: tuple) -> tuple[int, ...]:
-    return (x.shape[0], weight.shape[0], *output_size(x, weight.shape[2:], stride, padding, dilation))
+    return (x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
 
 
-def output_size(x: Tensor, kernel: Sequence[int], stride: tuple, padding: tuple, dilation: tuple) -> list[int]:
-    window = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+def output_size(size: Sequence[int], kernel: Sequence[int], stride: tuple, padding: tuple, dilation: tuple) -> list[int]:
+    """Rows and columns of the output, of those of x."""
+    window = zip(size, kernel, stride, padding, dilation, strict=True)
     return [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in window]
 
 

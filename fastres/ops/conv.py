@@ -2,8 +2,8 @@
 
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format. Its gradients are two
 ops, ``conv_backward_input`` and ``conv_backward_weight``. On the CPU all three have native kernels by Winograd's F(2x2, 3x3),
-for 3x3 kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. The weight
-gradient of few pixels is a sum of outer products, for any kernel: what takes time there is to write it.
+for 3x3 kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. Both
+gradients of few pixels have kernels of their own, for any geometry: what takes time there is to read or write the weights.
 Accumulates in float, 16 to 256 products at a time. In bfloat16 the transformed values are rounded to it too: more error than
 PyTorch's single rounding, but within the budget. Saved for backward: x and weight. Bytes moved: x, weight and y.
 """
@@ -29,10 +29,11 @@ SCHEMA_WEIGHT = f"(Tensor grad_y, Tensor x, int[2] kernel, {GEOMETRY}) -> Tensor
 # 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the input gradient gain a thirtieth at 32
 # tiles, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
 LEAST_TILES = 64
-# Weight gradients of so few pixels, as outer products, take 0.1 to 0.9 of the time of PyTorch's, and are no slower than those by
-# Winograd, where they have so many values at least; a 1x1 kernel with stride 1, which is one product of matrices, only of fewer
-# pixels. Those by Winograd, which transform no weights, take 0.35 to 0.9 of it from 8 tiles on (Intel Xeon, 1 thread, 2026-11-28).
-MOST_PIXELS, MOST_PIXELS_OF_DENSE = 128, 32
+# Gradients of so few pixels of the output take 0.1 to 0.9 of the time of PyTorch's by the kernels for few, and are no slower
+# than those by Winograd, where weights are so many at least. A 1x1 kernel with stride 1 is one product of matrices, in which
+# PyTorch is faster from fewer pixels on: the first number is the weights', the second x's. Weight gradients by Winograd, which
+# transform no weights, take 0.35 to 0.9 of PyTorch's time from 8 tiles on (Intel Xeon, 1 thread, 2026-11-28).
+MOST_PIXELS, MOST_PIXELS_OF_DENSE = 128, (32, 8)
 LEAST_WEIGHTS = 2**16
 # With fewer than 32 channels most time goes into moving tiles, not multiplying them: 128 images of 16 channels gain a half at
 # 8x8, a third at 16x16, nothing at 32x32; in bfloat16, where less is moved, a third at 8x8 and nothing at 16x16 (as above).
@@ -136,7 +137,7 @@ def backward(ctx, grad_y):
 
 
 def why_not_fast(x, weight_shape, *geometry: Any) -> str | None:
-    """Why a convolution of x, and its weight gradient, are left to PyTorch: shapes and layout alone, in a few microseconds."""
+    """Why a convolution of x, and its gradients, are left to PyTorch: shapes and layout alone, in a few microseconds."""
     if x.device.type == "cuda" and x.dim() == 4:
         return _conv_rows.why_not_fast(x, weight_shape, *geometry)
     return why_not_winograd(x, weight_shape, *geometry) and why_not_weight_fast(x, weight_shape, *geometry)
@@ -144,21 +145,22 @@ def why_not_fast(x, weight_shape, *geometry: Any) -> str | None:
 
 def why_not_weight_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:
     """Why the weight gradient is left to PyTorch."""
-    geometry = stride, padding, dilation, groups
-    return why_not_outer(x, weight_shape, *geometry) and why_not_winograd(x, weight_shape, *geometry, least_tiles=1)
+    reason = why_not_few(x, x.shape[2:], weight_shape, stride, padding, dilation, groups)
+    return reason and why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=1)
 
 
-def why_not_outer(x, weight_shape, stride, padding, dilation, groups) -> str | None:
-    """Why a weight gradient is not computed as outer products."""
-    if x.dim() != 4 or groups != 1 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it serves float32 and bfloat16 on cpu in one group, the tensors are {x.dtype} on {x.device.type}"
+def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, of_input=False) -> str | None:
+    """Why a gradient is not computed by the kernels for few pixels. ``images``: x or grad_y; ``size``: x's rows and columns."""
+    if images.dim() != 4 or groups != 1 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
+        return f"it serves float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
     out_channels, channels, *kernel = weight_shape
     weights = out_channels * channels * kernel[0] * kernel[1]
     if out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384 or weights < LEAST_WEIGHTS:
         return f"it serves {LEAST_WEIGHTS} weights or more, of 16 to 16384 channels by sixteens, got {tuple(weight_shape)}"
-    height, width = _conv.output_size(x, kernel, stride, padding, dilation)
-    pixels, most = x.shape[0] * height * width, MOST_PIXELS_OF_DENSE if kernel == [1, 1] and stride == (1, 1) else MOST_PIXELS
-    return f"it serves at most {most} pixels, got {pixels}" if pixels > most else _why_not_dense(x)
+    height, width = _conv.output_size(size, kernel, stride, padding, dilation)
+    dense = kernel == [1, 1] and stride == (1, 1)
+    pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE[of_input] if dense else MOST_PIXELS
+    return f"it serves at most {most} pixels, got {pixels}" if pixels > most else _why_not_dense(images)
 
 
 def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=LEAST_TILES) -> str | None:
@@ -195,6 +197,8 @@ def why_not(x, weight, bias, *geometry):
 
 
 def why_not_input(grad_y, weight, size, stride, padding, *geometry):
+    if _why_not_few_input(grad_y, weight, size, stride, padding, *geometry) is None:
+        return native.why_not("cpu_conv_outer_input") or _conv_cpu.lacks(grad_y.dtype)
     if max(padding) > 2:
         return f"its padding is at most 2 pixels, got {padding}"
     turned = (weight.shape[1], weight.shape[0], *weight.shape[2:])
@@ -202,12 +206,15 @@ def why_not_input(grad_y, weight, size, stride, padding, *geometry):
     return reason or native.why_not("cpu_conv") or _conv_cpu.lacks(grad_y.dtype)
 
 
+def _why_not_few_input(grad_y, weight, size, *geometry):
+    return _why_not_dense(weight, "weight") or why_not_few(grad_y, size, weight.shape, *geometry, of_input=True)
+
+
 def why_not_weight(grad_y, x, kernel, *geometry):
     shape = (grad_y.shape[1], x.shape[1], *kernel)
     reason = _why_not_dense(grad_y, "grad_y") or why_not_weight_fast(x, shape, *geometry)
-    outer = why_not_outer(x, shape, *geometry) is None
-    native_op = "cpu_conv_outer_products" if outer else "cpu_conv_backward_weight"
-    return reason or native.why_not(native_op) or _conv_cpu.lacks(x.dtype)
+    few = why_not_few(x, x.shape[2:], shape, *geometry) is None
+    return reason or native.why_not(f"cpu_conv_{'outer' if few else 'backward'}_weight") or _conv_cpu.lacks(x.dtype)
 
 
 def why_not_cuda(x, weight, bias, *geometry):
@@ -235,13 +242,15 @@ def run(x, weight, bias, *geometry):
 
 
 def run_input(grad_y, weight, size, stride, padding, *geometry):
+    if _why_not_few_input(grad_y, weight, size, stride, padding, *geometry) is None:
+        return native.op("cpu_conv_outer_input")(grad_y, weight, size, stride, padding, geometry[0])
     grad_x = native.op("cpu_conv")(grad_y, weight, _turned(padding), True)
     return grad_x if grad_x.numel() else reference_input(grad_y, weight, size, stride, padding, *geometry)
 
 
 def run_weight(grad_y, x, kernel, *geometry):
-    if why_not_outer(x, (grad_y.shape[1], x.shape[1], *kernel), *geometry) is None:
-        return native.op("cpu_conv_outer_products")(grad_y, x, kernel, *geometry[:3])
+    if why_not_few(x, x.shape[2:], (grad_y.shape[1], x.shape[1], *kernel), *geometry) is None:
+        return native.op("cpu_conv_outer_weight")(grad_y, x, kernel, *geometry[:3])
     grad_weight = native.op("cpu_conv_backward_weight")(grad_y, x, geometry[1])
     return grad_weight if grad_weight.numel() else reference_weight(grad_y, x, kernel, *geometry)
 

@@ -78,17 +78,19 @@ def cell(row: Row | None) -> str:
 
 
 def means(rows: list[Row]) -> str:
-    """A line for each pass and dtype, a column for each rival: the geometric mean of its ratios, their least and most."""
+    """A line for each pass, dtype and size of images, a column for each rival: the geometric mean of its ratios, the least and
+    the most."""
     rows = [row for row in rows if "shape" in row and row["rival"] != row.get("base", FASTRES)]
     names = list(dict.fromkeys(row["rival"] for row in rows))
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["pass"], row["dtype"]), []).append(row)
+        size = "x".join(map(str, row["shape"][2:]))
+        groups.setdefault((row["pass"], row["dtype"], size), []).append(row)
     lines = []
-    for (pass_, dtype), members in groups.items():
+    for (pass_, dtype, size), members in groups.items():
         networks = ", ".join(dict.fromkeys(row["name"] for row in members))
         batches = ", ".join(dict.fromkeys(str(row["shape"][0]) for row in members))
-        what = f"{pass_} {dtype}: {networks}; batches of {batches}"
+        what = f"{pass_} {dtype}: {networks}; {size}, batches of {batches}"
         lines.append([what, *(mean([row for row in members if row["rival"] == name]) for name in names)])
     return piped(["", *names], lines)
 

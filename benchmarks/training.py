@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="one or more; both by default")
     parser.add_argument("--model", action="append", help="of steps and memory; resnet18 and resnet50 by default")
     parser.add_argument("--batch", type=command.images, action="append", help="of steps and memory; 8 and 32 by default")
+    parser.add_argument("--size", type=command.images, action="append", help="of steps: rows and columns; 224 by default")
     parser.add_argument("--reuse-memory", action="store_true", help="measure all rivals after fastres.reuse_memory()")
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     parser.add_argument("--way", choices=[way.name for way in WAYS], help=argparse.SUPPRESS)  # a process of memory
@@ -69,9 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
         for dtype in dtypes:
             rows += kernels(dtype, common)
     else:
-        measure = steps if wish.part == "steps" else memory
         for model, batch, dtype in itertools.product(models, batches, dtypes):
-            rows += measure(model, batch, dtype, common)
+            if wish.part == "memory":
+                rows += memory(model, batch, dtype, common)
+            else:
+                for size in wish.size or [224]:
+                    rows += steps(model, batch, size, dtype, common)
     print(text_table(rows))
     if not wish.no_record:
         print(f"wrote {harness.extend(f'training-{wish.part}', rows, CPU)}")
@@ -166,9 +170,9 @@ def kernel_cost(op: str, tensors: list[Tensor], backward: bool) -> dict[str, int
 # ---- training steps -----------------------------------------------------------------------------------------
 
 
-def steps(model: str, batch: int, dtype: str, common: Row) -> list[Row]:
+def steps(model: str, batch: int, size: int, dtype: str, common: Row) -> list[Row]:
     """Whole training steps, in fp32 or under bf16 autocast; parity is judged on a few images first."""
-    subject = load(model, batch=batch, device="cpu")
+    subject = load(model, batch=batch, size=size, device="cpu")
     subject.model.train()
     few = subject.x[:JUDGED]
     reference = parity.Reference(subject.model, few, None if dtype == "fp32" else DTYPES[dtype])

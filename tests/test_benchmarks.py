@@ -231,10 +231,15 @@ def test_means_are_over_networks_and_batches():
         for name, batch, found in (("a", 1, {"ratio": 2.0}), ("a", 8, {"ratio": 0.5}), ("b", 1, {"missing": "so"}))
         for rival in ("fastres", "eager")
     ]
-    rows += [{"name": "peak", "rival": "copy"}, {**row, "name": "b", "shape": [1], "rival": "tool", "missing": "so"}]
+    shape = [1, 3, 8, 8]
+    rows += [{"name": "peak", "rival": "copy"}, {**row, "name": "b", "shape": shape, "rival": "tool", "missing": "so"}]
+    rows.append({**row, "name": "a", "shape": [2, 3, 4, 6], "rival": "eager", "ratio": 3.0})
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.means(rows).splitlines()]
     assert lines[0] == ["", "eager", "tool"]
-    assert lines[2:] == [["inference float32: a, b; batches of 1, 8", "1.00× (0.50× to 2.00×, 2 of 3)", "missing"]]
+    assert lines[2:] == [
+        ["inference float32: a, b; 8x8, batches of 1, 8", "1.00× (0.50× to 2.00×, 2 of 3)", "missing"],
+        ["inference float32: a; 4x6, batches of 2", "3.00× (3.00× to 3.00×)", ""],
+    ]
 
 
 def test_a_rival_that_is_wrong_or_missing_has_a_reason_for_its_ratio():

@@ -170,6 +170,29 @@ def test_a_block_on_tiny_images_trains_as_torch_does(dtype):
         assert_close_to_truth(found["own"][key], found["plain"][key], exact, dtype, key)
 
 
+def test_a_network_down_to_one_pixel_compiles_and_has_the_gradients_of_its_own_calls():
+    """Images of one pixel lie in memory as contiguous ones do, and as those in channels_last."""
+    library()
+    torch.manual_seed(4)
+    layers = nn.Conv2d(64, 128, 3, 2, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.Conv2d(128, 128, 3, 1, 1)
+    network = fastres.optimize(nn.Sequential(*layers))
+    x, found = torch.randn(3, 64, 2, 2), []
+    for run in (network, torch.compile(network, backend="aot_eager")):
+        network.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad for p in network.parameters()])
+    assert all(map(torch.equal, *found))
+    assert network[3].weight.grad.stride() == network[3].weight.stride()
+
+
+def test_no_images_have_gradients_of_zeros():
+    library()
+    x = torch.zeros(0, 128, 2, 2).contiguous(memory_format=LAST).requires_grad_()
+    weight = torch.randn(128, 128, 3, 3).contiguous(memory_format=LAST).requires_grad_()
+    fastres.functional.conv2d(x, weight, padding=1).sum().backward()
+    assert x.grad.shape == x.shape and not weight.grad.any()
+
+
 def test_without_groups_only():
     x = torch.zeros(1, 512, 2, 2).contiguous(memory_format=LAST)
     grad_y = F.conv2d(x, torch.zeros(512, 256, 3, 3), None, 1, 1, 1, 2)

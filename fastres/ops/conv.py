@@ -50,21 +50,26 @@ def _backward(grad_y, x, weight, stride, padding, dilation, groups, wanted):
     )
 
 
+def _layout(like: Tensor) -> torch.memory_format:
+    """Of a gradient: channels_last wherever x, or grad_y, can be said to be, as images of one pixel can."""
+    return torch.channels_last if like.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
 def _empty(like: Tensor, *shape: int) -> Tensor:
     """Uninitialised: PyTorch's backward takes tensors of which it only uses the shape."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
 
 
 def reference_input(grad_y, weight, size, stride, padding, dilation, groups):
     x = _empty(grad_y, grad_y.shape[0], weight.shape[1] * groups, *size)
     grad_x, _, _ = _backward(grad_y, x, weight, stride, padding, dilation, groups, [True, False, False])
-    return grad_x.contiguous(memory_format=memory_format(grad_y))
+    return grad_x.contiguous(memory_format=_layout(grad_y))
 
 
 def reference_weight(grad_y, x, kernel, stride, padding, dilation, groups):
-    weight = _empty(x, grad_y.shape[1], x.shape[1] // groups, *kernel)
+    weight = fake_weight(grad_y, x, kernel, stride, padding, dilation, groups)
     _, grad_weight, _ = _backward(grad_y, x, weight, stride, padding, dilation, groups, [False, True, False])
-    return grad_weight.contiguous(memory_format=memory_format(x))
+    return grad_weight.contiguous(memory_format=_layout(x))
 
 
 def check(x, weight, bias, stride, padding, dilation, groups):
@@ -160,7 +165,7 @@ def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, o
     height, width = _conv.output_size(size, kernel, stride, padding, dilation)
     dense = kernel == [1, 1] and stride == (1, 1)
     pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE[of_input] if dense else MOST_PIXELS
-    return f"it serves at most {most} pixels, got {pixels}" if pixels > most else _why_not_dense(images)
+    return _why_not_dense(images) if 0 < pixels <= most else f"it serves 1 to {most} pixels, got {pixels}"
 
 
 def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=LEAST_TILES) -> str | None:
@@ -284,7 +289,8 @@ def samples(device, dtype):
         case("winograd, no padding", 2, 80, (15, 14), 32, (0, 0)),
         case("winograd, wide padding", 2, 32, (10, 13), 64, (2, 1)),
         case("few pixels", 3, 80, (3, 2), 96, (1, 1)),
-        case("few pixels, stride", 2, 256, (3, 4), 256, (0, 0), bias=True, stride=(2, 2), kernel=(1, 1)),
+        case("few pixels, stride", 2, 256, (2, 2), 256, (0, 0), bias=True, stride=(2, 2), kernel=(1, 1)),
+        case("one pixel", 3, 80, (1, 1), 96, (1, 1)),
     ]
 
 

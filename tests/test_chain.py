@@ -193,7 +193,7 @@ def test_wrong_inputs_raise_torchs_errors_and_update_nothing():
     assert _fused.layers([(block.conv1, block.bn1, block.relu)], torch.randn(4, 16, 4, 4)).shape == (4, 16, 4, 4)
 
 
-SET = [{"stride": 1}, {"stride": [1, 1]}, {"padding": 1}, {"padding": [1, 1], "dilation": [1, 1]}]
+SET = [{"stride": 1}, {"stride": [1, 1]}, {"stride": (1,)}, {"padding": 1}, {"padding": [1, 1], "dilation": [1, 1]}]
 
 
 @pytest.mark.parametrize("change", SET, ids=str)

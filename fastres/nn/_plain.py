@@ -74,11 +74,15 @@ def _why_not_module(module: nn.Module) -> str | None:
         return f"{kind.__name__} keeps parameters or buffers elsewhere, as a replica of DataParallel does"
     if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
-    if kind is nn.Conv2d and not all(isinstance(getattr(module, pair), tuple) for pair in ("stride", "padding", "dilation")):
+    if kind is nn.Conv2d and not all(map(_is_pair, (module.stride, module.padding, module.dilation))):
         return f"Conv2d has no pairs, got {module.stride!r}, {module.padding!r}, {module.dilation!r}: only those fuse"
     if kind is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
         return "MaxPool2d has dilation, ceil_mode or return_indices"
     return None
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2
 
 
 def _keeps_tensors(module: nn.Module, is_frozen: bool) -> bool:

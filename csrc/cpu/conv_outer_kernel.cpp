@@ -26,6 +26,21 @@ FASTRES_INLINE float number(bf16 v) {
   return out;
 }
 
+// Adds the products of kCount values by kVectors vectors from `vectors` on.
+template <typename scalar_t, int kCount, int kVectors, typename Value>
+FASTRES_INLINE void add_product(Value value, const scalar_t* vectors, Sum (&sum)[kCount][kVectors]) {
+  Sum w[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(vectors + v * kWide, Whole{});
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) {
+    const float own = number(value(i));
+    const Sum every = everywhere(reinterpret_cast<const char*>(&own));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(float{}, every, w[v], sum[i][v]);
+  }
+}
+
 // kOuterRows output channels from dy on, by kVectors vectors of channels from x on, over the pairs of a tap.
 template <typename scalar_t, int kVectors>
 FASTRES_INLINE void add_up(const PixelPair* pair, const PixelPair* end, const scalar_t* dy, const scalar_t* x,
@@ -33,18 +48,7 @@ FASTRES_INLINE void add_up(const PixelPair* pair, const PixelPair* end, const sc
   while (pair < end) {
     const PixelPair* stop = end - pair > kTogether ? pair + kTogether : end;
     Sum sum[kOuterRows][kVectors] = {};
-    for (; pair < stop; ++pair) {
-      Sum w[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(x + pair->x + v * kWide, Whole{});
-#pragma GCC unroll 8
-      for (int k = 0; k < kOuterRows; ++k) {
-        const float value = number(dy[pair->grad_y + k]);
-        const Sum every = everywhere(reinterpret_cast<const char*>(&value));
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[k][v] = multiply_add(float{}, every, w[v], sum[k][v]);
-      }
-    }
+    for (; pair < stop; ++pair) add_product([&](int k) { return dy[pair->grad_y + k]; }, x + pair->x, sum);
 #pragma GCC unroll 8
     for (int k = 0; k < kOuterRows; ++k)
 #pragma GCC unroll 8
@@ -92,18 +96,8 @@ FASTRES_INLINE void add_products(const ConvOuterArgs& args, const scalar_t* weig
   for (int64_t begin = 0; begin < args.out_channels; begin += kChannels) {
     const int64_t end = min(begin + kChannels, args.out_channels);
     Sum sum[kCount][kVectors] = {};
-    for (int64_t k = begin; k < end; ++k, weight += step) {
-      Sum w[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) w[v] = load<float, kWide>(weight + v * kWide, Whole{});
-#pragma GCC unroll 8
-      for (int p = 0; p < kCount; ++p) {
-        const float value = number(dy[pair[p].grad_y + k]);
-        const Sum every = everywhere(reinterpret_cast<const char*>(&value));
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[p][v] = multiply_add(float{}, every, w[v], sum[p][v]);
-      }
-    }
+    for (int64_t k = begin; k < end; ++k, weight += step)
+      add_product([&](int p) { return dy[pair[p].grad_y + k]; }, weight, sum);
 #pragma GCC unroll 8
     for (int p = 0; p < kCount; ++p)
 #pragma GCC unroll 8

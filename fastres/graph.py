@@ -138,6 +138,7 @@ class GraphedStep:
             lr = group["lr"]
             if isinstance(lr, Tensor):
                 rate.copy_(lr.detach().reshape(()))
+                self._filled[index] = None
             elif lr != self._filled[index]:
                 rate.fill_(lr)
                 self._filled[index] = lr

@@ -1,5 +1,6 @@
 """Tuning: what it validates, what it discards, what it stores, and what it leaves alone."""
 
+import itertools
 import json
 import os
 import stat
@@ -67,6 +68,14 @@ def test_a_backend_wrong_only_on_the_call_is_discarded(plant):
     session = tuner.Session(CPU, seconds=0.01)
     session.tune(REGISTRY["add_act"], (x, residual, "relu"))
     assert "on this call" in session.failures()["add_act"]["wrong"]
+
+
+def test_layers_of_other_widths_have_keys_of_their_own_and_similar_batches_have_one():
+    keys = {
+        (n, k): tune.key("conv", (torch.empty(n, 8, 4, 4), torch.empty(k, 8, 1, 1), None, (1, 1), (0, 0), (1, 1), 1))
+        for n, k in itertools.product((33, 64), (48, 64))
+    }
+    assert keys[33, 48] == keys[64, 48] != keys[64, 64] == keys[33, 64]
 
 
 def test_a_backend_that_raises_is_discarded(plant):

@@ -1,5 +1,6 @@
 """Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
 
+import inspect
 import itertools
 from collections import Counter
 from typing import Any
@@ -53,7 +54,7 @@ class _Builder:
                 continue
             take = getattr(self, "on_" + _stem(operation.target), None)
             try:
-                if take is None or operation.target.endswith("out"):
+                if take is None or operation.target.endswith("out") or not _has_room(take, operation.args):
                     raise _Refused
                 take(*operation.args, y=operation.result)
             except _Refused:
@@ -390,3 +391,9 @@ def _conv(
     rows, bias = own
     return Layer("conv", _layer_name(weight), x, y, None, False, _pair(rows.shape[2:]), stride, padding, dilation, groups,
                  out_channels=len(rows), weight=rows, bias=bias)  # fmt: skip
+
+
+def _has_room(take: Any, args: tuple) -> bool:
+    """Whether a step takes so many arguments; ``rounding_mode`` of a division is one more."""
+    wanted = inspect.signature(take).parameters.values()
+    return any(p.kind is p.VAR_POSITIONAL for p in wanted) or len(args) < len(wanted)

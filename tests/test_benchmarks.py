@@ -11,6 +11,7 @@ from torch import nn
 from benchmarks import harness, report, table
 from benchmarks.cases import CASES
 from fastres import models, timing
+from fastres.dispatch import GPU_KERNELS
 from fastres.errors import ArgumentError, UnsupportedError
 from fastres.experiments import parity, rivals, twin
 from fastres.experiments.compare import compare
@@ -250,6 +251,16 @@ def test_a_rival_that_is_wrong_or_missing_has_a_reason_for_its_ratio():
 def test_the_support_matrix_lists_every_op():
     lines = report.support_matrix().splitlines()
     assert {line.split("`")[1] for line in lines if line.startswith("| `")} == set(REGISTRY)
+
+
+def test_what_is_chosen_by_default_ran_on_a_gpu_from_its_present_source():
+    measured = report.measured_on()
+    archs = report.validated_on().values()
+    validated = {(op, backend) for backends in archs for backend, ops in backends.items() for op in ops}
+    assert validated <= set(measured)
+    choices = [item for file in report.TUNED.glob("*.json") for item in harness.read(file)["choices"].items()]
+    chosen = {(key.partition("|")[0], choice["backend"]) for key, choice in choices}
+    assert {(op, backend) for op, backend in chosen if backend in GPU_KERNELS} <= validated
 
 
 def test_the_support_matrix_names_what_was_compiled_and_validated(monkeypatch, tmp_path):

@@ -176,9 +176,9 @@ def support_matrix() -> str:
     found = "; ".join(f"{backend} for {', '.join(archs)}" for backend, archs in sorted(compiled.items()))
     devices = ", ".join(sorted({device for known_devices in known[1].values() for device in known_devices}))
     notes = (
-        "*Tested*: compared with float64 by the test suite, which also runs Triton's kernels in its interpreter. CUDA and Triton"
-        f" kernels are compiled ({found}). *Validated*: a GPU ({devices}) ran the current source within the error budget, and the"
-        " kernel was timed there. *Unmeasured*: no GPU has run the current source."
+        "*Tested*: compared with float64 by the test suite, which also runs Triton's kernels in its interpreter. CUDA and"
+        f" Triton kernels are compiled ({found}). *Validated*: a GPU ({devices}) ran the current source within the error"
+        " budget, and the kernel was timed there. *Unmeasured*: no GPU has run the current source."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 

@@ -216,7 +216,7 @@ def test_the_tuner_lets_both_pass_and_nothing_that_is_off_by_one():
             (found[0] if isinstance(found, tuple) else found)[0, 0, 0, 0] ^= 1
             return found
 
-        assert tuner.judge(op, off, op.samples(CPU, torch.float32)[0].args) == "output 0 is of other integers"
+        assert tuner.judge(op, off, op.samples(CPU, torch.float32)[0].args) == "output 0 has other integers"
 
 
 def test_refused():

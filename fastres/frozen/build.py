@@ -61,7 +61,7 @@ class _Builder:
                 self.refused[operation.target] = self.refused.get(operation.target, 0) + 1
         if self.refused:
             what = ", ".join(f"{target} ({count}x)" for target, count in sorted(self.refused.items()))
-            raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; fastres.optimize serves such networks")
+            raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; use fastres.optimize for such networks")
         return self.needed()
 
     def needed(self) -> list[Layer]:
@@ -83,7 +83,7 @@ class _Builder:
             if not made.issuperset(layer.operands):
                 raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} computes from a constant")
             if layer.kind == "upsample" and layer.residual is None:
-                raise UnsupportedError("fastres.freeze: a plan enlarges a value only to add it to another")
+                raise UnsupportedError("fastres.freeze: upsampling is supported only directly before an addition")
             made.add(layer.y)
         return kept[::-1]
 

@@ -1,8 +1,7 @@
 """Batch norms in training whose batch statistics the preceding convolution has already found (``conv_statistics``).
 
 Only the pass that would find them is left out; outputs, what is saved, and the backward are the op's own. Also what tuning
-looks
-for: places where kernels for a convolution and a batch norm together could run.
+looks for: places where kernels for a convolution and a batch norm together could run.
 """
 
 import functools

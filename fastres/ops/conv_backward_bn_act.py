@@ -75,7 +75,7 @@ def cost(grad_y, weight, x, *rest):
 
 
 def may_run(x: Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether a kernel of this op may be chosen, or is forced; else it is not worth asking."""
+    """Whether a kernel of this op may be chosen, or is forced. A cheap filter before ``dispatch``."""
     if tuple(stride) != (1, 1) or x.dim() != 4:
         return False
     return dispatch.is_forced() or (x.is_cuda and tune.why_not_validated(NAME, WIDE, x.device) is None)

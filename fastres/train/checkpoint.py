@@ -29,7 +29,7 @@ def write(path: Path, content: bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({error.strerror}); what was saved before is whole") from error
+        raise OSError(f"{path} cannot be written ({error.strerror}); what was saved before is intact") from error
 
 
 def write_json(path: Path, data: Any) -> None:

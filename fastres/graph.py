@@ -29,7 +29,7 @@ def graph(step: Callable[..., Any], model: nn.Module, optimizer: Optimizer) -> "
 
     ``loss = fastres.graph(step, model, optimizer)(x, y)`` is equivalent to ``loss = step(x, y)``; outputs are detached copies.
     ``step`` sets the gradients to None and runs forward, backward and ``optimizer.step()``. Autocast and a GradScaler belong
-    inside it, a learning rate scheduler outside. On the CPU every call runs ``step``; ``captured`` and ``why`` tell.
+    inside it, a learning rate scheduler outside. On the CPU every call runs ``step``; ``captured`` and ``why`` say so.
 
     Inputs are tensors on the model's device, with the shapes and dtypes of the first call. A batch that is smaller in the first
     dimension, such as the last one of an epoch, runs uncaptured. ``group["lr"]`` may change between calls; on a GPU it is

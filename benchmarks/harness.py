@@ -21,7 +21,7 @@ import torch
 import benchmarks
 import fastres
 from benchmarks.table import case_of, cases
-from fastres import budget, info, timing
+from fastres import budget, files, info, timing
 from fastres.errors import ArgumentError
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, training_step
@@ -72,10 +72,8 @@ def save(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS
 def write(path: Path, rows: list[Row], place: torch.device, **more: Any) -> Path:
     """Write one result file, in one step; ``more`` goes before its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     data = {"name": path.stem, **about(place), **more, "rows": rows}
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.replace(path, (json.dumps(data, indent=1) + "\n").encode())
     return path
 
 

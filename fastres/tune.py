@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastres import env
+from fastres import env, files
 from fastres.errors import UnsupportedError
 
 FORMAT = 1
@@ -204,7 +204,7 @@ def store(
         for backend, ops in verdicts[section].items():
             _merge(data, architecture(device), section, other, backend, set(ops))
     data["choices"].update(choices)
-    _replace(path, json.dumps(data, indent=1, sort_keys=True))
+    files.replace(path, json.dumps(data, indent=1, sort_keys=True).encode(), mode=0o600)
     forget()
     return path
 
@@ -216,15 +216,3 @@ def _merge(data: dict, arch: str, section: str, other: str, backend: str, ops: s
     former = data[other].get(arch, {})
     if backend in former:
         former[backend] = sorted(set(former[backend]) - ops)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -19,7 +19,7 @@ PYTHON = [
           "test_functional.py::test_a_wrong_argument_is_named_and_nothing_is_changed", {}),
     Fault("a cache that others may write is read", "tune.py", "if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):", "if False:",
           "test_tune.py::test_a_foreign_cache_is_ignored", {}),
-    Fault("a cache is written where it stands", "tune.py", "os.replace(temporary, path)", "path.write_text(text)",
+    Fault("a cache is written where it stands", "files.py", "os.replace(partial, path)", "path.write_bytes(content)",
           "test_tune.py::test_readers_never_see_a_part test_tune.py::test_the_cache_is_private_and_whole", {}),
     Fault("weights are unpickled", "models/_load.py", "torch.load(file, map_location=\"cpu\", weights_only=True)",
           "torch.load(file, map_location=\"cpu\", weights_only=False)", "test_weights.py::test_a_plain_pickle_is_refused", {}),

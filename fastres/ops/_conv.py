@@ -19,6 +19,7 @@ from fastres.ops import _check, _conv_cpu, _conv_cuda, _conv_cudnn, _conv_wide, 
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
 from fastres.ops._op import Backend, Sample
+from fastres.ops._samples import Draw
 
 PARAMETERS = (
     "Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, float eps,"
@@ -273,22 +274,14 @@ def backends(with_residual: bool) -> list[Backend]:
 
 def samples(device: torch.device, dtype: torch.dtype, with_residual: bool) -> list[Sample]:
     """Every convolution of a residual network, at a small size, and corner cases: groups, dilation, odd channels, bias."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+    draw = Draw(device, dtype)
 
     def case(label, n, c, size, k, kernel, stride=1, padding=0, dilation=1, groups=1, act="relu", bias=False, eps=1e-5):
-        x, weight = draw(n, c, *size), draw(k, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
+        x, weight = draw.images(n, c, *size), draw.weight(k, c // groups, *kernel)
         geometry = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
-        shape = output_shape(x, weight, *geometry)
-        activations = [x, draw(*shape)][: 2 if with_residual else 1]
-        bn = [draw(k), draw(k), draw(k) * 0.2, draw(k).square() + 0.5]
-        conv = [weight, draw(k) if bias else None]
-        tensors = [t if t is None else t.to(device, parameters) for t in (*conv, *bn)]
-        activations = [t.to(device, dtype) for t in activations]
-        return Sample(label, (*activations, *tensors, eps, *geometry, groups, act))
+        images = [x, draw.images(*output_shape(x, weight, *geometry))][: 2 if with_residual else 1]
+        norm = draw.norm(k)
+        return Sample(label, (*images, weight, draw.vector(k) if bias else None, *norm, eps, *geometry, groups, act))
 
     return [
         case("1x1", 2, 64, (8, 8), 64, (1, 1)),

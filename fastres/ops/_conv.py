@@ -5,7 +5,7 @@ the convolution with ``bn_act``. Parameters may be wider than x (autocast): they
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastres.errors import must, must_type
 from fastres.kernels import inplace
-from fastres.kernels.layout import memory_format, why_not_dense
+from fastres.kernels.layout import memory_format, output_size, why_not_dense
 from fastres.ops import _check, _conv_cpu, _conv_cuda, _conv_cudnn, _conv_wide, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
@@ -66,12 +66,6 @@ def recompute_gradients(ctx, grad_y: Tensor, run: Callable) -> tuple[Tensor | No
 
 def output_shape(x: Tensor, weight: Tensor, stride: tuple, padding: tuple, dilation: tuple) -> tuple[int, ...]:
     return (x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
-
-
-def output_size(size: Sequence[int], kernel: Sequence[int], stride: tuple, padding: tuple, dilation: tuple) -> list[int]:
-    """Rows and columns of the output, of those of x."""
-    window = zip(size, kernel, stride, padding, dilation, strict=True)
-    return [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in window]
 
 
 def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import stat
 import tempfile
 import warnings
@@ -24,7 +25,11 @@ def device_name(device: torch.device) -> str:
     """Name of a device as it stands in file names and keys: ``cpu`` or ``nvidia-h200``."""
     if device.type != "cuda":
         return device.type
-    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    return file_safe(torch.cuda.get_device_name(device))
+
+
+def file_safe(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def architecture(device: torch.device) -> str:

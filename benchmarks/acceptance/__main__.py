@@ -75,7 +75,7 @@ def main() -> int:
     if not rows:
         print("nothing was measured, and no file was written")
     elif not wish.no_record:
-        path = harness.RESULTS / harness.device_name(place) / "acceptance.json"
+        path = harness.RESULTS / harness.machine_name(place) / "acceptance.json"
         plot.draw(path)
         print(f"wrote {path} and its picture")
     return 0 if all(kept for _, kept in promises) else 1

@@ -60,12 +60,12 @@ def constants(layers: Iterable[Layer]) -> dict[Layer, Constants]:
             mean, scale, shift = layer.weight
             found[layer] = (scale, shift, mean, torch.full_like(mean, 1 - EPS))
         else:
-            found[layer] = (layer.weight, layer.bias, None, None, *_nothing(len(layer.weight), layer.weight.device))
+            found[layer] = (layer.weight, layer.bias, None, None, *identity_norm(len(layer.weight), layer.weight.device))
             _fold.keep(found[layer], EPS)
     return found
 
 
-def _nothing(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def identity_norm(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and variance of a batch norm that changes nothing."""
     return torch.zeros(channels, device=device), torch.full((channels,), 1 - EPS, device=device)
 
@@ -84,8 +84,8 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
         return Call(layer, ADD_ACT, inputs, (act,), {TORCH: ADD_ACT.reference})
     if layer.kind == "max_pool" and not layer.ceil:
         window = (layer.kernel, layer.stride, layer.padding)
-        pool = functools.partial(_max_pool, layer)
-        return Call(layer, BN_ACT_MAXPOOL, inputs, (None, None, *_nothing(channels, device), EPS, act, *window), {TORCH: pool})
+        rest = (None, None, *identity_norm(channels, device), EPS, act, *window)
+        return Call(layer, BN_ACT_MAXPOOL, inputs, rest, {TORCH: functools.partial(_max_pool, layer)})
     if layer.kind == "upsample":
         return Call(layer, None, inputs, (act,), {TORCH: _upsample})
     if layer.kind == "gate":

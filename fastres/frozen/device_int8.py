@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastres import dispatch
 from fastres.errors import UnsupportedError
-from fastres.frozen import choose, file, int8
+from fastres.frozen import choose, file, int8, plain
 from fastres.frozen.calls import TORCH, Call, Constants, Run
 from fastres.frozen.device import GraphFrozen, Plan, Shape, Step
 from fastres.frozen.int8 import Scale
@@ -110,9 +110,9 @@ class IntegersFrozen(GraphFrozen):
         sizes |= {self._images: sizes[x], self._strange: _ONE_NUMBER, self._y: sizes[y]}
         sizes[x] = channels, height + 2 * down, width + 2 * right
         scale, zero = int8.input_constants(self.scales[x])[0].tolist()
-        rest, plain = (scale, int(zero), channels, (down, right)), {TORCH: QUANTIZE_INT8.reference}
+        rest = scale, int(zero), channels, (down, right)
         made = Layer("quantize", "the images", self._images, x)
-        first = Call(made, QUANTIZE_INT8, (self._images,), rest, plain, outputs=(x, self._strange))
+        first = Call(made, QUANTIZE_INT8, (self._images,), rest, {TORCH: QUANTIZE_INT8.reference}, outputs=(x, self._strange))
         marked = Layer("mark", "the results", y, self._y)
         last = Call(marked, None, (y, self._strange), (), {TORCH: _marked})
         steps = [Step(call, self._chosen(call, batch, sizes)) for call in (first, last)]
@@ -175,9 +175,7 @@ def _add(layer: Layer, own: Constants, finish: Run, x: Tensor, residual: Tensor 
 
 
 def _pad(layer: Layer, own: Constants, finish: Run, x: Tensor) -> Tensor:
-    x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
-    wider = F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1]), value=own[0])
-    return wider.contiguous(memory_format=torch.channels_last)
+    return plain.pad(layer, x, own[0])
 
 
 _STEPS = {"bn": _bn, "add": _add, "relu": _add, "pad": _pad}

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
-from fastres.nn._plain import Act, is_norm, keeps_dtype, trains, why_not
+from fastres.nn._plain import Act, is_fusible_norm, keeps_dtype, trains, why_not
 from fastres.ops import _chain, _fold, _node
 from fastres.ops._given import Known
 from fastres.ops._made import Made
@@ -48,7 +48,7 @@ def _is_relu(act: Act) -> bool:
 def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
     """Whether a call may be one op: each module has the plain type that its place asks for, and nothing must see it called."""
     return (
-        is_norm(bn)
+        is_fusible_norm(bn)
         and (conv is None or type(conv) is nn.Conv2d)
         and (pool is None or type(pool) is nn.MaxPool2d)
         and _is_relu(act)

@@ -18,7 +18,7 @@ def is_frozen_norm(module: Any) -> bool:
     return (kind.__module__, kind.__qualname__) == _FROZEN
 
 
-def is_norm(module: Any) -> bool:
+def is_fusible_norm(module: Any) -> bool:
     """Whether a fused step knows this batch norm."""
     return type(module) is nn.BatchNorm2d or is_frozen_norm(module)
 

@@ -15,7 +15,7 @@ from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
 from fastres.nn import _fused
-from fastres.nn._plain import is_norm, trains, why_not
+from fastres.nn._plain import is_fusible_norm, trains, why_not
 from fastres.ops import REGISTRY
 from fastres.ops._given import Before, Norms
 from fastres.ops._node import why_not_recorded
@@ -283,7 +283,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
         notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda, or conv_statistics")
-        notes += _one_node([module for module in model.modules() if is_norm(module)])
+        notes += _one_node([module for module in model.modules() if is_fusible_norm(module)])
         notes += [f"calls that are not recorded, but come from Python every time: {reason}" for reason in why_not_recorded()]
         recomputing = sum(_fused.RECOMPUTES in module.__dict__ for module in model.modules())
         if recomputing:

@@ -53,6 +53,8 @@ class StepReport:
         notes = [] if self.called is None else [f"not one op: {self.called}"]
         notes += [] if self.apart is None else [f"not {CONV_BN_ADD_CONV_BN_ACT.name}: {self.apart}"]
         about = "".join(f" ({note})" for note in [*notes, *dict.fromkeys(self.statistics)])
+        if not self.modules:  # an op by itself, which is what runs
+            return runs + about
         return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "") + about
 
 
@@ -107,7 +109,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in self.counts.items())
+        named = {what.replace("_", " "): count for what, count in self.counts.items()}
+        counts = ", ".join(f"{count} {'fastres modules' if what == 'fastres' else what}" for what, count in named.items())
         head = [f"{self.model}, {'training' if self.training else 'evaluation'}: {counts}"]
         head += [f"note: {note}" for note in self.notes]
         return "\n".join([*head, *map(str, self.modules)])
@@ -181,7 +184,7 @@ class _Choices(TorchDispatchMode):
             end = self.ends.joined(name, whole)
             before = [] if self.norms is None else self.norms.before(name, whole)
             apart = None if end is None else _why_apart(end)
-            self.heard(_Heard(REGISTRY[name].explain(*whole), apart, [_statistics(each) for each in before]))
+            self.heard(_Heard(REGISTRY[name].explain(*whole), apart, [text for each in before if (text := _statistics(each))]))
         y = func(*args, **(kwargs or {}))
         if own:
             self.ends.made(name, whole, y)
@@ -201,8 +204,9 @@ def _why_apart(args: tuple[Any, ...]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items())
 
 
-def _statistics(before: Before) -> str:
-    """Whether a convolution in training finds what the batch norm behind it asks of its output: by which kernel, or why not."""
+def _statistics(before: Before) -> str | None:
+    """Whether a convolution in training finds what the batch norm behind it asks of its output: by which kernel, or why not;
+    None where all kernels are for another kind of device."""
     name = CONV_STATISTICS.name
     if before.bias is not None:
         return f"not {name}: the convolution has a bias"
@@ -213,7 +217,9 @@ def _statistics(before: Before) -> str:
     if before.found:
         return f"convolution and statistics in one kernel, {name}: {choice.backend.name}, {choice.source}"
     if choice.backend.name == "torch":
-        return f"not {name}: " + "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
+        elsewhere = f"the tensors are on {before.args[0].device.type}"
+        reasons = [f"{backend}: {why}" for backend, why in choice.refusals.items() if not why.endswith(elsewhere)]
+        return f"not {name}: {'; '.join(reasons)}" if reasons else None
     return f"not {name}: what runs it calls its modules one by one, or recomputes in backward what they pass on"
 
 

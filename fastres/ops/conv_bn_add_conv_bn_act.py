@@ -135,28 +135,6 @@ def fallback(*args):
     return composed(CONV_BN_ACT, CONV_BN_ADD_ACT, *args)
 
 
-class Ends:
-    """Finds this op in calls of others: a ``conv_bn_add_act`` whose residual a ``conv_bn_act`` made."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
-
-    def made(self, op: str, args: tuple[Any, ...], y: Any) -> None:
-        """Note a call that ran; projections are remembered."""
-        if op == CONV_BN_ACT.name and tuple(args[1].shape[2:]) == (1, 1):
-            *_, padding, _, groups, act = args
-            if (padding, groups, act) == ((0, 0), 1, "none"):
-                self._made[id(y)] = y, args
-
-    def joined(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """This op's arguments where it could replace a call and an earlier one; else None."""
-        if op != CONV_BN_ADD_ACT.name or id(args[1]) not in self._made:
-            return None
-        shortcut, *own = self._made[id(args[1])][1][:-4]
-        x, _, *main, act = args
-        return x, shortcut, *main, *own, act
-
-
 def _why_not_dtype(x, shortcut) -> str | None:
     if shortcut.dtype != x.dtype:
         return f"shortcut must have x's dtype, got {shortcut.dtype} beside {x.dtype}"

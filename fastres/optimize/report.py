@@ -17,9 +17,9 @@ from fastres.frozen import report as frozen_report
 from fastres.nn import _fused
 from fastres.nn._plain import is_fusible_norm, trains, why_not
 from fastres.ops import REGISTRY
-from fastres.ops._given import Before, Norms
 from fastres.ops._node import why_not_recorded
-from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends
+from fastres.ops._patterns import ConvNormPairs, PrecedingConv, ProjectedEnds
+from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT
 from fastres.ops.conv_statistics import CONV_STATISTICS
 from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
@@ -172,7 +172,7 @@ class _Choices(TorchDispatchMode):
 
     def __init__(self, heard: Callable[[_Heard], None], training: bool = False) -> None:
         super().__init__()
-        self.heard, self.ends, self.norms = heard, Ends(), Norms() if training else None
+        self.heard, self.ends, self.norms = heard, ProjectedEnds(), ConvNormPairs() if training else None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,7 +204,7 @@ def _why_apart(args: tuple[Any, ...]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items())
 
 
-def _statistics(before: Before) -> str | None:
+def _statistics(before: PrecedingConv) -> str | None:
     """Whether a convolution in training finds what the batch norm behind it asks of its output: by which kernel, or why not;
     None where all kernels are for another kind of device."""
     name = CONV_STATISTICS.name

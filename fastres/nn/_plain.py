@@ -102,5 +102,3 @@ def why_not(*modules: Act) -> str | None:
     if _any_global_hook():
         return "a global module hook is registered, which must fire"
     return None
-
-

@@ -35,16 +35,14 @@ class Norm(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The links, the last of which adds the shortcut; whether the shortcut starts from x; the dtype that autocast gives
-    convolutions, None where it is off; the shortcut's own convolution and batch norm, None where it has none; whether y is
-    wanted as two tensors that share memory; how x was made, None where it is kept."""
+    """What defines a chain besides its tensors."""
 
-    links: tuple[Convolution | Norm, ...]
-    adds_x: bool
-    dtype: torch.dtype | None
-    projection: tuple[Convolution, Norm] | None = None
-    apart: bool = False
-    made: Made | None = None
+    links: tuple[Convolution | Norm, ...]  # the last of which adds the shortcut
+    adds_x: bool  # whether the shortcut starts from x
+    dtype: torch.dtype | None  # that autocast gives convolutions; None where it is off
+    projection: tuple[Convolution, Norm] | None = None  # the shortcut's own
+    apart: bool = False  # whether y is wanted as two tensors that share memory
+    made: Made | None = None  # how x was made; None where it is kept
 
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var

@@ -30,6 +30,7 @@ Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
 Link = tuple[Any, Act]  # a convolution, or a batch norm with its activation
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 _transforms = torch._C._are_functorch_transforms_active
+# Ops refuse what modules may accept: the modules are called then, which raise PyTorch's own error or compute it.
 WRONG = (ArgumentError, ArgumentTypeError)
 # Values of an input up to which a block's layers are one autograd node. It saves host time, but keeps all that it saved until
 # its backward has ended, so that more memory must come fresh from the system: ResNet-50 with batch 8 in float32 would take a
@@ -81,7 +82,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
                 conv.stride, conv.padding, conv.dilation, conv.groups, name(act),
             )  # fmt: skip
         except WRONG:
-            pass  # the modules below raise PyTorch's own error, or accept what the op does not
+            pass  # see WRONG
     z, known = convolve_before(bn, act, conv, x)
     return bn_act(bn, act, z, residual, known)
 
@@ -118,7 +119,7 @@ def conv_bn_add_conv_bn_act(
     try:
         return functional.conv_bn_add_conv_bn_act(*arguments)
     except WRONG:
-        return None  # as above
+        return None  # see WRONG
 
 
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -217,7 +218,7 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
         try:
             return functional.conv2d(*cast(*operands), *geometry)
         except WRONG:
-            pass  # as above
+            pass  # see WRONG
     return torch.conv2d(*operands, *geometry)
 
 
@@ -229,7 +230,7 @@ def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | N
         try:
             return find_statistics(conv, x)
         except WRONG:
-            pass  # as above
+            pass  # see WRONG
     return convolve(conv, x), None
 
 
@@ -265,7 +266,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
                 return _norm.train([(bn, x)], name(act), residual, [known])[0]
             return functional.bn_act(x, *arguments) if residual is None else functional.bn_add_act(x, residual, *arguments)
         except WRONG:
-            pass  # as above; nothing has been updated yet
+            pass  # see WRONG; nothing has been updated yet
     return add_act(act, _call(bn, x), residual)
 
 
@@ -295,7 +296,7 @@ def bn_add_bn_act(
                 arguments: Any = *own, *others, False, 0.0, bn.eps, 0.0, residual_bn.eps, name(act)
                 return functional.bn_add_bn_act(x, residual, *arguments)
             except WRONG:
-                pass  # as above
+                pass  # see WRONG
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual, None, known[1]), known[0])
 
 
@@ -310,7 +311,7 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor, 
                 return _norm.train([(bn, x)], name(act), None, [known], window)[0]
             return functional.bn_act_maxpool(x, *arguments)
         except WRONG:
-            pass  # as above
+            pass  # see WRONG
     return pool(bn_act(bn, act, x, None, known))
 
 

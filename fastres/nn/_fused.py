@@ -19,9 +19,9 @@ from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
 from fastres.nn._plain import Act, is_fusible_norm, keeps_dtype, trains, why_not
 from fastres.ops import _chain, _fold, _node
-from fastres.ops._given import Known
-from fastres.ops._made import Made
+from fastres.ops._known_stats import Known
 from fastres.ops._op import is_interposed
+from fastres.ops._recompute import Producer
 from fastres.ops.conv import why_not_fast
 from fastres.ops.conv_bn_add_conv_bn_act import may_join as device_may_join
 from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
@@ -153,8 +153,9 @@ def links(chain: Sequence[Layer]) -> list[Link]:
 
 
 def _as_node(
-    chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], apart: bool = False, made: Made | None = None
-) -> Any:
+    chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], apart: bool = False,
+    made: Producer | None = None,
+) -> Any:  # fmt: skip
     """Consecutive plain links as one node; None where a module must be called, or their tensors forbid it."""
     every = chain + projection
     if not joins(every, x) or (made is None and x.numel() > MOST_IN_ONE_NODE and x.device.type not in WHOLE):
@@ -198,7 +199,7 @@ def joins(chain: Sequence[Link], x: Tensor) -> bool:
     return why_not(*dict.fromkeys(each for link in chain for each in link)) is None
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
+def convolve(conv: nn.Conv2d, x: Tensor, made: Producer | None = None) -> Tensor:
     """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide. Where it is
     known how x was ``made``, backward recomputes x instead of keeping it."""
     if made is not None and made.version == x._version:

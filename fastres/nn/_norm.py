@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastres.nn._plain import is_frozen_norm, trains
 from fastres.ops import _running
-from fastres.ops._given import Known, runner
+from fastres.ops._known_stats import Known, runner
 from fastres.ops._op import Op
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN

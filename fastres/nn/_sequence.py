@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fastres.nn import _fused, _training
 from fastres.nn._plain import has_hooks, kind_of, original_class, trains, why_not
 from fastres.nn.shortcut import ZeroPadShortcut
-from fastres.ops._given import Known
-from fastres.ops._made import Made
+from fastres.ops._known_stats import Known
+from fastres.ops._recompute import Producer
 
 
 def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Value(NamedTuple):
 
     x: Tensor
     shortcut: Tensor
-    made: Made | None = None
+    made: Producer | None = None
 
 
 def recomputes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
@@ -135,7 +135,7 @@ def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> tu
     return _fused.convolve(conv, x, made), None
 
 
-def bn_act_made(bn: Any, act: Any, x: Tensor) -> tuple[Tensor, Made | None]:
+def bn_act_made(bn: Any, act: Any, x: Tensor) -> tuple[Tensor, Producer | None]:
     """``act(bn(x))`` and how it was made, None where the modules must be called."""
     found = _training.in_training(bn, act, x)
     return (_fused.bn_act(bn, act, x), None) if found is None else (found[0], found[2])

@@ -2,7 +2,7 @@
 another tensor, x itself, or a convolution and a batch norm of either: what the layers of a block do.
 
 The ops are those of the pages. A convolution passes the statistics to the batch norm behind it where a kernel that finds them
-is chosen (``_given``). ``_node`` turns a chain into one autograd node.
+is chosen (``_known_stats``). ``_node`` turns a chain into one autograd node.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastres import dispatch
-from fastres.ops._given import Known, runner
-from fastres.ops._made import Made
+from fastres.ops._known_stats import Known, runner
+from fastres.ops._recompute import Producer
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
@@ -42,7 +42,7 @@ class Chain(NamedTuple):
     dtype: torch.dtype | None  # that autocast gives convolutions; None where it is off
     projection: tuple[Convolution, Norm] | None = None  # the shortcut's own
     apart: bool = False  # whether y is wanted as two tensors that share memory
-    made: Made | None = None  # how x was made; None where it is kept
+    made: Producer | None = None  # how x was made; None where it is kept
 
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var

@@ -3,8 +3,8 @@
 The gradients are the formulas of the ops' pages, and the node saves what they save. One node instead of two per layer saves the
 host a third of its time, and recordings most of the rest, which matters where layers are small. The gradient of a shortcut that
 is x itself is added in place. With create_graph the chain is run again, op by op, and differentiated. Where it is known how x
-was made, the node of a convolution recomputes x instead of keeping it (``_made``). A convolution's backward includes that of
-the batch norm before it where a kernel for both is chosen (``conv_backward_bn_act``).
+was made, the node of a convolution recomputes x instead of keeping it (``_recompute``). A convolution's backward includes that
+of the batch norm before it where a kernel for both is chosen (``conv_backward_bn_act``).
 """
 
 import copy

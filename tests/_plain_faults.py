@@ -68,7 +68,7 @@ PYTHON = [
           "test_whole.py::test_a_call_that_runs_keeps_its_weights", {}),
     Fault("integers hide what is not finite", "ops/quantize_int8.py", ".mul_(0.0).abs_()", ".zero_()",
           "test_frozen_int8.py::test_values_that_are_not_finite_give_nan_in_their_image_alone", {}),
-    Fault("results of what is not finite are not marked", "frozen/device_int8.py", "y + strange.view(-1, 1, 1, 1)", "y.clone()",
+    Fault("results of what is not finite are not marked", "frozen/device_int8.py", "y + nonfinite.view(-1, 1, 1, 1)", "y.clone()",
           "test_frozen_int8.py::test_values_that_are_not_finite_give_nan_in_their_image_alone", {}),
     Fault("images have the padding of one convolution for another", "frozen/device_int8.py", "if len(paddings) == 1 else (0, 0)",
           "if paddings else (0, 0)", "test_frozen_int8.py::test_images_are_quantised_as_who_reads_them_wants", {}),

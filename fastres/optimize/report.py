@@ -168,11 +168,11 @@ _Seen = dict[tuple[str, Step | None], list[_Heard]]  # by module and step
 
 
 class _Choices(TorchDispatchMode):
-    """Sees every fastres op that runs, and tells ``heard`` of it."""
+    """Sees every fastres op that runs, and tells ``on_choice`` of it."""
 
-    def __init__(self, heard: Callable[[_Heard], None], training: bool = False) -> None:
+    def __init__(self, on_choice: Callable[[_Heard], None], training: bool = False) -> None:
         super().__init__()
-        self.heard, self.ends, self.norms = heard, ProjectedEnds(), ConvNormPairs() if training else None
+        self.on_choice, self.ends, self.norms = on_choice, ProjectedEnds(), ConvNormPairs() if training else None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -184,7 +184,8 @@ class _Choices(TorchDispatchMode):
             end = self.ends.joined(name, whole)
             before = [] if self.norms is None else self.norms.before(name, whole)
             apart = None if end is None else _why_apart(end)
-            self.heard(_Heard(REGISTRY[name].explain(*whole), apart, [text for each in before if (text := _statistics(each))]))
+            statistics = [text for each in before if (text := _statistics(each))]
+            self.on_choice(_Heard(REGISTRY[name].explain(*whole), apart, statistics))
         y = func(*args, **(kwargs or {}))
         if own:
             self.ends.made(name, whole, y)

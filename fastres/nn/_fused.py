@@ -134,17 +134,17 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
 
 
 def in_one_node(
-    chain: Sequence[Layer], x: Tensor, residual: Tensor | None, projection: Sequence[Any] = (), apart: bool = False
+    chain: Sequence[Layer], x: Tensor, residual: Tensor | None, projection: Sequence[Any] = (), split_output: bool = False
 ) -> Any:
     """``layers`` as one autograd node, see ``ops._node``, where the input is small or on a GPU; None where they must run one by
     one.
 
-    ``projection``: the convolution and the batch norm through which the residual goes. ``apart``: the output comes as two
-    tensors that share memory.
+    ``projection``: the convolution and the batch norm through which the residual goes. ``split_output``: the output comes as
+    two tensors that share memory.
     """
     if not torch.is_grad_enabled():
         return None
-    return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], apart)
+    return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], split_output)
 
 
 def links(chain: Sequence[Layer]) -> list[Link]:
@@ -153,7 +153,7 @@ def links(chain: Sequence[Layer]) -> list[Link]:
 
 
 def _as_node(
-    chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], apart: bool = False,
+    chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], split_output: bool = False,
     made: Producer | None = None,
 ) -> Any:  # fmt: skip
     """Consecutive plain links as one node; None where a module must be called, or their tensors forbid it."""
@@ -172,7 +172,7 @@ def _as_node(
         _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
         else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in every
     ]  # fmt: skip
-    shape = tuple(steps[: len(chain)]), residual is x, dtype, tuple(steps[len(chain) :]) or None, apart, made
+    shape = tuple(steps[: len(chain)]), residual is x, dtype, tuple(steps[len(chain) :]) or None, split_output, made
     norms = [module for module, _ in every if type(module) is nn.BatchNorm2d]
 
     def update(statistics: _chain.Statistics) -> None:

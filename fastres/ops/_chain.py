@@ -41,7 +41,7 @@ class Chain(NamedTuple):
     adds_x: bool  # whether the shortcut starts from x
     dtype: torch.dtype | None  # that autocast gives convolutions; None where it is off
     projection: tuple[Convolution, Norm] | None = None  # the shortcut's own
-    apart: bool = False  # whether y is wanted as two tensors that share memory
+    split_output: bool = False  # whether y is wanted as two tensors that share memory
     made: Producer | None = None  # how x was made; None where it is kept
 
 
@@ -73,8 +73,8 @@ def may_join_layers(x: Tensor) -> bool:
     return x.is_cuda or dispatch.is_forced()
 
 
-def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) -> tuple[Tensor, Statistics]:
-    """Run the layers on ``(x, residual, *parameters)``; returns y and the statistics of the batch norms' inputs. ``told`` is
+def compose(chain: Chain, tensors: Sequence[Any], on_op: Callable | None = None) -> tuple[Tensor, Statistics]:
+    """Run the layers on ``(x, residual, *parameters)``; returns y and the statistics of the batch norms' inputs. ``on_op`` is
     called with every op that ran and the index of its link; the projection's convolution has the index behind the last
     link's."""
     x, residual, *parameters = tensors
@@ -85,8 +85,8 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
         weight, bias = parameters[TENSORS * index :][:TENSORS]
         inputs = cast(chain, value), cast(chain, weight), cast(chain, bias)
         op, args, (y, *found) = _convolve(*inputs, link.geometry, before_norms)
-        if told is not None:
-            told(index, op, args, (y, *found))
+        if on_op is not None:
+            on_op(index, op, args, (y, *found))
         return y, (found[0], found[1]) if found else None
 
     def normalise(index: int, value: Tensor, link: Norm, known: Known) -> Tensor:
@@ -102,8 +102,8 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
             args = value, shortcut
         args = (*args, *parameters[TENSORS * index :][:TENSORS], link.eps, *others, link.act)
         y, *outputs = op(*args) if known is None else op.by(runner(op, args, all_known), *args)
-        if told is not None:
-            told(index, op, args, (y, *outputs))
+        if on_op is not None:
+            on_op(index, op, args, (y, *outputs))
         for place, normalised in enumerate(inputs):
             mean, var = outputs[TENSORS * place :][:TENSORS]
             statistics.append((normalised, mean, var))

@@ -8,7 +8,6 @@ import datetime
 import itertools
 import json
 import os
-import re
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ import torch
 import benchmarks
 import fastres
 from benchmarks.table import case_of, cases
-from fastres import budget, info, timing
+from fastres import budget, files, info, timing, tune
 from fastres.errors import ArgumentError
 from fastres.experiments import rivals
 from fastres.experiments.compare import Row, training_step
@@ -38,13 +37,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name(place: torch.device) -> str:
+def machine_name(place: torch.device) -> str:
     """Folder of a machine's results: its GPU, or its processor and threads."""
     if place.type == "cuda":
-        name = torch.cuda.get_device_name(place)
-    else:
-        name = f"{info.cpu_model()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return tune.device_name(place)
+    return tune.file_safe(f"{info.cpu_model()} {torch.get_num_threads()} threads")
 
 
 def about(place: torch.device) -> dict[str, Any]:
@@ -66,23 +63,21 @@ def _git(*arguments: str) -> str:
 
 def save(name: str, rows: list[Row], place: torch.device, folder: Path = RESULTS, **more: Any) -> Path:
     """Write the result file of this machine."""
-    return write(folder / device_name(place) / f"{name}.json", rows, place, **more)
+    return write(folder / machine_name(place) / f"{name}.json", rows, place, **more)
 
 
 def write(path: Path, rows: list[Row], place: torch.device, **more: Any) -> Path:
     """Write one result file, in one step; ``more`` goes before its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
     data = {"name": path.stem, **about(place), **more, "rows": rows}
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.replace(path, (json.dumps(data, indent=1) + "\n").encode())
     return path
 
 
 def check_writable(place: torch.device, folder: Path = RESULTS) -> None:
     """Raise OSError where this machine's result files cannot be written: before minutes of work, not after."""
-    (folder / device_name(place)).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder / device_name(place)):
+    (folder / machine_name(place)).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder / machine_name(place)):
         pass
 
 
@@ -110,7 +105,7 @@ def extend(name: str, rows: list[Row], place: torch.device, folder: Path = RESUL
 
 def measured_before(name: str, place: torch.device, folder: Path = RESULTS) -> list[Row]:
     """The rows of a result file, if this commit wrote it on this machine."""
-    path, now = folder / device_name(place) / f"{name}.json", about(place)
+    path, now = folder / machine_name(place) / f"{name}.json", about(place)
     if not path.is_file():
         return []
     before = read(path)

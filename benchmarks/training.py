@@ -52,33 +52,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reuse-memory", action="store_true", help="measure all rivals after fastres.reuse_memory()")
     parser.add_argument("--no-record", action="store_true", help="write no result file")
     parser.add_argument("--way", choices=[way.name for way in WAYS], help=argparse.SUPPRESS)  # a process of memory
-    wish = parser.parse_args(arguments)
-    if wish.reuse_memory:
+    args = parser.parse_args(arguments)
+    if args.reuse_memory:
         fastres.reuse_memory()
-    models, batches = wish.model or ["resnet18", "resnet50"], wish.batch or [8, 32]
-    dtypes = wish.dtype or list(DTYPES)
-    if wish.way:
-        print(peak(wish.way, models[0], batches[0], dtypes[0]))
+    models, batches = args.model or ["resnet18", "resnet50"], args.batch or [8, 32]
+    dtypes = args.dtype or list(DTYPES)
+    if args.way:
+        print(peak(args.way, models[0], batches[0], dtypes[0]))
         return 0
-    if not wish.no_record:
+    if not args.no_record:
         harness.check_writable(CPU)
-    for model in models if wish.part != "kernels" else ():
+    for model in models if args.part != "kernels" else ():
         load(model, device="cpu")  # or fail now, not after minutes of work
-    common = {"memory": "reused" if wish.reuse_memory else "fresh"}
+    common = {"memory": "reused" if args.reuse_memory else "fresh"}
     rows: list[Row] = []
-    if wish.part == "kernels":
+    if args.part == "kernels":
         for dtype in dtypes:
             rows += kernels(dtype, common)
     else:
         for model, batch, dtype in itertools.product(models, batches, dtypes):
-            if wish.part == "memory":
+            if args.part == "memory":
                 rows += memory(model, batch, dtype, common)
             else:
-                for size in wish.size or [224]:
+                for size in args.size or [224]:
                     rows += steps(model, batch, size, dtype, common)
     print(text_table(rows))
-    if not wish.no_record:
-        print(f"wrote {harness.extend(f'training-{wish.part}', rows, CPU)}")
+    if not args.no_record:
+        print(f"wrote {harness.extend(f'training-{args.part}', rows, CPU)}")
     return 0
 
 

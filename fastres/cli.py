@@ -4,10 +4,11 @@ Results go to stdout, as JSON alone with ``--json``; progress and messages to st
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,25 +171,18 @@ def _subject(arguments: argparse.Namespace) -> Any:
     )
 
 
-class _progress:
+@contextlib.contextmanager
+def _progress(arguments: argparse.Namespace, title: str, total: int | None) -> Iterator[Callable[..., None]]:
     """Progress of a command, as a function to be called at every step; silent with --json."""
+    from fastres.terminal import Progress
 
-    def __init__(self, arguments: argparse.Namespace, title: str, total: int | None) -> None:
-        from fastres.terminal import Progress
-
-        self._progress = Progress(title, total, quiet=arguments.json)
-
-    def __enter__(self) -> Callable[..., None]:
-        self._progress.__enter__()
+    with Progress(title, total, quiet=arguments.json) as progress:
 
         def step(text: str, total: int | None = None) -> None:
-            self._progress.total = total or self._progress.total
-            self._progress.step(text)
+            progress.total = total or progress.total
+            progress.step(text)
 
-        return step
-
-    def __exit__(self, *exception: Any) -> None:
-        self._progress.__exit__(*exception)
+        yield step
 
 
 def _parser() -> _Parser:

@@ -81,6 +81,7 @@ def bn_act(
         needs_statistics("bn_act", running_mean, running_var)
         return BN_ACT(x, weight, bias, running_mean, running_var, eps, act)
     check_running("bn_act", x, running_mean, running_var)
+
     def update(y: Tensor, mean: Tensor, var: Tensor) -> None:
         update_running(x, running_mean, running_var, mean, var, momentum)
 
@@ -105,6 +106,7 @@ def bn_add_act(
         needs_statistics("bn_add_act", running_mean, running_var)
         return BN_ADD_ACT(x, residual, weight, bias, running_mean, running_var, eps, act)
     check_running("bn_add_act", x, running_mean, running_var)
+
     def update(y: Tensor, mean: Tensor, var: Tensor, mask: Tensor) -> None:
         update_running(x, running_mean, running_var, mean, var, momentum)
 
@@ -144,6 +146,7 @@ def bn_add_bn_act(
         return BN_ADD_BN_ACT(x, residual, *norm, running_mean, running_var, eps, *shortcut, act)
     check_running(op, x, running_mean, running_var)
     check_running(op, residual, r_mean, r_var, "residual_")
+
     def update(y: Tensor, mean: Tensor, var: Tensor, r_batch_mean: Tensor, r_batch_var: Tensor, mask: Tensor) -> None:
         update_running(x, running_mean, running_var, mean, var, momentum)
         update_running(residual, r_mean, r_var, r_batch_mean, r_batch_var, residual_momentum)
@@ -172,6 +175,7 @@ def bn_act_maxpool(
         needs_statistics("bn_act_maxpool", running_mean, running_var)
         return BN_ACT_MAXPOOL(x, weight, bias, running_mean, running_var, eps, act, *window)
     check_running("bn_act_maxpool", x, running_mean, running_var)
+
     def update(y: Tensor, mean: Tensor, var: Tensor) -> None:
         update_running(x, running_mean, running_var, mean, var, momentum)
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import stat
 import tempfile
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastres import env
+from fastres import env, files
 from fastres.errors import UnsupportedError
 
 FORMAT = 1
@@ -24,7 +25,11 @@ def device_name(device: torch.device) -> str:
     """Name of a device as it stands in file names and keys: ``cpu`` or ``nvidia-h200``."""
     if device.type != "cuda":
         return device.type
-    return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    return file_safe(torch.cuda.get_device_name(device))
+
+
+def file_safe(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def architecture(device: torch.device) -> str:
@@ -205,7 +210,7 @@ def store(
         for backend, ops in verdicts[section].items():
             _merge(data, architecture(device), section, other, backend, set(ops))
     data["choices"].update(choices)
-    _replace(path, json.dumps(data, indent=1, sort_keys=True))
+    files.replace(path, json.dumps(data, indent=1, sort_keys=True).encode(), mode=0o600)
     forget()
     return path
 
@@ -217,15 +222,3 @@ def _merge(data: dict, arch: str, section: str, other: str, backend: str, ops: s
     former = data[other].get(arch, {})
     if backend in former:
         former[backend] = sorted(set(former[backend]) - ops)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

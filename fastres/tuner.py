@@ -20,9 +20,9 @@ from fastres.budget import spreads, within_budget
 from fastres.dispatch import Backend
 from fastres.errors import UnsupportedError, must
 from fastres.ops import REGISTRY, _mask
-from fastres.ops._given import Norms
 from fastres.ops._op import Op
-from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends, may_join
+from fastres.ops._patterns import ConvNormPairs, ProjectedEnds
+from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, may_join
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -249,7 +249,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Op, tuple]] = {}
-        self.ends, self.norms = Ends(), Norms()
+        self.ends, self.norms = ProjectedEnds(), ConvNormPairs()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         y = func(*args, **(kwargs or {}))

@@ -61,7 +61,7 @@ def test_a_wrong_request_is_one_line_and_code_2(told, words):
 
 @pytest.mark.parametrize("words", [("training", "steps"), ("peers",), ("acceptance",)], ids=" ".join)
 def test_results_that_cannot_be_written_are_told_before_the_work(told, monkeypatch, words):
-    monkeypatch.setattr(harness, "device_name", lambda place: "/dev/null/results")
+    monkeypatch.setattr(harness, "machine_name", lambda place: "/dev/null/results")
     code, said = told(*words)
     assert code == 2 and said.err.count("\n") == 1 and "/dev/null/results" in said.err
 

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.nn.utils import prune
 
 import fastres
 import fastres.nn as fnn
+from fastres.ops import REGISTRY
 from fastres.optimize.swap import state_of
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -114,15 +116,20 @@ def test_two_convolutions_say_why_they_are_not_one():
     assert "apart" not in found["layer1.0.conv2"].to_dict()
 
 
-def test_layers_in_training_say_why_the_convolution_does_not_find_the_statistics():
+def test_layers_in_training_say_why_the_convolution_does_not_find_the_statistics(monkeypatch):
     """Of every convolution before a batch norm, and of no other; not in evaluation."""
     model = fastres.optimize(small()).train()
     model.layer1[0].conv1.bias = nn.Parameter(torch.zeros(64))
     found = steps(fastres.explain(model, X))
+    assert found["layer1.0.conv1"].statistics == ["not conv_statistics: the convolution has a bias"]
+    assert not any(step.statistics for name, step in found.items() if name != "layer1.0.conv1"), "no kernel is for a CPU"
+    op = REGISTRY["conv_statistics"]
+    kernel, torch_alone = op.backends
+    monkeypatch.setattr(op, "backends", (replace(kernel, why_not=lambda *args: "it rests"), torch_alone))
+    found = steps(fastres.explain(model, X))
     texts = [text for step in found.values() for text in step.statistics]
     assert len(texts) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert found["layer1.0.conv1"].statistics == ["not conv_statistics: the convolution has a bias"]
-    reason = "not conv_statistics: cuda_wide: it runs on cuda, the tensors are on cpu"
+    reason = "not conv_statistics: cuda_wide: it rests"
     assert texts.count(reason) == len(texts) - 1
     assert len(found["layer2.0.conv2"].statistics) == 2 and str(found["layer2.0.conv2"]).endswith(f" ({reason})")
     assert found["layer1.0.conv2"].to_dict()["statistics"] == [reason]

@@ -16,7 +16,7 @@ import fastres
 import fastres.nn as fnn
 from fastres.dispatch import Backend
 from fastres.nn import _fused, _norm, _stage
-from fastres.ops import REGISTRY, _bn, _chain, _conv_wide, _given
+from fastres.ops import REGISTRY, _bn, _chain, _conv_wide, _known_stats
 
 OP = REGISTRY["conv_statistics"]
 NORMS = ("bn_act_train", "bn_add_act_train", "bn_add_bn_act_train", "bn_act_maxpool_train")
@@ -57,7 +57,7 @@ def test_given_statistics_make_the_bits_of_training(on_device, name, layout):
         expected = run(name, *args)
         known = [tuple(expected[1:3]), tuple(expected[3:5])][: 1 + (name == "bn_add_bn_act_train")]
         with kernels():
-            found = _given.runner(REGISTRY[name], args, known)(*args)
+            found = _known_stats.runner(REGISTRY[name], args, known)(*args)
         assert len(found) == len(expected) and all(map(torch.equal, found, expected)), sample.label
 
 
@@ -104,7 +104,7 @@ def step(model, x, seed):
 @pytest.fixture
 def spared(monkeypatch):
     """The statistics that batch norms took."""
-    found, original = [], _given.runner
+    found, original = [], _known_stats.runner
 
     def runner(op, args, known):
         run_given = original(op, args, known)

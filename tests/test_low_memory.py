@@ -16,7 +16,7 @@ from fastres.kernels import native
 from fastres.models import cifar, resnet18, resnet50, resnext50_32x4d, vgg16_bn
 from fastres.nn import _fused, _stage
 from fastres.ops import REGISTRY
-from fastres.ops._made import Made
+from fastres.ops._recompute import Producer
 
 LAST = torch.channels_last
 BLOCKS = {
@@ -366,7 +366,7 @@ def test_what_is_made_again_has_the_bits_of_the_first_time(name, layout, dtype, 
             args = [laid(arg, layout) for arg in sample.args]
             y, *statistics = op(*args)
             statistics = statistics[: 2 * sum(name.endswith("eps") for name in op.parameters)]
-            made = Made(op, tuple(args), tuple(statistics), y._version)
+            made = Producer(op, tuple(args), tuple(statistics), y._version)
             bare = made.with_tensors((None,) * len(made.tensors()))
             assert not any(isinstance(value, torch.Tensor) for value in (*bare.args, *bare.statistics))
             assert torch.equal(bare.with_tensors(tuple(made.tensors())).recompute(), y), sample.label

@@ -218,16 +218,14 @@ def fault_write(patch):
         "PREFIX",
         """
 import time
-from fastres import tune
-from fastres.train import checkpoint
-def write(path, content):
-    content = content.encode() if isinstance(content, str) else content
+from fastres import files
+def write(path, content, mode=0o666):
     with open(path, "wb") as file:
         file.write(content[: len(content) // 2])
         file.flush()
         time.sleep(0.01)
         file.write(content[len(content) // 2 :])
-tune._replace = checkpoint.write = write
+files.replace = write
 """,
     )
 

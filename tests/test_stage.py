@@ -50,9 +50,9 @@ def op_by_op(monkeypatch):
 @pytest.fixture
 def parts(monkeypatch):
     """For every output in two that was made: how many gradients came back."""
-    found, original = [], Op.in_two
+    found, original = [], Op.call_split
 
-    def in_two(op, *args, **options):
+    def call_split(op, *args, **options):
         both = original(op, *args, **options)
         if both is not None:
             index = len(found)
@@ -61,7 +61,7 @@ def parts(monkeypatch):
                 each.register_hook(lambda grad: found.__setitem__(index, found[index] + 1))
         return both
 
-    monkeypatch.setattr(Op, "in_two", in_two)
+    monkeypatch.setattr(Op, "call_split", call_split)
     return found
 
 
@@ -232,7 +232,7 @@ def test_only_what_is_asked_for_gets_a_gradient(frozen):
 def test_one_of_two_gradients_is_enough():
     stage, x = make(), images()
     args = stage[0].conv2(x), x, stage[0].bn2.weight, stage[0].bn2.bias, 1e-5, "relu"
-    y, again, *_ = REGISTRY["bn_add_act_train"].in_two(*args)
+    y, again, *_ = REGISTRY["bn_add_act_train"].call_split(*args)
     assert y.data_ptr() == again.data_ptr() and y._version == again._version
     whole, *_ = REGISTRY["bn_add_act_train"](*args)
     weight = stage[0].bn2.weight

@@ -105,13 +105,13 @@ def test_the_ops_of_a_step_move_scheme_b_and_what_they_do_instead(step):
 
 
 def test_the_outputs_of_all_blocks_but_the_last_come_in_two(step, monkeypatch):
-    in_two, found = Op.in_two, collections.Counter()
+    call_split, found = Op.call_split, collections.Counter()
 
     def counted(op, *args, **options):
         found[op.name] += args[0].numel()
-        return in_two(op, *args, **options)
+        return call_split(op, *args, **options)
 
-    monkeypatch.setattr(Op, "in_two", counted)
+    monkeypatch.setattr(Op, "call_split", counted)
     monkeypatch.setattr(_fused, "MOST_IN_ONE_NODE", 0)
     monkeypatch.setattr(_stage, "DEVICES", {"cpu"})  # as on a GPU
     models.resnet50()(torch.randn(1, 3, 224, 224))

@@ -95,7 +95,7 @@ def test_a_checkpoint_is_whole_whatever_happens_while_it_is_written(tmp_path, mo
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, failing, fail)
+            patch.setattr(f"os.{failing}", fail)
             with pytest.raises(
                 OSError, match=r"step-2\.safetensors cannot be written \(No space left on device\); what was"
             ):

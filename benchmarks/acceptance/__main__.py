@@ -45,12 +45,12 @@ def main() -> int:
     text = "compile rivals and kernels beside the validations: the times until rivals are ready are then those of warm caches"
     parser.add_argument("--warm", action="store_true", help=text)
     parser.add_argument("--no-record", action="store_true", help="write no result file")
-    wish = parser.parse_args()
-    place, parts = harness.device(), wish.part or list(PARTS)
-    if not wish.no_record:
+    args = parser.parse_args()
+    place, parts = harness.device(), args.part or list(PARTS)
+    if not args.no_record:
         harness.check_writable(place)
         terminal.need("the picture beside the results", "matplotlib")
-    on_gpu, budget = place.type == "cuda", Budget(60 * wish.minutes)
+    on_gpu, budget = place.type == "cuda", Budget(60 * args.minutes)
     built = [{"do": "lane", **row} for row in lane.build(place, budget)] if on_gpu else []  # before anything loads them
     print(info.text(info.collect()), flush=True)
     if not on_gpu:
@@ -62,20 +62,20 @@ def main() -> int:
         kept = [row for row in harness.measured_before("acceptance", place) if PART_OF.get(row["do"]) not in parts]
 
         def keep(rows: list[Row]) -> None:
-            if rows and not wish.no_record:  # what there is, should the rest be cut off
+            if rows and not args.no_record:  # what there is, should the rest be cut off
                 clocks = {"before": before, "after": harness.clocks(place)}
-                more = {"minutes": wish.minutes, "warm": wish.warm, "clocks": clocks}
+                more = {"minutes": args.minutes, "warm": args.warm, "clocks": clocks}
                 harness.save("acceptance", [*kept, *built, *rows], place, **more)
 
         with ThreadPoolExecutor(1) as beside:
-            compiling = beside.submit(compile_first, place, budget.share(PARTS["parity"])) if wish.warm else None
+            compiling = beside.submit(compile_first, place, budget.share(PARTS["parity"])) if args.warm else None
             rows, promises = measure(place, parts, budget, keep, compiling)
     rows, promises = [*built, *rows], [*parity_promises(built), *promises]
     show(rows, promises)
     if not rows:
         print("nothing was measured, and no file was written")
-    elif not wish.no_record:
-        path = harness.RESULTS / harness.device_name(place) / "acceptance.json"
+    elif not args.no_record:
+        path = harness.RESULTS / harness.machine_name(place) / "acceptance.json"
         plot.draw(path)
         print(f"wrote {path} and its picture")
     return 0 if all(kept for _, kept in promises) else 1

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.cases import CHAIN, JOINED, SEVERAL
 from benchmarks.cases import STEM as POOLED_STEM
+from fastres.frozen import calls
 from fastres.ops import REGISTRY, _fold
 from fastres.ops import conv_bn_act_conv_bn_add_act as chain
 from fastres.ops import conv_bn_act_conv_bn_add_act_conv_bn_act as long_chain
@@ -42,8 +43,8 @@ def apart(op: Op, args: tuple[Any, ...]) -> dict[str, Callable]:
 def convolved_then_pooled(args: tuple[Any, ...]) -> Callable:
     """A stem as frozen networks run it in two: batch norm in the convolution, the pool behind a norm that changes nothing."""
     first, last = REGISTRY["conv_bn_act"], REGISTRY["bn_act_maxpool"]
-    nothing = torch.zeros_like(args[5], dtype=torch.float32), torch.full_like(args[5], 1 - 2.0**-10, dtype=torch.float32)
-    return lambda x, *rest: last(first(x, *rest[:-3]), None, None, *nothing, 2.0**-10, "none", *rest[-3:])
+    nothing = calls.identity_norm(len(args[5]), args[5].device)
+    return lambda x, *rest: last(first(x, *rest[:-3]), None, None, *nothing, calls.EPS, "none", *rest[-3:])
 
 
 def cudnn_relu(x: Tensor, *rest: Any) -> Tensor:

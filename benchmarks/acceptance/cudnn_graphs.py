@@ -17,6 +17,7 @@ from fastres import budget
 from fastres.experiments.compare import Row
 from fastres.experiments.rivals import FASTRES
 from fastres.experiments.subject import DTYPES
+from fastres.frozen.calls import EPS, identity_norm
 from fastres.ops import REGISTRY
 
 GRAPH, AGAIN = "cudnn graph", "fastres, made again"
@@ -29,7 +30,6 @@ TYPES = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOA
 STAGES = ("validate", "build_operation_graph", "create_execution_plans", "check_support", "build_plans")
 SECONDS = 0.3  # of one graph's rows together
 MOST_TEXT = 600  # characters of a refusal, which tells of every engine
-EPS = 2.0**-10  # with a variance of 1 - EPS a batch norm of given statistics is scale and bias alone
 
 
 class Refused(Exception):
@@ -111,7 +111,7 @@ def _masked_with_sums(layer: Layer) -> list[Tensor]:
 def _apply(layer: Layer) -> Callable[[], Tensor]:
     """Batch norm and ReLU by known statistics."""
     scale, bias = (t.flatten().float() for t in (layer.scale, layer.bias))
-    mean, var = torch.zeros_like(scale), torch.full_like(scale, 1 - EPS)
+    mean, var = identity_norm(len(scale), scale.device)
     return lambda: REGISTRY["bn_act"](layer.x, scale, bias, mean, var, EPS, "relu")
 
 
@@ -125,7 +125,7 @@ def _convolve(layer: Layer, x: Callable[[], Tensor]) -> Callable[[], Any]:
 def _backward_of_norm(layer: Layer) -> Callable[[], Any]:
     """The gradient of the convolution's input, then all of batch norm's backward, the ReLU's mask in it."""
     scale, bias = (t.flatten().float() for t in (layer.scale, layer.bias))
-    mean, var = torch.zeros_like(scale), torch.full_like(scale, 1 - EPS)
+    mean, var = identity_norm(len(scale), scale.device)
     op = REGISTRY["bn_act_backward"]
     return lambda: op(_gradient(layer, layer.x, 0), layer.x, scale, bias, mean, var, EPS, "relu", True)
 

@@ -81,7 +81,7 @@ def keep(todo: list[Cell], folder: Path = harness.RESULTS) -> list[Row]:
     Raises:
         SystemExit: the file is of another commit, torch or number of threads: one head cannot speak for both.
     """
-    path = folder / harness.device_name(CPU) / "peers.json"
+    path = folder / harness.machine_name(CPU) / "peers.json"
     if not path.exists():
         return []
     data, now = harness.read(path), harness.about(CPU)

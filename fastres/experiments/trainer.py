@@ -17,7 +17,8 @@ from fastres import info, terminal
 from fastres.errors import ArgumentError
 from fastres.experiments import subject
 from fastres.experiments.twin import torch_twin
-from fastres.nn import BasicBlock, Bottleneck, PlainBlock, PlainBottleneck
+from fastres.models import resnet
+from fastres.nn import PlainBlock, PlainBottleneck
 from fastres.train import Data, Settings, Trainer, checkpoint, schedule
 from fastres.train import data as datasets
 from fastres.train.processes import Processes, started
@@ -120,16 +121,10 @@ def _about(request: Request, trainer: Trainer) -> str:
 
 
 def zero_last_norms(model: nn.Module) -> None:
-    """Start every residual block as its shortcut (Goyal et al. 2017): the weight of its last batch norm is 0."""
-    found = 0
-    for module in model.modules():
-        if isinstance(module, (PlainBlock, PlainBottleneck)):
-            raise ArgumentError("--zero-init needs shortcuts: it would stop every signal in a plain network")
-        last = "bn3" if isinstance(module, Bottleneck) else "bn2" if isinstance(module, BasicBlock) else None
-        if last is not None and getattr(module, last).weight is not None:
-            nn.init.zeros_(getattr(module, last).weight)
-            found += 1
-    if not found:
+    """``resnet.zero_last_norms``, for networks that it suits."""
+    if any(isinstance(module, (PlainBlock, PlainBottleneck)) for module in model.modules()):
+        raise ArgumentError("--zero-init needs shortcuts: it would stop every signal in a plain network")
+    if not resnet.zero_last_norms(model):
         raise ArgumentError("--zero-init needs a network of fastres's blocks that end in a batch norm")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastres.errors import UnsupportedError, VerificationError, must, must_type
 from fastres.frozen.int8 import LEVELS, Scale
 from fastres.frozen.layers import Layer
+from fastres.frozen.plain import PLAIN
 from fastres.frozen.record import Value
 from fastres.terminal import Progress
 
@@ -203,19 +204,12 @@ def result(layer: Layer, values: dict[Value, Tensor]) -> Tensor:
         assert weight is not None and bias is not None
         dtype = x.dtype
         x = F.conv2d(x, weight.to(dtype), bias.to(dtype), layer.stride, layer.padding, layer.dilation)
-    elif layer.kind == "max_pool":
-        x = F.max_pool2d(x, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil)
-    elif layer.kind == "avg_pool" and layer.kernel == (0, 0):
-        x = x.mean((2, 3), keepdim=True)
-    elif layer.kind == "avg_pool":
-        x = F.avg_pool2d(x, layer.kernel, layer.stride, layer.padding, layer.ceil, count_include_pad=False)
     elif layer.kind == "bn":
         assert weight is not None
         mean, scale, shift = (row.view(-1, 1, 1) for row in weight)
         x = (x - mean) * scale + shift
-    elif layer.kind == "pad":
-        x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
-        x = F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1]))
+    elif layer.kind in PLAIN:
+        x = PLAIN[layer.kind](layer, x)
     if layer.residual is not None:
         x = x + values[layer.residual]
     return F.relu(x) if layer.relu else x

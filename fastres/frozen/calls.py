@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.frozen.layers import Layer
+from fastres.frozen.plain import PLAIN, max_pool
 from fastres.frozen.record import Value
 from fastres.ops import _fold
 from fastres.ops._op import Op
@@ -60,12 +61,12 @@ def constants(layers: Iterable[Layer]) -> dict[Layer, Constants]:
             mean, scale, shift = layer.weight
             found[layer] = (scale, shift, mean, torch.full_like(mean, 1 - EPS))
         else:
-            found[layer] = (layer.weight, layer.bias, None, None, *_nothing(len(layer.weight), layer.weight.device))
+            found[layer] = (layer.weight, layer.bias, None, None, *identity_norm(len(layer.weight), layer.weight.device))
             _fold.keep(found[layer], EPS)
     return found
 
 
-def _nothing(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def identity_norm(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and variance of a batch norm that changes nothing."""
     return torch.zeros(channels, device=device), torch.full((channels,), 1 - EPS, device=device)
 
@@ -84,15 +85,15 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
         return Call(layer, ADD_ACT, inputs, (act,), {TORCH: ADD_ACT.reference})
     if layer.kind == "max_pool" and not layer.ceil:
         window = (layer.kernel, layer.stride, layer.padding)
-        pool = functools.partial(_max_pool, layer)
-        return Call(layer, BN_ACT_MAXPOOL, inputs, (None, None, *_nothing(channels, device), EPS, act, *window), {TORCH: pool})
+        rest = (None, None, *identity_norm(channels, device), EPS, act, *window)
+        return Call(layer, BN_ACT_MAXPOOL, inputs, rest, {TORCH: functools.partial(max_pool, layer)})
     if layer.kind == "upsample":
         return Call(layer, None, inputs, (act,), {TORCH: _upsample})
     if layer.kind == "gate":
         return Call(layer, None, tuple(layer.operands), (act,), {TORCH: _with(layer, _gate)})
     if layer.kind == "linear":
         return Call(layer, None, inputs, (*own, act), {TORCH: _with(layer, _linear)})
-    return Call(layer, None, inputs, (), {TORCH: functools.partial(_PLAIN[layer.kind], layer)})
+    return Call(layer, None, inputs, (), {TORCH: functools.partial(PLAIN[layer.kind], layer)})
 
 
 # ---- PyTorch's ways --------------------------------------------------------------------------------
@@ -143,29 +144,3 @@ def _upsample(x: Tensor, residual: Tensor, act: str) -> Tensor:
 
 def _gate(x: Tensor, residual: Tensor | None, gate: Tensor, act: str) -> Tensor:
     return _finished(x * gate if residual is None else torch.addcmul(residual, x, gate), None, act)
-
-
-def _sigmoid(layer: Layer, x: Tensor) -> Tensor:
-    return x.sigmoid()
-
-
-def _max_pool(layer: Layer, x: Tensor, *_: Any) -> Tensor:
-    return F.max_pool2d(x, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil)
-
-
-def _avg_pool(layer: Layer, x: Tensor) -> Tensor:
-    if layer.kernel == (0, 0):
-        return x.mean((2, 3), keepdim=True)
-    return F.avg_pool2d(x, layer.kernel, layer.stride, layer.padding, layer.ceil, count_include_pad=False)
-
-
-def _relu(layer: Layer, x: Tensor) -> Tensor:
-    return F.relu(x)
-
-
-def _pad(layer: Layer, x: Tensor) -> Tensor:
-    x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
-    return F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1])).contiguous(memory_format=torch.channels_last)
-
-
-_PLAIN = {"max_pool": _max_pool, "avg_pool": _avg_pool, "relu": _relu, "pad": _pad, "sigmoid": _sigmoid}

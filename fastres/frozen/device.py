@@ -19,7 +19,7 @@ from fastres.frozen.base import Frozen
 from fastres.frozen.calls import Call
 from fastres.frozen.choose import Choice
 from fastres.frozen.graph import Graphs
-from fastres.frozen.join import Way
+from fastres.frozen.join import Fusion
 from fastres.frozen.layers import Layer, Network
 from fastres.frozen.program import Size, sized
 from fastres.frozen.record import Value
@@ -64,7 +64,7 @@ class GraphFrozen(Frozen):
     """A network on a GPU: a graph for each size of batches and images."""
 
     _DERIVED = ("_plans", "_choices", "_constants", "graphs")
-    _WAYS: tuple[Way, ...] = join.WAYS
+    _FUSIONS: tuple[Fusion, ...] = join.FUSIONS
     _LAYOUT = torch.channels_last  # of the buffer for images
 
     def __init__(self, found: Network, dtype: torch.dtype, device: torch.device, batch: int) -> None:
@@ -148,13 +148,13 @@ class GraphFrozen(Frozen):
             call = self._call_of(layer, sizes[layer.x][0])
             step = Step(call, self._chosen(call, batch, sizes))
             faster: list[tuple[Step, int, int]] = []  # with the places of the one before and of itself
-            for way in self._WAYS:
-                operand = way.operand_of(call)
+            for fusion in self._FUSIONS:
+                operand = fusion.operand_of(call)
                 before = None if operand is None else makers.get(operand)
-                if before is not None and way.joins(call, steps[before].call, readers):
-                    both = self._joined(way, step, steps[before], batch, sizes)
+                if before is not None and fusion.joins(call, steps[before].call, readers):
+                    both = self._joined(fusion, step, steps[before], batch, sizes)
                     if both.choice.kernel != calls.TORCH:
-                        faster.append((both, before, place if way.at_last else before))
+                        faster.append((both, before, place if fusion.at_last else before))
             if faster:
                 step, before, place = max(faster, key=lambda found: found[0].choice.gain)
                 del steps[before]
@@ -167,9 +167,9 @@ class GraphFrozen(Frozen):
                 reader.dead.append(value)
         return made
 
-    def _joined(self, way: Way, last: Step, first: Step, batch: int, sizes: dict[Value, Size]) -> Step:
+    def _joined(self, fusion: Fusion, last: Step, first: Step, batch: int, sizes: dict[Value, Size]) -> Step:
         """One step for two."""
-        call = way.call(last.call, first.call, last.choice.run, first.choice.run)
+        call = fusion.call(last.call, first.call, last.choice.run, first.choice.run)
         return Step(call, self._chosen(call, batch, sizes))
 
     def _chosen(self, call: Call, batch: int, sizes: dict[Value, Size]) -> Choice:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastres import dispatch
 from fastres.errors import UnsupportedError
-from fastres.frozen import choose, file, int8
+from fastres.frozen import choose, file, int8, plain
 from fastres.frozen.calls import TORCH, Call, Constants, Run
 from fastres.frozen.device import GraphFrozen, Plan, Shape, Step
 from fastres.frozen.int8 import Scale
@@ -36,12 +36,12 @@ class IntegersFrozen(GraphFrozen):
     """A quantised network on a GPU. Images are float32, as results are; one that is not finite gives NaN for its results, since
     nobody waits for the images to refuse them."""
 
-    _WAYS = ()
+    _FUSIONS = ()
     _LAYOUT = torch.contiguous_format  # four pixels of a channel at once become four words of bytes
 
     def __init__(self, found: Network, scales: Mapping[Value, Scale], device: torch.device, batch: int) -> None:
         self.scales = dict(scales)  # first: the constants follow from them
-        self._images, self._strange, self._y = Value(()), Value(()), Value(())  # before and behind the layers
+        self._images, self._nonfinite, self._y = Value(()), Value(()), Value(())  # before and behind the layers
         super().__init__(found, torch.int8, device, batch)
 
     @property
@@ -107,14 +107,14 @@ class IntegersFrozen(GraphFrozen):
         """The layers' steps between one that quantises the images and one that marks the results of those that it could not."""
         x, y = self.network.x, self.network.layers[-1].y
         (_, height, width), (channels, (down, right)) = sizes[x], self._taken
-        sizes |= {self._images: sizes[x], self._strange: _ONE_NUMBER, self._y: sizes[y]}
+        sizes |= {self._images: sizes[x], self._nonfinite: _ONE_NUMBER, self._y: sizes[y]}
         sizes[x] = channels, height + 2 * down, width + 2 * right
         scale, zero = int8.input_constants(self.scales[x])[0].tolist()
-        rest, plain = (scale, int(zero), channels, (down, right)), {TORCH: QUANTIZE_INT8.reference}
+        rest = scale, int(zero), channels, (down, right)
         made = Layer("quantize", "the images", self._images, x)
-        first = Call(made, QUANTIZE_INT8, (self._images,), rest, plain, outputs=(x, self._strange))
+        first = Call(made, QUANTIZE_INT8, (self._images,), rest, {TORCH: QUANTIZE_INT8.reference}, outputs=(x, self._nonfinite))
         marked = Layer("mark", "the results", y, self._y)
-        last = Call(marked, None, (y, self._strange), (), {TORCH: _marked})
+        last = Call(marked, None, (y, self._nonfinite), (), {TORCH: _marked})
         steps = [Step(call, self._chosen(call, batch, sizes)) for call in (first, last)]
         return [steps[0], *super()._steps(batch, sizes), steps[1]]
 
@@ -154,8 +154,8 @@ def check_kernel(device: torch.device) -> None:
 # ---- steps of PyTorch's operations -----------------------------------------------------------------
 
 
-def _marked(y: Tensor, strange: Tensor) -> Tensor:
-    return y + strange.view(-1, 1, 1, 1)
+def _marked(y: Tensor, nonfinite: Tensor) -> Tensor:
+    return y + nonfinite.view(-1, 1, 1, 1)
 
 
 def _step(layer: Layer, own: Constants, integers: bool) -> Run:
@@ -175,9 +175,7 @@ def _add(layer: Layer, own: Constants, finish: Run, x: Tensor, residual: Tensor 
 
 
 def _pad(layer: Layer, own: Constants, finish: Run, x: Tensor) -> Tensor:
-    x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
-    wider = F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1]), value=own[0])
-    return wider.contiguous(memory_format=torch.channels_last)
+    return plain.pad(layer, x, own[0])
 
 
 _STEPS = {"bn": _bn, "add": _add, "relu": _add, "pad": _pad}

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fastres import files
 from fastres.errors import must, must_type
 from fastres.frozen.calibrate import INHERIT, Quality
 from fastres.frozen.int8 import LEVELS, MOST_TERMS, Scale
@@ -51,16 +51,7 @@ def write(
         "scales": {str(number): list(scales[value]) for value, number in numbers.items() if value in scales},
         "quality": None if quality is None else quality.to_dict(),
     }  # fmt: skip
-    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with partial.open("wb") as file:  # with the rights that a new file gets
-            file.write(save(tensors, {_HEADER: json.dumps(about)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    files.replace(target, save(tensors, {_HEADER: json.dumps(about)}))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Network, dict[Value, Scale], Quality | None]:

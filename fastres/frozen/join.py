@@ -17,7 +17,7 @@ from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL
 from fastres.ops.conv_bn_act_maxpool import CONV_BN_ACT_MAXPOOL
 
 
-class Way(NamedTuple):
+class Fusion(NamedTuple):
     """``suits(last, first)`` says whether two calls can be joined; ``arguments(last, first)`` gives the inputs and the rest of
     the joined call; ``composed(first, last, *args)`` runs the two kernels on those instead."""
 
@@ -93,9 +93,9 @@ def _pool_after(first: Run, last: Run, x: Tensor, *rest: Any) -> Tensor:
     return last(first(x, *rest[:-3]), *rest[-3:])
 
 
-WAYS = (
-    Way(CONV_BN_ACT_MAXPOOL, "x", _may_pool, _pooled, _pool_after, constants=6),
-    Way(projection.CONV_BN_ADD_CONV_BN_ACT, "residual", _may_project, _projected, projection.composed),
-    Way(chain.CONV_BN_ACT_CONV_BN_ADD_ACT, "x", _may_chain, _chained, chain.composed),
-    Way(long_chain.CONV_BN_ACT_CONV_BN_ADD_ACT_CONV_BN_ACT, "x", _may_prolong, _chained, long_chain.composed, at_last=False),
+FUSIONS = (
+    Fusion(CONV_BN_ACT_MAXPOOL, "x", _may_pool, _pooled, _pool_after, constants=6),
+    Fusion(projection.CONV_BN_ADD_CONV_BN_ACT, "residual", _may_project, _projected, projection.composed),
+    Fusion(chain.CONV_BN_ACT_CONV_BN_ADD_ACT, "x", _may_chain, _chained, chain.composed),
+    Fusion(long_chain.CONV_BN_ACT_CONV_BN_ADD_ACT_CONV_BN_ACT, "x", _may_prolong, _chained, long_chain.composed, at_last=False),
 )

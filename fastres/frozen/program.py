@@ -20,6 +20,7 @@ from torch import Tensor
 from fastres.errors import must
 from fastres.frozen.layers import Layer, Pair
 from fastres.frozen.record import Value
+from fastres.kernels import layout
 from fastres.ops import _conv_cpu
 
 # enum Step of csrc/cpu/plan.h
@@ -143,15 +144,7 @@ def output_size(layer: Layer, size: Pair) -> Pair:
         return 1, 1
     if layer.kind == "pad":
         return tuple(math.ceil(s / t) for s, t in zip(size, layer.stride, strict=True))  # type: ignore[return-value]
-    found = []
-    geometry = zip(size, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True)
-    for s, k, t, p, d in geometry:
-        room = s + 2 * p - d * (k - 1) - 1
-        out = (-(-room // t) if layer.ceil else room // t) + 1
-        if layer.ceil and (out - 1) * t >= s + p:
-            out -= 1  # the last window must start inside the image or its left padding
-        found.append(out)
-    return found[0], found[1]
+    return layout.output_size(size, layer.kernel, layer.stride, layer.padding, layer.dilation, layer.ceil)
 
 
 def parts_of(batch: int, threads: int) -> int:

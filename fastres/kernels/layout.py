@@ -7,6 +7,7 @@ from torch import Tensor
 
 ALIGNMENT = 16  # bytes of a pixel, and of every address: what the TMA unit asks
 
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Memory format of an op's activation outputs, decided by its input ``x`` of shape (N, C, H, W).
 
@@ -29,6 +30,12 @@ def why_not_dense(*activations: Tensor) -> str | None:
     return None
 
 
+def why_not_channels_last(name: str, tensor: Tensor) -> str | None:
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return f"{name} must be dense in channels_last, got strides {tuple(tensor.stride())}"
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether x's elements fill one block of memory with no gap and no overlap, in any order of dimensions."""
     step = 1
@@ -46,16 +53,32 @@ def with_strides_of(x: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=tensor.dtype).copy_(tensor)
 
 
+def output_size(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1), ceil: bool = False,
+) -> tuple[int, int]:  # fmt: skip
+    """Height and width of the output of a convolution or a pool of images of a size, as PyTorch counts them."""
+    found = []
+    for s, k, step, pad, d in zip(size, kernel, stride, padding, dilation, strict=True):
+        room = s + 2 * pad - d * (k - 1) - 1
+        out = (-(-room // step) if ceil else room // step) + 1
+        if ceil and (out - 1) * step >= s + pad:
+            out -= 1  # the last window must start in the image or its left padding
+        found.append(out)
+    return found[0], found[1]
+
+
+def full_padding(kernel: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> tuple[int, ...]:
+    """The padding with which a convolution's gradient by its input is a convolution of the output's gradient."""
+    return tuple((k - 1) * d - p for k, p, d in zip(kernel, padding, dilation, strict=True))
+
+
 def pooled(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil: bool
 ) -> tuple[Sequence[int], tuple[int, int]]:
     """The window of a pool, (0, 0) being all pixels, and its output's height and width, as PyTorch counts them."""
-    kernel, found = kernel if any(kernel) else size, []
-    for s, k, step, pad in zip(size, kernel, stride, padding, strict=True):
-        room = s + 2 * pad - k
-        out = (-(-room // step) if ceil else room // step) + 1
-        found.append(out - (ceil and (out - 1) * step >= s + pad))  # which must start in the image or its left padding
-    return kernel, (found[0], found[1])
+    kernel = kernel if any(kernel) else size
+    return kernel, output_size(size, kernel, stride, padding, ceil=ceil)
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -135,12 +135,19 @@ def initialize(model: nn.Module, zero_init_residual: bool = False) -> None:
         elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) and module.weight is not None:
             nn.init.constant_(module.weight, 1)
             nn.init.constant_(module.bias, 0)
-    if not zero_init_residual:
-        return
+    if zero_init_residual:
+        zero_last_norms(model)
+
+
+def zero_last_norms(model: nn.Module) -> int:
+    """Start every residual block as its shortcut (Goyal et al. 2017), its last batch norm at 0; how many these are."""
+    found = 0
     for module in model.modules():
         last = "bn3" if isinstance(module, Bottleneck) else "bn2" if isinstance(module, BasicBlock) else None
         if last is not None and getattr(module, last).weight is not None:
-            nn.init.constant_(getattr(module, last).weight, 0)
+            nn.init.zeros_(getattr(module, last).weight)
+            found += 1
+    return found
 
 
 def _resnet(

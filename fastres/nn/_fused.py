@@ -17,11 +17,11 @@ from torch.autograd import forward_ad
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
-from fastres.nn._plain import Act, is_norm, keeps_dtype, trains, why_not
+from fastres.nn._plain import Act, is_fusible_norm, keeps_dtype, trains, why_not
 from fastres.ops import _chain, _fold, _node
-from fastres.ops._given import Known
-from fastres.ops._made import Made
+from fastres.ops._known_stats import Known
 from fastres.ops._op import is_interposed
+from fastres.ops._recompute import Producer
 from fastres.ops.conv import why_not_fast
 from fastres.ops.conv_bn_add_conv_bn_act import may_join as device_may_join
 from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
@@ -30,6 +30,7 @@ Layer = tuple[nn.Conv2d, nn.BatchNorm2d, Act]
 Link = tuple[Any, Act]  # a convolution, or a batch norm with its activation
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 _transforms = torch._C._are_functorch_transforms_active
+# Ops refuse what modules may accept: the modules are called then, which raise PyTorch's own error or compute it.
 WRONG = (ArgumentError, ArgumentTypeError)
 # Values of an input up to which a block's layers are one autograd node. It saves host time, but keeps all that it saved until
 # its backward has ended, so that more memory must come fresh from the system: ResNet-50 with batch 8 in float32 would take a
@@ -48,7 +49,7 @@ def _is_relu(act: Act) -> bool:
 def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.Module | None) -> bool:
     """Whether a call may be one op: each module has the plain type that its place asks for, and nothing must see it called."""
     return (
-        is_norm(bn)
+        is_fusible_norm(bn)
         and (conv is None or type(conv) is nn.Conv2d)
         and (pool is None or type(pool) is nn.MaxPool2d)
         and _is_relu(act)
@@ -81,7 +82,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
                 conv.stride, conv.padding, conv.dilation, conv.groups, name(act),
             )  # fmt: skip
         except WRONG:
-            pass  # the modules below raise PyTorch's own error, or accept what the op does not
+            pass  # see WRONG
     z, known = convolve_before(bn, act, conv, x)
     return bn_act(bn, act, z, residual, known)
 
@@ -118,7 +119,7 @@ def conv_bn_add_conv_bn_act(
     try:
         return functional.conv_bn_add_conv_bn_act(*arguments)
     except WRONG:
-        return None  # as above
+        return None  # see WRONG
 
 
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -133,17 +134,17 @@ def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) ->
 
 
 def in_one_node(
-    chain: Sequence[Layer], x: Tensor, residual: Tensor | None, projection: Sequence[Any] = (), apart: bool = False
+    chain: Sequence[Layer], x: Tensor, residual: Tensor | None, projection: Sequence[Any] = (), split_output: bool = False
 ) -> Any:
     """``layers`` as one autograd node, see ``ops._node``, where the input is small or on a GPU; None where they must run one by
     one.
 
-    ``projection``: the convolution and the batch norm through which the residual goes. ``apart``: the output comes as two
-    tensors that share memory.
+    ``projection``: the convolution and the batch norm through which the residual goes. ``split_output``: the output comes as
+    two tensors that share memory.
     """
     if not torch.is_grad_enabled():
         return None
-    return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], apart)
+    return _as_node(links(chain), x, residual, links([(*projection, None)]) if projection else [], split_output)
 
 
 def links(chain: Sequence[Layer]) -> list[Link]:
@@ -152,8 +153,9 @@ def links(chain: Sequence[Layer]) -> list[Link]:
 
 
 def _as_node(
-    chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], apart: bool = False, made: Made | None = None
-) -> Any:
+    chain: list[Link], x: Tensor, residual: Tensor | None, projection: list[Link], split_output: bool = False,
+    made: Producer | None = None,
+) -> Any:  # fmt: skip
     """Consecutive plain links as one node; None where a module must be called, or their tensors forbid it."""
     every = chain + projection
     if not joins(every, x) or (made is None and x.numel() > MOST_IN_ONE_NODE and x.device.type not in WHOLE):
@@ -170,7 +172,7 @@ def _as_node(
         _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
         else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in every
     ]  # fmt: skip
-    shape = tuple(steps[: len(chain)]), residual is x, dtype, tuple(steps[len(chain) :]) or None, apart, made
+    shape = tuple(steps[: len(chain)]), residual is x, dtype, tuple(steps[len(chain) :]) or None, split_output, made
     norms = [module for module, _ in every if type(module) is nn.BatchNorm2d]
 
     def update(statistics: _chain.Statistics) -> None:
@@ -197,7 +199,7 @@ def joins(chain: Sequence[Link], x: Tensor) -> bool:
     return why_not(*dict.fromkeys(each for link in chain for each in link)) is None
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, made: Made | None = None) -> Tensor:
+def convolve(conv: nn.Conv2d, x: Tensor, made: Producer | None = None) -> Tensor:
     """``conv(x)`` in training: by an op where fastres has a faster kernel, which shapes and layout alone decide. Where it is
     known how x was ``made``, backward recomputes x instead of keeping it."""
     if made is not None and made.version == x._version:
@@ -217,7 +219,7 @@ def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
         try:
             return functional.conv2d(*cast(*operands), *geometry)
         except WRONG:
-            pass  # as above
+            pass  # see WRONG
     return torch.conv2d(*operands, *geometry)
 
 
@@ -229,7 +231,7 @@ def convolve_before(bn: Any, act: Act, conv: Any, x: Tensor, pool: nn.Module | N
         try:
             return find_statistics(conv, x)
         except WRONG:
-            pass  # as above
+            pass  # see WRONG
     return convolve(conv, x), None
 
 
@@ -265,7 +267,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
                 return _norm.train([(bn, x)], name(act), residual, [known])[0]
             return functional.bn_act(x, *arguments) if residual is None else functional.bn_add_act(x, residual, *arguments)
         except WRONG:
-            pass  # as above; nothing has been updated yet
+            pass  # see WRONG; nothing has been updated yet
     return add_act(act, _call(bn, x), residual)
 
 
@@ -295,7 +297,7 @@ def bn_add_bn_act(
                 arguments: Any = *own, *others, False, 0.0, bn.eps, 0.0, residual_bn.eps, name(act)
                 return functional.bn_add_bn_act(x, residual, *arguments)
             except WRONG:
-                pass  # as above
+                pass  # see WRONG
     return bn_act(bn, act, x, bn_act(residual_bn, None, residual, None, known[1]), known[0])
 
 
@@ -310,7 +312,7 @@ def bn_act_maxpool(bn: nn.BatchNorm2d, act: Act, pool: nn.MaxPool2d, x: Tensor, 
                 return _norm.train([(bn, x)], name(act), None, [known], window)[0]
             return functional.bn_act_maxpool(x, *arguments)
         except WRONG:
-            pass  # as above
+            pass  # see WRONG
     return pool(bn_act(bn, act, x, None, known))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastres.nn._plain import is_frozen_norm, trains
 from fastres.ops import _running
-from fastres.ops._given import Known, runner
+from fastres.ops._known_stats import Known, runner
 from fastres.ops._op import Op
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN
@@ -50,13 +50,13 @@ def affine(bn: nn.BatchNorm2d) -> tuple[Any, Any, float]:
 
 def train(
     norms: Sequence[tuple[nn.BatchNorm2d, Tensor]], act: str, residual: Tensor | None, known: Sequence[Known],
-    window: tuple[Any, ...] = (), apart: bool = False,
+    window: tuple[Any, ...] = (), split_output: bool = False,
 ) -> tuple[Tensor, Tensor, Op, tuple[Any, ...], tuple[Tensor, ...]]:  # fmt: skip
     """One op on one or two batch norms that normalise by the batch, whose statistics may be ``known``: its output twice, the
     op, its arguments, and the statistics. The running statistics of the norms are updated.
 
-    ``window``: of the pool behind; none where there is none. ``apart``: the output is two tensors of one memory where there is
-    a gradient, see ``Op.in_two``.
+    ``window``: of the pool behind; none where there is none. ``split_output``: the output is two tensors of one memory where
+    there is a gradient, see ``Op.call_split``.
     """
     plain = BN_ACT_MAXPOOL_TRAIN if window else BN_ACT_TRAIN if residual is None else BN_ADD_ACT_TRAIN
     op = plain if len(norms) == 1 else BN_ADD_BN_ACT_TRAIN
@@ -68,7 +68,7 @@ def train(
         pairs = zip(norms, found[::2], found[1::2], strict=False)  # a mask may come last
         update([(*norm, mean, var) for norm, mean, var in pairs])
 
-    found = op.in_two(*arguments, run=run, then=then) if apart else None
+    found = op.call_split(*arguments, run=run, then=then) if split_output else None
     if found is None:
         y, *statistics = op.by(run, *arguments, then=then)
         again = y

@@ -18,7 +18,7 @@ def is_frozen_norm(module: Any) -> bool:
     return (kind.__module__, kind.__qualname__) == _FROZEN
 
 
-def is_norm(module: Any) -> bool:
+def is_fusible_norm(module: Any) -> bool:
     """Whether a fused step knows this batch norm."""
     return type(module) is nn.BatchNorm2d or is_frozen_norm(module)
 
@@ -102,5 +102,3 @@ def why_not(*modules: Act) -> str | None:
     if _any_global_hook():
         return "a global module hook is registered, which must fire"
     return None
-
-

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fastres.nn import _fused, _training
 from fastres.nn._plain import has_hooks, kind_of, original_class, trains, why_not
 from fastres.nn.shortcut import ZeroPadShortcut
-from fastres.ops._given import Known
-from fastres.ops._made import Made
+from fastres.ops._known_stats import Known
+from fastres.ops._recompute import Producer
 
 
 def conv_bn_act_maxpool(conv: Any, bn: Any, act: Any, pool: Any, x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class Value(NamedTuple):
 
     x: Tensor
     shortcut: Tensor
-    made: Made | None = None
+    made: Producer | None = None
 
 
 def recomputes(block: nn.Module, layers: Sequence[_fused.Layer]) -> bool:
@@ -59,16 +59,16 @@ def plain_block(owner: nn.Module, layers: Sequence[_fused.Layer], x: Tensor) -> 
 
 
 def block_in_two(
-    owner: nn.Module, layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart: bool
+    owner: nn.Module, layers: Sequence[_fused.Layer], value: Value, downsample: Any, split_output: bool
 ) -> Value:
     """``block`` in training, between blocks that hold a value as two tensors that share memory, one for their convolutions and
     one for their shortcut: each gets its part of the gradient, and no pass is spent on adding them.
 
-    The output is one tensor twice without ``apart``, and where it cannot be two; the input may be either. Blocks that recompute
-    values keep every other output: the ones between are recomputed from those and from the convolutions' outputs.
+    The output is one tensor twice without ``split_output``, and where it cannot be two; the input may be either. Blocks that
+    recompute values keep every other output: the ones between are recomputed from those and from the convolutions' outputs.
     """
     again = recomputes(owner, layers)
-    both = None if again else at_once(layers, value, downsample, apart)
+    both = None if again else at_once(layers, value, downsample, split_output)
     if both is not None:
         return both
     made = value.made if again else None
@@ -94,7 +94,9 @@ def block_in_two(
             else:
                 shortcut, own = _fused.convolve_before(shortcut_bn, None, shortcut_conv, shortcut)
     both_known = (known,) if shortcut_bn is None else (known, own)
-    found = _training.in_training(bn, act, z, shortcut, shortcut_bn, apart, both_known) if apart or again else None
+    found = None
+    if split_output or again:
+        found = _training.in_training(bn, act, z, shortcut, shortcut_bn, split_output, both_known)
     if found is not None:
         is_kept = made is None and downsample is None and shortcut.dtype == z.dtype  # by the first convolution
         of_what_is_kept = shortcut_bn is not None or is_kept
@@ -104,7 +106,7 @@ def block_in_two(
     return _twice(_fused.bn_add_bn_act(bn, shortcut_bn, act, z, shortcut, (known, own)))
 
 
-def at_once(layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart: bool) -> Value | None:
+def at_once(layers: Sequence[_fused.Layer], value: Value, downsample: Any, split_output: bool) -> Value | None:
     """The block as one node of autograd, where its shortcut is the identity or a plain projection; else None."""
     if type(downsample) is ZeroPadShortcut or not getattr(layers[0][1], "training", False):
         return None
@@ -113,10 +115,10 @@ def at_once(layers: Sequence[_fused.Layer], value: Value, downsample: Any, apart
         return None
     if len({bn for _, bn, _ in layers} | set(steps or ())) < len(layers) + len(steps or ()):
         return None
-    y = _fused.in_one_node(layers, value.x, value.shortcut, steps or (), apart)
+    y = _fused.in_one_node(layers, value.x, value.shortcut, steps or (), split_output)
     if y is None:
         return None
-    return Value(*y) if apart else _twice(y)
+    return Value(*y) if split_output else _twice(y)
 
 
 def _twice(y: Tensor) -> Value:
@@ -135,7 +137,7 @@ def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> tu
     return _fused.convolve(conv, x, made), None
 
 
-def bn_act_made(bn: Any, act: Any, x: Tensor) -> tuple[Tensor, Made | None]:
+def bn_act_made(bn: Any, act: Any, x: Tensor) -> tuple[Tensor, Producer | None]:
     """``act(bn(x))`` and how it was made, None where the modules must be called."""
     found = _training.in_training(bn, act, x)
     return (_fused.bn_act(bn, act, x), None) if found is None else (found[0], found[2])

@@ -65,9 +65,9 @@ def run(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     parts = [_open(block) if opened else None for block in blocks]
     value = _sequence.Value(x, x)
     for block, own, following in zip(blocks, parts, [*parts[1:], None], strict=True):
-        apart = divides and own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
-        if own is not None and (apart or value.shortcut is not value.x or _sequence.recomputes(block, own[0])):
-            value = _sequence.block_in_two(block, own[0], value, own[1], apart)
+        splits = divides and own is not None and following is not None and _hides_input(following) and _ends_in_training(own)
+        if own is not None and (splits or value.shortcut is not value.x or _sequence.recomputes(block, own[0])):
+            value = _sequence.block_in_two(block, own[0], value, own[1], splits)
         else:
             y = block(value.x)
             value = _sequence.Value(y, y)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fastres.nn import _fused
 from fastres.nn._norm import train
 from fastres.nn._plain import Act, trains
-from fastres.ops._given import Known
-from fastres.ops._made import Made
+from fastres.ops._known_stats import Known
+from fastres.ops._recompute import Producer
 
 
 def in_training(
@@ -18,9 +18,9 @@ def in_training(
     x: Tensor,
     residual: Tensor | None = None,
     residual_bn: nn.BatchNorm2d | None = None,
-    apart: bool = False,
+    split_output: bool = False,
     known: Sequence[Known] = (),
-) -> tuple[Tensor, Tensor, Made] | None:
+) -> tuple[Tensor, Tensor, Producer] | None:
     """The output of ``bn_act`` or ``bn_add_bn_act`` in training, twice, and how it was made, see ``_norm.train``. None where
     they must run as usual.
     """
@@ -28,7 +28,7 @@ def in_training(
     if bn is residual_bn or not all(trains(norm) and _fused.fuses(value, None, norm, act, None) for norm, value in norms):
         return None
     try:
-        y, again, op, arguments, statistics = train(norms, _fused.name(act), residual, known, apart=apart)
+        y, again, op, arguments, statistics = train(norms, _fused.name(act), residual, known, split_output=split_output)
     except _fused.WRONG:
         return None  # the modules raise PyTorch's own error, or accept what the op does not; nothing has been updated yet
-    return y, again, Made(op, arguments, statistics, y._version)
+    return y, again, Producer(op, arguments, statistics, y._version)

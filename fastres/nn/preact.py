@@ -128,7 +128,7 @@ class PreActBottleneck(FusedModule):
         activated = bn_act(self.bn1, self.relu, x)
         out = conv_bn_act(self.conv1, self.bn2, self.relu, activated)
         out = conv_bn_act(self.conv2, self.bn3, self.relu, out)
-        return self.conv3(out) + _identity(self.downsample, x, activated)
+        return convolve(self.conv3, out) + _identity(self.downsample, x, activated)
 
     def _layers(self) -> list[Layer]:
         first = [(self.conv1, self.bn1, self.relu), (self.conv2, self.bn2, self.relu)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastres.kernels.layout import memory_format, why_not_dense
 from fastres.ops import _check
 from fastres.ops._op import Sample
+from fastres.ops._samples import Draw
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -184,34 +185,17 @@ def samples(device: torch.device, dtype: torch.dtype, build: Callable) -> list[S
 
     ``build(x, residual, weight, bias, mean, var, eps, act)`` picks an op's arguments.
     """
-    generator = torch.Generator().manual_seed(0)
-    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    draw = Draw(device, dtype)
 
     def case(
         label: str, shape: tuple, eps: float = 1e-5, act: str = "relu", shift: float = 0.3, affine: str = "wb"
     ) -> Sample:
-        channels = shape[1]
-
-        def draw(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator, dtype=torch.float64)
-
-        x, residual = draw(*shape) * 1.5 + shift, draw(*shape)
-        weight, bias, mean, var = (
-            draw(channels),
-            draw(channels),
-            draw(channels) * 0.2 + shift,
-            draw(channels).square() + 0.5,
-        )
-        if channels > 2:
+        images = draw.images(*shape, scale=1.5, mean=shift), draw.images(*shape)
+        weight, bias, *statistics = draw.norm(shape[1], mean=shift)
+        if shape[1] > 2:
             weight[1] = 0.0
-        activations = [t.to(device, dtype) for t in (x, residual)]
-        weight, bias, mean, var = (t.to(device, parameters) for t in (weight, bias, mean, var))
-        return Sample(
-            label,
-            build(
-                *activations, weight if "w" in affine else None, bias if "b" in affine else None, mean, var, eps, act
-            ),
-        )
+        parameters = weight if "w" in affine else None, bias if "b" in affine else None
+        return Sample(label, build(*images, *parameters, *statistics, eps, act))
 
     return [
         case("stage 1", (2, 64, 8, 8)),

@@ -2,7 +2,7 @@
 another tensor, x itself, or a convolution and a batch norm of either: what the layers of a block do.
 
 The ops are those of the pages. A convolution passes the statistics to the batch norm behind it where a kernel that finds them
-is chosen (``_given``). ``_node`` turns a chain into one autograd node.
+is chosen (``_known_stats``). ``_node`` turns a chain into one autograd node.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fastres import dispatch
-from fastres.ops._given import Known, runner
-from fastres.ops._made import Made
+from fastres.ops._known_stats import Known, runner
+from fastres.ops._recompute import Producer
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
@@ -35,16 +35,14 @@ class Norm(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """The links, the last of which adds the shortcut; whether the shortcut starts from x; the dtype that autocast gives
-    convolutions, None where it is off; the shortcut's own convolution and batch norm, None where it has none; whether y is
-    wanted as two tensors that share memory; how x was made, None where it is kept."""
+    """What defines a chain besides its tensors."""
 
-    links: tuple[Convolution | Norm, ...]
-    adds_x: bool
-    dtype: torch.dtype | None
-    projection: tuple[Convolution, Norm] | None = None
-    apart: bool = False
-    made: Made | None = None
+    links: tuple[Convolution | Norm, ...]  # the last of which adds the shortcut
+    adds_x: bool  # whether the shortcut starts from x
+    dtype: torch.dtype | None  # that autocast gives convolutions; None where it is off
+    projection: tuple[Convolution, Norm] | None = None  # the shortcut's own
+    split_output: bool = False  # whether y is wanted as two tensors that share memory
+    made: Producer | None = None  # how x was made; None where it is kept
 
 
 Statistics = list[tuple[Tensor, Tensor, Tensor]]  # of each batch norm: its input, mean and var
@@ -75,8 +73,8 @@ def may_join_layers(x: Tensor) -> bool:
     return x.is_cuda or dispatch.is_forced()
 
 
-def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) -> tuple[Tensor, Statistics]:
-    """Run the layers on ``(x, residual, *parameters)``; returns y and the statistics of the batch norms' inputs. ``told`` is
+def compose(chain: Chain, tensors: Sequence[Any], on_op: Callable | None = None) -> tuple[Tensor, Statistics]:
+    """Run the layers on ``(x, residual, *parameters)``; returns y and the statistics of the batch norms' inputs. ``on_op`` is
     called with every op that ran and the index of its link; the projection's convolution has the index behind the last
     link's."""
     x, residual, *parameters = tensors
@@ -87,8 +85,8 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
         weight, bias = parameters[TENSORS * index :][:TENSORS]
         inputs = cast(chain, value), cast(chain, weight), cast(chain, bias)
         op, args, (y, *found) = _convolve(*inputs, link.geometry, before_norms)
-        if told is not None:
-            told(index, op, args, (y, *found))
+        if on_op is not None:
+            on_op(index, op, args, (y, *found))
         return y, (found[0], found[1]) if found else None
 
     def normalise(index: int, value: Tensor, link: Norm, known: Known) -> Tensor:
@@ -104,8 +102,8 @@ def compose(chain: Chain, tensors: Sequence[Any], told: Callable | None = None) 
             args = value, shortcut
         args = (*args, *parameters[TENSORS * index :][:TENSORS], link.eps, *others, link.act)
         y, *outputs = op(*args) if known is None else op.by(runner(op, args, all_known), *args)
-        if told is not None:
-            told(index, op, args, (y, *outputs))
+        if on_op is not None:
+            on_op(index, op, args, (y, *outputs))
         for place, normalised in enumerate(inputs):
             mean, var = outputs[TENSORS * place :][:TENSORS]
             statistics.append((normalised, mean, var))

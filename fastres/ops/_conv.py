@@ -5,7 +5,7 @@ the convolution with ``bn_act``. Parameters may be wider than x (autocast): they
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fastres.errors import must, must_type
 from fastres.kernels import inplace
-from fastres.kernels.layout import memory_format, why_not_dense
+from fastres.kernels.layout import memory_format, output_size, why_not_dense
 from fastres.ops import _check, _conv_cpu, _conv_cuda, _conv_cudnn, _conv_wide, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import activate, normalize, refuse_statistics_gradient
 from fastres.ops._op import Backend, Sample
+from fastres.ops._samples import Draw
 
 PARAMETERS = (
     "Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, float eps,"
@@ -65,12 +66,6 @@ def recompute_gradients(ctx, grad_y: Tensor, run: Callable) -> tuple[Tensor | No
 
 def output_shape(x: Tensor, weight: Tensor, stride: tuple, padding: tuple, dilation: tuple) -> tuple[int, ...]:
     return (x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation))
-
-
-def output_size(size: Sequence[int], kernel: Sequence[int], stride: tuple, padding: tuple, dilation: tuple) -> list[int]:
-    """Rows and columns of the output, of those of x."""
-    window = zip(size, kernel, stride, padding, dilation, strict=True)
-    return [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in window]
 
 
 def check(op, x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
@@ -275,22 +270,14 @@ def backends(with_residual: bool) -> list[Backend]:
 
 def samples(device: torch.device, dtype: torch.dtype, with_residual: bool) -> list[Sample]:
     """Every convolution of a residual network, at a small size, and corner cases: groups, dilation, odd channels, bias."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+    draw = Draw(device, dtype)
 
     def case(label, n, c, size, k, kernel, stride=1, padding=0, dilation=1, groups=1, act="relu", bias=False, eps=1e-5):
-        x, weight = draw(n, c, *size), draw(k, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
+        x, weight = draw.images(n, c, *size), draw.weight(k, c // groups, *kernel)
         geometry = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
-        shape = output_shape(x, weight, *geometry)
-        activations = [x, draw(*shape)][: 2 if with_residual else 1]
-        bn = [draw(k), draw(k), draw(k) * 0.2, draw(k).square() + 0.5]
-        conv = [weight, draw(k) if bias else None]
-        tensors = [t if t is None else t.to(device, parameters) for t in (*conv, *bn)]
-        activations = [t.to(device, dtype) for t in activations]
-        return Sample(label, (*activations, *tensors, eps, *geometry, groups, act))
+        images = [x, draw.images(*output_shape(x, weight, *geometry))][: 2 if with_residual else 1]
+        norm = draw.norm(k)
+        return Sample(label, (*images, weight, draw.vector(k) if bias else None, *norm, eps, *geometry, groups, act))
 
     return [
         case("1x1", 2, 64, (8, 8), 64, (1, 1)),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastres.kernels import native
-from fastres.kernels.layout import aligned, why_not_dense
+from fastres.kernels.layout import aligned, full_padding, why_not_dense
 from fastres.ops import _conv_cuda
 
 OP, STATISTICS, GRADIENT = "sm90_conv_wide", "sm90_conv_wide_statistics", "sm90_conv_wide_gradient"
@@ -58,17 +58,12 @@ def why_not_gradient_arguments(
         return f"the input gradient is a convolution only where the stride is 1, got {stride}"
     if groups != 1:
         return f"it has no grouped convolution, got groups={groups}"
-    turned = _turned(weight, padding, dilation)
+    turned = full_padding(weight.shape[2:], padding, dilation)
     if min(turned) < 0:
         return f"padding must be less than the window, got {padding}"
     if {weight.dtype, x.dtype} != {grad_y.dtype}:
         return f"it has one dtype, got {grad_y.dtype}, {weight.dtype} and {x.dtype}"
     return why_not_dense(x, grad_y) or why_not_arguments(grad_y, weight.transpose(0, 1), stride, turned, dilation, groups)
-
-
-def _turned(weight: Tensor, padding, dilation) -> tuple[int, ...]:
-    """The padding with which the input gradient is a convolution of grad_y."""
-    return tuple((k - 1) * d - p for k, p, d in zip(weight.shape[2:], padding, dilation, strict=True))
 
 
 def run(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act) -> Tensor:
@@ -91,4 +86,4 @@ def run_gradient(
     """The convolution of grad_y with the rotated weight, the merge of the sums, and the pass that applies them."""
     packed = weight.permute(1, 2, 3, 0).contiguous()  # input channels, window, output channels
     args = aligned(grad_y), packed, aligned(x), bn_weight, bn_bias, mean, var, eps, act
-    return native.op(GRADIENT)(*args, _turned(weight, padding, dilation), dilation)
+    return native.op(GRADIENT)(*args, full_padding(weight.shape[2:], padding, dilation), dilation)

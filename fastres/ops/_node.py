@@ -3,8 +3,8 @@
 The gradients are the formulas of the ops' pages, and the node saves what they save. One node instead of two per layer saves the
 host a third of its time, and recordings most of the rest, which matters where layers are small. The gradient of a shortcut that
 is x itself is added in place. With create_graph the chain is run again, op by op, and differentiated. Where it is known how x
-was made, the node of a convolution recomputes x instead of keeping it (``_made``). A convolution's backward includes that of
-the batch norm before it where a kernel for both is chosen (``conv_backward_bn_act``).
+was made, the node of a convolution recomputes x instead of keeping it (``_recompute``). A convolution's backward includes that
+of the batch norm before it where a kernel for both is chosen (``conv_backward_bn_act``).
 """
 
 import copy
@@ -196,7 +196,7 @@ class _Node(torch.autograd.Function):
             kept += ctx.made.tensors()
             ctx.made = ctx.made.with_tensors((None,) * len(ctx.made.tensors()))
         ctx.save_for_backward(*kept)
-        return (y, y.detach()) if call.chain.apart else y
+        return (y, y.detach()) if call.chain.split_output else y
 
     @staticmethod
     def backward(ctx: Any, grad: Any, grad2: Any = None) -> Any:  # type: ignore[override]
@@ -330,6 +330,6 @@ def _differentiate_twice(chain: Chain, tensors: Sequence, needs: Sequence, grad_
 
 
 def run(chain: Chain, tensors: Sequence[Any], then: Callable[[Statistics], None]) -> Any:
-    """``compose`` as one node; y twice, as two tensors that share memory, where the chain wants it ``apart``. ``then`` gets the
-    statistics before autograd keeps anything, see ``Op.by``."""
+    """``compose`` as one node; y twice, as two tensors that share memory, where the chain wants a ``split_output``. ``then``
+    gets the statistics before autograd keeps anything, see ``Op.by``."""
     return _Node.apply(_Call(chain, then), *tensors)

@@ -125,7 +125,7 @@ class Op:
             return self._function.apply(*args, run)
         return run(*args)
 
-    def in_two(self, *args: Any, run: Callable | None = None, then: Callable[..., None] | None = None) -> Any:
+    def call_split(self, *args: Any, run: Callable | None = None, then: Callable[..., None] | None = None) -> Any:
         """The outputs, with the first one as two tensors that share memory: their gradients reach ``backward`` separately, as
         ``grad_y`` and ``grad_y2``, and a kernel adds them as it reads them, instead of autograd in a pass of its own.
 
@@ -138,12 +138,12 @@ class Op:
         if not plain or not needs_grad:
             return None
         run = _followed_by(then, run or self._choices.get(key) or self._choose(key, args))
-        return self._function_in_two.apply(*args, run)
+        return self._function_split.apply(*args, run)
 
     @functools.cached_property
-    def _function_in_two(self) -> Any:
+    def _function_split(self) -> Any:
         assert self.setup_context is not None and self.backward is not None
-        return _function_in_two(self.name, self.setup_context, self.backward)
+        return _function_split(self.name, self.setup_context, self.backward)
 
     def _from_dispatcher(self, *args: Any) -> Any:
         args = tuple(tuple(arg) if isinstance(arg, list) else arg for arg in args)
@@ -305,7 +305,7 @@ def _eager_function(name: str, setup_context: Callable, backward: Callable) -> t
     return EagerFunction
 
 
-def _function_in_two(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def _function_split(name: str, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
     """The same with the first output twice, whose gradients ``backward`` gets separately."""
     whole: Any = _eager_function(name, setup_context, backward)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels.layout import is_dense, with_strides_of
 from fastres.ops import _backends, _check
 from fastres.ops._op import Op, Sample, is_differentiated
+from fastres.ops._samples import Draw
 
 SCHEMA = "(Tensor x, Tensor residual, str act) -> Tensor"
 SCHEMA_BACKWARD = "(Tensor grad_y, Tensor y, str act) -> Tensor"
@@ -67,11 +68,7 @@ def backward(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
 
 def samples(device: torch.device, dtype: torch.dtype) -> list[Sample]:
     """Block tails of several widths, odd sizes that leave a tail behind any vector width, and no activation."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tensor(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
+    tensor = Draw(device, dtype).images
     shapes = [(2, 64, 8, 8), (1, 256, 7, 7), (3, 17, 5, 3), (1, 1, 1, 1), (2, 3, 1, 9)]
     cases = [Sample(f"{'x'.join(map(str, s))}", (tensor(*s), tensor(*s), "relu")) for s in shapes]
     return [*cases, Sample("no activation", (tensor(2, 8, 4, 4), tensor(2, 8, 4, 4), "none"))]

@@ -95,7 +95,7 @@ def through_relu(grad_y: Tensor, y: Tensor | None, act: str) -> Tensor:
 
 def scaled(dz: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """The gradient of x in evaluation, for dz of batch norm's output."""
-    if torch.is_grad_enabled():  # as above
+    if torch.is_grad_enabled():  # create_graph=True
         own, var = _bn.match(dz, weight, var)
         scale = torch.rsqrt(var + eps) * (1.0 if own is None else own)
         return (dz * scale.view(-1, 1, 1)).to(dz.dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastres.errors import must
-from fastres.kernels.layout import memory_format
+from fastres.kernels.layout import memory_format, output_size
 from fastres.ops import _backends, _bn, _check, bn_act
 from fastres.ops._op import Op, Sample
 
@@ -81,8 +81,7 @@ def check_backward(grad_y, x, weight, bias, mean, var, eps, act, training, *wind
 
 
 def output_shape(x, kernel_size, stride, padding):
-    sizes = zip(x.shape[2:], kernel_size, stride, padding, strict=True)
-    return (*x.shape[:2], *((size + 2 * pad - kernel) // step + 1 for size, kernel, step, pad in sizes))
+    return (*x.shape[:2], *output_size(x.shape[2:], kernel_size, stride, padding))
 
 
 def fake(x, weight, bias, mean, var, eps, act, *window):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastres.dispatch import Backend
 from fastres.errors import must
 from fastres.kernels import native
-from fastres.kernels.layout import memory_format
+from fastres.kernels.layout import full_padding, memory_format, output_size, why_not_channels_last
 from fastres.ops import _check, _conv, _conv_cpu, _conv_rows
 from fastres.ops._op import Op, Sample
 
@@ -162,10 +162,12 @@ def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, o
     weights = out_channels * channels * kernel[0] * kernel[1]
     if out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384 or weights < LEAST_WEIGHTS:
         return f"it needs {LEAST_WEIGHTS} weights or more, in multiples of 16 channels up to 16384, got {tuple(weight_shape)}"
-    height, width = _conv.output_size(size, kernel, stride, padding, dilation)
+    height, width = output_size(size, kernel, stride, padding, dilation)
     dense = kernel == [1, 1] and stride == (1, 1)
     pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE[of_input] if dense else MOST_PIXELS
-    return _why_not_dense(images) if 0 < pixels <= most else f"it supports 1 to {most} pixels, got {pixels}"
+    if not 0 < pixels <= most:
+        return f"it supports 1 to {most} pixels, got {pixels}"
+    return why_not_channels_last("the activations", images)
 
 
 def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=LEAST_TILES) -> str | None:
@@ -187,13 +189,7 @@ def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_t
         return f"so few pixels ({tiles} tiles of 2x2, it wants {least_tiles}) do not repay the transform of the weights"
     if least < 32 and tiles > MOST_TILES_OF_FEW[x.dtype]:
         return f"so few channels ({least}) do not repay the transform of so many pixels ({tiles} tiles of 2x2)"
-    return _why_not_dense(x)
-
-
-def _why_not_dense(activations: Tensor, name: str = "the activations") -> str | None:
-    if activations.is_contiguous(memory_format=torch.channels_last):
-        return None
-    return f"{name} must be dense in channels_last, got strides {tuple(activations.stride())}"
+    return why_not_channels_last("the activations", x)
 
 
 def why_not(x, weight, bias, *geometry):
@@ -207,17 +203,17 @@ def why_not_input(grad_y, weight, size, stride, padding, *geometry):
     if max(padding) > 2:
         return f"its padding is at most 2 pixels, got {padding}"
     turned = (weight.shape[1], weight.shape[0], *weight.shape[2:])
-    reason = why_not_winograd(grad_y, turned, stride, _turned(padding), *geometry)
+    reason = why_not_winograd(grad_y, turned, stride, full_padding(weight.shape[2:], padding, geometry[0]), *geometry)
     return reason or native.why_not("cpu_conv") or _conv_cpu.lacks(grad_y.dtype)
 
 
 def _why_not_few_input(grad_y, weight, size, *geometry):
-    return _why_not_dense(weight, "weight") or why_not_few(grad_y, size, weight.shape, *geometry, of_input=True)
+    return why_not_channels_last("weight", weight) or why_not_few(grad_y, size, weight.shape, *geometry, of_input=True)
 
 
 def why_not_weight(grad_y, x, kernel, *geometry):
     shape = (grad_y.shape[1], x.shape[1], *kernel)
-    reason = _why_not_dense(grad_y, "grad_y") or why_not_weight_fast(x, shape, *geometry)
+    reason = why_not_channels_last("grad_y", grad_y) or why_not_weight_fast(x, shape, *geometry)
     few = why_not_few(x, x.shape[2:], shape, *geometry) is None
     return reason or native.why_not(f"cpu_conv_{'outer' if few else 'backward'}_weight") or _conv_cpu.lacks(x.dtype)
 
@@ -228,12 +224,7 @@ def why_not_cuda(x, weight, bias, *geometry):
 
 def why_not_cuda_weight(grad_y, x, kernel, *geometry):
     shape = (grad_y.shape[1], x.shape[1], *kernel)
-    return _why_not_dense(grad_y, "grad_y") or _conv_rows.why_not(x, shape, *geometry, op="conv_rows_backward_weight")
-
-
-def _turned(padding):
-    """The padding with which the input gradient is a convolution of grad_y."""
-    return 2 - padding[0], 2 - padding[1]
+    return why_not_channels_last("grad_y", grad_y) or _conv_rows.why_not(x, shape, *geometry, op="conv_rows_backward_weight")
 
 
 # Winograd's transform would spread values that are not finite: calls with such weights or outputs run PyTorch's convolution.
@@ -249,7 +240,7 @@ def run(x, weight, bias, *geometry):
 def run_input(grad_y, weight, size, stride, padding, *geometry):
     if _why_not_few_input(grad_y, weight, size, stride, padding, *geometry) is None:
         return native.op("cpu_conv_outer_input")(grad_y, weight, size, stride, padding, geometry[0])
-    grad_x = native.op("cpu_conv")(grad_y, weight, _turned(padding), True)
+    grad_x = native.op("cpu_conv")(grad_y, weight, full_padding(weight.shape[2:], padding, geometry[0]), True)
     return grad_x if grad_x.numel() else reference_input(grad_y, weight, size, stride, padding, *geometry)
 
 

@@ -12,12 +12,12 @@ Where no kernel is chosen, ``conv_bn_act`` and ``conv_bn_add_act`` one after the
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastres.errors import ArgumentError, ArgumentTypeError, must, renamed
 from fastres.ops import _check, _conv, _conv_cuda
 from fastres.ops._op import Backend, Op, Sample
+from fastres.ops._samples import Draw
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 
@@ -70,23 +70,13 @@ def fake(*args):
 
 def samples(device, dtype):
     """Ends of bottlenecks as residual networks have them, and corner cases: odd channels, a stride, groups."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    def convolution(k: int, c: int, kernel: int, bias: bool) -> list[Tensor | None]:
-        weight, norm = draw(k, c, kernel, kernel) / (c * kernel * kernel) ** 0.5, [draw(k), draw(k), draw(k) * 0.2]
-        tensors = weight, draw(k) if bias else None, *norm, draw(k).square() + 0.5
-        return [None if t is None else t.to(device, parameters) for t in tensors]
+    draw = Draw(device, dtype)
 
     def case(label, n, c, size, k, kernel, out, stride=1, dilation=1, groups=1, bias=False, acts=("relu", "relu"), eps=1e-5):
-        x, geometry = draw(n, c, *size), ((stride,) * 2, (kernel // 2 * dilation,) * 2, (dilation,) * 2)
-        first, last = convolution(k, c // groups, kernel, bias), convolution(out, k, 1, bias)
-        shape = _conv.output_shape(x, first[0], *geometry)
-        images = x.to(device, dtype), draw(n, out, *shape[2:]).to(device, dtype)
-        return Sample(label, (*images, *first, eps, *geometry, groups, acts[0], *last, 2 * eps, acts[1]))
+        x, geometry = draw.images(n, c, *size), ((stride,) * 2, (kernel // 2 * dilation,) * 2, (dilation,) * 2)
+        first, last = draw.layer(k, c // groups, kernel, kernel, bias=bias), draw.layer(out, k, 1, 1, bias=bias)
+        residual = draw.images(n, out, *_conv.output_shape(x, first[0], *geometry)[2:])
+        return Sample(label, (x, residual, *first, eps, *geometry, groups, acts[0], *last, 2 * eps, acts[1]))
 
     return [
         case("3x3 of 64 channels", 2, 64, (7, 6), 64, 3, 128),

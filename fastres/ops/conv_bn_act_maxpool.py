@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastres import dispatch
 from fastres.errors import ArgumentError, ArgumentTypeError, renamed
 from fastres.kernels.layout import memory_format
 from fastres.ops import _check, _conv, _conv_rows
 from fastres.ops._op import Backend, Op, Sample
+from fastres.ops._samples import Draw
 from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL, check_window, output_shape, pool
 from fastres.ops.conv import CONV
 from fastres.ops.conv_bn_act import CONV_BN_ACT
@@ -78,17 +78,11 @@ def backward(ctx, grad_y):
 
 def samples(device, dtype):
     """Stems, with aligned rows and others, and corner cases: other windows of either kind, odd channels."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
+    draw = Draw(device, dtype)
 
     def case(label, n, c, size, k, kernel, stride, padding, window=_WINDOW, act="relu", bias=False, groups=1, eps=1e-5):
-        x, weight = draw(n, c, *size), draw(k, c // groups, *kernel) / (c // groups * kernel[0] * kernel[1]) ** 0.5
-        norm = draw(k), draw(k), draw(k) * 0.2, draw(k).square() + 0.5
-        tensors = [None if t is None else t.to(device, parameters) for t in (weight, draw(k) if bias else None, *norm)]
-        return Sample(label, (x.to(device, dtype), *tensors, eps, stride, padding, (1, 1), groups, act, *window))
+        x, layer = draw.images(n, c, *size), draw.layer(k, c // groups, *kernel, bias=bias)
+        return Sample(label, (x, *layer, eps, stride, padding, (1, 1), groups, act, *window))
 
     seven = (7, 7), (2, 2), (3, 3)
     return [

@@ -23,6 +23,7 @@ from fastres.ops import _check, _conv, _conv_cuda, _fold
 from fastres.ops._backends import triton_module, why_not_triton
 from fastres.ops._bn import refuse_statistics_gradient
 from fastres.ops._op import Backend, Op, Sample
+from fastres.ops._samples import Draw
 from fastres.ops.conv_bn_act import CONV_BN_ACT
 from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 
@@ -97,24 +98,15 @@ def backward(ctx, grad_y):
 
 def samples(device, dtype):
     """Ends of blocks as residual networks have them, and corner cases: odd channels, few, groups, another window."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    def norm(k: int) -> list[Tensor]:
-        return [draw(k), draw(k), draw(k) * 0.2, draw(k).square() + 0.5]
+    draw = Draw(device, dtype)
 
     def case(label, c, size, k, kernel, c2, size2, stride2, act="relu", bias=False, groups=1, stride=1, eps=1e-5, n=2):
-        x, weight = draw(n, c, *size), draw(k, c // groups, kernel, kernel) / (c // groups * kernel * kernel) ** 0.5
-        shortcut, own = draw(n, c2, *size2), draw(k, c2, 1, 1) / c2**0.5
-        biases = [draw(k) if bias else None for _ in range(2)]
-        main, other = ([w, b, *norm(k)] for w, b in zip((weight, own), biases, strict=True))
-        main, other = ([None if t is None else t.to(device, parameters) for t in group] for group in (main, other))
+        x, weight = draw.images(n, c, *size), draw.weight(k, c // groups, kernel, kernel)
+        shortcut, own = draw.images(n, c2, *size2), draw.weight(k, c2, 1, 1)
+        biases = [draw.vector(k) if bias else None for _ in range(2)]
+        main, other = ([w, b, *draw.norm(k)] for w, b in zip((weight, own), biases, strict=True))
         geometry = (stride, stride), (kernel // 2, kernel // 2), (1, 1), groups
-        images = x.to(device, dtype), shortcut.to(device, dtype)
-        return Sample(label, (*images, *main, eps, *geometry, *other, 2 * eps, (stride2, stride2), act))
+        return Sample(label, (x, shortcut, *main, eps, *geometry, *other, 2 * eps, (stride2, stride2), act))
 
     return [
         case("3x3, shortcut of stride 2", 32, (5, 4), 32, 3, 16, (9, 8), 2),
@@ -141,28 +133,6 @@ def may_join(device: torch.device) -> bool:
 
 def fallback(*args):
     return composed(CONV_BN_ACT, CONV_BN_ADD_ACT, *args)
-
-
-class Ends:
-    """Finds this op in calls of others: a ``conv_bn_add_act`` whose residual a ``conv_bn_act`` made."""
-
-    def __init__(self) -> None:
-        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
-
-    def made(self, op: str, args: tuple[Any, ...], y: Any) -> None:
-        """Note a call that ran; projections are remembered."""
-        if op == CONV_BN_ACT.name and tuple(args[1].shape[2:]) == (1, 1):
-            *_, padding, _, groups, act = args
-            if (padding, groups, act) == ((0, 0), 1, "none"):
-                self._made[id(y)] = y, args
-
-    def joined(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """This op's arguments where it could replace a call and an earlier one; else None."""
-        if op != CONV_BN_ADD_ACT.name or id(args[1]) not in self._made:
-            return None
-        shortcut, *own = self._made[id(args[1])][1][:-4]
-        x, _, *main, act = args
-        return x, shortcut, *main, *own, act
 
 
 def _why_not_dtype(x, shortcut) -> str | None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.errors import must, must_type
-from fastres.kernels.layout import memory_format
+from fastres.kernels.layout import memory_format, why_not_channels_last
 from fastres.kernels.triton import why_not_device
 from fastres.ops import _check, _conv, _int8
 from fastres.ops._backends import triton_module
@@ -137,8 +137,8 @@ def why_not_triton(x, residual, weight, start, scale, *rest) -> str | None:
     if x.numel() == 0:
         return "the input is empty"
     for name, t in (("x", x), ("residual", residual)):
-        if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
-            return f"{name} must be dense in channels_last, got strides {tuple(t.stride())}"
+        if t is not None and (reason := why_not_channels_last(name, t)):
+            return reason
     return why_not_device(x.device)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fastres.errors import must, must_type
-from fastres.kernels.layout import memory_format, pooled
+from fastres.kernels.layout import memory_format, pooled, why_not_channels_last
 from fastres.kernels.triton import why_not_device
 from fastres.ops import _check, _int8
 from fastres.ops._backends import triton_module
@@ -91,9 +91,7 @@ def why_not_triton(x, kernel, stride, padding, ceil, scale, bias) -> str | None:
         return "the input is empty"
     if x.shape[1] % WORD:
         return f"it reads {WORD} channels at once, got {x.shape[1]}"
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return f"x must be dense in channels_last, got strides {tuple(x.stride())}"
-    return why_not_device(x.device)
+    return why_not_channels_last("x", x) or why_not_device(x.device)
 
 
 def load_triton() -> Callable:

@@ -27,12 +27,12 @@ WORD, MOST_PIXELS = 4, 2**28  # what the kernel writes of a pixel, and takes of 
 
 
 def reference(x, scale, zero, channels, padding):
-    y, strange = fake(x, scale, zero, channels, padding)
+    y, nonfinite = fake(x, scale, zero, channels, padding)
     bias = torch.full((), float(zero), dtype=x.dtype, device=x.device)
     down, right = padding
     y[:, x.shape[1] :] = -_int8.SHIFT
     y[:, : x.shape[1]] = _int8.stored(_int8.fused(F.pad(x, (right, right, down, down)), scale, bias).nan_to_num_(0.0))
-    return y, torch.sum(x, (1, 2, 3), dtype=torch.float64).mul_(0.0).abs_().to(strange.dtype)
+    return y, torch.sum(x, (1, 2, 3), dtype=torch.float64).mul_(0.0).abs_().to(nonfinite.dtype)
 
 
 def check(x, scale, zero, channels, padding):

@@ -15,11 +15,11 @@ from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
 from fastres.nn import _fused
-from fastres.nn._plain import is_norm, trains, why_not
+from fastres.nn._plain import is_fusible_norm, trains, why_not
 from fastres.ops import REGISTRY
-from fastres.ops._given import Before, Norms
 from fastres.ops._node import why_not_recorded
-from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT, Ends
+from fastres.ops._patterns import ConvNormPairs, PrecedingConv, ProjectedEnds
+from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT
 from fastres.ops.conv_statistics import CONV_STATISTICS
 from fastres.optimize.plan import Plan, Step
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
@@ -53,6 +53,8 @@ class StepReport:
         notes = [] if self.called is None else [f"not one op: {self.called}"]
         notes += [] if self.apart is None else [f"not {CONV_BN_ADD_CONV_BN_ACT.name}: {self.apart}"]
         about = "".join(f" ({note})" for note in [*notes, *dict.fromkeys(self.statistics)])
+        if not self.modules:  # an op by itself, which is what runs
+            return runs + about
         return f"{self.op}({', '.join(self.modules)})" + (f" -> {runs}" if runs else "") + about
 
 
@@ -107,7 +109,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in self.counts.items())
+        named = {what.replace("_", " "): count for what, count in self.counts.items()}
+        counts = ", ".join(f"{count} {'fastres modules' if what == 'fastres' else what}" for what, count in named.items())
         head = [f"{self.model}, {'training' if self.training else 'evaluation'}: {counts}"]
         head += [f"note: {note}" for note in self.notes]
         return "\n".join([*head, *map(str, self.modules)])
@@ -165,11 +168,11 @@ _Seen = dict[tuple[str, Step | None], list[_Heard]]  # by module and step
 
 
 class _Choices(TorchDispatchMode):
-    """Sees every fastres op that runs, and tells ``heard`` of it."""
+    """Sees every fastres op that runs, and tells ``on_choice`` of it."""
 
-    def __init__(self, heard: Callable[[_Heard], None], training: bool = False) -> None:
+    def __init__(self, on_choice: Callable[[_Heard], None], training: bool = False) -> None:
         super().__init__()
-        self.heard, self.ends, self.norms = heard, Ends(), Norms() if training else None
+        self.on_choice, self.ends, self.norms = on_choice, ProjectedEnds(), ConvNormPairs() if training else None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -181,7 +184,8 @@ class _Choices(TorchDispatchMode):
             end = self.ends.joined(name, whole)
             before = [] if self.norms is None else self.norms.before(name, whole)
             apart = None if end is None else _why_apart(end)
-            self.heard(_Heard(REGISTRY[name].explain(*whole), apart, [_statistics(each) for each in before]))
+            statistics = [text for each in before if (text := _statistics(each))]
+            self.on_choice(_Heard(REGISTRY[name].explain(*whole), apart, statistics))
         y = func(*args, **(kwargs or {}))
         if own:
             self.ends.made(name, whole, y)
@@ -201,8 +205,9 @@ def _why_apart(args: tuple[Any, ...]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items())
 
 
-def _statistics(before: Before) -> str:
-    """Whether a convolution in training finds what the batch norm behind it asks of its output: by which kernel, or why not."""
+def _statistics(before: PrecedingConv) -> str | None:
+    """Whether a convolution in training finds what the batch norm behind it asks of its output: by which kernel, or why not;
+    None where all kernels are for another kind of device."""
     name = CONV_STATISTICS.name
     if before.bias is not None:
         return f"not {name}: the convolution has a bias"
@@ -213,7 +218,9 @@ def _statistics(before: Before) -> str:
     if before.found:
         return f"convolution and statistics in one kernel, {name}: {choice.backend.name}, {choice.source}"
     if choice.backend.name == "torch":
-        return f"not {name}: " + "; ".join(f"{backend}: {reason}" for backend, reason in choice.refusals.items())
+        elsewhere = f"the tensors are on {before.args[0].device.type}"
+        reasons = [f"{backend}: {why}" for backend, why in choice.refusals.items() if not why.endswith(elsewhere)]
+        return f"not {name}: {'; '.join(reasons)}" if reasons else None
     return f"not {name}: its caller runs its modules one by one, or recomputes in backward what they pass on"
 
 
@@ -284,7 +291,7 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     if model.training:
         own = "`conv: cpu`, `conv: cuda` or `conv_statistics`"
         notes.append(f"in training, convolutions run in PyTorch except where a step shows {own}")
-        notes += _one_node([module for module in model.modules() if is_norm(module)])
+        notes += _one_node([module for module in model.modules() if is_fusible_norm(module)])
         notes += [f"kernel calls are not recorded but come from Python every time: {reason}" for reason in why_not_recorded()]
         recomputing = sum(_fused.RECOMPUTES in module.__dict__ for module in model.modules())
         if recomputing:

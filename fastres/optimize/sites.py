@@ -75,7 +75,7 @@ def _why_closed(module: nn.Module) -> str | None:
     return None
 
 
-def is_norm(module: nn.Module | None) -> bool:
+def is_any_norm(module: nn.Module | None) -> bool:
     """Whether a module normalises images: what a fused step should cover."""
     if isinstance(module, _OTHER_RANKS):
         return False
@@ -117,7 +117,7 @@ def _sites(model: nn.Module, skip: Sequence[str]) -> Iterator[Site]:
         if reason is not None:
             closed.append(name)
             yield Site(name, module, "left", left={name: reason})
-        elif any(type(child) in _LAYERS or is_norm(child) for child in module.children()):
+        elif any(type(child) in _LAYERS or is_any_norm(child) for child in module.children()):
             if original_class(module).__module__.startswith("fastres."):
                 closed += [f"{name}.{key}".lstrip(".") for key, child in module._modules.items() if _is_run(child)]
                 left = {_join(name, n): r for n, r in _outside(module, Plan(steps=_own_steps(module))).items()}
@@ -135,7 +135,7 @@ def _is_run(child: nn.Module | None) -> bool:
 
 def _own_steps(module: nn.Module) -> list[Step]:
     """What a fastres module covers: its plain batch norms."""
-    return [Step("bn_act", (name,)) for name, child in module._modules.items() if _plain.is_norm(child)]
+    return [Step("bn_act", (name,)) for name, child in module._modules.items() if _plain.is_fusible_norm(child)]
 
 
 def _examined(name: str, module: nn.Module) -> Iterator[Site]:
@@ -161,7 +161,7 @@ def _outside(module: nn.Module, made: Plan) -> dict[str, str]:
     covered = {name for step in made.steps for name in step.modules}
     left = {}
     for name, child in module._modules.items():
-        if child is not None and is_norm(child) and name not in covered:
+        if child is not None and is_any_norm(child) and name not in covered:
             reason = why_not(child) or (None if made.steps else made.reason)
             left[name] = reason or "no convolution before it or activation after it can join it"
     return left

@@ -5,13 +5,13 @@ The JSON file is written last and replaces the old one in a single step: at any 
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
+from fastres import files
 from fastres.errors import ArgumentError
 
 STATE = "checkpoint.json"
@@ -19,16 +19,10 @@ State = dict[str, Any]
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, it holds either its old content or all of the new."""
-    partial = path.with_name(f".{path.name}.partial")
+    """``files.replace``, whose error says that nothing is lost."""
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        files.replace(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written ({error.strerror}); what was saved before is intact") from error
 
 
@@ -43,7 +37,7 @@ def save(folder: Path, tensors: dict[str, Tensor], state: State) -> None:
     content = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     write(folder / name, content)
     write_json(folder / STATE, {**state, "tensors": name, "sha256": hashlib.sha256(content).hexdigest()})
-    for old in folder.glob("step-*.safetensors"):
+    for old in (*folder.glob("step-*.safetensors"), *folder.glob(".step-*")):  # the latter of processes that were killed
         if old.name != name:
             old.unlink()
 

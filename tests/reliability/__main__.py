@@ -91,7 +91,7 @@ def write(rows: list[dict]) -> None:
     """RELIABILITY.json with these rows, of this commit, and those that other classes have from before."""
     import torch
 
-    from fastres import info
+    from fastres import files, info
     from reliability import CLASSES
 
     def git(*words: str) -> str:
@@ -108,10 +108,8 @@ def write(rows: list[dict]) -> None:
         if all(before[key] == value for key, value in about.items()):
             found = {row["code"]: row for row in before["rows"] if row["code"] in CLASSES} | found
     ordered = sorted(found.values(), key=lambda row: (row["code"][0], int(row["code"][1:])))
-    temporary = FILE.with_suffix(".tmp")
     known = {code: found.title for code, found in CLASSES.items()}  # of which those without a row were not run
-    temporary.write_text(json.dumps({**about, "classes": known, "rows": ordered}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, FILE)
+    files.replace(FILE, (json.dumps({**about, "classes": known, "rows": ordered}, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

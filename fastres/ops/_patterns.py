@@ -1,17 +1,10 @@
-"""Batch norms in training whose batch statistics the preceding convolution has already found (``conv_statistics``).
+"""Patterns in the calls of a network that an op of its own may do at once: what tuning and ``explain`` look for."""
 
-Only the pass that would find them is left out; outputs, what is saved, and the backward are the op's own. Also what tuning
-looks for: places where kernels for a convolution and a batch norm together could run.
-"""
-
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastres.kernels import native
 from fastres.kernels.layout import memory_format
 from fastres.ops._op import REGISTRY, Op
 from fastres.ops.bn_act import BN_ACT_BACKWARD, BN_ACT_TRAIN
@@ -19,48 +12,37 @@ from fastres.ops.bn_act_maxpool import BN_ACT_MAXPOOL_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
 from fastres.ops.conv_backward_bn_act import CONV_BACKWARD_BN_ACT
+from fastres.ops.conv_bn_act import CONV_BN_ACT
+from fastres.ops.conv_bn_add_act import CONV_BN_ADD_ACT
 from fastres.ops.conv_statistics import CONV_STATISTICS
 
-Known = tuple[Tensor, Tensor] | None  # mean and var, biased
+# How many of its first arguments an op normalises by the batch.
+_NORMALISED = {BN_ACT_TRAIN: 1, BN_ACT_MAXPOOL_TRAIN: 1, BN_ADD_ACT_TRAIN: 1, BN_ADD_BN_ACT_TRAIN: 2}
 
 
-def _bn_act(known, x, weight, bias, *flags):
-    return native.op("cuda_bn_act")(x, weight, bias, *known[0], *flags), *known[0]
+class ProjectedEnds:
+    """Finds ``conv_bn_add_conv_bn_act`` in calls of others: a ``conv_bn_add_act`` whose residual a ``conv_bn_act`` made."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # the results too, so that no id is used twice
+
+    def made(self, op: str, args: tuple[Any, ...], y: Any) -> None:
+        """Note a call that ran; projections are remembered."""
+        if op == CONV_BN_ACT.name and tuple(args[1].shape[2:]) == (1, 1):
+            *_, padding, _, groups, act = args
+            if (padding, groups, act) == ((0, 0), 1, "none"):
+                self._made[id(y)] = y, args
+
+    def joined(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """That op's arguments where it could replace a call and an earlier one; else None."""
+        if op != CONV_BN_ADD_ACT.name or id(args[1]) not in self._made:
+            return None
+        shortcut, *own = self._made[id(args[1])][1][:-4]
+        x, _, *main, act = args
+        return x, shortcut, *main, *own, act
 
 
-def _bn_act_maxpool(known, x, weight, bias, *flags):
-    return native.op("cuda_bn_act_maxpool")(x, weight, bias, *known[0], *flags), *known[0]
-
-
-def _bn_add_act(known, x, residual, weight, bias, *flags):
-    y, mask = native.op("bn_add_act_given")(x, residual, weight, bias, *known[0], *flags)
-    return y, *known[0], mask
-
-
-def _bn_add_bn_act(known, x, residual, weight, bias, eps, residual_weight, residual_bias, *flags):
-    own, others = known
-    norms = weight, bias, *own, eps, residual_weight, residual_bias, *others
-    y, mask = native.op("bn_add_bn_act_given")(x, residual, *norms, *flags)
-    return y, *own, *others, mask
-
-
-_RUNS: dict[Op, Callable] = {
-    BN_ACT_TRAIN: _bn_act,
-    BN_ACT_MAXPOOL_TRAIN: _bn_act_maxpool,
-    BN_ADD_ACT_TRAIN: _bn_add_act,
-    BN_ADD_BN_ACT_TRAIN: _bn_add_bn_act,
-}
-
-
-def runner(op: Op, args: tuple[Any, ...], known: Sequence[Known]) -> Callable | None:
-    """The function that computes a call's outputs with the kernels of the backend ``cuda`` without that pass; None where some
-    statistics are not known, or another backend is chosen, which finds its own."""
-    if not known or any(each is None for each in known) or op.backend(*args) != "cuda":
-        return None
-    return functools.partial(_RUNS[op], known)
-
-
-class Before(NamedTuple):
+class PrecedingConv(NamedTuple):
     """The convolution whose output a batch norm takes: that output and its version, the arguments of ``conv_statistics``, its
     bias, and whether it was that op."""
 
@@ -71,12 +53,12 @@ class Before(NamedTuple):
     found: bool
 
 
-class Norms:
+class ConvNormPairs:
     """Finds, among the calls of a training step, convolutions whose output a batch norm takes, and convolutions whose input
     gradient a batch norm's backward takes."""
 
     def __init__(self) -> None:
-        self._made: dict[int, Before] = {}
+        self._made: dict[int, PrecedingConv] = {}
         self._gradient: Any = None  # the last one of a convolution's input, and what of
 
     def made(self, func: Any, args: tuple[Any, ...], y: Any) -> None:
@@ -99,12 +81,12 @@ class Norms:
         else:
             return
         whole = x, weight, *map(tuple, geometry), groups
-        self._made[id(y)] = Before(y, y._version, whole, bias, found)
+        self._made[id(y)] = PrecedingConv(y, y._version, whole, bias, found)
 
-    def before(self, op: str, args: tuple[Any, ...]) -> list[Before]:
+    def before(self, op: str, args: tuple[Any, ...]) -> list[PrecedingConv]:
         """The convolution before each input that a call normalises."""
-        norms = 2 if REGISTRY[op] is BN_ADD_BN_ACT_TRAIN else 1 if REGISTRY[op] in _RUNS else 0
-        made = [self._made[id(x)] for x in args[:norms] if id(x) in self._made]
+        normalised = args[: _NORMALISED.get(REGISTRY[op], 0)]
+        made = [self._made[id(x)] for x in normalised if id(x) in self._made]
         return [each for each in made if each.version == each.y._version]
 
     def missed(self, op: str, args: tuple[Any, ...]) -> list[tuple[Op, tuple[Any, ...]]]:

@@ -13,7 +13,7 @@ from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT, BN_ADD_BN_ACT_TRAIN
 _GIVEN = {BN_ACT_TRAIN: BN_ACT, BN_ADD_ACT_TRAIN: BN_ADD_ACT, BN_ADD_BN_ACT_TRAIN: BN_ADD_BN_ACT}
 
 
-class Made(NamedTuple):
+class Producer(NamedTuple):
     """A call: the op, its arguments, the mean and var of each batch norm in it; the version of what it made."""
 
     op: Op
@@ -24,7 +24,7 @@ class Made(NamedTuple):
     def tensors(self) -> list[Tensor | None]:
         return [value if isinstance(value, Tensor) else None for value in (*self.args, *self.statistics)]
 
-    def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "Made":
+    def with_tensors(self, tensors: tuple[Tensor | None, ...]) -> "Producer":
         """The same call with these in place of ``tensors()``; with none of them, only its numbers are left."""
         pairs = zip(self.args, tensors, strict=False)
         args = [tensor if arg is None or isinstance(arg, Tensor) else arg for arg, tensor in pairs]

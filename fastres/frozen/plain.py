@@ -1,0 +1,36 @@
+"""The layers without weights as PyTorch's own operations, of a layer and its input."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.frozen.layers import Layer
+
+
+def max_pool(layer: Layer, x: Tensor, *_: Any) -> Tensor:
+    return F.max_pool2d(x, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil)
+
+
+def avg_pool(layer: Layer, x: Tensor) -> Tensor:
+    if layer.kernel == (0, 0):
+        return x.mean((2, 3), keepdim=True)
+    return F.avg_pool2d(x, layer.kernel, layer.stride, layer.padding, layer.ceil, count_include_pad=False)
+
+
+def relu(layer: Layer, x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
+def pad(layer: Layer, x: Tensor, value: float = 0.0) -> Tensor:
+    x = x[:, :, :: layer.stride[0], :: layer.stride[1]]
+    wider = F.pad(x, (0, 0, 0, 0, 0, layer.out_channels - x.shape[1]), value=value)
+    return wider.contiguous(memory_format=torch.channels_last)
+
+
+def sigmoid(layer: Layer, x: Tensor) -> Tensor:
+    return x.sigmoid()
+
+
+PLAIN = {"max_pool": max_pool, "avg_pool": avg_pool, "relu": relu, "pad": pad, "sigmoid": sigmoid}

@@ -108,8 +108,7 @@ def test_batch_norm(dtype, layout, with_residual, training, few_programs):
     weight, bias = torch.tensor([1.5, 0.0, -0.7, 1.0, 0.3]), torch.randn(5)
     mean, var, grad_y = torch.randn(5), torch.rand(5) + 0.5, draw(x.shape, dtype, layout)
     for config in TILES:
-        both = with_residual and config is TILES[-1]
-        for second in (None, draw(x.shape, dtype, layout)) if both else (None,):
+        for second in (None, draw(x.shape, dtype, layout)) if with_residual and config is TILES[-1] else (None,):
             args = (x, residual, weight, bias, mean, var, grad_y, second)
             found = run_batch_norm(*args, training, config)
             assert found["y"].stride() == found["grad_x"].stride() == x.stride()

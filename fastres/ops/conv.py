@@ -2,8 +2,8 @@
 
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format. Its gradients are two
 ops, ``conv_backward_input`` and ``conv_backward_weight``. On the CPU all three have native kernels by Winograd's F(2x2, 3x3),
-for 3x3 kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. Both
-gradients of few pixels have kernels of their own, for any geometry: what takes time there is to read or write the weights.
+for 3x3 kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. For few
+pixels all three have kernels of their own, for any geometry: what takes time there is to read or write the weights.
 Accumulates in float, 16 to 256 products at a time. In bfloat16 the transformed values are rounded to it too: more error than
 PyTorch's single rounding, but within the budget. Saved for backward: x and weight. Bytes moved: x, weight and y.
 """
@@ -33,8 +33,12 @@ LEAST_TILES = 64
 # than those by Winograd, where weights are so many at least. A 1x1 kernel with stride 1 is one product of matrices, in which
 # PyTorch is faster from fewer pixels on: the first number is the weights', the second x's. Weight gradients by Winograd, which
 # transform no weights, take 0.35 to 0.9 of PyTorch's time from 8 tiles on (Intel Xeon, 1 thread, 2026-11-28).
-MOST_PIXELS, MOST_PIXELS_OF_DENSE = 128, (32, 8)
+MOST_PIXELS, MOST_PIXELS_OF_DENSE = 128, {"weight": 32, "x": 8}
 LEAST_WEIGHTS = 2**16
+# The convolution itself: what PyTorch loses, when it lays out the weights anew, must be more than what it gains per pixel. For
+# images of so few pixels of the output 4 to 30 times its speed; else with so many weights for each pixel (Xeon as above).
+MOST_PIXELS_AN_IMAGE = {torch.float32: 9, torch.bfloat16: 1}
+LEAST_WEIGHTS_A_PIXEL = {torch.float32: 2**15, torch.bfloat16: 2**16}
 # With fewer than 32 channels most time goes into moving tiles, not multiplying them: 128 images of 16 channels gain a half at
 # 8x8, a third at 16x16, nothing at 32x32; in bfloat16, where less is moved, a third at 8x8 and nothing at 16x16 (as above).
 MOST_TILES_OF_FEW = {torch.float32: 2**14, torch.bfloat16: 2**12}
@@ -145,7 +149,8 @@ def why_not_fast(x, weight_shape, *geometry: Any) -> str | None:
     """Why a convolution of x, and its gradients, are left to PyTorch: shapes and layout alone, in a few microseconds."""
     if x.device.type == "cuda" and x.dim() == 4:
         return _conv_rows.why_not_fast(x, weight_shape, *geometry)
-    return why_not_winograd(x, weight_shape, *geometry) and why_not_weight_fast(x, weight_shape, *geometry)
+    reason = why_not_winograd(x, weight_shape, *geometry) and why_not_few(x, x.shape[2:], weight_shape, *geometry, of="y")
+    return reason and why_not_weight_fast(x, weight_shape, *geometry)
 
 
 def why_not_weight_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:
@@ -154,8 +159,11 @@ def why_not_weight_fast(x, weight_shape, stride, padding, dilation, groups) -> s
     return reason and why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=1)
 
 
-def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, of_input=False) -> str | None:
-    """Why a gradient is not computed by the kernels for few pixels. ``images``: x or grad_y; ``size``: x's rows and columns."""
+def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, of="weight") -> str | None:
+    """Why y, or the gradient of x or the weight, is not computed by the kernels for few pixels.
+
+    ``images``: x or grad_y; ``size``: x's rows and columns.
+    """
     if images.dim() != 4 or groups != 1 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
         return f"it supports float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
     out_channels, channels, *kernel = weight_shape
@@ -164,7 +172,9 @@ def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, o
         return f"it needs {LEAST_WEIGHTS} weights or more, in multiples of 16 channels up to 16384, got {tuple(weight_shape)}"
     height, width = output_size(size, kernel, stride, padding, dilation)
     dense = kernel == [1, 1] and stride == (1, 1)
-    pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE[of_input] if dense else MOST_PIXELS
+    pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE.get(of, MOST_PIXELS) if dense else MOST_PIXELS
+    if of == "y" and height * width > MOST_PIXELS_AN_IMAGE[images.dtype]:
+        most = min(MOST_PIXELS, weights // LEAST_WEIGHTS_A_PIXEL[images.dtype])
     if not 0 < pixels <= most:
         return f"it supports 1 to {most} pixels, got {pixels}"
     return why_not_channels_last("the activations", images)
@@ -193,8 +203,14 @@ def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_t
 
 
 def why_not(x, weight, bias, *geometry):
+    if _why_not_few_forward(x, weight, *geometry) is None:
+        return native.why_not("cpu_conv_inner") or _conv_cpu.lacks(x.dtype)
     reason = why_not_winograd(x, weight.shape, *geometry)
     return reason or native.why_not("cpu_conv") or _conv_cpu.lacks(x.dtype)
+
+
+def _why_not_few_forward(x, weight, *geometry):
+    return why_not_few(x, x.shape[2:], weight.shape, *geometry, of="y") or why_not_channels_last("weight", weight)
 
 
 def why_not_input(grad_y, weight, size, stride, padding, *geometry):
@@ -208,7 +224,7 @@ def why_not_input(grad_y, weight, size, stride, padding, *geometry):
 
 
 def _why_not_few_input(grad_y, weight, size, *geometry):
-    return why_not_channels_last("weight", weight) or why_not_few(grad_y, size, weight.shape, *geometry, of_input=True)
+    return why_not_few(grad_y, size, weight.shape, *geometry, of="x") or why_not_channels_last("weight", weight)
 
 
 def why_not_weight(grad_y, x, kernel, *geometry):
@@ -231,9 +247,12 @@ def why_not_cuda_weight(grad_y, x, kernel, *geometry):
 
 
 def run(x, weight, bias, *geometry):
-    y = native.op("cpu_conv")(x, weight, geometry[1], False)
-    if y.numel() == 0:
-        return reference(x, weight, bias, *geometry)
+    if _why_not_few_forward(x, weight, *geometry) is None:
+        y = native.op("cpu_conv_inner")(x, weight, *geometry[:3])
+    else:
+        y = native.op("cpu_conv")(x, weight, geometry[1], False)
+        if y.numel() == 0:
+            return reference(x, weight, bias, *geometry)
     return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
 
 

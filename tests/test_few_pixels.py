@@ -1,4 +1,6 @@
-"""The gradients of few pixels: any geometry, accuracy, threads, what is not finite, refusals, where they are chosen."""
+"""Convolutions of few pixels and their gradients: any geometry, accuracy, threads, what is not finite, refusals, choices."""
+
+import copy
 
 import pytest
 import torch
@@ -27,11 +29,11 @@ GEOMETRIES = {
 
 
 def library(dtype=torch.float32):
-    """The two native ops: of x and of the weights."""
-    reason = native.why_not("cpu_conv_outer_weight") or _conv_cpu.lacks(dtype)
+    """The native ops: of the output, and of the gradients of x and of the weights."""
+    reason = native.why_not("cpu_conv_inner") or _conv_cpu.lacks(dtype)
     if reason:
         pytest.skip(reason)
-    return native.op("cpu_conv_outer_input"), native.op("cpu_conv_outer_weight")
+    return [native.op(f"cpu_conv_{name}") for name in ("inner", "outer_input", "outer_weight")]
 
 
 def draw(case, pick, dtype=torch.float32):
@@ -53,16 +55,18 @@ def normal():
     return lambda *shape: torch.randn(shape, generator=g)
 
 
-def gradients(grad_y, x, weight, geometry):
-    """Those of x and of the weights, by the native ops."""
-    of_input, of_weight = library(x.dtype)
-    return of_input(grad_y, weight, x.shape[2:], *geometry), of_weight(grad_y, x, weight.shape[2:], *geometry)
+def results(grad_y, x, weight, geometry):
+    """The output, and the gradients of x and of the weights, by the native ops."""
+    forward, of_input, of_weight = library(x.dtype)
+    of_both = of_input(grad_y, weight, x.shape[2:], *geometry), of_weight(grad_y, x, weight.shape[2:], *geometry)
+    return forward(x, weight, *geometry), *of_both
 
 
 def references(grad_y, x, weight, geometry, dtype=None):
     grad_y, x, weight = (t.to(dtype or t.dtype) for t in (grad_y, x, weight))
+    y = REGISTRY["conv"].reference(x, weight, None, *geometry, 1)
     of_input = REGISTRY["conv_backward_input"].reference(grad_y, weight, tuple(x.shape[2:]), *geometry, 1)
-    return of_input, REGISTRY["conv_backward_weight"].reference(grad_y, x, tuple(weight.shape[2:]), *geometry, 1)
+    return y, of_input, REGISTRY["conv_backward_weight"].reference(grad_y, x, tuple(weight.shape[2:]), *geometry, 1)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -70,7 +74,7 @@ def references(grad_y, x, weight, geometry, dtype=None):
 def test_exact_on_small_integers(case, dtype):
     library(dtype)
     operands = draw(case, small(), dtype)
-    for found, exact in zip(gradients(*operands), references(*operands, torch.float64), strict=True):
+    for found, exact in zip(results(*operands), references(*operands, torch.float64), strict=True):
         assert found.dtype == dtype and found.is_contiguous(memory_format=LAST)
         assert torch.equal(found, exact.to(dtype))
 
@@ -78,8 +82,8 @@ def test_exact_on_small_integers(case, dtype):
 def test_long_sums_keep_the_accuracy_of_short_ones():
     operands = draw((128, 64, 1, 1, 1024, (1, 1), (1, 1), (0, 0), (1, 1)), normal())
     plain, exact = references(*operands), references(*operands, torch.float64)
-    for found, same, truth in zip(gradients(*operands), plain, exact, strict=True):
-        assert_close_to_truth(found, same, truth, torch.float32, "the gradient")
+    for found, same, truth in zip(results(*operands), plain, exact, strict=True):
+        assert_close_to_truth(found, same, truth, torch.float32)
 
 
 def test_the_same_bits_for_any_number_of_threads():
@@ -88,7 +92,7 @@ def test_the_same_bits_for_any_number_of_threads():
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
-            found.append(gradients(*operands))
+            found.append(results(*operands))
     finally:
         torch.set_num_threads(before)
     assert all(all(map(torch.equal, one, found[0])) for one in found)
@@ -99,21 +103,28 @@ def test_the_same_bits_for_any_number_of_threads():
 def test_what_is_not_finite_goes_where_it_goes_in_torchs_float32_and_padding_is_not_multiplied(place, value):
     operands = draw(GEOMETRIES["3x3"], small(low=1))
     operands[place][0, 0, 0, 0] = value
-    read = [place != 1, place != 2]  # by x's gradient, by that of the weights
-    for found, plain, reads in zip(gradients(*operands), references(*operands), read, strict=True):
+    read = [place != 0, place != 1, place != 2]  # by the output, by x's gradient, by that of the weights
+    for found, plain, reads in zip(results(*operands), references(*operands), read, strict=True):
         assert torch.equal(found.isnan(), plain.isnan()) and torch.equal(found.nan_to_num(), plain.nan_to_num())
         assert found.isfinite().any() and found.isfinite().all() != reads
 
 
 def test_the_native_ops_check_for_themselves():
-    of_input, of_weight = library()
+    forward, of_input, of_weight = library()
     grad_y, x, weight, geometry = draw(GEOMETRIES["3x3"], small())
     kernel, size = (3, 3), (4, 3)
     for run, args, words in (
+        (forward, (x.contiguous(), weight, *geometry), "dense in channels_last"),
+        (forward, (x, weight.contiguous(), *geometry), "dense in channels_last"),
+        (forward, (x, weight.bfloat16(), *geometry), "of x's dtype"),
+        (forward, (x[:, :64].contiguous(memory_format=LAST), weight, *geometry), "for its 64 channels"),
+        (forward, (x, weight[:20], *geometry), "rows in whole vectors"),
+        (forward, (x, weight, geometry[0], (0, 2**40), geometry[2]), "two numbers from 0"),
+        (forward, (x, weight, *geometry[:2], (9, 9)), "no larger than the padded input"),
         (of_weight, (grad_y, x.contiguous(), kernel, *geometry), "dense in channels_last"),
         (of_weight, (grad_y.double(), x.double(), kernel, *geometry), "float32 or bfloat16"),
         (of_weight, (grad_y.bfloat16(), x, kernel, *geometry), "of x's dtype"),
-        (of_weight, (grad_y[:1], x, kernel, *geometry), "pixels of the output"),
+        (of_weight, (grad_y[:1], x, kernel, *geometry), "of the output's shape"),
         (of_weight, (grad_y, x, (9, 9), *geometry), "no larger than the padded input"),
         (of_weight, (grad_y, x, kernel, (0, 1), *geometry[1:]), "two numbers from 1"),
         (of_weight, (grad_y, x, kernel, geometry[0], (1, 2**40), geometry[2]), "two numbers from 0"),
@@ -121,7 +132,7 @@ def test_the_native_ops_check_for_themselves():
         (of_input, (grad_y, weight.contiguous(), size, *geometry), "dense in channels_last"),
         (of_input, (grad_y, weight[:16], size, *geometry), "for its 32 channels"),
         (of_input, (grad_y, weight.bfloat16(), size, *geometry), "of grad_y's dtype"),
-        (of_input, (grad_y, weight, (5, 3), *geometry), "pixels of the output"),
+        (of_input, (grad_y, weight, (5, 3), *geometry), "of the output's shape"),
         (of_input, (grad_y, weight, (0, 3), *geometry), "two numbers from 1"),
         (of_input, (grad_y, weight, (2**40, 3), *geometry), "two numbers from 1"),
     ):
@@ -143,10 +154,13 @@ def test_they_are_chosen_for_few_pixels_and_many_weights():
     library()
     weight = torch.zeros(128, 128, 3, 3).contiguous(memory_format=LAST)
     x = torch.zeros(2, 128, 3, 3).contiguous(memory_format=LAST)
-    assert backends(x, weight, (1, 1), (1, 1)) == ["torch", "cpu", "cpu"]
+    assert backends(x, weight, (1, 1), (1, 1)) == ["cpu", "cpu", "cpu"]
+    assert backends(torch.zeros(2, 128, 4, 4).contiguous(memory_format=LAST), weight, (1, 1), (1, 1)) == ["torch", "cpu", "cpu"]
+    assert backends(x.bfloat16(), weight.bfloat16(), (1, 1), (1, 1))[0] == "torch"
+    assert backends(x[:, :, :1, :1].bfloat16(), weight.bfloat16(), (1, 1), (1, 1)) == ["cpu", "cpu", "cpu"]
     assert backends(x, weight.contiguous(), (1, 1), (1, 1)) == ["torch", "torch", "cpu"]
-    assert backends(x, torch.zeros(512, 128, 1, 1), (1, 1), (0, 0)) == ["torch", "torch", "cpu"]  # of 18 pixels
-    assert backends(x[:1], torch.zeros(512, 128, 1, 1), (2, 2), (0, 0)) == ["torch", "cpu", "cpu"]
+    assert backends(x, torch.zeros(512, 128, 1, 1), (1, 1), (0, 0)) == ["cpu", "torch", "cpu"]  # of 18 pixels
+    assert backends(x[:1], torch.zeros(512, 128, 1, 1), (2, 2), (0, 0)) == ["cpu", "cpu", "cpu"]
     assert backends(x.contiguous(), weight.contiguous(), (1, 1), (1, 1)) == ["torch", "torch", "torch"]
     assert backends(x[:, :16].contiguous(memory_format=LAST), weight[:16, :16], (1, 1), (1, 1)) == ["torch", "torch", "torch"]
 
@@ -177,11 +191,12 @@ def test_a_network_down_to_one_pixel_compiles_and_has_the_gradients_of_its_own_c
     layers = nn.Conv2d(64, 128, 3, 2, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.Conv2d(128, 128, 3, 1, 1)
     network = fastres.optimize(nn.Sequential(*layers))
     x, found = torch.randn(3, 64, 2, 2), []
-    for run in (network, torch.compile(network, backend="aot_eager")):
-        network.zero_grad()
-        run(x).square().sum().backward()
-        found.append([p.grad for p in network.parameters()])
-    assert all(map(torch.equal, *found))
+    for run in (network, torch.compile(network, backend="aot_eager"), copy.deepcopy(network).double()):
+        run.zero_grad()
+        run(x.to(next(run.parameters()).dtype)).square().sum().backward()
+        found.append([p.grad for p in run.parameters()])
+    for own, compiled, exact in zip(*found, strict=True):
+        assert_close_to_truth(own, compiled, exact, torch.float32)
     assert network[3].weight.grad.stride() == network[3].weight.stride()
 
 

@@ -124,6 +124,8 @@ REFUSED = {
         lambda m, y: F.batch_norm(y, m.bn.running_mean, m.bn.running_var, y.mean((0, 2, 3))), "aten.mean|batch_norm",
     ),
     "a norm by its own batch": (lambda m, y: F.batch_norm(y, None, None, training=True), "batch_norm"),
+    "parts of the channels": (lambda m, y: torch.cat([part.relu() for part in y.chunk(2, 1)], 1), "aten.split"),
+    "parts of the channels, written": (lambda m, y: y.split(8, 1)[1].relu_(), "memory that a view shares"),
     "a part of the rows": (lambda m, y: y[:, :, 1:], "aten.slice"),
     "a transposed convolution": (lambda m, y: F.conv_transpose2d(y, m.small.weight.permute(1, 0, 2, 3)), "convolution"),
     "nothing": (lambda m, y: m.bn.weight.expand(2, 16), "plan|nothing|step"),

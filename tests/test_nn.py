@@ -12,9 +12,11 @@ import pytest
 import torch
 from _modules import called, compare, inference, lively, plainly, steady, step
 from _torchvision import torchvision
+from tolerances import assert_close_to_truth
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import fastres
 import fastres.nn as fnn
 from fastres import functional
 from fastres.kernels import native
@@ -348,3 +350,24 @@ def test_option_a_is_the_identity_padded():
     assert not list(fnn.ZeroPadShortcut(16, 24, 2).parameters())
     assert fnn.shortcut("A", 16, 16) is None and fnn.shortcut("B", 16, 16) is None
     assert isinstance(fnn.shortcut("C", 16, 16), nn.Sequential)
+
+
+@pytest.mark.parametrize(("side", "grad"), [(8, True), (300, True), (8, False)])
+def test_a_block_of_one_convolution(side, grad):
+    """Small inputs run as one autograd node; large ones, and those without autograd, layer by layer."""
+
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)) + x)
+
+    torch.manual_seed(0)
+    plain, x = One(), torch.randn(2, 8, side, side)
+    block, exact = fastres.optimize(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    with torch.set_grad_enabled(grad):
+        found = [module(x.to(module.bn.weight.dtype)).detach() for module in (block, plain, exact)]
+    assert_close_to_truth(*found, torch.float32)
+    assert_close_to_truth(block.bn.running_var, plain.bn.running_var, exact.bn.running_var, torch.float32)

@@ -81,7 +81,7 @@ class _Builder:
         made = {self.recording.x}
         for layer in kept[::-1]:
             if not made.issuperset(layer.operands):
-                raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} computes from a constant")
+                raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} reads what no step of a plan computes")
             if layer.kind == "upsample" and layer.residual is None:
                 raise UnsupportedError("fastres.freeze: upsampling is supported only directly before an addition")
             made.add(layer.y)

@@ -126,7 +126,7 @@ class _Recorder(TorchDispatchMode):
             run = REGISTRY[func._schema.name.removeprefix("fastres::")].reference
         out = run(*args, **kwargs)
         target = str(func)
-        first = out[0] if isinstance(out, (tuple, list)) else out
+        first, *others = out if isinstance(out, (tuple, list)) else (out,)
         if not isinstance(first, Tensor):
             raise UnsupportedError(f"fastres.freeze: the network reads a value ({target}), which a plan cannot follow")
         if target in _PASSED:
@@ -143,6 +143,9 @@ class _Recorder(TorchDispatchMode):
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         of = None if computed or is_random or func._schema.is_mutable or _holds_tensors(args) else constant
         self.operations.append(Operation(target, operands, self.produce(first, of)))
+        for other in others:
+            if isinstance(other, Tensor):
+                self.produce(other, of)
         return out
 
     def refuse_shared_write(self, tensor: Tensor, target: str) -> None:

@@ -125,6 +125,8 @@ def conv_bn_add_conv_bn_act(
 def layers(chain: Sequence[Layer], x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``conv_bn_act`` of each layer in turn, the residual added by the last; in training one autograd node for all where
     ``in_one_node`` makes one."""
+    if not chain:
+        return x
     y = in_one_node(chain, x, residual)
     if y is not None:
         return y

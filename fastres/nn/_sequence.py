@@ -131,7 +131,7 @@ def _up_to_norm(layers: Sequence[_fused.Layer], value: Value, again: bool) -> tu
     *first, (conv, bn, act) = layers
     x, _, made = value
     if not again:
-        return _fused.convolve_before(bn, act, conv, _fused.layers(first, x) if first else x)
+        return _fused.convolve_before(bn, act, conv, _fused.layers(first, x))
     for layer in first:
         x, made = bn_act_made(*layer[1:], _fused.convolve(layer[0], x, made))
     return _fused.convolve(conv, x, made), None

@@ -128,9 +128,9 @@ def scoreboard_line(results: Path) -> str:
         f"**{data['device']}**, torch {data['torch']}: {len(rows)} of {len(classes)} classes run, {tried:,} cases tried"
         f" ({most['tried']:,} of them in {most['code']}: {most['title']}), {failed} failed"
     )
-    line += f"; fewer than wanted in {', '.join(short)}" if short else ""
+    line += f"; {', '.join(short)} fell short of {'its target' if len(short) == 1 else 'their targets'}" if short else ""
     partly = [row["code"] for row in rows if row.get("notes")]
-    return f"{line}; parts not run, of {', '.join(partly)}." if partly else f"{line}."
+    return f"{line}; parts of {', '.join(partly)} were not run." if partly else f"{line}."
 
 
 def reliability(results: Path) -> str:
@@ -176,10 +176,9 @@ def support_matrix() -> str:
     found = "; ".join(f"{backend} for {', '.join(archs)}" for backend, archs in sorted(compiled.items()))
     devices = ", ".join(sorted({device for known_devices in known[1].values() for device in known_devices}))
     notes = (
-        "*Tested*: held against float64 by the test suite, as Triton's kernels are in its interpreter. CUDA and Triton kernels"
-        f" are compiled ({found}). *Validated*: a GPU ({devices}) ran the present source within the error budget, and it was"
-        " timed there. *Unmeasured*: no GPU has run the present source. On an architecture that has not validated a kernel, it"
-        " is never chosen by default."
+        "*Tested*: compared with float64 by the test suite, which also runs Triton's kernels in its interpreter. CUDA and"
+        f" Triton kernels are compiled ({found}). *Validated*: a GPU ({devices}) ran the current source within the error"
+        " budget, and the kernel was timed there. *Unmeasured*: no GPU has run the current source."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", notes])
 

@@ -3,7 +3,7 @@
 Importing builds nothing, warns of nothing and touches no GPU; native libraries load at the first call that asks.
 """
 
-from fastres import functional, nn
+from fastres import functional, models, nn
 from fastres.dispatch import use
 from fastres.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VerificationError
 from fastres.frozen import Calibration, freeze, load_frozen
@@ -24,6 +24,7 @@ __all__ = [
     "functional",
     "graph",
     "load_frozen",
+    "models",
     "nn",
     "optimize",
     "refresh",

@@ -104,7 +104,7 @@ def _device(name: str | None) -> str:
 def add(command: Callable[..., Any], parser: type[argparse.ArgumentParser], positive: Callable[[str], int]) -> None:
     """Add both commands with their options."""
     common = _common(parser, positive)
-    training = command(train, "Train a network by name on images of your own, and resume it where it stopped.", common)
+    training = command(train, "Train a network by name on your own images, or resume a run where it stopped.", common)
     _train_options(training, positive)
     study = command(degradation, "Train plain and residual networks of growing depth: do they degrade?", common)
     option = study.add_argument
@@ -112,7 +112,7 @@ def add(command: Callable[..., Any], parser: type[argparse.ArgumentParser], posi
     option("--quick", action="store_true", help="two depths and fewer epochs")
     option("--family", choices=("cifar", "imagenet"), default="cifar", help="6n + 2 layers, or 18 to 152 (default: cifar)")
     option("--depths", type=positive, nargs="+", help="layers (default: 20 32 44 56 110, quick: 20 110)")
-    option("--seeds", type=positive, default=3, help="how many, from 0 on (default: 3)")
+    option("--seeds", type=positive, default=3, help="number of seeds, counted from 0 (default: 3)")
     option("--gradients", action="store_true", help="instead: the unrolled sum and the gradient at every block")
     option("--speed", action="store_true", help="instead: time epochs with torch's blocks and fastres's, in turns")
 
@@ -140,17 +140,17 @@ def _train_options(training: argparse.ArgumentParser, positive: Callable[[str], 
     add("--weight-decay", type=_number(0, 1), default=1e-4, help="default: 1e-4")
     add(
         "--schedule", choices=("step", "plateau", "cosine"), default="step",
-        help="divide the rate by ten at half and three quarters (default), or when the test error stops falling; or a cosine",
+        help="step (default): divide the rate by ten at half and three quarters; plateau: when the test error stops falling",
     )  # fmt: skip
-    add("--warmup", type=_number(0, 1e6), help="epochs at a tenth of the rate (default: 1 for CIFAR networks from 110 layers)")
+    add("--warmup", type=_number(0, 1e6), help="epochs at a tenth of the rate (default: 1 for CIFAR networks of 110+ layers)")
     add("--label-smoothing", type=_number(0, 1), default=0.0, help="default: 0")
-    add("--ema", type=_number(0, 1), help="decay of a moving average of the weights, evaluated and saved too")
+    add("--ema", type=_number(0, 1), help="decay of a moving average of the weights, which is evaluated and saved too")
     add("--zero-init", action="store_true", help="start each residual block as its shortcut")
     add("--contiguous", action="store_true", help="keep the plain memory format instead of channels_last")
-    add("--sync-bn", action="store_true", help="batch norm over the batches of all processes of torchrun")
+    add("--sync-bn", action="store_true", help="batch norm statistics over all processes of torchrun")
     add("--seed", type=_whole(-(2**63), 2**63 - 1), default=0, help="default: 0")
     add("--workers", type=_whole(0, 256), default=0, help="processes that load images (default: 0)")
-    add("--save-steps", type=positive, help="a checkpoint after so many steps too (default: after each epoch)")
+    add("--save-steps", type=positive, help="also write a checkpoint every so many steps (default: after each epoch)")
     add("--log", action="append", choices=("csv", "tensorboard"), help="may be repeated (default: csv)")
 
 

@@ -184,7 +184,7 @@ def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choic
     else:
         for backend in backends:
             if backend.only_tuned and refusals[backend.name] is None:
-                refusals[backend.name] = "it is chosen where tuning found it the fastest: fastres tune"
+                refusals[backend.name] = "it is chosen only where it was measured to be the fastest (run `fastres tune`)"
         chosen, source, legal = next(name for name in by_name if refusals[name] is None), "order of preference", None
     reasons = {name: reason or f"{chosen} comes first" for name, reason in refusals.items() if name != chosen}
     if config is not None and (legal is None or config not in [tuple(candidate) for candidate in legal(*args)]):

@@ -29,7 +29,7 @@ def graph(step: Callable[..., Any], model: nn.Module, optimizer: Optimizer) -> "
 
     ``loss = fastres.graph(step, model, optimizer)(x, y)`` is equivalent to ``loss = step(x, y)``; outputs are detached copies.
     ``step`` sets the gradients to None and runs forward, backward and ``optimizer.step()``. Autocast and a GradScaler belong
-    inside it, a learning rate scheduler outside. On the CPU every call runs ``step``; ``captured`` and ``why`` tell.
+    inside it, a learning rate scheduler outside. On the CPU every call runs ``step``; ``captured`` and ``why`` say so.
 
     Inputs are tensors on the model's device, with the shapes and dtypes of the first call. A batch that is smaller in the first
     dimension, such as the last one of an epoch, runs uncaptured. ``group["lr"]`` may change between calls; on a GPU it is
@@ -79,7 +79,7 @@ class GraphedStep:
         """Why they are not yet, or never; None where they are."""
         if not self._on_gpu:
             return f"the parameters are on {self._device}: only a GPU has CUDA graphs"
-        return None if self.captured else f"{self._calls} of {WARM_UPS} calls that come before the capture were made"
+        return None if self.captured else f"{self._calls} of {WARM_UPS} warm-up calls before the capture were made"
 
     def __call__(self, *inputs: Tensor) -> Any:
         full = self._check(inputs)
@@ -138,6 +138,7 @@ class GraphedStep:
             lr = group["lr"]
             if isinstance(lr, Tensor):
                 rate.copy_(lr.detach().reshape(()))
+                self._filled[index] = None
             elif lr != self._filled[index]:
                 rate.fill_(lr)
                 self._filled[index] = lr
@@ -146,7 +147,7 @@ class GraphedStep:
         """Run the step with the rates on the device; refuses what a replay would not repeat."""
         if torch.is_autocast_enabled(self._device.type):
             raise UnsupportedError(
-                "fastres.graph: called under autocast, which would keep the weights that it cast: move it into step"
+                "fastres.graph: called under autocast, which would cache the weights that it casts: move it into step"
             )
         parameters, groups = self._parameters(), self._optimizer.param_groups
         before, given = [p.grad for p in parameters], [group["lr"] for group in groups]
@@ -166,7 +167,7 @@ class GraphedStep:
             )
         if any(old is not None and p.grad is old for p, old in zip(parameters, before, strict=True)):
             raise UnsupportedError(
-                "fastres.graph: step adds to gradients that were there before, or leaves some: it must begin with "
+                "fastres.graph: step adds to earlier gradients, or leaves some unchanged: it must begin with "
                 "optimizer.zero_grad(set_to_none=True)"
             )
         return tree_map_only(Tensor, Tensor.detach, outputs)  # which lets autograd's graph go
@@ -203,7 +204,7 @@ class GraphedStep:
             raise UnsupportedError(f"fastres.graph: the step cannot be captured: {reason}. {_HOW_TO}") from error
         if self._fixed() != before:
             raise UnsupportedError(
-                "fastres.graph: step makes new tensors of its state at every call: they cannot be captured"
+                "fastres.graph: step makes new tensors for its state at every call, which cannot be captured"
             )
         self._written = self._owned()
         self._gradients = [(p, p.grad) for p in self._parameters()]
@@ -257,7 +258,7 @@ def _check_capturable(optimizer: Optimizer) -> None:
         and torch.distributed.get_world_size() > 1
     ):
         raise UnsupportedError(
-            "fastres.graph: several processes train together: their exchange of gradients is not captured"
+            "fastres.graph: several processes train together, and their exchange of gradients cannot be captured"
         )
     for group in optimizer.param_groups:
         if not group.get("capturable") and (not group.get("fused") or "capturable" in group):
@@ -270,5 +271,5 @@ def _check_capturable(optimizer: Optimizer) -> None:
             )
             raise UnsupportedError(
                 f"fastres.graph: this {type(optimizer).__name__} reads its learning rate or its count of steps on the host, "
-                f"where a graph would keep today's: build it with {do}"
+                f"where a graph would freeze the current value: build it with {do}"
             )

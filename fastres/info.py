@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import itertools
 import platform
 import re
 import shutil
@@ -77,9 +78,9 @@ def status(op: Op, backend: Backend) -> str:
         return missing() or "torch sees no CUDA device"
     on_gpu = cuda and not interpreted and backend.name not in ("cpu", "onednn")
     device = torch.device("cuda" if on_gpu else "cpu")
-    reasons = [backend.why_not(*sample.args) for sample in op.samples(device, torch.float32)]
-    if None not in reasons:  # some kernels are for 16 bits in channels_last alone
-        reasons += [backend.why_not(*map(_channels_last, sample.args)) for sample in op.samples(device, torch.bfloat16)]
+    reasons: list[str | None] = []
+    for dtype, layout in itertools.product((torch.float32, torch.bfloat16), (lambda arg: arg, _channels_last)):
+        reasons += [backend.why_not(*map(layout, sample.args)) for sample in op.samples(device, dtype)]
     if None not in reasons:
         return next(reason for reason in reasons if reason is not None)
     if backend.name in GPU_KERNELS and (unproven := tune.why_not_validated(op.name, backend.name, device)):

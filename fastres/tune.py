@@ -48,10 +48,11 @@ def cache_file(device: torch.device) -> Path:
 def key(op: str, args: tuple) -> str:
     """Key of a tuned choice: op, then per argument its dtype, layout and shape (batch in powers of two) or its value."""
     parts = [op]
+    batch = next((arg.shape[0] for arg in args if isinstance(arg, torch.Tensor) and arg.dim() == 4), None)
     for arg in args:
         if isinstance(arg, torch.Tensor):
             shape = list(arg.shape)
-            if len(shape) == 4:
+            if len(shape) == 4 and shape[0] == batch:  # an image; weights have as many filters as they have
                 shape[0] = 1 << max(shape[0] - 1, 0).bit_length()
             layout = "cl" if arg.dim() == 4 and not arg.is_contiguous() and arg.stride(1) == 1 else "c"
             parts.append(f"{str(arg.dtype).removeprefix('torch.')}:{layout}:{'x'.join(map(str, shape))}")

@@ -222,7 +222,7 @@ def _what_to_do(model: nn.Module) -> str:
     from fastres.optimize.swap import state_of  # which imports most of fastres; tuning rarely asks for it
 
     if any(state_of(module) is not None for module in model.modules()):
-        return "fastres.optimize found nothing to fuse, so that there is nothing to tune; fastres.explain(model) says why"
+        return "fastres.optimize found nothing to fuse, so there is nothing to tune; fastres.explain(model) says why"
     return "call fastres.optimize(model) first"
 
 
@@ -336,7 +336,7 @@ class Truth:
                 continue
             if not expected.is_floating_point():  # integers must be equal
                 if not torch.equal(found, expected):
-                    return f"output {index} is of other integers"
+                    return f"output {index} has other integers"
                 continue
             verdict = within_budget(found, expected, exact, self.dtype, spread)
             if not verdict.ok:

@@ -183,7 +183,7 @@ def test_the_nearest_pixels_are_pytorchs(act, dtype):
 @pytest.mark.parametrize(
     "enlarge, why",
     [
-        (lambda low, high: F.interpolate(low, high.shape[2:]), "enlarges a value only to add it"),
+        (lambda low, high: F.interpolate(low, high.shape[2:]), "supported only directly before an addition"),
         (lambda low, high: F.interpolate(low, scale_factor=1.5)[:, :, :2, :2] + high[:, :, :2, :2], "upsample_nearest2d"),
         (lambda low, high: high + F.interpolate(low, high.shape[2:], mode="bilinear"), "upsample_bilinear2d"),
         (lambda low, high: high + F.interpolate(low, high.shape[2:], mode="nearest-exact"), "nearest_exact2d"),
@@ -246,7 +246,7 @@ def test_the_parts_of_a_network_that_is_not_read_have_plans(name):
     same_as_pytorch(model, model, x)  # its view too: maps are laid out as PyTorch's
     with torch.no_grad():
         notes = fastres.explain(model, x).notes
-        assert any("as native plans of their own run backbone" in note for note in notes), notes
+        assert any("native plans of their own: backbone" in note for note in notes), notes
         part = vars(model.backbone)[STATE]
         found, expected = model.backbone(x), part.whole.run(model.backbone, x, part.channels_last)
         for y, other in zip(tree_flatten(found)[0], tree_flatten(expected)[0], strict=True):
@@ -264,7 +264,7 @@ def test_a_hook_in_one_stage_leaves_plans_to_the_others():
     assert seen
     with torch.no_grad():
         note = fastres.explain(model, x).notes[-1]
-    assert "layer2.0.conv1 has hooks" in note and note.endswith("run layer1, layer3, layer4")
+    assert "layer2.0.conv1 has hooks" in note and note.endswith("of their own: layer1, layer3, layer4")
 
 
 def test_no_plan_covers_what_was_to_be_left_alone():
@@ -272,7 +272,7 @@ def test_no_plan_covers_what_was_to_be_left_alone():
     same_as_pytorch(model, model, x)
     with torch.no_grad():
         note = fastres.explain(model, x).notes[-1]
-    assert "some of them are skipped" in note and note.endswith("run layer1, layer2, layer3")
+    assert "some of them are skipped" in note and note.endswith("of their own: layer1, layer2, layer3")
     planned = [name for name, module in model.named_modules() if getattr(vars(module).get(STATE), "whole", None) is not None]
     assert planned == ["layer1", "layer2", "layer3"]
 

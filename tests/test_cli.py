@@ -50,6 +50,8 @@ def test_info_tells_everything(capsys):
         assert word in out
     code, data = run_json(capsys, "info")
     assert code == 0 and set(data["ops"]) == set(REGISTRY) and data["ops"]["add_act"]["torch"] == "live"
+    if info.live("cpu"):
+        assert data["ops"]["conv"]["cpu"] == "live"  # of float32 in channels_last alone where bfloat16 has AMX
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -108,7 +108,7 @@ def test_explain_says_what_is_one_node(monkeypatch, norm):
 
     def told(model):
         fastres.optimize(model)(X)
-        (note,) = [note for note in fastres.explain(model).notes if "one node" in note] or [None]
+        (note,) = [note for note in fastres.explain(model).notes if "one autograd node" in note] or [None]
         return note, bool(nodes)
 
     note, is_node = told(model)

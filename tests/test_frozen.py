@@ -310,13 +310,13 @@ def test_bad_arguments():
             fastres.freeze(*arguments)
     frozen = fastres.freeze(small(), x)
     for bad, word in (
-        (images((1, 4, 32, 32)), "3 channels"), (x[0], "4 dimensions"), (x.double(), "dtype"), (images((1, 3, 0, 32)), "pixels"),
+        (images((1, 4, 32, 32)), "3 channels"), (x[0], "4 dimensions"), (x.double(), "dtype"), (images((1, 3, 0, 32)), "non-empty"),
         (x.clone().requires_grad_(), "without gradient"), (torch.randint(9, (1, 3, 32, 32)), "dtype"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=word):
             frozen(bad)
     vgg = fastres.freeze(vision.vgg11_bn(num_classes=2).features, images((1, 3, 32, 32)))
-    with pytest.raises(ValueError, match="suit the layer"):
+    with pytest.raises(ValueError, match="fits layer"):
         vgg(images((1, 3, 8, 8)))
     for call in (frozen.train, frozen.half, lambda: frozen.to("cpu"), lambda: fastres.freeze(frozen, x)):
         with pytest.raises((fastres.UnsupportedError, ValueError), match="frozen"):
@@ -372,7 +372,7 @@ def test_sizes_at_which_the_network_would_do_something_else_are_refused():
         x = images((1, 3, 8, 8))
         frozen = fastres.freeze(model.eval(), x)
         check(frozen, model, x)
-        with pytest.raises(ValueError, match="suit the layer"):
+        with pytest.raises(ValueError, match="fits layer"):
             frozen(images(bad))
 
 

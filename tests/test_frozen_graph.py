@@ -87,7 +87,7 @@ def test_sizes_and_strides_and_how_many_plans_are_kept(monkeypatch):
     for x in (images((2, 3, 17, 40)), wide[:2, ::2, 3:, ::2], wide[:1, :3].expand(2, -1, -1, -1), wide.transpose(2, 3)[:, :3]):
         check(frozen, model, x)
         assert len(frozen._plans) <= 2
-    with pytest.raises(ValueError, match="suit the layer"):
+    with pytest.raises(ValueError, match="fits layer"):
         frozen_of(Odd(), images((1, 20, 8, 8)))(images((1, 20, 1, 1)))
 
 
@@ -363,7 +363,7 @@ def test_refused():
     with pytest.raises(fastres.UnsupportedError, match=r"no step for aten\.sigmoid"):
         frozen_of(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid()), x)
     frozen = frozen_of(small(), x)
-    for bad, word in (((1, 4, 32, 32), "3 channels"), ((3, 32, 32), "4 dimensions"), ((1, 3, 0, 32), "pixels")):
+    for bad, word in (((1, 4, 32, 32), "3 channels"), ((3, 32, 32), "4 dimensions"), ((1, 3, 0, 32), "non-empty")):
         with pytest.raises(ValueError, match=word):
             frozen(images(bad))
     with pytest.raises(ValueError, match="without gradient"):

@@ -113,6 +113,7 @@ REFUSED = {
     "one gate for all channels": (lambda m, y: y * gate(m, y).mean(1, keepdim=True), "aten.mean|aten.mul"),
     "a gate of as many pixels": (lambda m, y: y * F.relu(y), "aten.mul"),
     "a number": (lambda m, y: y * 2, "aten.mul"),
+    "a quotient without its remainder": (lambda m, y: torch.div(y, m.bn.running_var[0], rounding_mode="floor"), "aten.div"),
     "a part of the weights that the images choose": (
         lambda m, y: y * m.bn.weight[y.mean((0, 2, 3)).long().clamp(0, 15)][:, None, None], "aten.mul|dtype",
     ),

@@ -220,7 +220,7 @@ def test_a_wrong_argument_is_named_and_nothing_is_changed(name, training, autogr
         ({"conv_weight": torch.zeros(C, 4, 3, 3)}, "x must be of 4 channels"),
         ({"conv_weight": torch.zeros(9, C, 3, 3)}, "conv_bias must be of shape (9,)"),
         ({"conv_weight": torch.zeros(C, 0, 3, 3)}, "x must be of 0 channels"),
-        ({"dilation": 50}, "kernel must be no larger than x's padded size"),
+        ({"dilation": 50}, "kernel must be no larger than x's padded size (8, 8), got (101, 101)"),
         ({"residual": torch.zeros(N, C, SIZE, 1)}, "residual must be of"),
         ({"x": torch.zeros(N, C, SIZE, SIZE).double()}, "x must be of conv_weight's dtype"),
         ({"running_mean": torch.zeros(C + 1)}, "running_mean must be of shape (8,)"),

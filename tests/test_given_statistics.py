@@ -290,6 +290,6 @@ def test_explain_says_whether_a_layer_asks(on_device, monkeypatch):
     ran, texts, _ = told()
     assert ran == ["cuda_wide"] * 3 and texts.count(found) == 3
     assert [text for text in texts if text != found] == [
-        "not conv_statistics: what runs it calls its modules one by one, or recomputes in backward what they pass on"
+        "not conv_statistics: its caller runs its modules one by one, or recomputes in backward what they pass on"
     ]
 

@@ -120,6 +120,18 @@ def test_replayed_steps_are_the_step(recorded):
     assert_same(found, expected)
 
 
+def test_a_rate_may_be_a_number_or_a_tensor_in_turn(recorded):
+    rates = [*RATES[:-3], torch.tensor(0.5), RATES[-4], 0.25]  # after a tensor the number it came after
+    data = batches(len(rates))
+    model, twin = small(), small()
+    twin.load_state_dict(model.state_dict())
+    optimizer, theirs = sgd(model), sgd(twin)
+    step = fastres.graph(training(model, optimizer), model, optimizer)
+    found = train(step, model, optimizer, data, rates)
+    assert step.captured
+    assert_same(found, train(training(twin, theirs), twin, theirs, data, rates))
+
+
 def test_a_small_last_batch_runs_as_it_is(recorded):
     data = [*batches(6, last=3), *batches(2)]  # replays, the small one, and replays again
     step, found, expected = both(small(), sgd, data)

@@ -292,16 +292,16 @@ def test_a_recorder_says_what_it_cannot_make_again():
     assert recorder.recording([y]) is None and recorder.why_not.startswith("aten.add_.Tensor writes")
     with Recorder([x]) as recorder:
         y = torch.clone(other)
-    assert recorder.recording([y]) is None and recorder.why_not == "a tensor that is read was made unseen"
+    assert recorder.recording([y]) is None and recorder.why_not == "a call reads a tensor that no recorded call computed"
     with Recorder([x]) as recorder:
         y = torch.clone(x + 1)
-    assert recorder.recording([y]) is None and recorder.why_not == "a tensor that is read was made unseen"
+    assert recorder.recording([y]) is None and recorder.why_not == "a call reads a tensor that no recorded call computed"
     with Recorder([x, x]) as recorder:
         y = torch.clone(x)
     assert recorder.recording([y]) is None and recorder.why_not == "a tensor is given twice"
     with Recorder([x]) as recorder:
         pass
-    assert recorder.recording([other]) is None and recorder.why_not == "a result was made unseen"
+    assert recorder.recording([other]) is None and recorder.why_not == "a result was not computed by a recorded call"
 
 
 @pytest.mark.parametrize("name", ["basic", "projection", "stage"])

@@ -113,7 +113,7 @@ def test_a_full_disk_stops_with_a_message_and_loses_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
-        with pytest.raises(OSError, match=r"step-6\.safetensors cannot be written .* what was saved before is whole"):
+        with pytest.raises(OSError, match=r"step-6\.safetensors cannot be written .* what was saved before is intact"):
             trainer(FEW, tmp_path).run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -103,7 +103,7 @@ def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(tmp_path):
         b"cos\nsystem\n.",
     ):
         (where / "data_batch_3").write_bytes(content)
-        with pytest.raises(ArgumentError, match=r"which no file of CIFAR-10 does: it is not read"):
+        with pytest.raises(ArgumentError, match=r"which CIFAR-10 files never contain; refusing to read it"):
             cifar10(where)
     assert not harmed.exists()
 

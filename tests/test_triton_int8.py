@@ -141,7 +141,7 @@ def test_it_is_judged_by_its_integers():
         y[0, 3, 2, 1] ^= 1
         return y
 
-    assert tuner.judge(CONV_INT8, off, args) == "output 0 is of other integers"
+    assert tuner.judge(CONV_INT8, off, args) == "output 0 has other integers"
 
 
 @pytest.mark.skipif(_conv_cpu.lacks(torch.int8) is not None, reason="this processor has no plans of 8-bit integers")

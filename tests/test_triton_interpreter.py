@@ -108,7 +108,8 @@ def test_batch_norm(dtype, layout, with_residual, training, few_programs):
     weight, bias = torch.tensor([1.5, 0.0, -0.7, 1.0, 0.3]), torch.randn(5)
     mean, var, grad_y = torch.randn(5), torch.rand(5) + 0.5, draw(x.shape, dtype, layout)
     for config in TILES:
-        for second in (None, draw(x.shape, dtype, layout)) if with_residual else (None,):
+        both = with_residual and config is TILES[-1]
+        for second in (None, draw(x.shape, dtype, layout)) if both else (None,):
             args = (x, residual, weight, bias, mean, var, grad_y, second)
             found = run_batch_norm(*args, training, config)
             assert found["y"].stride() == found["grad_x"].stride() == x.stride()
@@ -180,7 +181,7 @@ def same_bits(actual, expected):
 
 
 # Kernel, stride, padding: the stem's; strides beyond the window; overlap in one direction, padding that no window needs.
-WINDOWS = (((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (1, 1)), ((5, 4), (2, 3), (2, 2)))
+WINDOWS = (((3, 3), (2, 2), (1, 1)), ((2, 3), (3, 1), (1, 1)), ((4, 3), (2, 3), (2, 1)))
 
 
 @pytest.mark.parametrize("training", (True, False), ids=("training", "evaluation"))

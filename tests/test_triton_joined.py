@@ -70,9 +70,9 @@ def plainly(x, weight, bias, shortcut, own, own_bias, stride=1, step=1, groups=1
 def test_any_end_of_a_block(dtype, ends):
     _, stride, _, groups, out, _, step = ends
     x, weight, shortcut, own = end(*ends, dtype=dtype)
-    for biases, act in (((torch.randn(out), torch.randn(out)), "relu"), ((None, torch.randn(out)), "none")):
-        args = x, weight, biases[0], shortcut, own, biases[1], stride, step, groups, act
-        for config in TILES:
+    for bias, act, tiles in ((torch.randn(out), "relu", TILES), (None, "none", TILES[1:2])):
+        args = x, weight, bias, shortcut, own, torch.randn(out), stride, step, groups, act
+        for config in tiles:
             y = run(*args, config=config)
             assert y.is_contiguous(memory_format=CL)
             judge({"y": y}, lambda *args: {"y": plainly(*args)}, args, dtype)

@@ -1,5 +1,6 @@
 """Tuning: what it validates, what it discards, what it stores, and what it leaves alone."""
 
+import itertools
 import json
 import os
 import stat
@@ -69,6 +70,14 @@ def test_a_backend_wrong_only_on_the_call_is_discarded(plant):
     assert "on this call" in session.failures()["add_act"]["wrong"]
 
 
+def test_layers_of_other_widths_have_keys_of_their_own_and_similar_batches_have_one():
+    keys = {
+        (n, k): tune.key("conv", (torch.empty(n, 8, 4, 4), torch.empty(k, 8, 1, 1), None, (1, 1), (0, 0), (1, 1), 1))
+        for n, k in itertools.product((33, 64), (48, 64))
+    }
+    assert keys[33, 48] == keys[64, 48] != keys[64, 64] == keys[33, 64]
+
+
 def test_a_backend_that_raises_is_discarded(plant):
     def broken(*args):
         raise RuntimeError("no kernel image is available")
@@ -130,7 +139,7 @@ def test_what_can_be_slower_is_chosen_where_tuning_found_it_the_fastest(monkeypa
     mine = Backend("mine", lambda *args: None, lambda: op.reference, only_tuned=True)
     monkeypatch.setattr(op, "backends", (mine, *op.backends))
     choice = op.explain(*call)
-    assert choice.backend.name != "mine" and "where tuning found it the fastest" in choice.refusals["mine"]
+    assert choice.backend.name != "mine" and "only where it was measured to be the fastest" in choice.refusals["mine"]
     tune.store(CPU, {}, {tune.key("add_act", call): {"backend": "mine"}})
     dispatch.forget()
     assert op.explain(*call).backend.name == "mine"

@@ -7,14 +7,14 @@ from fastres.experiments import rivals
 WHOLE = (rivals.FROZEN.name, rivals.GRAPHED.name)  # a network or a step as one graph
 MODES = (rivals.COMPILE.name, rivals.CUDA_GRAPHS.name, rivals.MAX_AUTOTUNE.name)
 NETWORKS = (
-    "Each call is timed inside one graph of several calls; training steps, and what says *as called*, as a user calls them."
-    " Other columns: their time divided by that of fastres's fastest way in the same run. *torch.compile*: its fastest mode"
-    " among those that the time allowed."
+    "Each call is timed inside one graph of several calls; training steps and rows marked *as called* are timed as a user calls"
+    " them. Other columns: their time divided by that of the fastest way to use fastres in the same run. *torch.compile*: its"
+    " fastest mode among those that the time limit allowed."
 )
 KERNELS = (
-    "of peak: of a copy's bandwidth or of a large matrix product's rate, whichever is the limit. Other columns: their time"
-    " divided by that of fastres's fastest kernel. cuDNN: its fused call, which without a residual turns NaN into 0, or the"
-    " fused call behind the shortcut's convolution."
+    "*Of peak*: of a copy's bandwidth or of a large matrix product's rate, whichever is the limit. Other columns: their time"
+    " divided by that of fastres's fastest kernel. *cuDNN*: its fused call, which without a residual turns NaN into 0, or the"
+    " fused call after the shortcut's convolution."
 )
 
 

@@ -144,11 +144,14 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& p
   return finite ? grad : empty_vector(0, ScalarType::Float, x);
 }
 
+std::array<int64_t, 4> shape_of(const Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
+
 struct Window {
   Pads kernel, stride, padding, dilation;
 };
 
-void check_window(const char* op, const Window& window, const Tensor& grad_y, const std::array<int64_t, 4>& x) {
+// The shape of the output for x of a shape and so many output channels.
+std::array<int64_t, 4> output_sizes(const char* op, const Window& window, const std::array<int64_t, 4>& x, int64_t channels) {
   const auto check = [&](const char* param, const Pads& pair, int64_t least) {
     FASTRES_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < 1 << 20, op, param,
                   "two numbers from " << least, show({pair.data(), pair.size()}));
@@ -157,16 +160,23 @@ void check_window(const char* op, const Window& window, const Tensor& grad_y, co
   check("stride", window.stride, 1);
   check("padding", window.padding, 0);
   check("dilation", window.dilation, 1);
-  for (int i = 0; i < 2; ++i) {
-    const int64_t room = x[2 + i] + 2 * window.padding[i] - window.dilation[i] * (window.kernel[i] - 1) - 1;
-    FASTRES_CHECK(x[2 + i] > 0 && room >= 0, op, "kernel", "no larger than the padded input", show({window.kernel.data(), 2}));
-    FASTRES_CHECK(grad_y.size(0) == x[0] && grad_y.size(2 + i) == room / window.stride[i] + 1, op, "grad_y",
-                  "with the pixels of the output", show(grad_y.sizes()));
+  std::array<int64_t, 4> y{x[0], channels};
+  for (int i = 2; i < 4; ++i) {
+    const int64_t room = x[i] + 2 * window.padding[i - 2] - window.dilation[i - 2] * (window.kernel[i - 2] - 1) - 1;
+    FASTRES_CHECK(x[i] > 0 && room >= 0, op, "kernel", "no larger than the padded input", show({window.kernel.data(), 2}));
+    y[i] = room / window.stride[i - 2] + 1;
   }
+  return y;
+}
+
+void check_output(const char* op, const Window& window, const Tensor& grad_y, const std::array<int64_t, 4>& x) {
+  const auto y = output_sizes(op, window, x, grad_y.size(1));
+  FASTRES_CHECK(same(grad_y.sizes(), {y.data(), y.size()}), op, "grad_y", "of the output's shape " << show({y.data(), y.size()}),
+                show(grad_y.sizes()));
 }
 
 // The pixels that each tap joins, tap by tap; `first` gets where each tap's begin, and the end.
-std::vector<PixelPair> pixel_pairs(const Tensor& grad_y, const std::array<int64_t, 4>& x, const Window& window,
+std::vector<PixelPair> pixel_pairs(const std::array<int64_t, 4>& y, const std::array<int64_t, 4>& x, const Window& window,
                                    std::vector<int64_t>& first) {
   std::vector<PixelPair> pairs;
   const auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
@@ -174,19 +184,40 @@ std::vector<PixelPair> pixel_pairs(const Tensor& grad_y, const std::array<int64_
     first.push_back(pairs.size());
     const int64_t down = tap / window.kernel[1] * window.dilation[0] - window.padding[0];
     const int64_t right = tap % window.kernel[1] * window.dilation[1] - window.padding[1];
-    for (int64_t at = 0; at < grad_y.size(0) * grad_y.size(2) * grad_y.size(3); ++at) {
-      const int64_t image = at / (grad_y.size(2) * grad_y.size(3));
-      const int64_t row = at / grad_y.size(3) % grad_y.size(2) * window.stride[0] + down;
-      const int64_t col = at % grad_y.size(3) * window.stride[1] + right;
+    for (int64_t at = 0; at < y[0] * y[2] * y[3]; ++at) {
+      const int64_t image = at / (y[2] * y[3]);
+      const int64_t row = at / y[3] % y[2] * window.stride[0] + down;
+      const int64_t col = at % y[3] * window.stride[1] + right;
       if (inside(row, x[2]) && inside(col, x[3]))
-        pairs.push_back({at * grad_y.size(1), ((image * x[2] + row) * x[3] + col) * x[1]});
+        pairs.push_back({at * y[1], ((image * x[2] + row) * x[3] + col) * x[1]});
     }
   }
   first.push_back(pairs.size());
   return pairs;
 }
 
-// The weight gradient of conv2d(x, weight, stride, padding, dilation), dense in channels_last, for few pixels.
+// conv2d(x, weight, stride, padding, dilation) for few pixels; the weights dense in channels_last.
+Tensor few(const Tensor& x, const Tensor& weight, const Pads& stride, const Pads& padding, const Pads& dilation) {
+  const char* op = "conv";
+  check_activation(op, "x", x);
+  check_activation(op, "weight", weight);
+  const int64_t channels = x.size(1), out_channels = weight.size(0), lanes = conv_tile().lanes;
+  FASTRES_CHECK(weight.scalar_type() == x.scalar_type() && weight.size(1) == channels && out_channels % lanes == 0, op, "weight",
+                "of x's dtype, for its " << channels << " channels, of rows in whole vectors of " << lanes, show(weight.sizes()));
+  const Window window{{weight.size(2), weight.size(3)}, stride, padding, dilation};
+  const std::array<int64_t, 4> sizes = output_sizes(op, window, shape_of(x), out_channels);
+  std::vector<int64_t> first;
+  const std::vector<PixelPair> pairs = pixel_pairs(sizes, shape_of(x), window, first);
+  Tensor y = empty_output(sizes, Format::channels_last, x);
+  const ConvInnerArgs args{.dtype = dtype_of(x), .x = x.data_ptr(), .weight = weight.data_ptr(), .y = y.data_ptr(),
+                           .out_channels = out_channels, .channels = channels, .taps = weight.size(2) * weight.size(3),
+                           .pixels = y.numel() / out_channels, .pairs = pairs.data(), .first_pair = first.data()};
+  const int64_t work = static_cast<int64_t>(pairs.size() + 1) * channels * lanes;
+  run_now({out_channels / lanes, ceil_div(kLeastWork, work), [&](int64_t begin, int64_t end) { conv_inner(args, begin, end); }});
+  return y;
+}
+
+// The weight gradient of that convolution, dense in channels_last.
 Tensor few_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& kernel, const Pads& stride, const Pads& padding,
                            const Pads& dilation) {
   const char* op = "conv_backward_weight";
@@ -194,10 +225,10 @@ Tensor few_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& ke
   check_activation(op, "grad_y", grad_y);
   FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type(), op, "grad_y", "of x's dtype", show(grad_y.scalar_type()));
   const Window window{kernel, stride, padding, dilation};
-  const std::array<int64_t, 4> sizes{x.size(0), x.size(1), x.size(2), x.size(3)};
-  check_window(op, window, grad_y, sizes);
+  const std::array<int64_t, 4> sizes = shape_of(x);
+  check_output(op, window, grad_y, sizes);
   std::vector<int64_t> first;
-  const std::vector<PixelPair> pairs = pixel_pairs(grad_y, sizes, window, first);
+  const std::vector<PixelPair> pairs = pixel_pairs(shape_of(grad_y), sizes, window, first);
   Tensor grad = empty_output(std::array{grad_y.size(1), x.size(1), kernel[0], kernel[1]}, Format::channels_last, x);
   const ConvOuterArgs args{.dtype = dtype_of(x), .grad_y = grad_y.data_ptr(), .x = x.data_ptr(), .grad = grad.data_ptr(),
                            .out_channels = grad_y.size(1), .channels = x.size(1), .taps = kernel[0] * kernel[1],
@@ -220,9 +251,9 @@ Tensor few_backward_input(const Tensor& grad_y, const Tensor& weight, const Pads
                 "two numbers from 1", show({size.data(), size.size()}));
   const Window window{{weight.size(2), weight.size(3)}, stride, padding, dilation};
   const std::array<int64_t, 4> sizes{grad_y.size(0), weight.size(1), size[0], size[1]};
-  check_window(op, window, grad_y, sizes);
+  check_output(op, window, grad_y, sizes);
   std::vector<int64_t> first;
-  const std::vector<PixelPair> pairs = pixel_pairs(grad_y, sizes, window, first);
+  const std::vector<PixelPair> pairs = pixel_pairs(shape_of(grad_y), sizes, window, first);
   Tensor grad = empty_output(sizes, Format::channels_last, grad_y);
   const ConvOuterArgs args{.dtype = dtype_of(grad_y), .grad_y = grad_y.data_ptr(), .x = weight.data_ptr(), .grad = grad.data_ptr(),
                            .out_channels = grad_y.size(1), .channels = weight.size(1), .taps = weight.size(2) * weight.size(3),
@@ -239,6 +270,7 @@ Tensor few_backward_input(const Tensor& grad_y, const Tensor& weight, const Pads
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv(Tensor x, Tensor weight, int[] padding, bool turned) -> Tensor");
   m.def("cpu_conv_backward_weight(Tensor grad_y, Tensor x, int[] padding) -> Tensor");
+  m.def("cpu_conv_inner(Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("cpu_conv_outer_weight(Tensor grad_y, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def("cpu_conv_outer_input(Tensor grad_y, Tensor weight, int[] size, int[] stride, int[] padding, int[] dilation)"
         " -> Tensor");
@@ -247,6 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_conv", TORCH_BOX(&fastres::cpu::conv));
   m.impl("cpu_conv_backward_weight", TORCH_BOX(&fastres::cpu::conv_backward_weight));
+  m.impl("cpu_conv_inner", TORCH_BOX(&fastres::cpu::few));
   m.impl("cpu_conv_outer_weight", TORCH_BOX(&fastres::cpu::few_backward_weight));
   m.impl("cpu_conv_outer_input", TORCH_BOX(&fastres::cpu::few_backward_input));
 }

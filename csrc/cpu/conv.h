@@ -1,5 +1,5 @@
 // Arguments and kernels of a training step's convolutions: 3x3 by Winograd, whose weights are transformed at every step, with the
-// weight gradient; and the weight gradient of any kernel over few pixels.
+// weight gradient; and all three of any kernel over few pixels.
 #pragma once
 
 #include <atomic>
@@ -43,9 +43,9 @@ FASTRES_FMA_KERNEL(conv_grad_transform, ConvGradArgs)  // a range counts words o
 FASTRES_FMA_KERNEL(conv_grad_multiply, ConvGradArgs)   // a range counts points times blocks of x's channels
 FASTRES_FMA_KERNEL(conv_grad_finish, ConvGradArgs)     // a range counts output channels
 
-// A pixel of grad_y and the one of x that a tap multiplies it by, as offsets in elements.
+// A pixel of the output and the one of x that a tap joins it to, as offsets in elements.
 struct PixelPair {
-  int64_t grad_y, x;
+  int64_t y, x;
 };
 
 // The gradients of a convolution of any kernel over few pixels: for each tap, products of the pixels that it joins.
@@ -59,8 +59,20 @@ struct ConvOuterArgs {
   const int64_t* first_pair;  // of each tap, and the end
 };
 
+// The convolution of any kernel over few pixels: for each tap, inner products of weights with the pixels that it joins.
+struct ConvInnerArgs {
+  DType dtype;         // float32 or bfloat16
+  const void* x;       // channels last, as y is
+  const void* weight;  // output channel, tap, channel
+  void* y;             // written
+  int64_t out_channels, channels, taps, pixels;  // pixels of y
+  const PixelPair* pairs;     // as above
+  const int64_t* first_pair;
+};
+
 constexpr int64_t kOuterRows = 4;  // output channels in registers: they divide all output channels
 
+FASTRES_FMA_KERNEL(conv_inner, ConvInnerArgs)  // a range counts vectors of output channels
 FASTRES_FMA_KERNEL(conv_outer_weight, ConvOuterArgs)        // of the weights; a range counts blocks of kOuterRows output channels
 FASTRES_FMA_KERNEL(conv_outer_input, ConvOuterArgs)  // of x; a range counts vectors of channels
 

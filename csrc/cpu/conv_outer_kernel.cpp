@@ -48,7 +48,7 @@ FASTRES_INLINE void add_up(const PixelPair* pair, const PixelPair* end, const sc
   while (pair < end) {
     const PixelPair* stop = end - pair > kTogether ? pair + kTogether : end;
     Sum sum[kOuterRows][kVectors] = {};
-    for (; pair < stop; ++pair) add_product([&](int k) { return dy[pair->grad_y + k]; }, x + pair->x, sum);
+    for (; pair < stop; ++pair) add_product([&](int k) { return dy[pair->y + k]; }, x + pair->x, sum);
 #pragma GCC unroll 8
     for (int k = 0; k < kOuterRows; ++k)
 #pragma GCC unroll 8
@@ -97,7 +97,7 @@ FASTRES_INLINE void add_products(const ConvOuterArgs& args, const scalar_t* weig
     const int64_t end = min(begin + kChannels, args.out_channels);
     Sum sum[kCount][kVectors] = {};
     for (int64_t k = begin; k < end; ++k, weight += step)
-      add_product([&](int p) { return dy[pair[p].grad_y + k]; }, weight, sum);
+      add_product([&](int p) { return dy[pair[p].y + k]; }, weight, sum);
 #pragma GCC unroll 8
     for (int p = 0; p < kCount; ++p)
 #pragma GCC unroll 8

@@ -133,7 +133,7 @@ def _in_channels(model: nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             return module.in_channels
-    raise ArgumentError("the model has no nn.Conv2d: fastres has nothing to do in it")
+    raise ArgumentError("the model has no nn.Conv2d: there is nothing to optimise")
 
 
 def _factory(name: str) -> Callable[[], Any]:

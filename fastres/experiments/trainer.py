@@ -114,7 +114,7 @@ def _about(request: Request, trainer: Trainer) -> str:
     size = f"{data.channels}x{data.size}x{data.size}"
     images = f"{training} training and {test} test images of {size}, {len(data.classes)} classes"
     length = f"{settings.epochs} epochs of {trainer.steps} steps on {trainer.device.type}"
-    state = "" if not trainer.step else f"; goes on in {request.out} after step {trainer.step}"
+    state = "" if not trainer.step else f"; continues in {request.out} after step {trainer.step}"
     if len(trainer.history) == settings.epochs:
         state = f"; {request.out} holds this run, finished"
     return f"{request.model} on {where}: {images}; {length}{state}"

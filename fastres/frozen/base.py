@@ -115,7 +115,7 @@ class Frozen(nn.Module):
         """Images that this network can be called with."""
         check_images("x", x, self.device)
         if x.shape[1] != self.network.channels or 0 in x.shape[1:]:
-            raise must("freeze", "x", f"of {self.network.channels} channels and not without pixels", tuple(x.shape))
+            raise must("freeze", "x", f"non-empty images with {self.network.channels} channels", tuple(x.shape))
         forward = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
         if forward or (x.requires_grad and torch.is_grad_enabled()):
             raise must("freeze", "x", "without gradient", "one that requires it", "fastres.optimize has a backward")

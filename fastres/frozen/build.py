@@ -1,5 +1,6 @@
 """Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
 
+import inspect
 import itertools
 from collections import Counter
 from typing import Any
@@ -53,14 +54,14 @@ class _Builder:
                 continue
             take = getattr(self, "on_" + _stem(operation.target), None)
             try:
-                if take is None or operation.target.endswith("out"):
+                if take is None or operation.target.endswith("out") or not _has_room(take, operation.args):
                     raise _Refused
                 take(*operation.args, y=operation.result)
             except _Refused:
                 self.refused[operation.target] = self.refused.get(operation.target, 0) + 1
         if self.refused:
             what = ", ".join(f"{target} ({count}x)" for target, count in sorted(self.refused.items()))
-            raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; fastres.optimize serves such networks")
+            raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; use fastres.optimize for such networks")
         return self.needed()
 
     def needed(self) -> list[Layer]:
@@ -82,7 +83,7 @@ class _Builder:
             if not made.issuperset(layer.operands):
                 raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} computes from a constant")
             if layer.kind == "upsample" and layer.residual is None:
-                raise UnsupportedError("fastres.freeze: a plan enlarges a value only to add it to another")
+                raise UnsupportedError("fastres.freeze: upsampling is supported only directly before an addition")
             made.add(layer.y)
         return kept[::-1]
 
@@ -390,3 +391,9 @@ def _conv(
     rows, bias = own
     return Layer("conv", _layer_name(weight), x, y, None, False, _pair(rows.shape[2:]), stride, padding, dilation, groups,
                  out_channels=len(rows), weight=rows, bias=bias)  # fmt: skip
+
+
+def _has_room(take: Any, args: tuple) -> bool:
+    """Whether a step takes so many arguments; ``rounding_mode`` of a division is one more."""
+    wanted = inspect.signature(take).parameters.values()
+    return any(p.kind is p.VAR_POSITIONAL for p in wanted) or len(args) < len(wanted)

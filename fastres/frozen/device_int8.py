@@ -146,8 +146,8 @@ def check_kernel(device: torch.device) -> None:
     reasons = [b.why_not(*args) or dispatch.why_not_proven(CONV_INT8.name, b, device) for b in kernels]
     if None not in reasons:
         raise UnsupportedError(
-            f"fastres.freeze: no kernel for convolutions of 8-bit integers is proven on {device}: {reasons[0]}; freeze on the"
-            f" CPU, or in 16 bits, or force one: fastres.use({CONV_INT8.name}={kernels[0].name!r}), or the slow {TORCH!r}"
+            f"fastres.freeze: no int8 convolution kernel is validated on {device}: {reasons[0]}; freeze on the CPU, or in 16"
+            f" bits, or force one: fastres.use({CONV_INT8.name}={kernels[0].name!r}), or the slow {TORCH!r}"
         )
 
 

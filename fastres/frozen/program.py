@@ -132,7 +132,7 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
     fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
     fits = fits and (layer.gate is None or sizes[layer.gate] == (channels, 1, 1))
     if not fits or (layer.residual is not None and sizes[layer.residual] != sizes[layer.y]):
-        raise must("freeze", "x", f"of images that suit the layer {layer.name!r}", f"{size[1]}x{size[2]}")
+        raise must("freeze", "x", f"images whose size fits layer {layer.name!r}", f"{size[1]}x{size[2]}")
     return sizes[layer.y]
 
 

@@ -88,7 +88,7 @@ def conv_bn_act(conv: nn.Conv2d, bn: nn.BatchNorm2d, act: Act, x: Tensor, residu
 
 
 def may_join(x: Tensor) -> bool:
-    """Whether it is worth asking ``dispatch`` for a kernel that computes two convolutions as one product."""
+    """Whether a kernel may compute two convolutions as one product. A cheap filter before ``dispatch``."""
     return type(x) is Tensor and not torch.compiler.is_compiling() and device_may_join(x.device)
 
 

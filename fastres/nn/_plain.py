@@ -62,7 +62,7 @@ def _why_not_module(module: nn.Module) -> str | None:
     kind = type(module)
     is_frozen = is_frozen_norm(module)
     if kind not in _FUSIBLE and not is_frozen:
-        return f"{kind.__name__} is not one of the plain modules that fuse"
+        return f"{kind.__name__} is not one of the plain modules that can be fused"
     if has_hooks(module):
         return f"{kind.__name__} has hooks, which must fire"
     if "forward" in module.__dict__:
@@ -73,9 +73,9 @@ def _why_not_module(module: nn.Module) -> str | None:
     if not _keeps_tensors(module, is_frozen):
         return f"{kind.__name__} keeps parameters or buffers elsewhere, as a replica of DataParallel does"
     if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zeros by a number fuse"
+        return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zero padding given as numbers can be fused"
     if kind is nn.Conv2d and not all(map(_is_pair, (module.stride, module.padding, module.dilation))):
-        return f"Conv2d has no pairs, got {module.stride!r}, {module.padding!r}, {module.dilation!r}: only those fuse"
+        return f"Conv2d has {module.stride!r}, {module.padding!r}, {module.dilation!r}: only pairs can be fused"
     if kind is nn.MaxPool2d and (module.dilation not in (1, (1, 1)) or module.ceil_mode or module.return_indices):
         return "MaxPool2d has dilation, ceil_mode or return_indices"
     return None

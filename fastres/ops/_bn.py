@@ -151,7 +151,7 @@ def check_forward(
     if activations:
         _check.same_shape(op, x=x, **activations)
         _check.same_dtype(op, x=x, **{name: t for name, t in activations.items() if name.startswith("grad_y")})  # y has x's
-    _check.tensors(op, x=x, **stats)  # which None is not
+    _check.tensors(op, x=x, **stats)  # statistics are required
     _check.per_channel(op, x.shape[1], x, weight=weight, bias=bias, **stats)
     _check.eps(op, eps)
     _check.act(op, act)

@@ -106,7 +106,9 @@ def check_convolution(op, x, weight, bias, stride, padding, dilation, groups):
         )
     shape = output_shape(x, weight, stride, padding, dilation)
     if min(shape[2:]) < 1:
-        raise must(op, "kernel", f"no larger than x's padded size {tuple(x.shape[2:])}", tuple(kernel), "pad more")
+        padded = tuple(size + 2 * pad for size, pad in zip(x.shape[2:], padding, strict=True))
+        spans = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+        raise must(op, "kernel", f"no larger than x's padded size {padded}", spans, "pad more")
 
 
 def fake(x, weight, stride, padding, dilation):

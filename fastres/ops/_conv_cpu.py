@@ -46,7 +46,7 @@ def why_not_groups(channels: int, out_channels: int, groups: int, dtype: torch.d
     lanes, own = _lanes(), channels // groups
     whole = own % _PER_WORD[dtype] == 0 and (own % lanes == 0 or lanes % own == 0) and channels % lanes == 0
     if channels != out_channels or not whole or is_padded(channels, dtype):
-        what = f"as many channels out as in, in vectors of {lanes} that hold whole groups or a part of one"
+        what = f"as many output as input channels, in vectors of {lanes} that hold whole groups or a part of one"
         return f"groups must have {what}, got {channels} to {out_channels} channels in {groups} groups"
     return None
 

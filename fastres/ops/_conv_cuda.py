@@ -29,7 +29,7 @@ def why_not(x: Tensor, weight: Tensor, stride, padding, dilation, groups: int, a
         return f"it runs on cuda, the tensors are on {x.device.type}"
     if _conv_rows.is_few(x):
         reason = _conv_rows.why_not(x, weight.shape, stride, padding, dilation, groups)
-        return reason or ("with few input channels it adds nothing to a convolution" if adds else None)
+        return reason or ("with few input channels it supports no addition" if adds else None)
     return why_not_device(x.device) or why_not_arguments(x, weight, stride, padding, dilation, groups)
 
 

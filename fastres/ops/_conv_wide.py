@@ -55,7 +55,7 @@ def why_not_gradient_arguments(
 ) -> str | None:
     """As ``why_not_arguments``: the input gradient is a convolution of grad_y with rotated weights."""
     if stride != (1, 1):
-        return f"the gradient by the input is a convolution where the stride is 1, got {stride}"
+        return f"the input gradient is a convolution only where the stride is 1, got {stride}"
     if groups != 1:
         return f"it has no grouped convolution, got groups={groups}"
     turned = full_padding(weight.shape[2:], padding, dilation)

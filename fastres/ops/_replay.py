@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
             name = func._schema.name.removeprefix("fastres::")
             run = REGISTRY[name].chosen(*args)
             if name == CONV_STATISTICS.name:
-                raise Unrecorded("a batch norm is given statistics that the convolution before found")
+                raise Unrecorded("a batch norm uses statistics that the preceding convolution found")
         if run is None:  # such as a check's; a problem only if its results are read, or if it writes
             if func._schema.is_mutable:
                 self.why_not = f"{func} writes, and is not one of the calls that can be repeated"
@@ -101,7 +101,7 @@ class Recorder(TorchDispatchMode):
     def recording(self, outputs: Sequence[Tensor]) -> Recording | None:
         """The recording that makes these tensors; None where the recorder did not see how they, or their inputs, were made."""
         if any(id(tensor) not in self._numbers for tensor in outputs):
-            self.why_not = self.why_not or "a result was made unseen"
+            self.why_not = self.why_not or "a result was not computed by a recorded call"
         if self.why_not is not None:
             return None
         constants: list[Any] = []
@@ -110,7 +110,7 @@ class Recorder(TorchDispatchMode):
             numbers = []
             for arg in call.args:
                 if isinstance(arg, Tensor) and id(arg) not in self._numbers:
-                    self.why_not = "a tensor that is read was made unseen"
+                    self.why_not = "a call reads a tensor that no recorded call computed"
                     return None
                 if isinstance(arg, Tensor):
                     numbers.append(self._numbers[id(arg)])

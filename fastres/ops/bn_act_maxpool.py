@@ -54,7 +54,8 @@ def check_window(op, x, kernel_size, stride, padding):
         if pad > kernel // 2:
             raise must(op, "padding", f"at most half of kernel_size {tuple(kernel_size)}", tuple(padding))
         if size + 2 * pad < kernel:
-            raise must(op, "kernel_size", f"at most x's padded size {tuple(x.shape[2:])}", tuple(kernel_size))
+            padded = tuple(s + 2 * p for s, p in zip(x.shape[2:], padding, strict=True))
+            raise must(op, "kernel_size", f"at most x's padded size {padded}", tuple(kernel_size))
 
 
 def check(x, weight, bias, mean, var, eps, act, *window):

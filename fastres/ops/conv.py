@@ -157,16 +157,16 @@ def why_not_weight_fast(x, weight_shape, stride, padding, dilation, groups) -> s
 def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, of_input=False) -> str | None:
     """Why a gradient is not computed by the kernels for few pixels. ``images``: x or grad_y; ``size``: x's rows and columns."""
     if images.dim() != 4 or groups != 1 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
-        return f"it serves float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
+        return f"it supports float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
     out_channels, channels, *kernel = weight_shape
     weights = out_channels * channels * kernel[0] * kernel[1]
     if out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384 or weights < LEAST_WEIGHTS:
-        return f"it serves {LEAST_WEIGHTS} weights or more, of 16 to 16384 channels by sixteens, got {tuple(weight_shape)}"
+        return f"it needs {LEAST_WEIGHTS} weights or more, in multiples of 16 channels up to 16384, got {tuple(weight_shape)}"
     height, width = output_size(size, kernel, stride, padding, dilation)
     dense = kernel == [1, 1] and stride == (1, 1)
     pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE[of_input] if dense else MOST_PIXELS
     if not 0 < pixels <= most:
-        return f"it serves 1 to {most} pixels, got {pixels}"
+        return f"it supports 1 to {most} pixels, got {pixels}"
     return why_not_channels_last("the activations", images)
 
 
@@ -183,7 +183,7 @@ def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_t
     out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
     least = min(weight_shape[:2])
     if weight_shape[0] % 16 or weight_shape[1] % 16 or least < 16 or any(side < 4 and side != 2 for side in out):
-        return f"it serves channels in multiples of 16 and outputs 2 or from 4 pixels a side, got {tuple(weight_shape)}, {out}"
+        return f"it needs multiples of 16 channels and outputs 2 or at least 4 pixels a side, got {tuple(weight_shape)}, {out}"
     tiles = n * -(-out[0] // 2) * -(-out[1] // 2)
     if tiles < least_tiles:
         return f"so few pixels ({tiles} tiles of 2x2, it wants {least_tiles}) do not repay the transform of the weights"

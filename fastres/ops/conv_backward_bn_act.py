@@ -43,7 +43,7 @@ def fallback(grad_y, weight, x, bn_weight, bn_bias, mean, var, eps, act, *geomet
 def check(grad_y, weight, x, bn_weight, bn_bias, mean, var, eps, act, *geometry):
     _check.images(NAME, grad_y=grad_y, weight=weight, x=x)
     conv.check_backward(NAME, grad_y, x.shape, weight.shape, {"weight": weight, "x": x}, *geometry)
-    _check.tensors(NAME, x=x, mean=mean, var=var)  # which None is not
+    _check.tensors(NAME, x=x, mean=mean, var=var)  # statistics are required
     _check.per_channel(NAME, x.shape[1], x, bn_weight=bn_weight, bn_bias=bn_bias, mean=mean, var=var)
     _check.eps(NAME, eps)
     _check.act(NAME, act)
@@ -75,7 +75,7 @@ def cost(grad_y, weight, x, *rest):
 
 
 def may_run(x: Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether a kernel of this op may be chosen, or is forced; else it is not worth asking."""
+    """Whether a kernel of this op may be chosen, or is forced. A cheap filter before ``dispatch``."""
     if tuple(stride) != (1, 1) or x.dim() != 4:
         return False
     return dispatch.is_forced() or (x.is_cuda and tune.why_not_validated(NAME, WIDE, x.device) is None)

@@ -115,7 +115,7 @@ def fallback(x, weight, bias, bn_weight, bn_bias, mean, var, eps, *args):
 
 
 def may_join(device: torch.device) -> bool:
-    """Whether a kernel of this op may run on a device, or is forced; else it is not worth asking."""
+    """Whether a kernel of this op may run on a device, or is forced. A cheap filter before ``dispatch``."""
     return device.type == "cuda" or dispatch.is_forced()
 
 

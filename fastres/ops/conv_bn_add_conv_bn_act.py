@@ -127,7 +127,7 @@ def cost(*args):
 
 
 def may_join(device: torch.device) -> bool:
-    """Whether a kernel of this op may run on a device, or is forced; else it is not worth asking."""
+    """Whether a kernel of this op may run on a device, or is forced. A cheap filter before ``dispatch``."""
     return why_not_device(device) is None or dispatch.is_forced()
 
 

@@ -86,7 +86,7 @@ def cost(x, weight, stride, padding, dilation, groups):
 
 
 def may_find(x: Tensor, weight: Tensor, *geometry: Any) -> bool:
-    """Whether a kernel of this op may be chosen, or is forced; else it is worth neither asking nor casting."""
+    """Whether a kernel of this op may be chosen, or is forced. A cheap filter before casts and ``dispatch``."""
     if dispatch.is_forced():
         return True
     proven = x.is_cuda and tune.why_not_validated(NAME, WIDE, x.device) is None

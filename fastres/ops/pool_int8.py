@@ -48,7 +48,8 @@ def check(x, kernel, stride, padding, ceil, scale, bias):
     if any(2 * pad > k for pad, k in zip(padding, window, strict=True)):
         raise must(NAME, "padding", f"at most half of the window {tuple(window)}", tuple(padding))
     if min(size) < 1:
-        raise must(NAME, "kernel", f"at most x's padded size {tuple(x.shape[2:])}", tuple(kernel))
+        padded = tuple(s + 2 * p for s, p in zip(x.shape[2:], padding, strict=True))
+        raise must(NAME, "kernel", f"at most x's padded size {padded}", tuple(kernel))
     for name, value in (("scale", scale), ("bias", bias)):
         if (value is None) != (scale is None):
             raise must(NAME, name, "given where the other is", value)

@@ -2,10 +2,10 @@
 
 x: (N, C, H, W) float32, padded with zeros. y: (N, channels, H + 2 padding, W + 2 padding) int8 in channels_last whatever x is,
 a byte less 128 (``_int8``), multiplication and addition rounded once, as the CPU's plans do (csrc/cpu/plan_int8_kernel.cpp);
-channels beyond C hold a byte of 0: a convolution of few channels reads whole words, and looks for no edges. A NaN gives 0 too.
-The second output, (N,) float32, is NaN for an image with a value that is not finite, else 0: what is added to its results, and
-nobody has to wait for the answer. (In float64 where x is: the truth that kernels are held against.) There is no gradient. Bytes
-moved: x once, one of y an element.
+channels beyond C hold a byte of 0, so that a convolution of few channels reads aligned 4-byte words without bounds checks. A
+NaN gives 0 too. The second output, (N,) float32, is a flag: NaN for an image with a value that is not finite, else 0. It is
+added to the image's results, so the host never synchronises to check. (In float64 where x is: the truth that kernels are
+compared with.) There is no gradient. Bytes moved: x once, one byte of y per element.
 """
 
 import math

@@ -148,9 +148,9 @@ def _refuse_any(found: list[Site]) -> None:
     refusals = {name: reason for site in found for name, reason in site.left.items()}
     if refusals:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in refusals.items())
-        raise UnsupportedError(f"fastres.optimize: strict, and {len(refusals)} modules cannot be fused:\n{lines}")
+        raise UnsupportedError(f"fastres.optimize: strict=True, but {len(refusals)} modules cannot be fused:\n{lines}")
     if not any(site.status in ("fusable", "fused", "fastres") for site in found):
-        raise UnsupportedError("fastres.optimize: strict, and the model holds nothing that can be fused")
+        raise UnsupportedError("fastres.optimize: strict=True, but the model holds nothing that can be fused")
 
 
 def _accept(
@@ -164,7 +164,7 @@ def _accept(
     blocks = recomputing_blocks(network, found, patterns)
     if not blocks:
         what = "residual blocks of two or more layers of nn.Conv2d and nn.BatchNorm2d"
-        raise UnsupportedError(f"fastres.optimize: memory='low' needs {what} to optimise, and finds none (leave memory out)")
+        raise UnsupportedError(f"fastres.optimize: memory='low' needs {what} to optimise, but finds none (leave memory out)")
     return blocks
 
 

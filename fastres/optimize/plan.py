@@ -83,7 +83,7 @@ def plan(module: nn.Module, base: Any, training: bool) -> Plan:
     steps = rewriting.fuse()
     rejoined = _reshape(graph)
     if not steps and not rejoined:
-        return Plan(reason="it holds no run of layers that fuse")
+        return Plan(reason="it holds no sequence of layers that can be fused")
     identities = rewriting.pass_identities()
     block = _block(graph, rewriting) if training else None
     _read_children_from_owner(graph)

@@ -201,7 +201,7 @@ def _why_apart(args: tuple[Any, ...]) -> str:
     except (ArgumentError, UnsupportedError) as error:
         return str(error)
     if choice.backend.name != "torch":
-        return "what runs it calls its modules one by one"
+        return "its caller runs its modules one by one"
     return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals.items())
 
 
@@ -221,7 +221,7 @@ def _statistics(before: PrecedingConv) -> str | None:
         elsewhere = f"the tensors are on {before.args[0].device.type}"
         reasons = [f"{backend}: {why}" for backend, why in choice.refusals.items() if not why.endswith(elsewhere)]
         return f"not {name}: {'; '.join(reasons)}" if reasons else None
-    return f"not {name}: what runs it calls its modules one by one, or recomputes in backward what they pass on"
+    return f"not {name}: its caller runs its modules one by one, or recomputes in backward what they pass on"
 
 
 def _explain_call(function: Callable[..., Any], args: tuple[Any, ...]) -> Choice:
@@ -263,7 +263,7 @@ def _whole_note(model: nn.Module, whole: Whole | None, x: Any, parts: dict[str, 
         module, inside = model.get_submodule(name), any(name.startswith(f"{outer}.") for outer in planned)
         if not inside and vars(module)[STATE].whole.why_not(module, given) is None:
             planned.append(name)
-    own = f"; as native plans of their own run {', '.join(planned)}" if planned else ""
+    own = f"; these run as native plans of their own: {', '.join(planned)}" if planned else ""
     return f"the modules run one by one: {reason}{own}"
 
 
@@ -289,12 +289,13 @@ def _layers(module: nn.Module, step: Step) -> list[nn.Module | None]:
 def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     notes = []
     if model.training:
-        notes.append("in training convolutions are PyTorch's but where a step shows conv: cpu or cuda, or conv_statistics")
+        own = "`conv: cpu`, `conv: cuda` or `conv_statistics`"
+        notes.append(f"in training, convolutions run in PyTorch except where a step shows {own}")
         notes += _one_node([module for module in model.modules() if is_fusible_norm(module)])
-        notes += [f"calls that are not recorded, but come from Python every time: {reason}" for reason in why_not_recorded()]
+        notes += [f"kernel calls are not recorded but come from Python every time: {reason}" for reason in why_not_recorded()]
         recomputing = sum(_fused.RECOMPUTES in module.__dict__ for module in model.modules())
         if recomputing:
-            notes.append(f"memory='low': {recomputing} blocks, op by op, recompute in backward what their batch norms pass on")
+            notes.append(f"memory='low': {recomputing} blocks run op by op and recompute batch norms' outputs in backward")
     elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters()):
         notes.append("autograd is on: convolutions run as in training; batch norm folds under torch.inference_mode()")
     state = state_of(model)
@@ -313,11 +314,11 @@ def _one_node(norms: list[nn.Module]) -> list[str]:
         return []
     most = f"on a CPU those of inputs of up to {_fused.MOST_IN_ONE_NODE} values"
     but = "" if all(map(trains, norms)) else "; blocks with a frozen norm, or one in evaluation, run op by op"
-    return [f"the layers of a block are one node of autograd ({most}), whose kernels' calls are recorded once{but}"]
+    return [f"the layers of a block are one autograd node ({most}), whose kernel calls are recorded once{but}"]
 
 
 class _Asked:
-    """In the place of a part's plan: keeps what it is asked to run."""
+    """Stands in for a submodule's plan and records its input."""
 
     def __init__(self, name: str, inputs: dict[str, Tensor]) -> None:
         self.name, self.inputs = name, inputs

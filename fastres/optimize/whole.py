@@ -1,12 +1,12 @@
-"""An optimised network in evaluation as one native plan, for as long as nothing about it has changed. Where no plan serves the
-whole network, each of its largest parts that one serves has its own: a backbone, a head, a stage.
+"""Runs an optimised model in evaluation as one native plan while it is unchanged. Where the whole model cannot be planned, each
+of its largest parts that can be has a plan of its own: a backbone, a head, a stage.
 
-Eligible is a call without autograd on a plain CPU tensor of the network's dtype, where nothing follows the call (a mode, a
-transform, torch.compile) and no backend is forced. Unchanged means: every module's attributes, children, parameters,
-buffers and hooks, and the forward of its class, are the same objects as when the plan was made. The plan takes over what is
-written to parameters and buffers; after any other change a new one is made for what the network has become. The network's
-Python runs once for every new image size, and for one image and for several: the plan serves those for which it does the same.
-As everywhere in ``optimize``, Python whose effects could get lost is not planned.
+Used for calls without autograd on a plain CPU tensor of the model's dtype, outside modes, transforms and torch.compile, and
+with no backend forced. Unchanged means: every module's attributes, children, parameters, buffers and hooks, and the forward of
+its class, are the same objects as when the plan was made. The plan takes over what is written to parameters and buffers; after
+any other change a new plan is made. The model's Python runs once for every new image size, and both for one image and for
+several: the plan is used only where the model executes the same operations. As everywhere in ``optimize``, Python whose effects
+could get lost is not planned.
 """
 
 import threading
@@ -150,7 +150,7 @@ class Whole:
             made = self._current(model, x)
             reason = made.reason
             if reason is None and not self._serves(made, model, x):
-                reason = "for this size the network's Python does something else than for the first it saw"
+                reason = "at this input size the model executes different operations than at the size it was planned for"
         return reason
 
     def _serves(self, made: _Made, model: nn.Module, x: Tensor) -> bool:
@@ -175,7 +175,7 @@ def _why_not_call(x: Any) -> str | None:
     if type(x) is not Tensor or x.device.type != "cpu" or x.dim() != 4 or x.numel() == 0:
         return "the input is not a plain batch of images on the CPU"
     if has_modes() or _fused.is_followed(x):
-        return "a mode, a transform or a tracer follows the call"
+        return "a mode, a transform or a tracer is active"
     if torch.is_autocast_enabled("cpu"):
         return "autocast chooses dtypes op by op"
     if dispatch.is_forced():

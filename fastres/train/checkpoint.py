@@ -23,7 +23,7 @@ def write(path: Path, content: bytes) -> None:
     try:
         files.replace(path, content)
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}); what was saved before is whole") from error
+        raise OSError(f"{path} cannot be written ({error.strerror}); what was saved before is intact") from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -128,8 +128,8 @@ class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = self.KNOWN.get((module, name))
         if found is None:
-            raise ArgumentError(f"the file names {module}.{name}, which no file of CIFAR-10 does: it is not read")
+            raise ArgumentError(f"the file names {module}.{name}, which CIFAR-10 files never contain; refusing to read it")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        raise ArgumentError("the file refers to another one, which no file of CIFAR-10 does: it is not read")
+        raise ArgumentError("the file refers to another one, which CIFAR-10 files never do; refusing to read it")

@@ -232,7 +232,7 @@ class Trainer:
         wrong = sorted(key for key, value in self.identity.items() if state["identity"].get(key) != value)
         if wrong:
             had = ", ".join(f"{key}={state['identity'].get(key)}" for key in wrong)
-            why = "; a run cannot be made longer, for its rates follow from all of its epochs" if "epochs" in wrong else ""
+            why = "; a run cannot be made longer, because its rates depend on the number of epochs" if "epochs" in wrong else ""
             raise ArgumentError(f"{self.out} holds another run ({had}): give the same settings, or another directory{why}")
         try:
             self.model.load_state_dict(_part(tensors, "model."))

@@ -14,6 +14,7 @@ from reliability.calls import OPS, Call, calls, memory_of
 
 DRAWS = 32
 LUCK = 4
+TRIES = 600
 BACKENDS = ("chosen", "cpu", "onednn")
 
 
@@ -90,6 +91,7 @@ def judge(call: Call, backend: str, run) -> None:
         draws = [found, *(results(call, backend, run, draw) for draw in range(1, DRAWS))]
         for index in missed:
             verdict = over_draws([draw[index] for draw in draws], call.dtype)
+            assume(verdict.ok or not torch_errs(call, run, index))
             assert verdict.ok, f"result {index} on {backend}: error {verdict.error:.3g}, allowed {verdict.allowed:.3g}"
 
 
@@ -101,6 +103,18 @@ def over_draws(rows: list[tuple], dtype: torch.dtype) -> Verdict:
     verdict = within_budget(*(torch.cat(column) for column in zip(*flat, strict=True)), dtype)
     mostly = sum(within_budget(*row, dtype).ok for row in rows) > 0.75 * len(rows)
     return verdict._replace(ok=verdict.ok or (mostly and verdict.error <= LUCK * verdict.allowed))
+
+
+def torch_errs(call: Call, run, index: int) -> bool:
+    """Whether PyTorch alone misses the truth by far: its bfloat16 convolutions on AMX may, now and then (README's limits)."""
+    if call.dtype != torch.bfloat16 or "conv" not in call.op:
+        return False
+    op, args = REGISTRY[call.op], call.arguments()
+    with fastres.use("torch"):
+        truth = run(op, in_double(args), call.seed)[index]
+        answers = (run(op, args, call.seed)[index].double() for _ in range(TRIES))
+        allowed = 16 * torch.finfo(call.dtype).eps * truth.abs().max()
+        return not all(((answer - truth).abs() <= allowed).all() for answer in answers)
 
 
 def near_a_kink(call: Call) -> bool:

@@ -47,5 +47,6 @@ inline int64_t conv_pixel_tiles(const ConvArgs& args) {
 inline int64_t conv_channel_blocks(const ConvArgs& args) { return ceil_div(args.out_channels, conv_tile().channels); }
 
 FASTRES_FMA_KERNEL(conv_bn_act_forward, ConvArgs)
+FASTRES_FMA_KERNEL(conv_groups_forward, ConvArgs)  // a range counts tiles of pixels
 
 }  // namespace fastres::cpu

@@ -18,7 +18,7 @@ namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
 
 // One tile of kPixels by kVectors vectors, from `pixel` and `channel` on; `last` lanes of the last vector exist.
-template <typename scalar_t, int kPixels, int kVectors, bool kGroups = false>
+template <typename scalar_t, int kPixels, int kVectors>
 FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const float* weight, Coming coming, int64_t pixel,
                                                      int64_t channel, int64_t last) {
   const Window<kPixels> window(args, pixel);
@@ -41,7 +41,6 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
         const int64_t stop = min(args.run, word + kSumWords - since);
         since += stop - word;
         if (outside) weight += (stop - word) * kVectors * kWide;
-        else if constexpr (kGroups) weight = add_own_words<scalar_t>(sum, x, word, stop, weight, args);
         else weight = add_words<scalar_t>(sum, x, word, stop, weight, coming);
         word = stop;
         if (since == kSumWords) {
@@ -84,9 +83,7 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, const floa
 template <typename scalar_t, int... i>
 void tiles(const ConvArgs& args, int64_t begin, int64_t end, std::integer_sequence<int, i...>) {
   static constexpr decltype(&tile<scalar_t, 1, 1>) table[] = {tile<scalar_t, i / kMostVectors + 1, i % kMostVectors + 1>...};
-  static constexpr decltype(&tile<scalar_t, 1, 1>) own[] = {tile<scalar_t, i / kMostVectors + 1, 1, true>...};
-  const auto* run = args.group == 0 ? table : own;
-  for_tiles(args, begin, end, [&](int64_t shape, auto... place) { run[shape](args, place...); });
+  for_tiles(args, begin, end, [&](int64_t shape, auto... place) { table[shape](args, place...); });
 }
 
 }  // namespace

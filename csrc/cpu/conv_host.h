@@ -100,6 +100,7 @@ inline const char* groups_lack(int64_t channels, int64_t out_channels, int64_t g
     return "as many channels in as out, shared by the groups";
   if (own * size % kWordBytes != 0 || (own % lanes != 0 && lanes % own != 0) || out_channels % lanes != 0)
     return "groups of whole words that make whole vectors";
+  if (channels * size > kConvMostRun * kWordBytes) return "at most as many channels as the zeros beyond an edge";
   return nullptr;
 }
 
@@ -107,7 +108,13 @@ inline const char* groups_lack(int64_t channels, int64_t out_channels, int64_t g
 inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads) {
   const Slices slices(whole.out_channels, groups);
   ConvArgs args = whole;
-  args.out_channels /= slices.count, args.group = slices.group;
+  if (slices.group != 0) {
+    args.group = slices.group;
+    const int64_t work = conv_tile().pixels * args.out_channels * conv_depth(args);
+    return {conv_pixel_tiles(args), ceil_div(kLeastWork, work),
+            [args](int64_t begin, int64_t end) { conv_groups_forward(args, begin, end); }};
+  }
+  args.out_channels /= slices.count;
   const int64_t x_bytes = whole.pixel_step / slices.count, size = element_size(whole.dtype);
   const int64_t weight_bytes = packed_words(args.out_channels, conv_depth(args)) * kWordBytes;
   const auto units_of = [](const ConvArgs& one) {

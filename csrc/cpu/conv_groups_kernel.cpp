@@ -1,0 +1,83 @@
+// Formula: that of conv_bn_act, in groups of at most as many channels as a vector has lanes; depthwise is a group of one.
+// Layout: channels last; where the taps of a tile of pixels begin is found once for all channels, which follow a vector at a time.
+// Bytes per output: x once, and once more per tap from the nearest cache; weights once per tile of pixels; residual and y once.
+// Accumulate type: float, in the order of taps and channels; then bias and residual; one rounding, at the end.
+// Invariants: an output's sum is the same in every tile and for any number of threads; padding is a run of zeros.
+#include "cpu/conv_bn_act.h"
+
+#include "cpu/conv_finish.h"
+#include "cpu/conv_tile.h"
+
+#if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
+
+namespace fastres::cpu::FASTRES_LEVEL {
+namespace {
+
+// The products of one tap: lane k adds words of its group, which begin at lane first[k] of the pixel's words; where each channel
+// is a group and a word, lane k adds word k.
+template <typename scalar_t, bool kDepthwise, int kPixels>
+FASTRES_DOT FASTRES_INLINE void add_tap(Sum (&sum)[kPixels], const char* const* x, int64_t offset, const float* weight, int64_t run,
+                                        IntSum first) {
+  Sum words[kPixels];
+#pragma GCC unroll 8
+  for (int p = 0; p < kPixels; ++p) words[p] = words_of<kWide * sizeof(scalar_t)>(x[p] + offset);
+  for (int64_t word = 0; word < run; ++word, weight += kWide) {
+    const Sum w = load<float, kWide>(weight, Whole{});
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p)
+      sum[p] = multiply_add(scalar_t{}, kDepthwise ? words[p] : permuted(words[p], first + static_cast<int32_t>(word)), w, sum[p]);
+  }
+}
+
+// kPixels pixels from `pixel` on, all channels; `taps` has room for where each tap of each pixel begins.
+template <typename scalar_t, bool kDepthwise, int kPixels>
+FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, int64_t pixel, IntSum first, const char** taps) {
+  const Window<kPixels> window(args, pixel);
+  const char** end = taps;
+  for (int64_t down = 0; down < args.kernel_h; ++down)
+    for (int64_t right = 0; right < args.kernel_w; ++right)
+      for (int p = 0; p < kPixels; ++p) *end++ = window.tap(args, p, down * args.dilation_h, right * args.dilation_w);
+  const auto* weight = static_cast<const float*>(args.weight);
+  const auto* residual = static_cast<const scalar_t*>(args.residual);
+  auto* y = static_cast<scalar_t*>(args.y);
+  for (int64_t channel = 0; channel < args.out_channels; channel += kWide) {
+    Sum sum[kPixels] = {};
+    const int64_t offset = channel * static_cast<int64_t>(sizeof(scalar_t));
+    for (const char** x = taps; x < end; x += kPixels, weight += args.run * kWide)
+      add_tap<scalar_t, kDepthwise>(sum, x, offset, weight, args.run, first);
+#pragma GCC unroll 8
+    for (int p = 0; p < kPixels; ++p) {
+      const int64_t at = (pixel + p) * args.out_step + channel;
+      if (args.stream) finish(args, sum[p], args.bias + channel, y, residual, at, Stream{});
+      else finish(args, sum[p], args.bias + channel, y, residual, at, Whole{});
+    }
+  }
+}
+
+template <typename scalar_t, bool kDepthwise, int... i>
+void tiles(const ConvArgs& args, int64_t begin, int64_t end, std::integer_sequence<int, i...>) {
+  static constexpr decltype(&tile<scalar_t, kDepthwise, 1>) table[] = {tile<scalar_t, kDepthwise, i + 1>...};
+  IntSum first;
+  for (int lane = 0; lane < kWide; ++lane) first[lane] = static_cast<int32_t>(lane / args.group * args.run);
+  const Lines taps(args.kernel_h * args.kernel_w * kMostPixels * static_cast<int64_t>(sizeof(char*)));
+  const int64_t pixels = args.images * args.out_h * args.out_w;
+  for (int64_t pixel = begin * kMostPixels; begin < end; ++begin, pixel += kMostPixels)
+    table[min(kMostPixels, pixels - pixel) - 1](args, pixel, first, reinterpret_cast<const char**>(taps.get()));
+}
+
+}  // namespace
+
+void conv_groups_forward(const ConvArgs& args, int64_t begin, int64_t end) {
+  constexpr std::make_integer_sequence<int, kMostPixels> counts{};
+#if FASTRES_CPU_LEVEL >= 4
+  if (args.dtype == DType::kBFloat16) tiles<bf16, false>(args, begin, end, counts);
+  else
+#endif
+  if (args.group == 1) tiles<float, true>(args, begin, end, counts);
+  else tiles<float, false>(args, begin, end, counts);
+  if (args.stream) stream_fence();
+}
+
+}  // namespace fastres::cpu::FASTRES_LEVEL
+
+#endif

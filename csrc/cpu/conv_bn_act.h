@@ -35,7 +35,7 @@ struct ConvArgs {
   bool dense;     // 1x1, stride 1, no padding: each pixel of y reads the same pixel of x
   bool share_channels;  // a unit is a tile of the output, in the order of channels; else a tile of pixels, all channels
   int64_t block;        // tiles of pixels for which all channels are computed before the next ones
-  int64_t group = 0;    // output channels of a group, where a vector holds several, and as many of x; else 0
+  int64_t group = 0;    // channels of a group, of x and of y, where a vector holds one or several; else 0
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

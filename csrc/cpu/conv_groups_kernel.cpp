@@ -13,24 +13,33 @@
 namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
 
-// The products of one tap: lane k adds words of its group, which begin at lane first[k] of the pixel's words; where each channel
-// is a group and a word, lane k adds word k.
-template <typename scalar_t, bool kDepthwise, int kPixels>
+// Of a vector of output channels: each is a group and a word of its own; it holds several groups; or one group fills it.
+enum class Share { kDepthwise, kSeveral, kWhole };
+
+// The products of one tap. Each lane adds the words of its group: its own word; those from lane first[lane] of the pixel's words
+// on; or all the same ones.
+template <typename scalar_t, Share kShare, int kPixels>
 FASTRES_DOT FASTRES_INLINE void add_tap(Sum (&sum)[kPixels], const char* const* x, int64_t offset, const float* weight, int64_t run,
                                         IntSum first) {
   Sum words[kPixels];
+  if constexpr (kShare != Share::kWhole)
 #pragma GCC unroll 8
-  for (int p = 0; p < kPixels; ++p) words[p] = words_of<kWide * sizeof(scalar_t)>(x[p] + offset);
+    for (int p = 0; p < kPixels; ++p) words[p] = words_of<kWide * sizeof(scalar_t)>(x[p] + offset);
   for (int64_t word = 0; word < run; ++word, weight += kWide) {
     const Sum w = load<float, kWide>(weight, Whole{});
 #pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p)
-      sum[p] = multiply_add(scalar_t{}, kDepthwise ? words[p] : permuted(words[p], first + static_cast<int32_t>(word)), w, sum[p]);
+    for (int p = 0; p < kPixels; ++p) {
+      Sum own;
+      if constexpr (kShare == Share::kDepthwise) own = words[p];
+      else if constexpr (kShare == Share::kSeveral) own = permuted(words[p], first + static_cast<int32_t>(word));
+      else own = everywhere(x[p] + offset + word * kWord);
+      sum[p] = multiply_add(scalar_t{}, own, w, sum[p]);
+    }
   }
 }
 
 // kPixels pixels from `pixel` on, all channels; `taps` has room for where each tap of each pixel begins.
-template <typename scalar_t, bool kDepthwise, int kPixels>
+template <typename scalar_t, Share kShare, int kPixels>
 FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, int64_t pixel, IntSum first, const char** taps) {
   const Window<kPixels> window(args, pixel);
   const char** end = taps;
@@ -44,7 +53,7 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, int64_t pi
     Sum sum[kPixels] = {};
     const int64_t offset = channel * static_cast<int64_t>(sizeof(scalar_t));
     for (const char** x = taps; x < end; x += kPixels, weight += args.run * kWide)
-      add_tap<scalar_t, kDepthwise>(sum, x, offset, weight, args.run, first);
+      add_tap<scalar_t, kShare>(sum, x, offset, weight, args.run, first);
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
       const int64_t at = (pixel + p) * args.out_step + channel;
@@ -54,9 +63,9 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, int64_t pi
   }
 }
 
-template <typename scalar_t, bool kDepthwise, int... i>
+template <typename scalar_t, Share kShare, int... i>
 void tiles(const ConvArgs& args, int64_t begin, int64_t end, std::integer_sequence<int, i...>) {
-  static constexpr decltype(&tile<scalar_t, kDepthwise, 1>) table[] = {tile<scalar_t, kDepthwise, i + 1>...};
+  static constexpr decltype(&tile<scalar_t, kShare, 1>) table[] = {tile<scalar_t, kShare, i + 1>...};
   IntSum first;
   for (int lane = 0; lane < kWide; ++lane) first[lane] = static_cast<int32_t>(lane / args.group * args.run);
   const Lines taps(args.kernel_h * args.kernel_w * kMostPixels * static_cast<int64_t>(sizeof(char*)));
@@ -69,12 +78,16 @@ void tiles(const ConvArgs& args, int64_t begin, int64_t end, std::integer_sequen
 
 void conv_groups_forward(const ConvArgs& args, int64_t begin, int64_t end) {
   constexpr std::make_integer_sequence<int, kMostPixels> counts{};
+  const bool whole = args.group == kWide;
 #if FASTRES_CPU_LEVEL >= 4
-  if (args.dtype == DType::kBFloat16) tiles<bf16, false>(args, begin, end, counts);
-  else
+  if (args.dtype == DType::kBFloat16) {
+    if (whole) tiles<bf16, Share::kWhole>(args, begin, end, counts);
+    else tiles<bf16, Share::kSeveral>(args, begin, end, counts);
+  } else  // of which a word is one value
 #endif
-  if (args.group == 1) tiles<float, true>(args, begin, end, counts);
-  else tiles<float, false>(args, begin, end, counts);
+  if (whole) tiles<float, Share::kWhole>(args, begin, end, counts);
+  else if (args.group == 1) tiles<float, Share::kDepthwise>(args, begin, end, counts);
+  else tiles<float, Share::kSeveral>(args, begin, end, counts);
   if (args.stream) stream_fence();
 }
 

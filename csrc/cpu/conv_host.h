@@ -88,7 +88,7 @@ struct Slices {
   Slices(int64_t out_channels, int64_t groups) {
     const int64_t own = out_channels / groups, lanes = conv_tile().lanes;
     count = own < lanes ? out_channels / lanes : groups;
-    group = own < lanes ? own : 0;
+    group = own <= lanes ? own : 0;
   }
 };
 

@@ -1,13 +1,16 @@
 """``optimize``, ``restore`` and ``refresh``: what a user calls on a model."""
 
 import copy
+import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.nn import _fused
@@ -88,8 +91,8 @@ def restore(model: Model) -> Model:
     """Undo ``optimize`` exactly: the classes, and the parameters' memory format and dtype. Returns the model.
 
     Parameters that were cast get their original bits back, unless they were written since (trained, loaded): then
-    the new values stay, in the original dtype. The training mode stays as it is, and so does the memory format inside
-    DistributedDataParallel.
+    the new values stay, in the original dtype. The training mode stays as it is, and so does the memory format of what is
+    inside DistributedDataParallel, whether the model given is the wrapper or a module in it.
     """
     _restore(unwrap(model, "restore"), _is_distributed(model))
     return model
@@ -124,9 +127,20 @@ def _apply(
 
 
 def _is_distributed(model: nn.Module) -> bool:
-    """Whether the model is inside DistributedDataParallel, which reads gradients as the weights were laid out when it was made:
-    in another memory format it would silently mix them up."""
-    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    """Whether DistributedDataParallel has the model or a part of it, which reads gradients as the weights were laid out when it
+    was made: in another memory format it would silently mix them up.
+
+    A module does not know what it is wrapped in, so the wrappers are looked for among all objects, by ``type`` because
+    ``isinstance`` would run the code of any that answers for its ``__class__`` itself.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        return True
+    if not (dist.is_available() and dist.is_initialized()):  # which a wrapper needs
+        return False
+    wrappers = [it for it in gc.get_objects() if issubclass(type(it), DistributedDataParallel)]
+    wrapped = [getattr(wrapper, "module", None) for wrapper in wrappers]  # None: it is still being made
+    theirs = {id(parameter) for module in wrapped if module is not None for parameter in module.parameters()}
+    return any(id(parameter) in theirs for parameter in model.parameters())
 
 
 def _check_options(mode: object, channels_last: object, dtype: object, memory: object, **flags: object) -> None:

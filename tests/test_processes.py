@@ -7,7 +7,10 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+from _torchvision import torchvision
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastres
@@ -18,6 +21,7 @@ from fastres.train.processes import Processes, SyncBatchNorm2d, started, synchro
 
 pytestmark = pytest.mark.none
 CPU = torch.device("cpu")
+ResNet = torchvision.models.ResNet
 
 
 @pytest.fixture
@@ -137,6 +141,30 @@ def test_a_model_whose_wrapper_is_gone_is_free_again(alone):
         weight = fastres.optimize(model, channels_last=True).layer1[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert fastres.restore(model).layer1[0].conv1.weight.is_contiguous()
+
+
+def test_a_model_is_optimised_in_contiguous_layout_and_then_sharded(alone):
+    """As the refusal of the other order says. Each stage, and what is left, is gathered by itself."""
+    with started("cpu"):
+        torch.manual_seed(0)
+        plain = ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10).double()
+        model, mesh = copy.deepcopy(plain), init_device_mesh("cpu", (1,))
+        fastres.optimize(model, strict=True, channels_last=False)
+        for part in (model.layer1, model.layer2, model.layer3, model.layer4, model):
+            fully_shard(part, mesh=mesh)
+        found = [grad.full_tensor() for grad in gradients(model, model)]
+        for own, other in zip(found, gradients(plain, plain), strict=True):
+            torch.testing.assert_close(own, other)
+        for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(own.full_tensor(), other)
+        for own, other in zip(model.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(own, other)
+        with torch.no_grad():
+            x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+            torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+        fully_shard(plain, mesh=mesh)
+        with pytest.raises(fastres.UnsupportedError, match="optimize the model before it is sharded, with channels_last=False"):
+            fastres.optimize(plain)
 
 
 def test_it_says_what_torchrun_told(monkeypatch):

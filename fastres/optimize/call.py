@@ -50,9 +50,9 @@ def optimize(
         strict: raise if any batch norm of the model would stay outside a fused step.
         inplace: False optimises a deep copy and leaves the model alone.
         skip: glob patterns of module names to leave alone, with everything inside them, such as ``"layer4.*"``.
-        channels_last: whether swapped modules bring their input to channels_last and store 4-D weights that way, which saves
-            training three copies of each (values do not change). ``"auto"`` does so on the CPU in float32 and bfloat16 and on
-            CUDA in half precision, for networks whose code follows the layout. LBFGS and pruning view weights: give False.
+        channels_last: whether swapped modules bring their input to channels_last and store 4-D weights so (same values), which
+            saves training three copies of each. ``"auto"`` does so on the CPU in float32 and bfloat16 and on CUDA in half
+            precision, for networks whose code follows the layout. LBFGS, pruning and FSDP2 (``fully_shard``): give False.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
             The originals are kept for ``restore``, in this model but not in its copies.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if

@@ -14,7 +14,7 @@ from _modules import called, compare, inference, lively, plainly, steady, step
 from _torchvision import torchvision
 from tolerances import assert_close_to_truth
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fastres
 import fastres.nn as fnn
@@ -169,12 +169,16 @@ def test_double_backward(make, training):
     compare(steady(make()).train(training), images(), run=penalty)
 
 
+SELECTED = partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])  # what is kept
+
+
+@pytest.mark.parametrize("kind", ["BasicBlock, option A", "BasicBlock, option B"])
 @both_modes
-def test_checkpointing(training):
-    """Buffers too: they take a repeated batch twice, as PyTorch's do."""
-    block = lively(BLOCKS["BasicBlock, option B"]()).train(training)
-    for reentrant in (True, False):
-        run = partial(checkpoint, use_reentrant=reentrant)
+def test_checkpointing(kind, training):
+    """Buffers too: they take a repeated batch twice, as PyTorch's do, also where a norm is the last that is repeated."""
+    block = lively(BLOCKS[kind]()).train(training)
+    for options in ({"use_reentrant": True}, {"use_reentrant": False}, {"use_reentrant": False, "context_fn": SELECTED}):
+        run = partial(checkpoint, **options)
         compare(block, images(), ours=run, plain=lambda m, x, run=run: run(partial(plainly, m), x))
 
 

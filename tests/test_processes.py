@@ -7,16 +7,21 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+from _torchvision import torchvision
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastres
+from fastres.models import cifar
 from fastres.nn import BasicBlock
 from fastres.train import processes
 from fastres.train.processes import Processes, SyncBatchNorm2d, started, synchronized
 
 pytestmark = pytest.mark.none
 CPU = torch.device("cpu")
+ResNet = torchvision.models.ResNet
 
 
 @pytest.fixture
@@ -84,6 +89,82 @@ def test_gradients_stay_right_while_a_wrapped_model_is_optimised_and_restored(al
                     each(x).square().sum().backward()
                 for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
                     torch.testing.assert_close(own.grad, other.grad, rtol=1e-3, atol=1e-3)
+
+
+def gradients(model, forward):
+    """Of the first two steps of training."""
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        forward(x).square().mean().backward()
+        found += [parameter.grad.clone() for parameter in model.parameters()]
+        optimizer.step()
+    return found
+
+
+class Evasive:
+    """As a proxy of something that is not there."""
+
+    @property
+    def __class__(self):
+        raise RuntimeError("asked for its class")
+
+
+@pytest.mark.parametrize("case", ["wrapper", "wrapped", "part", "larger", "restored"])
+def test_gradients_are_those_of_a_plain_model_whichever_module_is_optimised(alone, case):
+    """The wrapper is found too where the module given is in it, or has what is in it. In float64: rounding flips no ReLU."""
+    with started("cpu"):
+        torch.manual_seed(0)
+        plain, evasive = cifar.resnet(8).double(), Evasive()
+        model = copy.deepcopy(plain)
+        if case == "restored":
+            fastres.optimize(model, channels_last=True)
+        wrapped = DistributedDataParallel(model)
+        half_made = DistributedDataParallel.__new__(DistributedDataParallel)
+        if case == "restored":
+            fastres.restore(model)
+        else:
+            larger = nn.Sequential(model, nn.Softmax(1))
+            given = {"wrapper": wrapped, "wrapped": model, "part": model.layer2, "larger": larger}[case]
+            fastres.optimize(given, channels_last=True)
+        for own, other in zip(gradients(model, wrapped), gradients(plain, plain), strict=True):
+            assert (own - other).norm() <= 1e-6 * other.norm()
+        del evasive, half_made
+
+
+def test_a_model_whose_wrapper_is_gone_is_free_again(alone):
+    with started("cpu"):
+        model = cifar.resnet(8)
+        DistributedDataParallel(model)
+        weight = fastres.optimize(model, channels_last=True).layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert fastres.restore(model).layer1[0].conv1.weight.is_contiguous()
+
+
+def test_a_model_is_optimised_in_contiguous_layout_and_then_sharded(alone):
+    """As the refusal of the other order says. Each stage, and what is left, is gathered by itself."""
+    with started("cpu"):
+        torch.manual_seed(0)
+        plain = ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10).double()
+        model, mesh = copy.deepcopy(plain), init_device_mesh("cpu", (1,))
+        fastres.optimize(model, strict=True, channels_last=False)
+        for part in (model.layer1, model.layer2, model.layer3, model.layer4, model):
+            fully_shard(part, mesh=mesh)
+        found = [grad.full_tensor() for grad in gradients(model, model)]
+        for own, other in zip(found, gradients(plain, plain), strict=True):
+            torch.testing.assert_close(own, other)
+        for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(own.full_tensor(), other)
+        for own, other in zip(model.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(own, other)
+        with torch.no_grad():
+            x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+            torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+        fully_shard(plain, mesh=mesh)
+        with pytest.raises(fastres.UnsupportedError, match="optimize the model before it is sharded, with channels_last=False"):
+            fastres.optimize(plain)
 
 
 def test_it_says_what_torchrun_told(monkeypatch):

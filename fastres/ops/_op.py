@@ -115,12 +115,10 @@ class Op:
         """
         compiling = torch.compiler.is_compiling()
         key, plain, needs_grad = ((), False, False) if compiling else signature(args)
-        if not plain or is_interposed():
-            outputs = self(*args)
-            if then is not None:
-                then(*outputs)
-            return outputs
-        run = _followed_by(then, run or self._choices.get(key) or self._choose(key, args))
+        if not plain or _is_transformed():
+            return _followed_by(then, self)(*args)
+        chosen = self if has_modes() else run or self._choices.get(key) or self._choose(key, args)
+        run = _followed_by(then, chosen)
         if needs_grad and self._function is not None and torch.is_grad_enabled():
             return self._function.apply(*args, run)
         return run(*args)
@@ -256,7 +254,12 @@ def has_modes() -> bool:
 
 def is_interposed() -> bool:
     """Whether a mode, a functorch transform or forward-mode differentiation must see the call."""
-    return has_modes() or bool(_transforms()) or forward_ad._current_level >= 0
+    return has_modes() or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation must see the call: the ops' own Functions refuse both."""
+    return bool(_transforms()) or forward_ad._current_level >= 0
 
 
 def is_differentiated() -> bool:

@@ -1,13 +1,16 @@
 """``optimize``, ``restore`` and ``refresh``: what a user calls on a model."""
 
 import copy
+import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastres.errors import UnsupportedError, must, must_type
 from fastres.nn import _fused
@@ -47,9 +50,9 @@ def optimize(
         strict: raise if any batch norm of the model would stay outside a fused step.
         inplace: False optimises a deep copy and leaves the model alone.
         skip: glob patterns of module names to leave alone, with everything inside them, such as ``"layer4.*"``.
-        channels_last: whether swapped modules bring their input to channels_last and store 4-D weights that way, which saves
-            training three copies of each (values do not change). ``"auto"`` does so on the CPU in float32 and bfloat16 and on
-            CUDA in half precision, for networks whose code follows the layout. LBFGS and pruning view weights: give False.
+        channels_last: whether swapped modules bring their input to channels_last and store 4-D weights so (same values), which
+            saves training three copies of each. ``"auto"`` does so on the CPU in float32 and bfloat16 and on CUDA in half
+            precision, for networks whose code follows the layout. LBFGS, pruning and FSDP2 (``fully_shard``): give False.
         dtype: a floating dtype for parameters and buffers, as ``model.to(dtype)``; inputs are the caller's to cast.
             The originals are kept for ``restore``, in this model but not in its copies.
         verify: an input (or a tuple of inputs) to run before and after on copies of the model; the swap is kept only if
@@ -88,8 +91,8 @@ def restore(model: Model) -> Model:
     """Undo ``optimize`` exactly: the classes, and the parameters' memory format and dtype. Returns the model.
 
     Parameters that were cast get their original bits back, unless they were written since (trained, loaded): then
-    the new values stay, in the original dtype. The training mode stays as it is, and so does the memory format inside
-    DistributedDataParallel.
+    the new values stay, in the original dtype. The training mode stays as it is, and so does the memory format of what is
+    inside DistributedDataParallel, whether the model given is the wrapper or a module in it.
     """
     _restore(unwrap(model, "restore"), _is_distributed(model))
     return model
@@ -124,9 +127,20 @@ def _apply(
 
 
 def _is_distributed(model: nn.Module) -> bool:
-    """Whether the model is inside DistributedDataParallel, which reads gradients as the weights were laid out when it was made:
-    in another memory format it would silently mix them up."""
-    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+    """Whether DistributedDataParallel has the model or a part of it, which reads gradients as the weights were laid out when it
+    was made: in another memory format it would silently mix them up.
+
+    A module does not know what it is wrapped in, so the wrappers are looked for among all objects, by ``type`` because
+    ``isinstance`` would run the code of any that answers for its ``__class__`` itself.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        return True
+    if not (dist.is_available() and dist.is_initialized()):  # which a wrapper needs
+        return False
+    wrappers = [it for it in gc.get_objects() if issubclass(type(it), DistributedDataParallel)]
+    wrapped = [getattr(wrapper, "module", None) for wrapper in wrappers]  # None: it is still being made
+    theirs = {id(parameter) for module in wrapped if module is not None for parameter in module.parameters()}
+    return any(id(parameter) in theirs for parameter in model.parameters())
 
 
 def _check_options(mode: object, channels_last: object, dtype: object, memory: object, **flags: object) -> None:

@@ -54,7 +54,7 @@ def unwrap(model: Any, caller: str) -> nn.Module:
         model = model.module
     reason = _why_closed(model)
     if reason is None and any(_is_sharded(module) for module in model.modules()):
-        reason = "parameters that are sharded cannot be read by a fused step; optimize the model before it is sharded"
+        reason = "fused steps cannot read sharded parameters; optimize the model before it is sharded, with channels_last=False"
     if reason is not None:
         raise UnsupportedError(f"fastres.{caller}: {type(model).__name__} is left alone: {reason}")
     return model

@@ -149,18 +149,18 @@ def why_not_fast(x, weight_shape, *geometry: Any) -> str | None:
     """Why a convolution of x, and its gradients, are left to PyTorch: shapes and layout alone, in a few microseconds."""
     if x.device.type == "cuda" and x.dim() == 4:
         return _conv_rows.why_not_fast(x, weight_shape, *geometry)
-    reason = why_not_winograd(x, weight_shape, *geometry) and why_not_few(x, x.shape[2:], weight_shape, *geometry, of="y")
+    reason = why_not_winograd(x, weight_shape, *geometry) and why_not_few("y", x, x.shape[2:], weight_shape, *geometry)
     return reason and why_not_weight_fast(x, weight_shape, *geometry)
 
 
 def why_not_weight_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:
     """Why the weight gradient is left to PyTorch."""
-    reason = why_not_few(x, x.shape[2:], weight_shape, stride, padding, dilation, groups)
+    reason = why_not_few("weight", x, x.shape[2:], weight_shape, stride, padding, dilation, groups)
     return reason and why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=1)
 
 
-def why_not_few(images, size, weight_shape, stride, padding, dilation, groups, of="weight") -> str | None:
-    """Why y, or the gradient of x or the weight, is not computed by the kernels for few pixels.
+def why_not_few(of, images, size, weight_shape, stride, padding, dilation, groups) -> str | None:
+    """Why y (``of="y"``), or the gradient of x or weight, is not computed by the kernels for few pixels.
 
     ``images``: x or grad_y; ``size``: x's rows and columns.
     """
@@ -210,7 +210,7 @@ def why_not(x, weight, bias, *geometry):
 
 
 def _why_not_few_forward(x, weight, *geometry):
-    return why_not_few(x, x.shape[2:], weight.shape, *geometry, of="y") or why_not_channels_last("weight", weight)
+    return why_not_few("y", x, x.shape[2:], weight.shape, *geometry) or why_not_channels_last("weight", weight)
 
 
 def why_not_input(grad_y, weight, size, stride, padding, *geometry):
@@ -224,13 +224,13 @@ def why_not_input(grad_y, weight, size, stride, padding, *geometry):
 
 
 def _why_not_few_input(grad_y, weight, size, *geometry):
-    return why_not_few(grad_y, size, weight.shape, *geometry, of="x") or why_not_channels_last("weight", weight)
+    return why_not_few("x", grad_y, size, weight.shape, *geometry) or why_not_channels_last("weight", weight)
 
 
 def why_not_weight(grad_y, x, kernel, *geometry):
     shape = (grad_y.shape[1], x.shape[1], *kernel)
     reason = why_not_channels_last("grad_y", grad_y) or why_not_weight_fast(x, shape, *geometry)
-    few = why_not_few(x, x.shape[2:], shape, *geometry) is None
+    few = why_not_few("weight", x, x.shape[2:], shape, *geometry) is None
     return reason or native.why_not(f"cpu_conv_{'outer' if few else 'backward'}_weight") or _conv_cpu.lacks(x.dtype)
 
 
@@ -264,7 +264,7 @@ def run_input(grad_y, weight, size, stride, padding, *geometry):
 
 
 def run_weight(grad_y, x, kernel, *geometry):
-    if why_not_few(x, x.shape[2:], (grad_y.shape[1], x.shape[1], *kernel), *geometry) is None:
+    if why_not_few("weight", x, x.shape[2:], (grad_y.shape[1], x.shape[1], *kernel), *geometry) is None:
         return native.op("cpu_conv_outer_weight")(grad_y, x, kernel, *geometry[:3])
     grad_weight = native.op("cpu_conv_backward_weight")(grad_y, x, geometry[1])
     return grad_weight if grad_weight.numel() else reference_weight(grad_y, x, kernel, *geometry)

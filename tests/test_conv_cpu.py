@@ -291,3 +291,21 @@ def test_windows_that_meet_no_pixel_give_the_bias(dtype):
         if backend.why_not(*arguments) is None:
             y = backend.load()(*arguments)
             assert y.shape == (2, 8, 5, 3) and torch.equal(y, bias.to(dtype).view(1, 8, 1, 1).expand_as(y)), backend.name
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "groups", "side", "backend"),
+    [(64, 1, 1, 14, "onednn"), (64, 1, 1, 7, "cpu"), (64, 3, 1, 14, "cpu"), (64, 3, 64, 14, "onednn"), (64, 3, 32, 14, "cpu"),
+     (64, 3, 4, 14, "onednn"), (3, 1, 1, 14, "cpu")],
+)  # fmt: skip
+def test_contiguous_images_are_moved_where_that_pays(channels, kernel, groups, side, backend):
+    x, weight = torch.randn(2, channels, side, side), torch.randn(64, channels // groups, kernel, kernel)
+    norm = torch.ones(64), torch.zeros(64), torch.zeros(64), torch.ones(64), 1e-5
+    args = weight, None, *norm, (1, 1), (kernel // 2, kernel // 2), (1, 1), groups, "relu"
+    op = REGISTRY["conv_bn_act"]
+    assert op.explain(x, *args).backend.name == backend
+    assert op.explain(x.contiguous(memory_format=LAST), *args).backend.name == "cpu"
+    y, plain = op(x, *args), op.reference(x, *args)
+    exact = op.reference(x.double(), *[a.double() if isinstance(a, torch.Tensor) else a for a in args])
+    assert y.is_contiguous()
+    assert_close_to_truth(y, plain, exact, torch.float32)

@@ -168,16 +168,20 @@ class _Packings:
 def run_onednn(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
     """Prepacked oneDNN convolution, then addition and ReLU in one pass in place.
 
-    oneDNN could fuse the ReLU too, but its ReLU turns NaN into 0, and a network must not hide NaN.
+    oneDNN could fuse the ReLU too, but its ReLU turns NaN into 0, and a network must not hide NaN. A contiguous x takes the
+    unpacked weights: with packed ones y comes in channels_last, and to move it back takes longer than packing saves.
     """
 
-    form = ("onednn", x.dtype, stride, padding, dilation, groups)
     parameters = (weight, bias, bn_weight, bn_bias, mean, var)
+    if memory_format(x) is torch.contiguous_format:
+        form: tuple = ("onednn", x.dtype)
+        w, b = _fold.folded(parameters, eps, form, lambda w, b: (w.to(x.dtype).contiguous(), b.to(x.dtype)))
+        return inplace.add_act_(torch.conv2d(x, w, b, stride, padding, dilation, groups), residual, act)
+    form = ("onednn", x.dtype, stride, padding, dilation, groups)
     packings = _fold.folded(parameters, eps, form, lambda w, b: _Packings(w, b, form))
     w = packings.weight_for(x.shape)
-    y = _pointwise(x, w, packings.bias, padding, stride, dilation, groups, "none", [], "")  # always channels_last
-    y = y.contiguous(memory_format=memory_format(x))
-    return inplace.add_act_(y, residual, act)
+    y = _pointwise(x, w, packings.bias, padding, stride, dilation, groups, "none", [], "")
+    return inplace.add_act_(y.contiguous(memory_format=torch.channels_last), residual, act)
 
 
 _pointwise = torch.ops.mkldnn._convolution_pointwise.default if torch.backends.mkldnn.is_available() else None
@@ -222,7 +226,10 @@ def run_triton(
 
 
 def why_not_cpu(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
-    return why_not_folded(x, residual) or _conv_cpu.why_not(x, weight, dilation, groups)
+    reason = why_not_folded(x, residual) or _conv_cpu.why_not(x, weight, dilation, groups)
+    if reason is None and memory_format(x) is torch.contiguous_format and _conv_cpu.loses_by_moving(x, weight.shape, groups):
+        return "x is contiguous: to move x and y, since the kernel works in channels_last, would take longer than it saves"
+    return reason
 
 
 def why_not_cudnn(

@@ -17,6 +17,7 @@ from fastres.ops import _fold
 
 FEW_CHANNELS = 16  # with fewer, the copy costs less than taps of a few channels each (7x7 stem of 3 channels)
 Pair = tuple[int, int]
+MOST_PIXELS_MOVED = 64  # of a contiguous image, which the kernel then takes all the same
 _PER_WORD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # channels in the 32 bits a kernel multiplies at once
 
 
@@ -37,6 +38,16 @@ def why_not(x: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -
     if x.shape[1] * weight.shape[3] > 16384:
         return f"it reads at most 16384 values a tap, got {x.shape[1]} channels"
     return None
+
+
+def loses_by_moving(x: Tensor, weight: Sequence[int], groups: int) -> bool:
+    """Whether oneDNN convolves a contiguous x in less time than it takes to bring x into channels_last and y back: float32, 1x1
+    kernels on all but the smallest images (0.3 to 0.9 of the time), and groups, except those of two channels, for which oneDNN
+    has no fast kernel (Intel Xeon, 1 thread, 2026-11-29).
+    """
+    if x.dtype != torch.float32 or is_padded(x.shape[1], x.dtype):
+        return False
+    return weight[1] != 2 if groups > 1 else tuple(weight[2:]) == (1, 1) and x.shape[2] * x.shape[3] > MOST_PIXELS_MOVED
 
 
 def why_not_groups(channels: int, out_channels: int, groups: int, dtype: torch.dtype) -> str | None:

@@ -108,7 +108,7 @@ def test_what_is_not_finite_stays_where_pytorch_has_it(value, winograd):
 
 
 # Channels, and those of a group.
-GROUPS = [(16, 4), (16, 1), (32, 8), (48, 2), (64, 4), (64, 16), (96, 32), (128, 64), (256, 8), (512, 4)]
+GROUPS = [(16, 4), (16, 1), (32, 8), (48, 2), (64, 4), (64, 16), (96, 32), (128, 64), (256, 8), (512, 4), (272, 16)]
 
 
 def grouped(channels, own, dtype, seed=0):

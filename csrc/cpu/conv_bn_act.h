@@ -47,6 +47,8 @@ inline int64_t conv_pixel_tiles(const ConvArgs& args) {
 inline int64_t conv_channel_blocks(const ConvArgs& args) { return ceil_div(args.out_channels, conv_tile().channels); }
 
 FASTRES_FMA_KERNEL(conv_bn_act_forward, ConvArgs)
-FASTRES_FMA_KERNEL(conv_groups_forward, ConvArgs)  // a range counts tiles of pixels
+
+constexpr int64_t kGroupsChannels = 256;  // for which a thread finds where the taps of a tile of pixels begin
+FASTRES_FMA_KERNEL(conv_groups_forward, ConvArgs)  // a range counts tiles of pixels times parts of so many channels
 
 }  // namespace fastres::cpu

@@ -1,5 +1,5 @@
 // Formula: that of conv_bn_act, in groups of at most as many channels as a vector has lanes; depthwise is a group of one.
-// Layout: channels last; where the taps of a tile of pixels begin is found once for all channels, which follow a vector at a time.
+// Layout: channels last; where the taps of a tile of pixels begin is found once for many channels, which follow a vector at a time.
 // Bytes per output: x once, and once more per tap from the nearest cache; weights once per tile of pixels; residual and y once.
 // Accumulate type: float, in the order of taps and channels; then bias and residual; one rounding, at the end.
 // Invariants: an output's sum is the same in every tile and for any number of threads; padding is a run of zeros.
@@ -38,18 +38,19 @@ FASTRES_DOT FASTRES_INLINE void add_tap(Sum (&sum)[kPixels], const char* const* 
   }
 }
 
-// kPixels pixels from `pixel` on, all channels; `taps` has room for where each tap of each pixel begins.
+// kPixels pixels from `pixel` on, a part of the channels; `taps` has room for where each tap of each pixel begins.
 template <typename scalar_t, Share kShare, int kPixels>
-FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, int64_t pixel, IntSum first, const char** taps) {
+FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, int64_t pixel, int64_t channel, IntSum first, const char** taps) {
   const Window<kPixels> window(args, pixel);
   const char** end = taps;
   for (int64_t down = 0; down < args.kernel_h; ++down)
     for (int64_t right = 0; right < args.kernel_w; ++right)
       for (int p = 0; p < kPixels; ++p) *end++ = window.tap(args, p, down * args.dilation_h, right * args.dilation_w);
-  const auto* weight = static_cast<const float*>(args.weight);
+  const int64_t last = min(channel + kGroupsChannels, args.out_channels);
+  const auto* weight = static_cast<const float*>(args.weight) + channel * conv_depth(args);
   const auto* residual = static_cast<const scalar_t*>(args.residual);
   auto* y = static_cast<scalar_t*>(args.y);
-  for (int64_t channel = 0; channel < args.out_channels; channel += kWide) {
+  for (; channel < last; channel += kWide) {
     Sum sum[kPixels] = {};
     const int64_t offset = channel * static_cast<int64_t>(sizeof(scalar_t));
     for (const char** x = taps; x < end; x += kPixels, weight += args.run * kWide)
@@ -69,9 +70,11 @@ void tiles(const ConvArgs& args, int64_t begin, int64_t end, std::integer_sequen
   IntSum first;
   for (int lane = 0; lane < kWide; ++lane) first[lane] = static_cast<int32_t>(lane / args.group * args.run);
   const Lines taps(args.kernel_h * args.kernel_w * kMostPixels * static_cast<int64_t>(sizeof(char*)));
-  const int64_t pixels = args.images * args.out_h * args.out_w;
-  for (int64_t pixel = begin * kMostPixels; begin < end; ++begin, pixel += kMostPixels)
-    table[min(kMostPixels, pixels - pixel) - 1](args, pixel, first, reinterpret_cast<const char**>(taps.get()));
+  const int64_t pixels = args.images * args.out_h * args.out_w, parts = ceil_div(args.out_channels, kGroupsChannels);
+  for (; begin < end; ++begin) {
+    const int64_t pixel = begin / parts * kMostPixels, channel = begin % parts * kGroupsChannels;
+    table[min(kMostPixels, pixels - pixel) - 1](args, pixel, channel, first, reinterpret_cast<const char**>(taps.get()));
+  }
 }
 
 }  // namespace

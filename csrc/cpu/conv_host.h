@@ -110,8 +110,9 @@ inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads)
   ConvArgs args = whole;
   if (slices.group != 0) {
     args.group = slices.group;
-    const int64_t work = conv_tile().pixels * args.out_channels * conv_depth(args);
-    return {conv_pixel_tiles(args), ceil_div(kLeastWork, work),
+    const int64_t parts = ceil_div(args.out_channels, kGroupsChannels);
+    const int64_t work = conv_tile().pixels * args.out_channels / parts * conv_depth(args);
+    return {conv_pixel_tiles(args) * parts, ceil_div(kLeastWork, work),
             [args](int64_t begin, int64_t end) { conv_groups_forward(args, begin, end); }};
   }
   args.out_channels /= slices.count;

@@ -20,7 +20,7 @@ def avg_pool(layer: Layer, x: Tensor) -> Tensor:
 
 
 def relu(layer: Layer, x: Tensor) -> Tensor:
-    return F.relu(x)
+    return F.relu(x) if layer.relu else x  # the last step of an int8 network only brings integers back to float32
 
 
 def pad(layer: Layer, x: Tensor, value: float = 0.0) -> Tensor:

@@ -309,3 +309,16 @@ def test_contiguous_images_are_moved_where_that_pays(channels, kernel, groups, s
     exact = op.reference(x.double(), *[a.double() if isinstance(a, torch.Tensor) else a for a in args])
     assert y.is_contiguous()
     assert_close_to_truth(y, plain, exact, torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "onednn", "torch"])
+@pytest.mark.parametrize("side", [7, 14])
+def test_autocast_around_an_op_does_not_cast_what_it_is_given(backend, side):
+    """The op's result has x's dtype, whatever runs it: fused steps cast before they call it."""
+    x, weight = torch.randn(2, 64, side, side), torch.randn(64, 64, 3, 3)
+    norm = torch.ones(64), torch.zeros(64), torch.zeros(64), torch.ones(64), 1e-5
+    args = x, weight, None, *norm, (1, 1), (1, 1), (1, 1), 1, "relu"
+    with torch.no_grad(), fastres.use(conv_bn_act=backend):
+        expected = torch.ops.fastres.conv_bn_act(*args)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(torch.ops.fastres.conv_bn_act(*args), expected)

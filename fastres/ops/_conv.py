@@ -27,9 +27,10 @@ PARAMETERS = (
 )
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """The convolution in x's dtype."""
-    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *geometry)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding, dilation, groups) -> Tensor:
+    """The convolution in x's dtype, by what autocast does not cast on a CPU, as it does ``conv2d``."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
 def reference(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, stride, padding, dilation, groups, act):
@@ -176,7 +177,7 @@ def run_onednn(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, st
     if memory_format(x) is torch.contiguous_format:
         form: tuple = ("onednn", x.dtype)
         w, b = _fold.folded(parameters, eps, form, lambda w, b: (w.to(x.dtype).contiguous(), b.to(x.dtype)))
-        return inplace.add_act_(torch.conv2d(x, w, b, stride, padding, dilation, groups), residual, act)
+        return inplace.add_act_(convolve(x, w, b, stride, padding, dilation, groups), residual, act)
     form = ("onednn", x.dtype, stride, padding, dilation, groups)
     packings = _fold.folded(parameters, eps, form, lambda w, b: _Packings(w, b, form))
     w = packings.weight_for(x.shape)

@@ -38,6 +38,11 @@ def _lanes() -> dict[str, str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if env.triton_interpret():
+        with contextlib.suppress(ImportError):  # without Triton its tests are skipped
+            import _interpreter
+
+            _interpreter.hasten()
     torch.set_num_threads(1)  # small tensors: threads would only wait for each other; tests of threading set their own
 
 

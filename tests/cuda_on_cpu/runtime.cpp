@@ -1,7 +1,6 @@
 // The device of device.h, and a LibTorch in which the CPU is a CUDA device: the bindings of csrc/cuda run as they are.
 #include "device.h"
 
-#include <csetjmp>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <ucontext.h>
@@ -22,43 +21,56 @@ constexpr size_t kStack = 128 << 10;
 constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr unsigned kGroup = 128, kRest = 6;  // threads of a warpgroup; rounds in which one rests
 
+using Jump = void* [5];  // of the compiler's own jumps: contexts, whose switch saves a signal mask, take many times as long
+
 struct Fiber {
-  ucontext_t context;  // of the first entry; jumps, which save no signal mask, are much faster
-  jmp_buf barrier;
+  Jump barrier;
   std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStack);
-  bool started, done, at_barrier;
+  bool started = false, done, at_barrier;  // started once, a fiber runs the threads of one number of all later blocks
 };
 
 std::vector<Fiber> fibers(kMaxFibers);
 unsigned first_block;  // of the cluster
-jmp_buf scheduler;
+Jump scheduler;
 Fiber* current;
 const std::function<void()>* body;
 bool progress;  // some thread has done more than to look whether it may go on
 std::deque<std::function<void()>> works;
 
-void enter() {
-  (*body)();
-  current->done = progress = true;
-  _longjmp(scheduler, 1);
+[[noreturn, gnu::noinline]] void to_scheduler() { __builtin_longjmp(scheduler, 1); }
+[[noreturn, gnu::noinline]] void to_fiber() { __builtin_longjmp(current->barrier, 1); }
+
+[[gnu::noinline]] void leave() {
+  if (__builtin_setjmp(current->barrier) == 0) to_scheduler();
 }
 
-void leave() {
-  if (_setjmp(current->barrier) == 0) _longjmp(scheduler, 1);
+void enter() {
+  for (;; leave()) {
+    (*body)();
+    current->done = progress = true;
+  }
+}
+
+[[gnu::noinline]] void start() {
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack = {current->stack.get(), 0, kStack};
+  makecontext(&context, enter, 0);
+  current->started = true;
+  setcontext(&context);
 }
 
 unsigned threads_of_block() { return blockDim.x * blockDim.y * blockDim.z; }
 
 // Lets a thread run to where it waits next, or to its end.
-void resume(unsigned number) {
+[[gnu::noinline]] void resume(unsigned number) {
   const unsigned thread = number % threads_of_block();
   threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
   blockIdx = {first_block + number / threads_of_block(), 0, 0};
   current = &fibers[number];
-  if (_setjmp(scheduler) != 0) return;
-  if (current->started) _longjmp(current->barrier, 1);
-  current->started = true;
-  setcontext(&current->context);
+  if (__builtin_setjmp(scheduler) != 0) return;
+  if (current->started) to_fiber();
+  start();
 }
 
 // Lets a block's threads pass a barrier that all have reached; returns those that have not ended.
@@ -74,13 +86,7 @@ unsigned pass_barrier(Fiber* block, unsigned threads) {
 
 void run_cluster(unsigned blocks, unsigned threads_of_each, unsigned seed) {
   const unsigned threads = blocks * threads_of_each;
-  for (unsigned t = 0; t < threads; ++t) {
-    Fiber& fiber = fibers[t];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {fiber.stack.get(), 0, kStack};
-    fiber.started = fiber.done = fiber.at_barrier = false;
-    makecontext(&fiber.context, enter, 0);
-  }
+  for (unsigned t = 0; t < threads; ++t) fibers[t].done = fibers[t].at_barrier = false;
   // The order of the threads changes from round to round and from block to block: results that depend on it differ. One of
   // several blocks rests in each round, and one warpgroup of each block in many, or none, so that some are ahead of others.
   const unsigned groups = (threads_of_each + kGroup - 1) / kGroup;
@@ -119,7 +125,12 @@ cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& thread, unsi
   gridDim = grid;
   blockDim = block;
   body = &thread;
-  for (first_block = 0; first_block < grid.x; first_block += cluster) run_cluster(cluster, threads, first_block / cluster);
+  try {
+    for (first_block = 0; first_block < grid.x; first_block += cluster) run_cluster(cluster, threads, first_block / cluster);
+  } catch (...) {
+    for (Fiber& fiber : fibers) fiber.started = false;  // some are in the middle of a kernel
+    throw;
+  }
   return cudaSuccess;
 }
 

@@ -156,7 +156,10 @@ def wished(op: str, backends: Sequence[Backend]) -> tuple[str, str] | None:
 
 def why_not_proven(op: str, backend: Backend, device: torch.device) -> str | None:
     """Why a kernel for GPUs is not chosen on a device, unless it is forced; None for all other backends."""
-    return tune.why_not_validated(op, backend.name, device) if backend.name in GPU_KERNELS else None
+    reason = tune.why_not_validated(op, backend.name, device) if backend.name in GPU_KERNELS else None
+    if reason is not None:
+        tune.warn_if_none_is_validated(device)
+    return reason
 
 
 def choose(op: str, backends: Sequence[Backend], args: tuple[Any, ...]) -> Choice:

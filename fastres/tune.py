@@ -119,10 +119,14 @@ def _read_or_warn(path: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):  # the latter where the home is a file, such as the null device
         return None
     except (ValueError, OSError) as error:
-        if (message := f"fastres: the tuning cache is ignored: {error} (delete it to tune again)") not in _warned:
-            _warned.add(message)
-            warnings.warn(message, stacklevel=2)
+        _warn_once(f"fastres: the tuning cache is ignored: {error} (delete it to tune again)")
         return None
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 @functools.lru_cache(maxsize=16)
@@ -164,6 +168,15 @@ def why_not_validated(op: str, backend: str, device: torch.device) -> str | None
         f"this kernel is not validated on {architecture(device)} "
         f"(validate it here with `fastres tune`, or force it with fastres.use({op}={backend!r}))"
     )
+
+
+def warn_if_none_is_validated(device: torch.device) -> None:
+    """Say once where a GPU runs PyTorch's operations alone, because no kernel is validated on its architecture."""
+    if not _table(device)[0]:
+        _warn_once(
+            f"fastres: none of its kernels is validated on {architecture(device)} yet, so PyTorch's own operations run on "
+            f"{torch.cuda.get_device_name(device)}; validate them once with `fastres tune MODEL` (fastres.explain says more)"
+        )
 
 
 def check_writable(device: torch.device) -> None:

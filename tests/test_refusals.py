@@ -4,6 +4,8 @@ import io
 import os
 import shutil
 import subprocess
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -224,6 +226,28 @@ def test_a_gpus_names(monkeypatch, tmp_path):
     gpu = torch.device("cuda")
     assert tune.device_name(gpu) == "nvidia-h200" and tune.architecture(gpu) == "sm_90"
     assert "not validated on sm_90" in tune.why_not_validated("add_act", "of tomorrow", gpu)
+    dispatch.forget()
+
+
+def test_a_gpu_on_which_no_kernel_is_validated_is_told_of_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTRES_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tune, "_warned", set())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpu = torch.device("cuda")
+    kernel = next(b for b in REGISTRY["add_act"].backends if b.name == "cuda")
+    dispatch.forget()
+    with pytest.warns(UserWarning, match="validated on sm_80 yet, .* on A GPU; .*fastres tune MODEL"):
+        assert "not validated on sm_80" in dispatch.why_not_proven("add_act", kernel, gpu)
+    tune.store(gpu, {"triton": ["bn_act"]}, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.why_not_proven("add_act", kernel, gpu)  # told before
+        monkeypatch.setattr(tune, "_warned", set())
+        assert dispatch.why_not_proven("add_act", kernel, gpu)  # some kernels run
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        dispatch.forget()
+        assert dispatch.why_not_proven("add_act", replace(kernel, name="cuda_wide"), gpu)
     dispatch.forget()
 
 

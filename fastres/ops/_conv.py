@@ -175,7 +175,7 @@ def run_onednn(x, residual, weight, bias, bn_weight, bn_bias, mean, var, eps, st
 
     parameters = (weight, bias, bn_weight, bn_bias, mean, var)
     if memory_format(x) is torch.contiguous_format:
-        form: tuple = ("onednn", x.dtype)
+        form = ("onednn", x.dtype)
         w, b = _fold.folded(parameters, eps, form, lambda w, b: (w.to(x.dtype).contiguous(), b.to(x.dtype)))
         return inplace.add_act_(convolve(x, w, b, stride, padding, dilation, groups), residual, act)
     form = ("onednn", x.dtype, stride, padding, dilation, groups)

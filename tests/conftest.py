@@ -61,6 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()  # modules and thousands of tests stay to the end: no collection need walk them again
+    gc.set_threshold(10_000, 10, 10)  # nor as often as by default what many networks leave, most of which stays
 
 
 def resident() -> int:

@@ -243,6 +243,7 @@ def test_pure_python_install(clone):
     assert why_not == "the native CPU kernels were not built: FASTRES_BUILD=none"
 
 
+@pytest.mark.compile
 def test_a_compiler_that_fails_leaves_pure_python_or_stops_the_explicit_wish(clone):
     script = "#!/bin/sh\n[ $1 = --version ] && echo stub 1.0 && exit\necho error: no\nexit 1\n"
     compiler = program(clone.parent / "c++", script)
@@ -258,6 +259,7 @@ def test_a_compiler_that_fails_leaves_pure_python_or_stops_the_explicit_wish(clo
 
 
 @pytest.mark.cpu
+@pytest.mark.compile
 def test_native_install_runs_elsewhere_and_survives_a_broken_library(clone):
     status, said = install(clone, FASTRES_BUILD="cpu")
     assert status == 0, said

@@ -8,7 +8,7 @@
 namespace fastres::cpu::FASTRES_LEVEL {
 
 void bn_statistics(const BnArgs& shared, int64_t begin, int64_t end) {
-  with_traits(shared, [&](BnArgs args, auto type, auto last, auto) {
+  with_layout(shared, [&](BnArgs args, auto type, auto last) {
     using scalar_t = decltype(type);
     using acc_t = acc_of<scalar_t>;
     constexpr int64_t L = kLanes<acc_t>;

@@ -328,7 +328,7 @@ FASTRES_INLINE void gather_dz(const BnActMaxpoolArgs& args, int64_t image, int64
 }
 
 void bn_act_maxpool_gradient(const BnActMaxpoolArgs& args, int64_t begin, int64_t end) {
-  with_traits(args.bn, [&](const BnArgs&, auto type, auto last, auto) {
+  with_layout(args.bn, [&](const BnArgs&, auto type, auto last) {
     with_bool(args.bn.training, [&](auto training) {
       using scalar_t = decltype(type);
       using acc_t = acc_of<scalar_t>;

@@ -9,14 +9,18 @@
 
 namespace fastres::cpu::FASTRES_LEVEL {
 
-// Calls f(args, scalar type, is channels_last, is relu), the latter three as compile-time values. f takes args by value: no
-// store can alias its own copy, so that pointers and sizes stay in registers.
+// Calls f(args, scalar type, is channels_last), the latter two as compile-time values. f takes args by value: no store can
+// alias its own copy, so that pointers and sizes stay in registers.
+template <typename F>
+FASTRES_INLINE void with_layout(const BnArgs& args, F f) {
+  with_dtype(args.dtype, [&](auto type) { with_bool(args.channels_last, [&](auto last) { f(args, type, last); }); });
+}
+
+// Calls f(args, scalar type, is channels_last, is relu), likewise.
 template <typename F>
 FASTRES_INLINE void with_traits(const BnArgs& args, F f) {
-  with_dtype(args.dtype, [&](auto type) {
-    with_bool(args.channels_last, [&](auto last) {
-      with_bool(args.act == Act::kRelu, [&](auto is_relu) { f(args, type, last, is_relu); });
-    });
+  with_layout(args, [&](const BnArgs& same, auto type, auto last) {
+    with_bool(same.act == Act::kRelu, [&](auto is_relu) { f(same, type, last, is_relu); });
   });
 }
 

@@ -1,8 +1,9 @@
 """Fused steps over the modules that own the parameters: the one way a block, or an optimised model, runs an op.
 
-A step looks at its modules at every call. Where they are plain (exactly ``nn.Conv2d``, ``nn.BatchNorm2d``, ``nn.ReLU``,
-no hooks, no patched forward) it runs the fused op on their parameters; otherwise it calls them one by one, as PyTorch
-would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never skipped. ``why_not`` says why.
+A step looks at its modules at every call. Where they are plain (exactly ``nn.Conv2d``, ``nn.BatchNorm2d``, ``nn.ReLU``, or
+batch norms that ``_plain`` knows by name; no hooks, no patched forward) it runs the fused op on their parameters; otherwise
+it calls them one by one, as PyTorch would, so that a hook added, a layer replaced or a SyncBatchNorm conversion is never
+skipped. ``why_not`` says why.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from fastres import functional
 from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
-from fastres.nn._plain import Act, is_fusible_norm, keeps_dtype, trains, why_not
+from fastres.nn._plain import Act, agrees, is_batch_norm, is_fusible_norm, keeps_dtype, own_act, trains, why_not
 from fastres.ops import _chain, _fold, _node
 from fastres.ops._known_stats import Known
 from fastres.ops._op import is_interposed
@@ -50,6 +51,7 @@ def fuses(x: Tensor, conv: nn.Module | None, bn: nn.Module, act: Act, pool: nn.M
     """Whether a call may be one op: each module has the plain type that its place asks for, and nothing must see it called."""
     return (
         is_fusible_norm(bn)
+        and agrees(bn, act)
         and (conv is None or type(conv) is nn.Conv2d)
         and (pool is None or type(pool) is nn.MaxPool2d)
         and _is_relu(act)
@@ -171,11 +173,11 @@ def _as_node(
     if dtype is None and any(t is not None and t.dim() == 4 and t.dtype != x.dtype for t in own):
         return None
     steps: list[Any] = [
-        _chain.Norm(m.eps, name(act)) if type(m) is nn.BatchNorm2d
-        else _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) for m, act in every
+        _chain.Convolution((m.stride, m.padding, m.dilation, m.groups)) if type(m) is nn.Conv2d
+        else _chain.Norm(m.eps, name(act)) for m, act in every
     ]  # fmt: skip
     shape = tuple(steps[: len(chain)]), residual is x, dtype, tuple(steps[len(chain) :]) or None, split_output, made
-    norms = [module for module, _ in every if type(module) is nn.BatchNorm2d]
+    norms: list[Any] = [module for module, _ in every if type(module) is not nn.Conv2d]
 
     def update(statistics: _chain.Statistics) -> None:
         if norms:
@@ -191,8 +193,9 @@ def joins(chain: Sequence[Link], x: Tensor) -> bool:
     """Whether links may run without checking their modules in between: all are plain and in training, and nothing but autograd
     follows the call."""
     for module, act in chain:
-        trains = type(module) is nn.BatchNorm2d and module.training
-        if not (type(module) is nn.Conv2d or trains) or not _is_relu(act):
+        if not _is_relu(act):
+            return False
+        if type(module) is not nn.Conv2d and not (is_batch_norm(module) and module.training and agrees(module, act)):
             return False
     if torch.compiler.is_compiling() or type(x) is not Tensor or is_followed(x) or is_interposed():
         return False
@@ -270,7 +273,7 @@ def bn_act(bn: nn.BatchNorm2d, act: Act, x: Tensor, residual: Tensor | None = No
             return functional.bn_act(x, *arguments) if residual is None else functional.bn_add_act(x, residual, *arguments)
         except WRONG:
             pass  # see WRONG; nothing has been updated yet
-    return add_act(act, _call(bn, x), residual)
+    return add_act(None if act is own_act(bn) else act, _call(bn, x), residual)
 
 
 def _call(bn: nn.Module, x: Tensor) -> Tensor:

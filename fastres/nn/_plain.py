@@ -8,24 +8,53 @@ from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 Act = nn.Module | str | None
 _FUSIBLE: dict[type, Any] = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
-_FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"  # recognised by name: torchvision need not be there
+_FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"  # recognised by name: neither library need be there
+_NORM_ACT = "timm.layers.norm_act", "BatchNormAct2d"
 _AFFINE, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var"}
+
+
+def _is_named(module: Any, name: tuple[str, str]) -> bool:
+    kind = type(module)
+    return (kind.__module__, kind.__qualname__) == name
 
 
 def is_frozen_norm(module: Any) -> bool:
     """Whether it is torchvision's batch norm of fixed statistics, weight and bias, all of them buffers."""
-    kind = type(module)
-    return (kind.__module__, kind.__qualname__) == _FROZEN
+    return _is_named(module, _FROZEN)
+
+
+def is_norm_act(module: Any) -> bool:
+    """Whether it is timm's batch norm that applies its child ``act`` itself."""
+    return _is_named(module, _NORM_ACT)
+
+
+def own_act(norm: Any) -> Any:
+    """The activation that a batch norm applies itself, None for one that applies none."""
+    return norm._modules.get("act") if is_norm_act(norm) else None
+
+
+def is_batch_norm(module: Any) -> bool:
+    """Whether it computes what ``nn.BatchNorm2d`` does, and then its own activation if it has one."""
+    return type(module) is nn.BatchNorm2d or is_norm_act(module)
 
 
 def is_fusible_norm(module: Any) -> bool:
     """Whether a fused step knows this batch norm."""
-    return type(module) is nn.BatchNorm2d or is_frozen_norm(module)
+    return is_batch_norm(module) or is_frozen_norm(module)
+
+
+def agrees(norm: Any, act: Act) -> bool:
+    """Whether a step that ends with act applies the norm's own activation: it is act, or there is none."""
+    if type(norm) is nn.BatchNorm2d:
+        return True
+    own = own_act(norm)
+    return own is None or own is act or (type(own) is nn.Identity and not has_hooks(own))
 
 
 def kind_of(module: Any) -> Any:
-    """Its class, that of a batch norm for a frozen one."""
-    return nn.BatchNorm2d if is_frozen_norm(module) else type(module)
+    """Its class, that of a batch norm for what computes the same."""
+    same = is_frozen_norm(module) or type(own_act(module)) is nn.Identity
+    return nn.BatchNorm2d if same else type(module)
 
 
 def trains(norm: Any) -> bool:
@@ -35,7 +64,7 @@ def trains(norm: Any) -> bool:
 
 def keeps_dtype(conv: Any, norm: Any, x: Tensor) -> bool:
     """Whether PyTorch's modules give x's dtype, as the op does: the products and sums of a frozen norm promote theirs."""
-    if type(norm) is nn.BatchNorm2d:
+    if not is_frozen_norm(norm):
         return True
     cast = conv is not None and torch.is_autocast_enabled(x.device.type)
     return x.dtype == norm._buffers["weight"].dtype and not cast
@@ -60,17 +89,19 @@ def original_class(module: nn.Module) -> Any:
 def _why_not_module(module: nn.Module) -> str | None:
     """Why a module must be called rather than read."""
     kind = type(module)
-    is_frozen = is_frozen_norm(module)
-    if kind not in _FUSIBLE and not is_frozen:
+    named = kind not in _FUSIBLE
+    if named and not is_fusible_norm(module):
         return f"{kind.__name__} is not one of the plain modules that can be fused"
     if has_hooks(module):
         return f"{kind.__name__} has hooks, which must fire"
     if "forward" in module.__dict__:
         return f"{kind.__name__} has a forward of its own on the instance"
-    own = kind.forward.__qualname__ == f"{kind.__name__}.forward" if is_frozen else kind.forward is _FUSIBLE[kind]
+    own = kind.forward.__qualname__ == f"{kind.__name__}.forward" if named else kind.forward is _FUSIBLE[kind]
     if not own:
         return f"the forward of {kind.__name__} was replaced on the class"
-    if not _keeps_tensors(module, is_frozen):
+    if named and is_norm_act(module) and (reason := _why_not_children(module)) is not None:
+        return reason
+    if not _keeps_tensors(module):
         return f"{kind.__name__} keeps parameters or buffers elsewhere, as a replica of DataParallel does"
     if kind is nn.Conv2d and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return f"Conv2d pads with {module.padding_mode!r}, {module.padding!r}: only zero padding given as numbers can be fused"
@@ -85,13 +116,23 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2
 
 
-def _keeps_tensors(module: nn.Module, is_frozen: bool) -> bool:
+def _why_not_children(norm: nn.Module) -> str | None:
+    """Why a batch norm must be called for what it applies itself."""
+    children: dict[str, Any] = norm._modules
+    if children.keys() != {"drop", "act"} or type(children["drop"]) is not nn.Identity or has_hooks(children["drop"]):
+        return f"{type(norm).__name__} drops values, or applies more than an activation"
+    if type(children["act"]) not in (nn.ReLU, nn.Identity):
+        return f"{type(norm).__name__} applies {type(children['act']).__name__}: only ReLU can be fused"
+    return None
+
+
+def _keeps_tensors(module: nn.Module) -> bool:
     """Whether parameters and buffers are where a step reads them."""
-    if is_frozen:
-        return module._buffers.keys() >= _AFFINE | _STATISTICS
-    if type(module) is nn.BatchNorm2d and not module._buffers.keys() >= _STATISTICS | {"num_batches_tracked"}:
-        return False
-    return type(module) not in (nn.Conv2d, nn.BatchNorm2d) or module._parameters.keys() >= _AFFINE
+    if type(module) is nn.Conv2d:
+        return module._parameters.keys() >= _AFFINE
+    if is_batch_norm(module):
+        return module._parameters.keys() >= _AFFINE and module._buffers.keys() >= _STATISTICS | {"num_batches_tracked"}
+    return type(module) in _FUSIBLE or module._buffers.keys() >= _AFFINE | _STATISTICS
 
 
 def why_not(*modules: Act) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn import _fused, _sequence
-from fastres.nn._plain import ORIGINAL, why_not
+from fastres.nn._plain import ORIGINAL, is_batch_norm, why_not
 from fastres.nn.blocks import BasicBlock, Bottleneck
 from fastres.nn.shortcut import ZeroPadShortcut
 from fastres.ops._op import is_interposed
@@ -117,4 +117,4 @@ def _is_plain_convolution(module: Any) -> bool:
 
 def _ends_in_training(parts: Parts) -> bool:
     _, norm, _ = parts[0][-1]
-    return type(norm) is nn.BatchNorm2d and norm.training
+    return is_batch_norm(norm) and norm.training

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastres.nn import _fused, _sequence
-from fastres.nn._plain import kind_of
+from fastres.nn._plain import is_norm_act, kind_of, own_act
 from fastres.optimize.trace import CannotTrace, Mappings, trace
 
 _RELU_FUNCTIONS = (F.relu, torch.relu, torch.relu_, F.relu_)
@@ -48,7 +48,7 @@ class Block:
         """The children, as ``fastres.nn`` runs a block."""
         found = module._modules
         layers: list[Any] = [
-            (found[conv], found[bn], found[act] if act else "relu") for conv, bn, act in self.layers
+            (found[conv], found[bn], child_at(module, act) if act else "relu") for conv, bn, act in self.layers
         ]
         return layers, None if self.downsample is None else found[self.downsample]
 
@@ -119,6 +119,13 @@ def _block(graph: fx.Graph, rewriting: "_Rewriting") -> Block | None:
     return Block(tuple(layers), downsample) if rest == [added] else None
 
 
+def child_at(module: Any, path: str) -> Any:
+    """The module at a path such as ``bn.act``; None where there is none."""
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
 def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A child called as itself."""
     return module(*args, **kwargs)
@@ -133,13 +140,31 @@ class _Rewriting:
 
     def __init__(self, module: nn.Module, graph: fx.Graph, training: bool) -> None:
         self.module, self.graph, self.training = module, graph, training
+        self.acts = self.show_acts()
         self.position = {node: index for index, node in enumerate(graph.nodes)}
+
+    def show_acts(self) -> dict[Node, Node]:
+        """Let a ReLU that a batch norm applies itself stand behind it as a call of its own: those calls, by the norm's."""
+        acts = {}
+        for node in list(self.graph.nodes):
+            norm = child_at(self.module, node.target) if self.calls(node) else None
+            if is_norm_act(norm) and type(own_act(norm)) is nn.ReLU:
+                with self.graph.inserting_after(node):
+                    act = self.graph.create_node("call_module", f"{node.target}.act")
+                node.replace_all_uses_with(act)
+                act.args = (node,)
+                acts[node] = act
+        return acts
+
+    def calls(self, node: Any) -> bool:
+        """Whether a node calls a child with one value."""
+        return _is_node(node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
 
     def kind(self, node: Any) -> type | None:
         """Exact type of the child a node calls with one value, or None."""
-        if _is_node(node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            return kind_of(self.module._modules[node.target])
-        return None
+        if not self.calls(node):
+            return None
+        return nn.BatchNorm2d if node in self.acts else kind_of(child_at(self.module, node.target))
 
     def is_relu(self, node: Node) -> bool:
         if node.op == "call_function":
@@ -189,7 +214,7 @@ class _Rewriting:
             return True
         if node.op != "call_module":
             return False
-        todo = [self.module._modules[node.target]]
+        todo = [child_at(self.module, node.target)]
         while todo:
             child = todo.pop()
             if isinstance(child, nn.Sequential):
@@ -208,6 +233,10 @@ class _Rewriting:
             else:
                 continue
             steps += [step] if step is not None else []
+        for node, act in self.acts.items():
+            if act in self.position and node in self.position:  # no step covers them: the norm's call is enough
+                act.replace_all_uses_with(node)
+                self.graph.erase_node(act)
         return steps
 
     def fuse_from_bn(self, bn: Node) -> Step | None:
@@ -253,7 +282,7 @@ class _Rewriting:
         call = self.source(residual)
         if self.kind(call) is None or len(call.users) != 1:
             return None
-        if _sequence.projection(self.module._modules[call.target]) is None or not self.only_reads(call):
+        if _sequence.projection(child_at(self.module, call.target)) is None or not self.only_reads(call):
             return None
         return call if self.may_move(call, chain) else None
 
@@ -342,7 +371,10 @@ def _read_children_from_owner(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op in ("call_module", "get_attr"):
             with graph.inserting_before(node):
-                child = graph.call_function(operator.getitem, (children, node.target))
+                first, *inner = node.target.split(".")
+                child = graph.call_function(operator.getitem, (children, first))
+                for name in inner:
+                    child = graph.call_function(operator.getitem, (graph.call_function(getattr, (child, "_modules")), name))
                 new = child if node.op == "get_attr" else graph.call_function(call, (child, *node.args), node.kwargs)
             node.replace_all_uses_with(new)
             graph.erase_node(node)

@@ -21,7 +21,7 @@ from fastres.ops._node import why_not_recorded
 from fastres.ops._patterns import ConvNormPairs, PrecedingConv, ProjectedEnds
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT
 from fastres.ops.conv_statistics import CONV_STATISTICS
-from fastres.optimize.plan import Plan, Step
+from fastres.optimize.plan import Plan, Step, child_at
 from fastres.optimize.sites import Site, follows_layout, matches, sites, unwrap
 from fastres.optimize.swap import state_of
 from fastres.optimize.verify import copied, unseen_randomness
@@ -282,7 +282,7 @@ def _module_report(site: Site, seen: _Seen) -> ModuleReport:
 
 def _layers(module: nn.Module, step: Step) -> list[nn.Module | None]:
     """The modules that a step reads instead of calling them, those of a shortcut too."""
-    children = [module._modules.get(name) for name in step.modules]
+    children = [child_at(module, name) for name in step.modules]
     return [each for child in children for each in (child if isinstance(child, nn.Sequential) else [child])]
 
 

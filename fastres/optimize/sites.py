@@ -135,7 +135,8 @@ def _is_run(child: nn.Module | None) -> bool:
 
 def _own_steps(module: nn.Module) -> list[Step]:
     """What a fastres module covers: its plain batch norms."""
-    return [Step("bn_act", (name,)) for name, child in module._modules.items() if _plain.is_fusible_norm(child)]
+    norms = [name for name, child in module._modules.items() if _plain.kind_of(child) is nn.BatchNorm2d]
+    return [Step("bn_act", (name,)) for name in norms]
 
 
 def _examined(name: str, module: nn.Module) -> Iterator[Site]:

@@ -125,6 +125,8 @@ CPP = [
           "test_reliability.py::test_nothing_fails[R1]", {}, "bn_act_kernel"),
     Fault("a group reads its neighbour's words", "cpu/conv_groups_kernel.cpp", "lane / args.group * args.run",
           "lane / args.group * args.run / 2", "test_conv_cpu.py::test_groups", {}),
+    Fault("the groups of a last, partial vector are left out", "cpu/conv_groups_kernel.cpp", "if (channel < last) vector(",
+          "if (channel + kWide < last) vector(", "test_conv_cpu.py::test_groups", {}),
     Fault("a pixel is enlarged by a rounded quotient", "cpu/plan_kernel.cpp", "static_cast<float>(at) * scale)", "static_cast<float>(at) * scale + 0.5f)",
           "test_backbones.py::test_the_nearest_pixels_are_pytorchs", {}),
     Fault("all images are gated by the first one's gate", "cpu/plan_kernel.cpp", "+ pixel / args.pixels * args.channels", "",

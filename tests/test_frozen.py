@@ -48,6 +48,7 @@ NETWORKS = {
     "resnet50": lambda: (vision.resnet50(num_classes=10), (1, 3, 65, 50)),
     "dilated": lambda: (vision.resnet50(replace_stride_with_dilation=[False, True, True]), (1, 3, 64, 64)),
     "in groups": lambda: (models.resnext50_32x4d(num_classes=5), (2, 3, 64, 50)),
+    "in groups that fill no vector": lambda: (timm.create_model("regnetx_002", num_classes=5), (2, 3, 64, 50)),
     "wide": lambda: (models.wide_resnet50_2(num_classes=5), (1, 3, 32, 32)),
     "ours": lambda: (models.resnet34(num_classes=12), (3, 3, 48, 48)),
     "optimised": lambda: (fastres.optimize(vision.resnet18()), (2, 3, 40, 40)),

@@ -95,7 +95,7 @@ def test_steps_compute_what_their_integers_say(name):
     assert (y - truth).norm() < 0.03 * truth.norm()
 
 
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"wide", "in groups", "timm, gated"}))
+@pytest.mark.parametrize("name", sorted({n for n in NETWORKS if not n.startswith("in groups")} - {"wide", "timm, gated"}))
 def test_networks(name):
     torch.manual_seed(0)
     model, shape = NETWORKS[name]()

@@ -54,7 +54,7 @@ Tensor conv_bn_act(const Tensor& x, const OptionalTensor& residual, const Tensor
   FASTRES_CHECK(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && out_channels > 0, kOp,
                 "bias", "contiguous float32 on cpu, a value for each output channel", show(bias.sizes()));
   FASTRES_CHECK(weight.is_cpu() && weight.scalar_type() == x.scalar_type() && weight.is_contiguous() &&
-                    weight.numel() * size == packed_words(out_channels, depth) * kWordBytes,
+                    weight.numel() * size == packed_words(out_channels, depth, groups) * kWordBytes,
                 kOp, "weight", "packed for this convolution, of x's dtype", show(weight.sizes()));
   FASTRES_CHECK(!winograd || (dtype == DType::kFloat32 && !padded && kernel == Pair{3, 3} && by == Pair{1, 1} &&
                               spread == Pair{1, 1} && channels % conv_tile().lanes == 0),

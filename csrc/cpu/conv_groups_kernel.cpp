@@ -16,15 +16,23 @@ namespace {
 // Of a vector of output channels: each is a group and a word of its own; it holds several groups; or one group fills it.
 enum class Share { kDepthwise, kSeveral, kWhole };
 
+// The words of a vector of channels, or of its part that there is.
+template <typename scalar_t, typename Lanes>
+FASTRES_INLINE Sum words_at(const char* x, Lanes lanes) {
+  using word_t = std::conditional_t<sizeof(scalar_t) == 2, uint16_t, float>;
+  const auto words = move_in<Vec<word_t, kWide>>(reinterpret_cast<const word_t*>(x), lanes);
+  return words_of<sizeof(words)>(reinterpret_cast<const char*>(&words));
+}
+
 // The products of one tap. Each lane adds the words of its group: its own word; those from lane first[lane] of the pixel's words
 // on; or all the same ones.
-template <typename scalar_t, Share kShare, int kPixels>
+template <typename scalar_t, Share kShare, int kPixels, typename Lanes>
 FASTRES_DOT FASTRES_INLINE void add_tap(Sum (&sum)[kPixels], const char* const* x, int64_t offset, const float* weight, int64_t run,
-                                        IntSum first) {
+                                        IntSum first, Lanes lanes) {
   Sum words[kPixels];
   if constexpr (kShare != Share::kWhole)
 #pragma GCC unroll 8
-    for (int p = 0; p < kPixels; ++p) words[p] = words_of<kWide * sizeof(scalar_t)>(x[p] + offset);
+    for (int p = 0; p < kPixels; ++p) words[p] = words_at<scalar_t>(x[p] + offset, lanes);
   for (int64_t word = 0; word < run; ++word, weight += kWide) {
     const Sum w = load<float, kWide>(weight, Whole{});
 #pragma GCC unroll 8
@@ -50,18 +58,21 @@ FASTRES_DOT __attribute__((noinline)) void tile(const ConvArgs& args, int64_t pi
   const auto* weight = static_cast<const float*>(args.weight) + channel * conv_depth(args);
   const auto* residual = static_cast<const scalar_t*>(args.residual);
   auto* y = static_cast<scalar_t*>(args.y);
-  for (; channel < last; channel += kWide) {
+  const auto vector = [&](auto lanes) FASTRES_DOT {
     Sum sum[kPixels] = {};
     const int64_t offset = channel * static_cast<int64_t>(sizeof(scalar_t));
     for (const char** x = taps; x < end; x += kPixels, weight += args.run * kWide)
-      add_tap<scalar_t, kShare>(sum, x, offset, weight, args.run, first);
+      add_tap<scalar_t, kShare>(sum, x, offset, weight, args.run, first, lanes);
 #pragma GCC unroll 8
     for (int p = 0; p < kPixels; ++p) {
       const int64_t at = (pixel + p) * args.out_step + channel;
-      if (args.stream) finish(args, sum[p], args.bias + channel, y, residual, at, Stream{});
-      else finish(args, sum[p], args.bias + channel, y, residual, at, Whole{});
+      if (kIsWhole<decltype(lanes)> && args.stream) finish(args, sum[p], args.bias + channel, y, residual, at, Stream{});
+      else finish(args, sum[p], args.bias + channel, y, residual, at, lanes);
     }
-  }
+  };
+  for (; channel + kWide <= last; channel += kWide) vector(Whole{});
+  if constexpr (kShare != Share::kWhole)
+    if (channel < last) vector(Part{last - channel});
 }
 
 template <typename scalar_t, Share kShare, int... i>

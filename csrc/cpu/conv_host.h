@@ -16,8 +16,27 @@ constexpr int64_t kBlockBytes = 256 << 10;  // of x, read again for every block 
 constexpr int64_t kBytesPerCycle = 8;       // that reach a core from beyond its cache
 constexpr int64_t kLeastWork = 1 << 18;     // multiplications that are worth a thread
 
-inline int64_t packed_words(int64_t out_channels, int64_t depth) {
-  return ceil_div(out_channels, conv_tile().lanes) * conv_tile().lanes * depth;
+// What divides a convolution in groups into slices of so many channels, of which the last may have fewer: vectors that hold
+// several groups, or else the groups.
+struct Slices {
+  int64_t channels, count, group;  // group: see ConvArgs
+
+  Slices(int64_t out_channels, int64_t groups) {
+    const int64_t own = out_channels / groups, lanes = conv_tile().lanes;
+    const bool together = groups > 1 && lanes % own == 0;
+    channels = together ? lanes : own;
+    count = ceil_div(out_channels, channels);
+    group = together ? own : 0;
+  }
+};
+
+// The packed weights of a slice, and of a convolution; depth: words of x in the sum of an output.
+inline int64_t slice_words(int64_t channels, int64_t depth) {
+  return ceil_div(channels, conv_tile().lanes) * conv_tile().lanes * depth;
+}
+inline int64_t packed_words(int64_t out_channels, int64_t depth, int64_t groups = 1) {
+  const Slices slices(out_channels, groups);
+  return slices.count * slice_words(slices.channels, depth);
 }
 
 // What this machine lacks for a dtype, null for nothing.
@@ -81,25 +100,12 @@ inline Work conv_int8_work(const ConvInt8Args& args, int64_t threads) {
   return shared_out(args, threads, conv_int8_forward, vector_cost);
 }
 
-// What divides a convolution in groups into slices.
-struct Slices {
-  int64_t count, group;  // see ConvArgs
-
-  Slices(int64_t out_channels, int64_t groups) {
-    const int64_t own = out_channels / groups, lanes = conv_tile().lanes;
-    count = own < lanes ? out_channels / lanes : groups;
-    group = own <= lanes ? own : 0;
-  }
-};
-
-// What a grouped convolution lacks: as many channels in as out; groups of whole vectors, or vectors of whole groups. Null for
-// nothing.
+// What a grouped convolution lacks: as many channels in as out, groups of whole words. Null for nothing.
 inline const char* groups_lack(int64_t channels, int64_t out_channels, int64_t groups, int64_t size) {
-  const int64_t lanes = conv_tile().lanes, own = groups < 1 ? 0 : out_channels / groups;
+  const int64_t own = groups < 1 ? 0 : out_channels / groups;
   if (own < 1 || channels != out_channels || own * groups != out_channels)
     return "as many channels in as out, shared by the groups";
-  if (own * size % kWordBytes != 0 || (own % lanes != 0 && lanes % own != 0) || out_channels % lanes != 0)
-    return "groups of whole words that make whole vectors";
+  if (own * size % kWordBytes != 0) return "groups of whole words";
   if (channels * size > kConvMostRun * kWordBytes) return "at most as many channels as the zeros beyond an edge";
   return nullptr;
 }
@@ -115,9 +121,10 @@ inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads)
     return {conv_pixel_tiles(args) * parts, ceil_div(kLeastWork, work),
             [args](int64_t begin, int64_t end) { conv_groups_forward(args, begin, end); }};
   }
-  args.out_channels /= slices.count;
+  args.out_channels = slices.channels;
+  args.stream = whole.stream && slices.channels % conv_tile().lanes == 0;
   const int64_t x_bytes = whole.pixel_step / slices.count, size = element_size(whole.dtype);
-  const int64_t weight_bytes = packed_words(args.out_channels, conv_depth(args)) * kWordBytes;
+  const int64_t weight_bytes = slice_words(slices.channels, conv_depth(args)) * kWordBytes;
   const auto units_of = [](const ConvArgs& one) {
     return conv_pixel_tiles(one) * (one.share_channels ? conv_channel_blocks(one) : 1);
   };

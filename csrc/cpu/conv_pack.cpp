@@ -76,14 +76,16 @@ void conv_pack(const Tensor& weight, const Tensor& packed, int64_t channels, int
   const int64_t depth = (winograd ? kWinogradPoints : taps) * (channels / groups) * size / kWordBytes;
   check_cpu(kOp, "packed", packed);
   FASTRES_CHECK(packed.scalar_type() == dtype && packed.is_contiguous() &&
-                    packed.numel() * size == packed_words(out_channels, depth) * kWordBytes,
-                kOp, "packed", "of the weight's dtype, for " << packed_words(out_channels, depth) << " words", packed.numel());
+                    packed.numel() * size == packed_words(out_channels, depth, groups) * kWordBytes,
+                kOp, "packed", "of the weight's dtype, for " << packed_words(out_channels, depth, groups) << " words",
+                packed.numel());
   if (winograd) return transform(weight, packed);
-  const int64_t slices = groups == 1 ? 1 : Slices(out_channels, groups).count, rows = out_channels / slices, read = channels / groups;
-  for (int64_t i = 0; i < slices; ++i) {
-    const PackArgs args{.weight = static_cast<const char*>(weight.data_ptr()) + i * rows * weight.stride(0) * size,
-                        .packed = static_cast<char*>(packed.data_ptr()) + i * rows * taps * read * size, .out_channels = rows,
-                        .own = own, .kernel_h = weight.size(2), .kernel_w = weight.size(3), .channels = read,
+  const Slices slices(out_channels, groups);
+  for (int64_t i = 0; i < slices.count; ++i) {
+    const int64_t first = i * slices.channels, read = channels / groups;
+    const PackArgs args{.weight = static_cast<const char*>(weight.data_ptr()) + first * weight.stride(0) * size,
+                        .packed = static_cast<char*>(packed.data_ptr()) + i * slice_words(slices.channels, depth) * kWordBytes,
+                        .out_channels = std::min(slices.channels, out_channels - first), .own = own, .kernel_h = weight.size(2), .kernel_w = weight.size(3), .channels = read,
                         .out_step = weight.stride(0), .channel_step = weight.stride(1), .row_step = weight.stride(2),
                         .col_step = weight.stride(3)};
     size == 4 ? pack<uint32_t>(args) : size == 2 ? pack<uint16_t>(args) : pack<uint8_t>(args);

@@ -25,7 +25,7 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == row.out_channels, kPlan, "a bias",
                 "float32, one for each output channel", show(bias.sizes()));
   FASTRES_CHECK(dtype_of(weight) == call.dtype &&
-                    weight.numel() * call.size == packed_words(row.out_channels, depth) * kWordBytes,
+                    weight.numel() * call.size == packed_words(row.out_channels, depth, row.groups) * kWordBytes,
                 kPlan, "weights", "packed for their convolution", show(weight.sizes()));
   FASTRES_CHECK(!row.winograd || (call.dtype == DType::kFloat32 && row.channels % conv_tile().lanes == 0 &&
                                   row.run == row.channels && row.kernel_h * row.kernel_w == 9 && row.kernel_h == 3 &&

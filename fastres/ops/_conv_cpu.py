@@ -54,10 +54,8 @@ def why_not_groups(channels: int, out_channels: int, groups: int, dtype: torch.d
     """Why the kernel cannot convolve in several groups; see groups_lack of csrc/cpu/conv_host.h."""
     if dtype == torch.int8:
         return f"8-bit integers are convolved in one group, got groups={groups}"
-    lanes, own = _lanes(), channels // groups
-    whole = own % _PER_WORD[dtype] == 0 and (own % lanes == 0 or lanes % own == 0) and channels % lanes == 0
-    if channels != out_channels or not whole or is_padded(channels, dtype):
-        what = f"as many output as input channels, in vectors of {lanes} that hold whole groups or a part of one"
+    if channels != out_channels or channels // groups % _PER_WORD[dtype] != 0 or is_padded(channels, dtype):
+        what = f"as many output as input channels, {FEW_CHANNELS} or more, in whole words of 32 bits"
         return f"groups must have {what}, got {channels} to {out_channels} channels in {groups} groups"
     return None
 
@@ -97,10 +95,17 @@ def pack(weight: Tensor, groups: int = 1, winograd: bool = False, out: Tensor | 
     """Weights in the order the kernel reads them, in their dtype, in ``out`` if that is given."""
     channels = whole_words(weight.shape[1] * groups, weight.dtype)
     if out is None:
-        rows, taps = -(-len(weight) // _lanes()) * _lanes(), _POINTS if winograd else weight.shape[2] * weight.shape[3]
-        out = torch.empty(rows * taps * (channels // groups), dtype=weight.dtype, device="cpu")
+        taps = _POINTS if winograd else weight.shape[2] * weight.shape[3]
+        out = torch.empty(_packed_rows(len(weight), groups) * taps * (channels // groups), dtype=weight.dtype, device="cpu")
     native.op("cpu_conv_pack")(weight, out, channels, groups, winograd)
     return out
+
+
+def _packed_rows(out_channels: int, groups: int) -> int:
+    """Rows of packed weights, whole vectors for each slice; see Slices of csrc/cpu/conv_host.h."""
+    lanes, own = _lanes(), out_channels // groups
+    channels = lanes if groups > 1 and lanes % own == 0 else own
+    return -(-out_channels // channels) * -(-channels // lanes) * lanes
 
 
 _POINTS = 16  # of a kernel transformed for F(2x2, 3x3)

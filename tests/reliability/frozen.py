@@ -70,8 +70,8 @@ class Random(nn.Module):
         return nn.Identity()
 
     def _groups(self, kind: str) -> nn.Module:
-        own = self.draw.choice((2, 4, 8, 16))
-        groups = self.channels // own if not self.integers and self.channels % 16 == 0 else 1
+        own = self.draw.choice([own for own in (2, 4, 6, 8, 12, 16, 20, 24, 40) if self.channels % own == 0] or [self.channels])
+        groups = self.channels // own if not self.integers and self.channels >= 16 else 1
         return nn.Conv2d(self.channels, self.channels, 3, self.draw.choice((1, 2)), 1, groups=groups)
 
     def _twice(self, kind: str) -> nn.Module:

@@ -133,6 +133,15 @@ def test_timm(name):
     assert_restores(model, optimized, x)
 
 
+def test_networks_that_add_up_parts_of_the_channels_keep_their_layout():
+    timm = pytest.importorskip("timm")
+    model = fastres.optimize(timm.create_model("resnest14d", num_classes=5).eval())
+    assert "slowly in channels_last" in str(fastres.explain(model))
+    assert all(weight.is_contiguous() for weight in model.parameters())
+    fastres.optimize(model, channels_last=True)
+    assert not all(weight.is_contiguous() for weight in model.parameters())
+
+
 def test_timm_stochastic_depth_and_checkpointing_stay():
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

@@ -338,6 +338,10 @@ def test_a_program_cannot_leave_its_memory():
         rows[3, place] = value
         with pytest.raises(RuntimeError, match=r"fastres\.freeze: .* must be"):
             run(x, rows, plan.constants, arena, ys, plan.parts)
+    rows = plan.rows.clone()
+    rows[3, [15, 26, 27]] = torch.tensor([1, 1, int(rows[3, 12])])  # one output channel of as many groups as channels
+    with pytest.raises(RuntimeError, match="a convolution in groups must be"):
+        run(x, rows, plan.constants, arena, ys, plan.parts)
     good = {"x": x, "program": plan.rows, "constants": plan.constants, "arena": arena, "ys": ys, "parts": plan.parts}
     for bad in ({"x": x[:1]}, {"program": plan.rows[:, :-1].contiguous()}, {"constants": plan.constants[1:]},
                 {"arena": arena[:-1]}, {"ys": []}, {"ys": [ys[0][:1]]}, {"ys": [ys[0].bfloat16()]}, {"parts": 0}, {"parts": 3}, {"parts": 4}):  # fmt: skip

@@ -85,7 +85,8 @@ void conv_pack(const Tensor& weight, const Tensor& packed, int64_t channels, int
     const int64_t first = i * slices.channels, read = channels / groups;
     const PackArgs args{.weight = static_cast<const char*>(weight.data_ptr()) + first * weight.stride(0) * size,
                         .packed = static_cast<char*>(packed.data_ptr()) + i * slice_words(slices.channels, depth) * kWordBytes,
-                        .out_channels = std::min(slices.channels, out_channels - first), .own = own, .kernel_h = weight.size(2), .kernel_w = weight.size(3), .channels = read,
+                        .out_channels = std::min(slices.channels, out_channels - first), .own = own,
+                        .kernel_h = weight.size(2), .kernel_w = weight.size(3), .channels = read,
                         .out_step = weight.stride(0), .channel_step = weight.stride(1), .row_step = weight.stride(2),
                         .col_step = weight.stride(3)};
     size == 4 ? pack<uint32_t>(args) : size == 2 ? pack<uint16_t>(args) : pack<uint8_t>(args);

@@ -45,7 +45,9 @@ FASTRES_INLINE Sum everywhere(const char* x) {
   memcpy(&word, x, kWord);
   return (Sum)_mm512_set1_epi32(word);
 }
-FASTRES_INLINE Sum permuted(Sum x, IntSum lanes) { return (Sum)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)lanes, (__m512i)x); }
+FASTRES_INLINE Sum permuted(Sum x, IntSum lanes) {
+  return (Sum)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)lanes, (__m512i)x);
+}
 FASTRES_INLINE Sum multiply_add(float, Sum x, Sum weight, Sum sum) {
   return (Sum)_mm512_fmadd_ps((__m512)x, (__m512)weight, (__m512)sum);
 }

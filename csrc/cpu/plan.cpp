@@ -22,6 +22,8 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   ConvArgs args = conv_args(call, row, first, images, call.size, call.size);
   const int64_t depth = row.winograd ? kWinogradPoints * row.run : row.kernel_h * row.kernel_w * row.run;
   const Tensor &weight = call.constant(row.weight), &bias = call.constant(row.bias);
+  const char* lack = row.groups == 1 ? nullptr : groups_lack(row.channels, row.out_channels, row.groups, call.size);
+  FASTRES_CHECK(lack == nullptr, kPlan, "a convolution in groups", "of " << lack, row.groups);
   FASTRES_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == row.out_channels, kPlan, "a bias",
                 "float32, one for each output channel", show(bias.sizes()));
   FASTRES_CHECK(dtype_of(weight) == call.dtype &&
@@ -31,8 +33,6 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
                                   row.run == row.channels && row.kernel_h * row.kernel_w == 9 && row.kernel_h == 3 &&
                                   row.stride_h * row.stride_w * row.dilation_h * row.dilation_w == 1),
                 kPlan, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
-  const char* lack = row.groups == 1 ? nullptr : groups_lack(row.channels, row.out_channels, row.groups, call.size);
-  FASTRES_CHECK(lack == nullptr, kPlan, "a convolution in groups", "of " << lack, row.groups);
   args.weight = weight.data_ptr(), args.bias = static_cast<const float*>(bias.data_ptr());
   if (row.groups > 1) return grouped_work(args, row.groups, call.threads);
   return row.winograd ? winograd_work(args) : conv_work(args, call.threads);

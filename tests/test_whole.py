@@ -120,6 +120,19 @@ def test_hooks_fire_whenever_they_came(model):
 
 
 @torch.no_grad()
+def test_a_network_without_a_plan_is_looked_at_less_and_less(model, monkeypatch):
+    looks, holds = [], whole._Made.holds
+    monkeypatch.setattr(whole._Made, "holds", lambda self, model: looks.append(1) or holds(self, model))
+    handle = model.register_forward_hook(lambda *_: None)
+    for _ in range(200):
+        model(X[:, :, :32, :32])
+    assert 8 < len(looks) < 40
+    handle.remove()
+    assert "one native plan" in str(fastres.explain(model, X))  # which looks, and so do calls from then on
+    assert runs_whole(model)
+
+
+@torch.no_grad()
 def test_writes_through_data_after_refresh_and_after_a_change_of_mode(model):
     before = model(X)
     model.conv1.weight.data.mul_(3)

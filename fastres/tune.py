@@ -172,7 +172,7 @@ def why_not_validated(op: str, backend: str, device: torch.device) -> str | None
 
 def warn_if_none_is_validated(device: torch.device) -> None:
     """Say once where a GPU runs PyTorch's operations alone, because no kernel is validated on its architecture."""
-    if not _table(device)[0]:
+    if device.type == "cuda" and not _table(device)[0]:
         _warn_once(
             f"fastres: none of its kernels is validated on {architecture(device)} yet, so PyTorch's own operations run on "
             f"{torch.cuda.get_device_name(device)}; validate them once with `fastres tune MODEL` (fastres.explain says more)"

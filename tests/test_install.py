@@ -210,7 +210,8 @@ def clone(tmp_path) -> Path:
 def install(clone: Path, **variables: str) -> tuple[int, str]:
     """pip install into clone/../site, without torch again; the exit status and all that was said."""
     for name in ("pip", "setuptools", "pybind11"):  # build isolation would download them each time
-        pytest.importorskip(name)
+        if importlib.util.find_spec(name) is None:  # not imported: setuptools must be before distutils, which others import
+            pytest.skip(f"{name} is not installed")
     options = ["-v", "--no-deps", "--no-build-isolation", "--upgrade", "--target", str(clone.parent / "site")]
     command = [sys.executable, "-m", "pip", "install", *options, "."]
     environment = {name: value for name, value in os.environ.items() if name not in STEERING}

@@ -13,19 +13,20 @@ _NORM_ACT = "timm.layers.norm_act", "BatchNormAct2d"
 _AFFINE, _STATISTICS = {"weight", "bias"}, {"running_mean", "running_var"}
 
 
-def _is_named(module: Any, name: tuple[str, str]) -> bool:
+def is_named(module: Any, name: tuple[str, str]) -> bool:
+    """Whether a module's class, also where optimize put its own on top, is the one of this module and name."""
     kind = type(module)
     return (kind.__module__, kind.__qualname__) == name
 
 
 def is_frozen_norm(module: Any) -> bool:
     """Whether it is torchvision's batch norm of fixed statistics, weight and bias, all of them buffers."""
-    return _is_named(module, _FROZEN)
+    return is_named(module, _FROZEN)
 
 
 def is_norm_act(module: Any) -> bool:
     """Whether it is timm's batch norm that applies its child ``act`` itself."""
-    return _is_named(module, _NORM_ACT)
+    return is_named(module, _NORM_ACT)
 
 
 def own_act(norm: Any) -> Any:

@@ -193,9 +193,9 @@ def follows_layout(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         if _overflows(module):
             return f"{name or 'the model'}: oneDNN's gradient of a strided 1x1 weight of few channels writes beyond its memory"
+        if _plain.is_named(module, _SPLIT_ATTENTION) and module.conv.weight.device.type == "cpu":
+            return f"{name} ({_SPLIT_ATTENTION[1]}): PyTorch adds up parts of the channels slowly in channels_last"
         base = original_class(module)
-        if (base.__module__, base.__qualname__) == _SPLIT_ATTENTION and module.conv.weight.device.type == "cpu":
-            return f"{name} ({base.__name__}): PyTorch adds up parts of the channels slowly in channels_last"
         if not is_trusted(base.forward) or "forward" in module.__dict__:
             reason = _why_not_layout(plan(module, base, module.training), module, base, not name)
             if reason is not None:

@@ -8,12 +8,13 @@ from fastres.frozen.calibrate import result
 
 
 def emulated(frozen, x):
-    """The plan's own arithmetic by PyTorch: each value the integer that the plan holds, in float64."""
+    """The plan's own arithmetic by PyTorch: each value the integer that the plan holds, in float64; what is half way between
+    two of them but for less than float32 tells is half way, as to the plan, whose ratios of scales are often of 64ths."""
     scales, network = frozen.scales, frozen.network
 
     def stored(value, real):
         scale = scales.get(value)
-        return real if scale is None else (real / scale.scale + scale.zero).round().clamp(0, 255)
+        return real if scale is None else (real / scale.scale + scale.zero).float().round().clamp(0, 255).double()
 
     def real(value, held):
         scale = scales.get(value)

@@ -80,6 +80,16 @@ STEPS = {
     "a pool to its own size": lambda m, y: F.adaptive_avg_pool2d(y, 6),
     "pools whose last window would lie in the padding": lambda m, y: F.max_pool2d(y, 2, 4, 1, ceil_mode=True),
     "an average of windows": lambda m, y: F.avg_pool2d(y, 2, ceil_mode=True),
+    "a pool divided by a number": lambda m, y: F.avg_pool2d(y, 2, divisor_override=3),
+    "a pool that counts its padding": lambda m, y: F.avg_pool2d(y, (3, 2), (2, 1), 1),
+    "values side by side": lambda m, y: torch.cat([y, m.bn(y), m.scale(y).relu()], 1),
+    "values side by side, one of them twice": lambda m, y: m.bn(torch.cat([y[:, :4], y[:, :8], y[:, 2:6]], 1)).relu(),
+    "values side by side, one written to later": lambda m, y: torch.cat([torch.cat([y, m.bn(y)], 1), m.scale(y.relu_()), y], 1),
+    "features side by side": lambda m, y: torch.cat([y.mean((2, 3)), m.small(y).flatten(1), m.bn(y).mean((2, 3))], 1).relu(),
+    "parts of the channels": lambda m, y: torch.cat([part.relu() for part in reversed(y.chunk(3, 1))], 1),
+    "parts of the channels of given sizes": lambda m, y: torch.add(*m.bn(y).split([5, 6, 5], 1)[::2]),
+    "the last channels": lambda m, y: y[:, -3:],
+    "channels of a part of the channels": lambda m, y: y[:, 2:-3][:, 1:7].relu(),
 }
 
 
@@ -100,8 +110,17 @@ REFUSED = {
     "a sum of images of other sizes, flattened": (
         lambda m, y: y[:, :, ::2].flatten(1) + y[:, :, :, ::2].flatten(1), "aten.add",
     ),
-    "a pool divided by a number": (lambda m, y: F.avg_pool2d(y, 2, divisor_override=3), "aten.avg_pool2d"),
-    "a pool that counts its padding": (lambda m, y: F.avg_pool2d(y, 3, padding=1), "aten.avg_pool2d"),
+    "a pool that counts its padding up to a last window": (
+        lambda m, y: F.avg_pool2d(y, 3, 2, 1, ceil_mode=True), "aten.avg_pool2d",
+    ),
+    "images one after the other": (lambda m, y: torch.cat([y, y]), "aten.cat"),
+    "images above each other": (lambda m, y: torch.cat([y, y], 2), "aten.cat"),
+    "flattened images side by side": (lambda m, y: torch.cat([y.flatten(1), y.flatten(1)], 1), "aten.cat"),
+    "a parameter beside the images": (
+        lambda m, y: torch.cat([y, m.bn.weight.view(1, 16, 1, 1).expand(2, 16, 6, 6)], 1), "aten.cat",
+    ),
+    "halves of the images": (lambda m, y: torch.add(*y.chunk(2, 2)), "aten.slice"),
+    "every other channel": (lambda m, y: y[:, ::2], "aten.slice"),
     "a pool to another size": (lambda m, y: F.adaptive_avg_pool2d(y, 3), "adaptive_avg_pool2d"),
     "a matrix that the network computes": (
         lambda m, y: torch.addmm(m.bn.bias[:2], y.mean((2, 3)), y.mean((2, 3)).t()), "aten.addmm|aten.t",
@@ -124,7 +143,6 @@ REFUSED = {
         lambda m, y: F.batch_norm(y, m.bn.running_mean, m.bn.running_var, y.mean((0, 2, 3))), "aten.mean|batch_norm",
     ),
     "a norm by its own batch": (lambda m, y: F.batch_norm(y, None, None, training=True), "batch_norm"),
-    "parts of the channels": (lambda m, y: torch.cat([part.relu() for part in y.chunk(2, 1)], 1), "aten.split"),
     "parts of the channels, written": (lambda m, y: y.split(8, 1)[1].relu_(), "memory that a view shares"),
     "a part of the rows": (lambda m, y: y[:, :, 1:], "aten.slice"),
     "a transposed convolution": (lambda m, y: F.conv_transpose2d(y, m.small.weight.permute(1, 0, 2, 3)), "convolution"),

@@ -1,6 +1,8 @@
 // Binding of a frozen network: checks that a program stays within its memory, then has one team of threads run it.
 #include "cpu/plan.h"
 
+#include <cstring>
+
 #include "cpu/add_act.h"
 #include "cpu/conv_host.h"
 #include "cpu/plan_call.h"
@@ -43,7 +45,7 @@ Work pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   char* y = call.at(row.y, first, images, row.out_h * row.out_w * row.channels * call.size);
   check_windows(row);
   const PoolArgs args{call.dtype, x, y, images, row.channels, row.height, row.width, row.out_h, row.out_w,
-                      row.kernel_h, row.kernel_w, row.stride_h, row.stride_w, row.pad_h, row.pad_w};
+                      row.kernel_h, row.kernel_w, row.stride_h, row.stride_w, row.pad_h, row.pad_w, row.run};
   const int64_t grain = std::max<int64_t>(1, kGrain / (row.width * row.channels));
   const auto kernel = row.kind == Step::kMaxPool ? &max_pool : &avg_pool;
   return {images * row.out_h, grain, [args, kernel](int64_t begin, int64_t end) { kernel(args, begin, end); }};
@@ -99,6 +101,19 @@ Work sigmoid(const Call& call, const PlanRow& row, int64_t first, int64_t images
   return {images * numel, kGrain / 16, [args](int64_t begin, int64_t end) { sigmoid(args, begin, end); }};
 }
 
+Work copy(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+  FASTRES_CHECK(row.out_h == row.height && row.out_w == row.width && row.run >= 1 && row.begin >= 0 && row.at >= 0 &&
+                    row.run <= row.channels - row.begin && row.run <= row.out_channels - row.at,
+                kPlan, "copied channels", "within both pixels", row.run);
+  const int64_t pixels = row.height * row.width, from = row.channels * call.size, to = row.out_channels * call.size;
+  const char* x = call.at(row.x, first, images, pixels * from) + row.begin * call.size;
+  char* y = call.at(row.y, first, images, pixels * to) + row.at * call.size;
+  const size_t bytes = row.run * call.size;
+  return {images * pixels, std::max<int64_t>(1, kGrain / row.run), [=](int64_t begin, int64_t end) {
+            for (int64_t pixel = begin; pixel < end; ++pixel) std::memcpy(y + pixel * to, x + pixel * from, bytes);
+          }};
+}
+
 Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   FASTRES_CHECK(std::min({row.channels, row.height, row.width, row.out_channels, row.out_h, row.out_w}) >= 1, kPlan,
                 "a step's sizes", "at least 1", row.channels);
@@ -113,6 +128,7 @@ Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images
     case Step::kUpsample: return upsample(call, row, first, images);
     case Step::kGate: return gate(call, row, first, images);
     case Step::kSigmoid: return sigmoid(call, row, first, images);
+    case Step::kCopy: return copy(call, row, first, images);
     default: FASTRES_CHECK(false, kPlan, "a step", "one of this build", static_cast<int64_t>(row.kind));
   }
   return {};

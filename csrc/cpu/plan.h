@@ -6,7 +6,7 @@
 
 namespace fastres::cpu {
 
-enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd, kUpsample, kGate, kSigmoid };
+enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd, kUpsample, kGate, kSigmoid, kCopy };
 
 // A value: bytes into the arena, or one of the tensors of the call (kOutput - i for its output i); `step` bytes from one image of the batch to the next,
 // 0 where the arena holds only the images of one pass.
@@ -19,7 +19,8 @@ constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;  // the first output
 // passes between them stays in the caches. Activations are channels last, without gaps. `weight` and `bias` count the
 // constants of the call: packed weights and a bias for kConv, rows of mean, scale and bias for kBn. kPad copies every
 // stride-th pixel of the input, or of a value, and adds padding and channels of zeros. kUpsample adds the nearest pixel of x to
-// each of the residual. kGate multiplies each image's channels by its gate. With `int8` all values are uint8,
+// each of the residual. kGate multiplies each image's channels by its gate. kCopy copies `run` channels of x, from `begin` on, to
+// those of y from `at` on. With `int8` all values are uint8,
 // but for the input and the output, which are of the call's dtype; `bias` counts the float constants that plan_int8.cpp tells.
 struct PlanRow {
   Step kind;
@@ -28,11 +29,13 @@ struct PlanRow {
   int64_t weight, bias, relu;
   int64_t channels, height, width, out_channels, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int64_t run;       // of a convolution, in words of one group; its pixels hold `channels` values
+  int64_t run;       // of a convolution, in words of one group; its pixels hold `channels` values. Of a copy, in channels. Of an average,
+                     // what sums are divided by, 0 for the pixels inside the image
   int64_t groups;
   int64_t winograd;  // whether its weights are transformed, for a 3x3 convolution with stride 1
   int64_t int8;
   Place gate;
+  int64_t begin, at;  // of a copy's channels, in x and in y
 };
 constexpr int64_t kRowFields = sizeof(PlanRow) / sizeof(int64_t);
 
@@ -41,7 +44,7 @@ struct PoolArgs {
   const void* x;
   void* y;
   int64_t images, channels, height, width, out_h, out_w;
-  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, divisor;
 };
 
 struct BnPixelsArgs {
@@ -76,7 +79,7 @@ struct SigmoidArgs {
 };
 
 FASTRES_FMA_KERNEL(max_pool, PoolArgs)  // a range counts rows of y
-FASTRES_FMA_KERNEL(avg_pool, PoolArgs)  // the same; of the pixels inside the image
+FASTRES_FMA_KERNEL(avg_pool, PoolArgs)  // the same; divisor: 0 for the number of pixels inside the image
 FASTRES_FMA_KERNEL(bn_pixels, BnPixelsArgs)  // a range counts pixels
 FASTRES_FMA_KERNEL(upsample_add, UpsampleArgs)  // a range counts rows of y
 FASTRES_FMA_KERNEL(gate_channels, GateArgs)  // a range counts pixels

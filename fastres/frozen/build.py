@@ -1,6 +1,5 @@
 """Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
 
-import inspect
 import itertools
 from collections import Counter
 from typing import Any
@@ -11,11 +10,11 @@ from torch.utils._pytree import tree_map
 
 from fastres.errors import UnsupportedError
 from fastres.frozen import weights
+from fastres.frozen.arguments import Refused, constant, has_room, layer_name, of_channels, pair, stem
 from fastres.frozen.layers import ONE, Layer, Network, Output, Pair
-from fastres.frozen.record import Recording, Value
+from fastres.frozen.record import Recording, Value, values_in
 from fastres.ops import _fold
 
-_IN_PLACE = ("relu_", "add_", "sub_", "mul_", "div_", "sigmoid_")
 _END_IN_RELU = ("conv", "linear", "bn", "add", "upsample", "gate")
 _WHOLE = 2**31  # where a slice ends that takes all there is, whatever the size of the images
 
@@ -34,14 +33,10 @@ def network(name: str, recording: Recording) -> Network:
     return Network(name, layers, recording.x, recording.x.shape[1], outputs, form)
 
 
-class _Refused(Exception):
-    """No layer does what an operation does with these arguments."""
-
-
 class _Builder:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        operands = (arg for operation in recording.operations for arg in operation.args if isinstance(arg, Value))
+        operands = (value for operation in recording.operations for value in values_in(operation.args))
         self.uses = Counter((*operands, *recording.ys))
         self.found: list[Layer] = []
         self.same: dict[Value, Value] = {}  # a value that holds what an earlier one holds
@@ -52,12 +47,12 @@ class _Builder:
         for operation in self.recording.operations:
             if operation.result.constant is not None:
                 continue
-            take = getattr(self, "on_" + _stem(operation.target), None)
+            take = getattr(self, "on_" + stem(operation.target), None)
             try:
-                if take is None or operation.target.endswith("out") or not _has_room(take, operation.args):
-                    raise _Refused
+                if take is None or operation.target.endswith("out") or not has_room(take, operation.args):
+                    raise Refused
                 take(*operation.args, y=operation.result)
-            except _Refused:
+            except Refused:
                 self.refused[operation.target] = self.refused.get(operation.target, 0) + 1
         if self.refused:
             what = ", ".join(f"{target} ({count}x)" for target, count in sorted(self.refused.items()))
@@ -130,22 +125,22 @@ class _Builder:
 
     def on_convolution(self, x, weight, bias, stride, padding, dilation, transposed, _, groups, *, y):
         if transposed or len(weight.shape) != 4:
-            raise _Refused
-        pairs = [_pair(value) for value in (stride, padding, dilation)]
-        rows = weights.own(_constant(weight))
-        bias = torch.zeros(len(rows), device=rows.device) if bias is None else weights.own(_constant(bias))
+            raise Refused
+        pairs = [pair(value) for value in (stride, padding, dilation)]
+        rows = weights.own(constant(weight))
+        bias = torch.zeros(len(rows), device=rows.device) if bias is None else weights.own(constant(bias))
         self.add(_conv(x, weight, (rows, bias), *pairs, groups, y))
 
     def on_native_batch_norm(self, x, weight, bias, mean, var, training, _, eps, *, y):
         if training or mean is None or len(x.shape) != 4:
-            raise _Refused
-        parameters = [_constant(p) for p in (weight, bias, mean, var)]
+            raise Refused
+        parameters = [constant(p) for p in (weight, bias, mean, var)]
         conv = self.private(x, "conv")
         if conv is not None:
             conv.weight, conv.bias = _fold.fold((conv.weight, conv.bias, *parameters), eps)
             self.rename(conv, y)
             return
-        self.add(Layer("bn", _layer_name(mean), x, y, weight=weights.batch_norm(*parameters, eps)))
+        self.add(Layer("bn", layer_name(mean), x, y, weight=weights.batch_norm(*parameters, eps)))
 
     on_cudnn_batch_norm = on_native_batch_norm
 
@@ -170,8 +165,8 @@ class _Builder:
         self.on_conv_bn_add_act(x, None, *parameters, y=y)
 
     def on_conv_bn_add_act(self, x, residual, weight, bias, g, b, m, v, eps, stride, padding, dilation, groups, act, *, y):
-        pairs = [_pair(value) for value in (stride, padding, dilation)]
-        rows, *others = map(_constant, (weight, bias, g, b, m, v))
+        pairs = [pair(value) for value in (stride, padding, dilation)]
+        rows, *others = map(constant, (weight, bias, g, b, m, v))
         conv = _conv(x, weight, _fold.fold((rows.float(), *others), eps), *pairs, groups, y)
         conv.residual = None if residual is None else self.value(residual)
         conv.relu = act == "relu"
@@ -190,7 +185,7 @@ class _Builder:
 
     def on_sigmoid(self, x, *, y):
         if tuple(self.value(x).shape[2:]) not in ((), (1, 1)):
-            raise _Refused
+            raise Refused
         x, y = self.value(x), self.stored(x, y)
         self.add(Layer("sigmoid", "sigmoid", x, y))
 
@@ -198,11 +193,11 @@ class _Builder:
         if isinstance(factor, Value) and x.constant is factor.constant is None:
             x, gate = (factor, x) if self.is_gate(x) else (x, factor)
             if y.shape != x.shape or gate.shape != (*x.shape[:2], 1, 1):
-                raise _Refused
+                raise Refused
             self.add(Layer("gate", "gate", x, y, gate=self.value(gate)))
             return
         x, factor = (factor, x) if x.constant is not None else (x, factor)
-        self.scale_and_shift(x, _of_channels(x, factor), None, y)
+        self.scale_and_shift(x, of_channels(x, factor), None, y)
 
     def is_gate(self, x: Value) -> bool:
         """Whether a value is the sigmoid that scales channels; where images have one pixel, both factors look alike."""
@@ -210,10 +205,10 @@ class _Builder:
         return layer is not None and layer.kind == "sigmoid"
 
     def on_div(self, x, divisor, *, y):
-        self.scale_and_shift(x, _of_channels(x, divisor).reciprocal(), None, y)
+        self.scale_and_shift(x, of_channels(x, divisor).reciprocal(), None, y)
 
     def on_sub(self, x, shift, alpha=1, *, y):
-        self.scale_and_shift(x, None, -alpha * _of_channels(x, shift), y)
+        self.scale_and_shift(x, None, -alpha * of_channels(x, shift), y)
 
     def scale_and_shift(self, x: Value, scale: Tensor | None, shift: Tensor | None, y: Value) -> None:
         """``x * scale + shift`` by channels, in the layer before where that is linear, else as a batch norm."""
@@ -227,12 +222,12 @@ class _Builder:
     def on_add(self, x, residual, alpha=1, *, y):
         if isinstance(residual, Value) and (x.constant is not None or residual.constant is not None):
             x, shift = (residual, x) if x.constant is not None else (x, residual)
-            self.scale_and_shift(x, None, alpha * _of_channels(x, shift), y)
+            self.scale_and_shift(x, None, alpha * of_channels(x, shift), y)
             return
         if not isinstance(residual, Value) or alpha != 1 or x.shape != residual.shape:
-            raise _Refused
+            raise Refused
         if len({(*self.value(operand).shape, 1, 1)[:4] for operand in (x, residual)}) > 1:
-            raise _Refused  # flattened from images of other sizes
+            raise Refused  # flattened from images of other sizes
         y = self.stored(x, y)
         operands = (x, residual), (residual, x)
         for kinds, (first, second) in itertools.product((("upsample",), ("conv", "linear", "gate")), operands):
@@ -248,7 +243,7 @@ class _Builder:
     def on_upsample_nearest2d(self, x, size, scale_h=None, scale_w=None, *, y):
         """The addition that follows says how large y is, for images of any size."""
         if any(scale is not None and scale != int(scale) for scale in (scale_h, scale_w)):
-            raise _Refused
+            raise Refused
         self.add(Layer("upsample", "upsample", x, y))
 
     def on_add_act(self, x, residual, act, *, y):
@@ -265,38 +260,41 @@ class _Builder:
         self.add(Layer("relu", "relu", x, y, relu=True))
 
     def on_max_pool2d_with_indices(self, x, kernel, stride=(), padding=(0, 0), dilation=(1, 1), ceil=False, *, y):
-        if _pair(dilation) != ONE:
-            raise _Refused
-        kernel = _pair(kernel)
-        self.add(Layer("max_pool", "max_pool", x, y, None, False, kernel, _pair(stride or kernel), _pair(padding), ceil=ceil))
+        if pair(dilation) != ONE:
+            raise Refused
+        window = pair(kernel), pair(stride or kernel), pair(padding)
+        self.add(Layer("max_pool", "max_pool", x, y, None, False, *window, ceil=ceil))
 
     def on_avg_pool2d(self, x, kernel, stride=(), padding=(0, 0), ceil=False, with_padding=True, divisor=None, *, y):
-        kernel, padding = _pair(kernel), _pair(padding)
-        if divisor is not None or (with_padding and padding != (0, 0)):
-            raise _Refused
-        self.add(Layer("avg_pool", "avg_pool", x, y, None, False, kernel, _pair(stride or kernel), padding, ceil=ceil))
+        kernel, padding = pair(kernel), pair(padding)
+        if divisor is None and with_padding and padding != (0, 0):
+            divisor = kernel[0] * kernel[1]
+            if ceil:  # windows then end where the padding does
+                raise Refused
+        self.add(Layer("avg_pool", "avg_pool", x, y, None, False, kernel, pair(stride or kernel), padding, ceil=ceil,
+                       divisor=divisor or 0))  # fmt: skip
 
     def on_mean(self, x, dims, keepdim=False, dtype=None, *, y):
         if len(x.shape) != 4 or not isinstance(dims, list) or sorted(dim % 4 for dim in dims) != [2, 3]:
-            raise _Refused
+            raise Refused
         self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
 
     def on__adaptive_avg_pool2d(self, x, size, *, y):
         if tuple(size) == (1, 1):
             self.add(Layer("avg_pool", "mean", x, y, kernel=(0, 0)))
         elif tuple(size) == x.shape[2:]:
-            self.add(Layer("avg_pool", "adaptive_pool", x, y, expects=_pair(size)))
+            self.add(Layer("avg_pool", "adaptive_pool", x, y, expects=pair(size)))
         else:
-            raise _Refused
+            raise Refused
 
     def on_addmm(self, bias, x, weight, beta=1, alpha=1, *, y):
-        source, rows = self.value(x), _constant(weight).t()
-        added = rows.new_zeros(len(rows)) if bias is None else _constant(bias)
+        source, rows = self.value(x), constant(weight).t()
+        added = rows.new_zeros(len(rows)) if bias is None else constant(bias)
         if beta != 1 or alpha != 1 or added.shape != rows.shape[:1]:
-            raise _Refused
-        kernel = _pair(source.shape[2:]) if len(source.shape) == 4 else ONE
+            raise Refused
+        kernel = pair(source.shape[2:]) if len(source.shape) == 4 else ONE
         rows = rows.reshape(len(rows), -1, *kernel)
-        self.add(Layer("linear", _layer_name(weight), source, y, None, False, kernel, out_channels=len(rows),
+        self.add(Layer("linear", layer_name(weight), source, y, None, False, kernel, out_channels=len(rows),
                        expects=kernel, weight=weights.own(rows), bias=weights.own(added)))  # fmt: skip
 
     def on_mm(self, x, weight, *, y):
@@ -306,7 +304,7 @@ class _Builder:
         flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
         pixels = len(x.shape) == 4 and len(y.shape) == 4 and y.shape == x.shape
         if not isinstance(shape, list) or not (flat or pixels):
-            raise _Refused
+            raise Refused
         self.pass_on(self.value(x), y)
 
     on__unsafe_view = on_view
@@ -315,7 +313,7 @@ class _Builder:
         """Of the pixels only; without ``dims`` it would take a batch of one image too."""
         dims = [dims] if isinstance(dims, int) else dims or [0]
         if x.shape[2:].count(1) != len(x.shape[2:]) or any(dim % len(x.shape) < 2 for dim in dims):
-            raise _Refused
+            raise Refused
         self.pass_on(self.value(x), y)
 
     def on_clone(self, x, *_, y):
@@ -323,7 +321,7 @@ class _Builder:
 
     def on_as_strided_(self, x, shape, strides, *_, y):
         if tuple(shape) != x.shape:
-            raise _Refused
+            raise Refused
         self.pass_on(self.value(x), y)
 
     def on_empty(self, *_, y):
@@ -331,9 +329,13 @@ class _Builder:
 
     def on_slice(self, x, dim=0, start=None, end=None, step=1, *, y):
         dim %= len(x.shape)
+        if len(x.shape) == 4 and dim == 1 and step == 1 and y.shape[1] != x.shape[1]:
+            begin = range(x.shape[1])[slice(start, end)].start
+            self.add(Layer("slice", "slice", x, y, out_channels=y.shape[1], begin=begin))
+            return
         whole = not start and (end is None or end >= _WHOLE or (dim == 1 and end >= x.shape[1]))
         if not whole or (step != 1 and dim not in (2, 3)) or len(x.shape) != 4:
-            raise _Refused
+            raise Refused
         if step == 1:
             self.pass_on(self.value(x), y)
             return
@@ -345,9 +347,17 @@ class _Builder:
             return
         self.add(Layer("pad", "subsample", x, y, stride=stride, out_channels=x.shape[1]))
 
+    def on_cat(self, tensors, dim=0, *, y):
+        first, *others = map(self.value, tensors)
+        pixels = {(*value.shape, 1, 1)[2:4] for value in (first, *others)}
+        is_constant = any(value.constant is not None for value in (first, *others))
+        if is_constant or dim % len(y.shape) != 1 or len(pixels) > 1 or (len(y.shape) == 2 and pixels != {ONE}):
+            raise Refused
+        self.add(Layer("cat", "cat", first, y, others=tuple(others)))
+
     def on_constant_pad_nd(self, x, pad, value=0, *, y):
         if len(pad) != 6 or any(pad[:5]) or pad[5] < 0 or value != 0:
-            raise _Refused
+            raise Refused
         before = self.private(x, "pad")
         if before is not None:
             before.out_channels, before.name = y.shape[1], "zero_pad"
@@ -356,44 +366,9 @@ class _Builder:
         self.add(Layer("pad", "zero_pad", x, y, out_channels=y.shape[1]))
 
 
-def _stem(target: str) -> str:
-    name = target.split(".")[1]
-    return {"flatten": "view", "reshape": "view"}.get(name, name.removesuffix("_") if name in _IN_PLACE else name)
-
-
-def _pair(value: Any) -> Pair:
-    values = tuple(int(v) for v in ([value] if isinstance(value, int) else value))
-    return values if len(values) == 2 else (values[0], values[0])  # type: ignore[return-value]
-
-
-def _constant(value: Value | None) -> Tensor | None:
-    """The tensor of a parameter; refuses a value that the network computes."""
-    if value is not None and value.constant is None:
-        raise _Refused
-    return None if value is None else value.constant
-
-
-def _of_channels(x: Value, constant: Any) -> Tensor:
-    """A constant that scales or shifts channels of x, one value for each."""
-    found = weights.of_channels(_constant(constant), x.shape) if isinstance(constant, Value) else None
-    if found is None:
-        raise _Refused
-    return found
-
-
-def _layer_name(parameter: Value) -> str:
-    return parameter.name.rpartition(".")[0] or parameter.name
-
-
 def _conv(
     x: Value, weight: Value, own: tuple[Tensor, Tensor], stride: Pair, padding: Pair, dilation: Pair, groups: int, y: Value
 ) -> Layer:
     rows, bias = own
-    return Layer("conv", _layer_name(weight), x, y, None, False, _pair(rows.shape[2:]), stride, padding, dilation, groups,
+    return Layer("conv", layer_name(weight), x, y, None, False, pair(rows.shape[2:]), stride, padding, dilation, groups,
                  out_channels=len(rows), weight=rows, bias=bias)  # fmt: skip
-
-
-def _has_room(take: Any, args: tuple) -> bool:
-    """Whether a step takes so many arguments; ``rounding_mode`` of a division is one more."""
-    wanted = inspect.signature(take).parameters.values()
-    return any(p.kind is p.VAR_POSITIONAL for p in wanted) or len(args) < len(wanted)

@@ -93,7 +93,7 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
         return Call(layer, None, tuple(layer.operands), (act,), {TORCH: _with(layer, _gate)})
     if layer.kind == "linear":
         return Call(layer, None, inputs, (*own, act), {TORCH: _with(layer, _linear)})
-    return Call(layer, None, inputs, (), {TORCH: functools.partial(PLAIN[layer.kind], layer)})
+    return Call(layer, None, tuple(layer.operands), (), {TORCH: functools.partial(PLAIN[layer.kind], layer)})
 
 
 # ---- PyTorch's ways --------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ ONE = (1, 1)
 @dataclass(eq=False)
 class Layer:
     """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, upsample (x enlarged to the residual's size by
-    nearest pixels, and added to it), gate (x times ``gate``, a value for each channel), sigmoid, relu or pad (a strided
-    identity, with extra channels of zeros); ``kernel`` of an avg_pool is (0, 0) for all pixels."""
+    nearest pixels, and added to it), gate (x times ``gate``, a value for each channel), sigmoid, relu, pad (a strided
+    identity, with extra channels of zeros), cat (x and ``others``, by channels) or slice (channels of x from ``begin`` on);
+    ``kernel`` of an avg_pool is (0, 0) for all pixels."""
 
     kind: str
     name: str
@@ -38,11 +39,14 @@ class Layer:
     bias: Tensor | None = None
     scale: Tensor | None = None  # of each output channel's weights where those are int8
     gate: Value | None = None
+    others: tuple[Value, ...] = ()
+    begin: int = 0
+    divisor: int = 0  # of an avg_pool's sums; 0 for the number of pixels inside the image
 
     @property
     def operands(self) -> list[Value]:
         """What it reads."""
-        return [value for value in (self.x, self.residual, self.gate) if value is not None]
+        return [value for value in (self.x, self.residual, self.gate, *self.others) if value is not None]
 
 
 @dataclass(frozen=True)

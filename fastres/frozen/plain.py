@@ -1,5 +1,6 @@
 """The layers without weights as PyTorch's own operations, of a layer and its input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def max_pool(layer: Layer, x: Tensor, *_: Any) -> Tensor:
 def avg_pool(layer: Layer, x: Tensor) -> Tensor:
     if layer.kernel == (0, 0):
         return x.mean((2, 3), keepdim=True)
-    return F.avg_pool2d(x, layer.kernel, layer.stride, layer.padding, layer.ceil, count_include_pad=False)
+    return F.avg_pool2d(x, layer.kernel, layer.stride, layer.padding, layer.ceil, False, layer.divisor or None)
 
 
 def relu(layer: Layer, x: Tensor) -> Tensor:
@@ -33,4 +34,20 @@ def sigmoid(layer: Layer, x: Tensor) -> Tensor:
     return x.sigmoid()
 
 
-PLAIN = {"max_pool": max_pool, "avg_pool": avg_pool, "relu": relu, "pad": pad, "sigmoid": sigmoid}
+def cat(layer: Layer, *xs: Tensor) -> Tensor:
+    return torch.cat(xs, 1)
+
+
+def channels(layer: Layer, x: Tensor) -> Tensor:
+    return x[:, layer.begin : layer.begin + layer.out_channels].contiguous(memory_format=torch.channels_last)
+
+
+PLAIN: dict[str, Callable[..., Tensor]] = {
+    "max_pool": max_pool,
+    "avg_pool": avg_pool,
+    "relu": relu,
+    "pad": pad,
+    "sigmoid": sigmoid,
+    "cat": cat,
+    "slice": channels,
+}

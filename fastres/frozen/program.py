@@ -24,8 +24,8 @@ from fastres.kernels import layout
 from fastres.ops import _conv_cpu
 
 # enum Step of csrc/cpu/plan.h
-KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample", "gate", "sigmoid")
-FIELDS = 32  # of a row, struct PlanRow there
+KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample", "gate", "sigmoid", "copy")
+FIELDS = 34  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3  # and -4 for the second output, and so on
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 MOST_LIVE = 8 << 20  # bytes that pass between steps, for each thread
@@ -44,6 +44,7 @@ class Step(NamedTuple):
     gate: Value | None = None
     padded: bool = False  # whether x comes with its padding written out
     winograd: bool = False
+    at: int = 0  # the first of y's channels that it writes, of a cat, which has a step for each of its operands
 
     @property
     def operands(self) -> list[Value]:
@@ -52,7 +53,7 @@ class Step(NamedTuple):
 
     @property
     def row_kind(self) -> str:
-        return {"linear": "conv", "relu": "add"}.get(self.layer.kind, self.layer.kind)
+        return {"linear": "conv", "relu": "add", "cat": "copy", "slice": "copy"}.get(self.layer.kind, self.layer.kind)
 
 
 @dataclass
@@ -102,6 +103,12 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
         return plain if plain in sizes else copied(x, plain, "input", size[0], (0, 0))
 
     for layer in layers:
+        if layer.kind == "cat":
+            y, at = sized(layer, sizes, size), 0
+            for value in layer.operands:
+                found.append(Step(layer, readable(value), None, layer.y, sizes[value], y, at=at))
+                at += sizes[value][0]
+            continue
         channels = sizes[layer.x][0]
         padded = layer.kind in ("conv", "linear") and _conv_cpu.is_padded(channels, dtype)
         padded = padded or (layer.kind == "conv" and layer.x in offset and layer.padding != (0, 0))
@@ -111,10 +118,10 @@ def steps(layers: list[Layer], x: Value, size: Size, dtype: torch.dtype, offset:
         elif layer.kind != "pad":
             source = readable(layer.x)
         residual, gate = (None if value is None else readable(value) for value in (layer.residual, layer.gate))
-        y = sized(layer, sizes, size)[1:]
+        sized(layer, sizes, size)
         weight = (layer.out_channels, channels, *layer.kernel)
         winograd = layer.kind == "conv" and layer.groups == 1 and not padded
-        winograd = winograd and _conv_cpu.suits_winograd(weight, dtype, layer.stride, layer.dilation, y)
+        winograd = winograd and _conv_cpu.suits_winograd(weight, dtype, layer.stride, layer.dilation, sizes[layer.y][1:])
         found.append(Step(layer, source, residual, layer.y, sizes[source], sizes[layer.y], gate, padded, winograd))
     return found
 
@@ -128,8 +135,9 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
     channels, *image = sizes[layer.x]
     enlarged = layer.residual if layer.kind == "upsample" else None
     y = output_size(layer, (image[0], image[1])) if enlarged is None else sizes[enlarged][1:]
-    sizes[layer.y] = (layer.out_channels or channels, *y)
+    sizes[layer.y] = (layer.out_channels or channels + sum(sizes[value][0] for value in layer.others), *y)
     fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
+    fits = fits and all(sizes[value][1:] == y for value in layer.others)
     fits = fits and (layer.gate is None or sizes[layer.gate] == (channels, 1, 1))
     if not fits or (layer.residual is not None and sizes[layer.residual] != sizes[layer.y]):
         raise must("freeze", "x", f"images whose size fits layer {layer.name!r}", f"{size[1]}x{size[2]}")
@@ -138,7 +146,7 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
 
 def output_size(layer: Layer, size: Pair) -> Pair:
     """Height and width of a layer's output."""
-    if layer.kind in ("bn", "add", "relu", "gate", "sigmoid"):
+    if layer.kind in ("bn", "add", "relu", "gate", "sigmoid", "cat", "slice"):
         return size
     if layer.kind == "linear" or layer.kernel == (0, 0):
         return 1, 1
@@ -216,10 +224,14 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
     x, y = places.get(step.x, (INPUT, 0)), places[step.y]
     residual, gate = ((NONE, 0) if value is None else places[value] for value in (step.residual, step.gate))
     row = [KINDS.index(step.row_kind), 0, 0, *x, *residual, *y, weight, bias, layer.relu]
+    if step.row_kind == "copy":
+        run = min(channels, out_channels)
+    if layer.kind == "avg_pool":
+        run = layer.divisor
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
     row += [channels, height, width, out_channels, out_h, out_w, *kernel, *layer.stride, *padding, *layer.dilation]
-    return [int(v) for v in (*row, run, layer.groups, step.winograd, dtype == torch.int8, *gate)]
+    return [int(v) for v in (*row, run, layer.groups, step.winograd, dtype == torch.int8, *gate, layer.begin, step.at)]
 
 
 def _bytes(size: Size, itemsize: int) -> int:
@@ -236,7 +248,7 @@ class _Arena:
         self, found: list[Step], given: dict[Value, tuple[int, int]], chunks: list[int], batch: int, itemsize: int
     ) -> None:
         self.found, self.given, self.chunks, self.batch, self.itemsize = found, given, chunks, batch, itemsize
-        self.made = {step.y: index for index, step in enumerate(found)}
+        self.made = {step.y: index for index, step in reversed(list(enumerate(found)))}  # first
         self.last = {step.y: index for index, step in enumerate(found)}
         for index, step in enumerate(found):
             self.last.update({value: index for value in step.operands if value in self.made})
@@ -254,7 +266,7 @@ class _Arena:
         places = dict(self.given)  # outputs live outside
         taken: list[tuple[int, int, int, int]] = []  # first step, last step, offset, end
         for index, step in enumerate(self.found):
-            if step.y in self.given:
+            if step.y in places:
                 continue
             image = step.y_size[0] * step.y_size[1] * step.y_size[2] * self.itemsize
             whole = self.segment(index) != self.segment(self.last[step.y])

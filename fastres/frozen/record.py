@@ -4,6 +4,7 @@ Everything a frozen network does is in this list, whatever Python produced it. A
 on data), draws a random number or writes into memory that others see has no place in a static plan and is refused.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastres.errors import UnsupportedError
 from fastres.ops import REGISTRY
 
 _PASSED = frozenset(("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"))
+_SPLITS = frozenset(("aten.split.Tensor", "aten.split_with_sizes.default"))
 _RESHAPES = frozenset(("view", "_unsafe_view", "as_strided_", "empty", "upsample_nearest2d"))  # their numbers are sizes
 
 
@@ -30,11 +32,17 @@ class Value:
 
 @dataclass
 class Operation:
-    """One call: ``args`` are those of PyTorch's schema with a ``Value`` for each tensor."""
+    """One call: ``args`` are those of PyTorch's schema with a ``Value`` for each tensor, alone or in a list."""
 
     target: str
     args: tuple
     result: Value
+
+
+def values_in(args: Iterable[Any]) -> list[Value]:
+    """The values among arguments, and in lists of them."""
+    each = (arg if isinstance(arg, (list, tuple)) else [arg] for arg in args)
+    return [value for values in each for value in values if isinstance(value, Value)]
 
 
 @dataclass
@@ -57,7 +65,7 @@ class Recording:
 
         def told(arg: Any) -> Any:
             if not isinstance(arg, Value):
-                return tuple(arg) if isinstance(arg, list) else arg
+                return tuple(map(told, arg)) if isinstance(arg, list) else arg
             return order[arg] if arg in order else (arg.name, None if arg.constant is None else arg.constant.data_ptr())
 
         found = []
@@ -106,6 +114,20 @@ class _Recorder(TorchDispatchMode):
             self.alive.append(tensor)
         return found
 
+    def operand(self, arg: Any) -> Any:
+        """An argument with values for its tensors."""
+        if isinstance(arg, (list, tuple)):
+            return [self.value(each) if isinstance(each, Tensor) else each for each in arg]
+        return self.value(arg) if isinstance(arg, Tensor) else arg
+
+    def split(self, pieces: Sequence[Tensor], x: Tensor, _: Any, dim: int) -> None:
+        """Each piece as a slice."""
+        source, begin = self.value(x), 0
+        of = None if source.constant is None else source
+        for piece in pieces:
+            args = (source, dim, begin, begin := begin + piece.shape[dim], 1)
+            self.operations.append(Operation("aten.slice.Tensor", args, self.produce(piece, of)))
+
     def produce(self, tensor: Tensor, of: Value | None = None) -> Value:
         """A value between operations, or one computed of constants alone."""
         value = self.values[id(tensor)] = Value(tuple(tensor.shape))
@@ -133,13 +155,16 @@ class _Recorder(TorchDispatchMode):
             self.values[id(first)] = self.value(args[0])
             self.keep(first)
             return out
-        operands = tuple(self.value(arg) if isinstance(arg, Tensor) else arg for arg in _in_order(func, args, kwargs))
-        computed = any(isinstance(arg, Value) and arg.constant is None for arg in operands)
+        if target in _SPLITS:
+            self.split(out, *_in_order(func, args, kwargs))
+            return out
+        operands = tuple(map(self.operand, _in_order(func, args, kwargs)))
+        computed = any(value.constant is None for value in values_in(operands))
         if computed and first.is_floating_point() and first.dtype != self.alive[0].dtype:
             raise UnsupportedError(f"fastres.freeze: the network changes dtype to {first.dtype} ({target})")
         if func._schema.is_mutable:
             self.refuse_shared_write(args[0], target)
-        constant = next((arg for arg in operands if isinstance(arg, Value)), None)
+        constant = next(iter(values_in(operands)), None)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         of = None if computed or is_random or func._schema.is_mutable or _holds_tensors(args) else constant
         self.operations.append(Operation(target, operands, self.produce(first, of)))

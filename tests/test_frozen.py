@@ -248,7 +248,7 @@ class Function(nn.Module):
 @pytest.mark.parametrize(
     "function, why",
     [
-        (torch.sigmoid, "aten.sigmoid"), (lambda y: y if y.sum() > 0 else -y, "reads a value"), (lambda y: (y, 1), "return tensors"),
+        (torch.tanh, "aten.tanh"), (lambda y: y if y.sum() > 0 else -y, "reads a value"), (lambda y: (y, 1), "return tensors"),
         (lambda y: F.max_pool2d(y, 2, dilation=2), "max_pool2d"), (lambda y: y.view(-1, 16), "aten.view"),
         (lambda y: y + 1.0, "aten.add"), (lambda y: torch.ones(3), "ones"), (lambda y: y.flatten(1)[:, :4], "slice"),
         (lambda y: y[:, ::2].relu() + y[:, 8:], "slice"), (nn.Conv2d(16, 8, 3, groups=4), "groups"), (F.dropout, "dropout|bernoulli"),

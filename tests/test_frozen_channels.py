@@ -1,4 +1,5 @@
-"""Networks that put values side by side or take them apart by channels (DenseNet, Inception, Res2Net, U-Net): one plan."""
+"""Plans of networks that put values side by side or take them apart by channels (DenseNet, Inception, Res2Net), and of those
+with other activations than ReLU (MobileNet, EfficientNet)."""
 
 import copy
 
@@ -25,7 +26,12 @@ NETWORKS = {
     "SqueezeNet": lambda: vision.squeezenet1_1(num_classes=5),
     "Res2Net": lambda: timm.create_model("res2net50_14w_8s", num_classes=5),
     "DLA": lambda: timm.create_model("dla34", num_classes=5),
-    "DPN": lambda: timm.create_model("dpn68", num_classes=5),
+    "DPN": lambda: timm.create_model("dpn48b", num_classes=5),
+    "VoVNet": lambda: timm.create_model("ese_vovnet19b_slim_dw", num_classes=5),
+    "CSPNet": lambda: timm.create_model("cs3darknet_focus_s", num_classes=5),
+    "MobileNetV2": lambda: vision.mobilenet_v2(num_classes=5),
+    "MobileNetV3": lambda: vision.mobilenet_v3_small(num_classes=5),
+    "EfficientNet": lambda: vision.efficientnet_b0(num_classes=5),
 }
 
 

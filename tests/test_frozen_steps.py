@@ -10,6 +10,7 @@ from tolerances import assert_close_to_truth
 from torch import nn
 
 import fastres
+from fastres.ops import _conv_cpu
 
 pytestmark = pytest.mark.cpu
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -25,6 +26,17 @@ class Behind(nn.Module):
 
     def forward(self, x):
         return self.function(self, self.conv(x))
+
+
+class Pointwise(nn.Module):
+    """A function of the images' own values."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(F.max_pool2d(x, 1))
 
 
 def statistics(m):
@@ -53,6 +65,16 @@ STEPS = {
     "a gate that gates a gate": lambda m, y: y * (gate(m, y) * gate(m, y.relu())),
     "two values gated alike": lambda m, y: (g := gate(m, y)) * y + g * m.bn(y),
     "probabilities": lambda m, y: m.small(y).flatten(1).sigmoid(),
+    "a hard gate": lambda m, y: y * F.hardsigmoid(m.scale(y.mean((2, 3), keepdim=True))),
+    "hard gates of one pixel": lambda m, y: (z := m.small(y)) * F.hardsigmoid(z),
+    "SiLU": lambda m, y: m.bn(F.silu(y)) + y,
+    "SiLU in place of what others read": lambda m, y: F.silu(z := m.bn(y)) + m.scale(F.silu(z + y, inplace=True)),
+    "sigmoids of pixels": lambda m, y: m.scale(y).sigmoid(),
+    "hard swish": lambda m, y: F.relu(F.hardswish(m.bn(y)) + F.hardswish(y, inplace=True)),
+    "leaky ReLUs": lambda m, y: m.bn(F.leaky_relu(y, 0.2)) + F.leaky_relu(y, inplace=True),
+    "ReLU6": lambda m, y: m.bn(F.relu6(y)) + F.relu6(y.div_(m.bn.running_var.view(-1, 1, 1) * 0.1), inplace=True),
+    "bounds": lambda m, y: F.hardtanh(F.hardtanh(m.bn(y)), -0.5, 0.25),
+    "features bounded": lambda m, y: F.relu6(F.silu(m.small(y).flatten(1))),
     "what has a name for a profiler": named,
     "our batch norm": lambda m, y: bn_act(m, y, "relu"),
     "our batch norm without ReLU": lambda m, y: bn_act(m, y, "none"),
@@ -128,7 +150,7 @@ REFUSED = {
     "a scale for each pixel": (lambda m, y: y * m.small.weight[0, :, :, :], "aten.mul"),
     "a random scale": (lambda m, y: y * torch.rand_like(m.bn.weight)[:, None, None], "aten.rand_like|aten.mul"),
     "a scale that the images give": (lambda m, y: y * y.mean((0, 2, 3), keepdim=True), "aten.mul"),
-    "a gate for each pixel": (lambda m, y: y * y.sigmoid(), "aten.sigmoid"),
+    "a gate for each pixel": (lambda m, y: y * y.sigmoid(), "aten.mul"),
     "one gate for all channels": (lambda m, y: y * gate(m, y).mean(1, keepdim=True), "aten.mean|aten.mul"),
     "a gate of as many pixels": (lambda m, y: y * F.relu(y), "aten.mul"),
     "a number": (lambda m, y: y * 2, "aten.mul"),
@@ -155,3 +177,36 @@ def test_what_no_step_does_is_named(name):
     function, words = REFUSED[name]
     with pytest.raises(fastres.UnsupportedError, match=words):
         fastres.freeze(Behind(function).eval(), X)
+
+
+FUNCTIONS = {
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+    "relu6": F.relu6,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_activations_of_all_sorts_of_numbers(name, dtype):
+    """Of those that are not finite, zeros and subnormals too, and wherever in a vector they lie."""
+    if _conv_cpu.lacks(dtype):
+        pytest.skip(_conv_cpu.lacks(dtype))
+    inf, least, largest = torch.inf, torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    special = [0.0, -0.0, inf, -inf, torch.nan, least, -least, least / 8, -least / 8, largest, -largest]
+    special += [3.0, -3.0, 88.8, -88.8, -104.0]
+    x = torch.cat([torch.tensor(special), torch.linspace(-95, 95, 1011), 3 * X.flatten()[:300]])[: 3 * 17 * 26]
+    x = x.to(dtype).view(1, 3, 17, -1)
+    frozen = fastres.freeze(Pointwise(FUNCTIONS[name]), X, dtype)
+    y, expected, exact = frozen(x), FUNCTIONS[name](x), FUNCTIONS[name](x.double())
+    for same in (torch.isnan, torch.isinf):
+        assert torch.equal(same(y), same(expected))
+    zeros = expected == 0
+    assert torch.equal(y[zeros], expected[zeros]) and torch.equal(y[zeros].signbit(), expected[zeros].signbit())
+    usual = exact.isfinite() & (exact.abs() > least) & (x.abs() < 85)
+    assert_close_to_truth(y[usual], expected[usual], exact[usual], dtype, name)
+    far = ((y.double() - exact).abs() / exact.abs())[usual].max()
+    assert far <= 2 * ((expected.double() - exact).abs() / exact.abs())[usual].max() + 2 * torch.finfo(dtype).eps

@@ -95,10 +95,13 @@ Work gate(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
           [args](int64_t begin, int64_t end) { gate_channels(args, begin, end); }};
 }
 
-Work sigmoid(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
+Work activation(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
   const int64_t numel = row.height * row.width * row.channels, bytes = numel * call.size;
-  const SigmoidArgs args{call.dtype, call.at(row.x, first, images, bytes), call.at(row.y, first, images, bytes)};
-  return {images * numel, kGrain / 16, [args](int64_t begin, int64_t end) { sigmoid(args, begin, end); }};
+  FASTRES_CHECK(row.run >= 0 && row.run <= static_cast<int64_t>(Function::kClamp), kPlan, "an activation", "one of this build",
+                row.run);
+  const ActivationArgs args{call.dtype, static_cast<Function>(row.run), static_cast<float>(row.low), static_cast<float>(row.high),
+                            call.at(row.x, first, images, bytes), call.at(row.y, first, images, bytes)};
+  return {images * numel, kGrain / 4, [args](int64_t begin, int64_t end) { activation(args, begin, end); }};
 }
 
 Work copy(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
@@ -127,7 +130,7 @@ Work work_of(const Call& call, const PlanRow& row, int64_t first, int64_t images
     case Step::kAdd: return add(call, row, first, images);
     case Step::kUpsample: return upsample(call, row, first, images);
     case Step::kGate: return gate(call, row, first, images);
-    case Step::kSigmoid: return sigmoid(call, row, first, images);
+    case Step::kActivation: return activation(call, row, first, images);
     case Step::kCopy: return copy(call, row, first, images);
     default: FASTRES_CHECK(false, kPlan, "a step", "one of this build", static_cast<int64_t>(row.kind));
   }

@@ -6,7 +6,8 @@
 
 namespace fastres::cpu {
 
-enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd, kUpsample, kGate, kSigmoid, kCopy };
+enum class Step : int64_t { kSegment, kPad, kConv, kMaxPool, kAvgPool, kBn, kAdd, kUpsample, kGate, kActivation, kCopy };
+enum class Function : int64_t { kSigmoid, kSilu, kHardSigmoid, kHardSwish, kLeakyRelu, kClamp };
 
 // A value: bytes into the arena, or one of the tensors of the call (kOutput - i for its output i); `step` bytes from one image of the batch to the next,
 // 0 where the arena holds only the images of one pass.
@@ -30,12 +31,13 @@ struct PlanRow {
   int64_t channels, height, width, out_channels, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t run;       // of a convolution, in words of one group; its pixels hold `channels` values. Of a copy, in channels. Of an average,
-                     // what sums are divided by, 0 for the pixels inside the image
+                     // what sums are divided by, 0 for the pixels inside the image. Of an activation, its function
   int64_t groups;
   int64_t winograd;  // whether its weights are transformed, for a 3x3 convolution with stride 1
   int64_t int8;
   Place gate;
   int64_t begin, at;  // of a copy's channels, in x and in y
+  double low, high;   // of an activation
 };
 constexpr int64_t kRowFields = sizeof(PlanRow) / sizeof(int64_t);
 
@@ -72,10 +74,12 @@ struct GateArgs {
   int64_t channels, pixels;  // of an image
 };
 
-struct SigmoidArgs {
+struct ActivationArgs {
   DType dtype;
+  Function function;
+  float low, high;  // the slope of a leaky ReLU is low
   const void* x;
-  void* y;
+  void* y;  // may be x
 };
 
 FASTRES_FMA_KERNEL(max_pool, PoolArgs)  // a range counts rows of y
@@ -83,6 +87,6 @@ FASTRES_FMA_KERNEL(avg_pool, PoolArgs)  // the same; divisor: 0 for the number o
 FASTRES_FMA_KERNEL(bn_pixels, BnPixelsArgs)  // a range counts pixels
 FASTRES_FMA_KERNEL(upsample_add, UpsampleArgs)  // a range counts rows of y
 FASTRES_FMA_KERNEL(gate_channels, GateArgs)  // a range counts pixels
-FASTRES_FMA_KERNEL(sigmoid, SigmoidArgs)  // a range counts values; few, one at a time
+FASTRES_FMA_KERNEL(activation, ActivationArgs)  // a range counts values
 
 }  // namespace fastres::cpu

@@ -1,6 +1,5 @@
 // Formula: the largest (NaN if there is one) or the mean of a window's pixels in the image; act((x - mean) * scale + bias);
-// act(x[floor(i * in / out)] + residual[i]), the quotient in float as in PyTorch's nearest; act(x * gate + residual);
-// 1 / (1 + exp(-x)).
+// act(x[floor(i * in / out)] + residual[i]), the quotient in float as in PyTorch's nearest; act(x * gate + residual).
 // Layout: channels last; a thread owns rows of y (pools) or pixels (bn), vectors run along the channels.
 // Bytes per output: a window of reads, mostly from L1, and one write.
 // Accumulate type: float; sums by lines of pixels and blocks of lines, which keeps those of large maps exact; one rounding, to the
@@ -117,17 +116,6 @@ void gate_pixels(const GateArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-template <typename scalar_t>
-void sigmoids(const SigmoidArgs& args, int64_t begin, int64_t end) {
-  const auto* x = static_cast<const scalar_t*>(args.x) + begin;
-  auto* y = static_cast<scalar_t*>(args.y) + begin;
-  for_each<kWide>(end - begin, y, false, [&](int64_t i, auto lanes) {
-    Values v = load<float, kWide>(x + i, lanes);
-    for (int64_t lane = 0; lane < kWide; ++lane) v[lane] = 1.0f / (1.0f + __builtin_expf(-v[lane]));
-    store<kWide>(y + i, v, lanes);
-  });
-}
-
 }  // namespace
 
 void max_pool(const PoolArgs& args, int64_t begin, int64_t end) {
@@ -148,11 +136,6 @@ void upsample_add(const UpsampleArgs& args, int64_t begin, int64_t end) {
 void gate_channels(const GateArgs& args, int64_t begin, int64_t end) {
   if (args.dtype == DType::kBFloat16) gate_pixels<bf16>(args, begin, end);
   else gate_pixels<float>(args, begin, end);
-}
-
-void sigmoid(const SigmoidArgs& args, int64_t begin, int64_t end) {
-  if (args.dtype == DType::kBFloat16) sigmoids<bf16>(args, begin, end);
-  else sigmoids<float>(args, begin, end);
 }
 
 void bn_pixels(const BnPixelsArgs& args, int64_t begin, int64_t end) {

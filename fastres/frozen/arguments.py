@@ -9,7 +9,8 @@ from fastres.frozen import weights
 from fastres.frozen.layers import Pair
 from fastres.frozen.record import Value
 
-_IN_PLACE = ("relu_", "add_", "sub_", "mul_", "div_", "sigmoid_")
+_IN_PLACE = ("relu_", "add_", "sub_", "mul_", "div_", "sigmoid_", "silu_", "hardsigmoid_", "hardswish_",
+             "leaky_relu_", "hardtanh_")  # fmt: skip
 
 
 class Refused(Exception):

@@ -196,6 +196,6 @@ def _structure(found: Network) -> list[tuple[Any, ...]]:
     return [
         (layer.kind, order[layer.x], order[layer.residual], order[layer.gate], *map(order.get, layer.others), layer.relu,
          layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.ceil, layer.out_channels, layer.expects,
-         layer.begin, layer.divisor)
+         layer.begin, layer.divisor, layer.function, layer.low, layer.high)
         for layer in found.layers
     ] + [(found.channels, *(order[y] for y in found.outputs), found.form)]  # fmt: skip

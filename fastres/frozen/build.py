@@ -183,11 +183,27 @@ class _Builder:
         self.on_conv_bn_act(x, *parameters[:-3], y=pooled)
         self.on_max_pool2d_with_indices(pooled, *parameters[-3:], y=y)
 
-    def on_sigmoid(self, x, *, y):
-        if tuple(self.value(x).shape[2:]) not in ((), (1, 1)):
-            raise Refused
+    def activate(self, function: str, x: Value, y: Value, low: float = 0.0, high: float = 0.0) -> None:
         x, y = self.value(x), self.stored(x, y)
-        self.add(Layer("sigmoid", "sigmoid", x, y))
+        self.add(Layer("activation", function, x, y, function=function, low=float(low), high=float(high)))
+
+    def on_sigmoid(self, x, *, y):
+        self.activate("sigmoid", x, y)
+
+    def on_silu(self, x, *, y):
+        self.activate("silu", x, y)
+
+    def on_hardsigmoid(self, x, *, y):
+        self.activate("hardsigmoid", x, y)
+
+    def on_hardswish(self, x, *, y):
+        self.activate("hardswish", x, y)
+
+    def on_leaky_relu(self, x, slope=0.01, *, y):
+        self.activate("leaky_relu", x, y, slope)
+
+    def on_hardtanh(self, x, low=-1.0, high=1.0, *, y):
+        self.activate("clamp", x, y, low, high)
 
     def on_mul(self, x, factor, *, y):
         if isinstance(factor, Value) and x.constant is factor.constant is None:
@@ -200,9 +216,9 @@ class _Builder:
         self.scale_and_shift(x, of_channels(x, factor), None, y)
 
     def is_gate(self, x: Value) -> bool:
-        """Whether a value is the sigmoid that scales channels; where images have one pixel, both factors look alike."""
+        """Whether a value is the activation that scales channels; where images have one pixel, both factors look alike."""
         layer = self.makers.get(self.value(x))
-        return layer is not None and layer.kind == "sigmoid"
+        return layer is not None and layer.function in ("sigmoid", "hardsigmoid")
 
     def on_div(self, x, divisor, *, y):
         self.scale_and_shift(x, of_channels(x, divisor).reciprocal(), None, y)

@@ -12,12 +12,14 @@ from fastres.frozen.record import Value
 
 Pair = tuple[int, int]
 ONE = (1, 1)
+FUNCTIONS = ("sigmoid", "silu", "hardsigmoid", "hardswish", "leaky_relu", "clamp")  # enum Function of csrc/cpu/plan.h
 
 
 @dataclass(eq=False)
 class Layer:
     """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, upsample (x enlarged to the residual's size by
-    nearest pixels, and added to it), gate (x times ``gate``, a value for each channel), sigmoid, relu, pad (a strided
+    nearest pixels, and added to it), gate (x times ``gate``, a value for each channel), activation (``function``, with bounds
+    or a slope), relu, pad (a strided
     identity, with extra channels of zeros), cat (x and ``others``, by channels) or slice (channels of x from ``begin`` on);
     ``kernel`` of an avg_pool is (0, 0) for all pixels."""
 
@@ -41,6 +43,9 @@ class Layer:
     gate: Value | None = None
     others: tuple[Value, ...] = ()
     begin: int = 0
+    function: str = ""  # of an activation, one of FUNCTIONS
+    low: float = 0.0  # bounds of a clamp; the slope of a leaky_relu
+    high: float = 0.0
     divisor: int = 0  # of an avg_pool's sums; 0 for the number of pixels inside the image
 
     @property

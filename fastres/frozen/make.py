@@ -20,7 +20,7 @@ from fastres.kernels import native
 from fastres.ops import _conv_cpu
 from fastres.terminal import Progress
 
-_REAL = ("upsample", "gate", "sigmoid", "cat", "slice")  # layers that have no step for 8-bit integers
+_REAL = ("upsample", "gate", "activation", "cat", "slice")  # layers that have no step for 8-bit integers
 Quantised = TypeVar("Quantised", bound=Frozen)
 
 
@@ -127,7 +127,7 @@ def _quantized(found: Network, wanted: Calibration, make: Callable[[Mapping[Valu
     """The network in 8-bit integers, made with its scales, if that is good enough."""
     if not isinstance(found.form, Output):
         raise UnsupportedError("fastres.freeze: in 8-bit integers the network must return one tensor, not a container")
-    if lacks := {layer.kind for layer in found.layers if layer.kind in _REAL or layer.divisor}:
+    if lacks := {layer.function or layer.kind for layer in found.layers if layer.kind in _REAL or layer.divisor}:
         raise UnsupportedError(f"fastres.freeze: in 8-bit integers a plan has no step for {', '.join(sorted(lacks))}")
     last = found.layers[-1]
     if last.kind not in ("conv", "linear", "add", "relu") or last.relu:  # kernels whose results can be float32 write no ReLU

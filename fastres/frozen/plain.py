@@ -30,8 +30,12 @@ def pad(layer: Layer, x: Tensor, value: float = 0.0) -> Tensor:
     return wider.contiguous(memory_format=torch.channels_last)
 
 
-def sigmoid(layer: Layer, x: Tensor) -> Tensor:
-    return x.sigmoid()
+def activation(layer: Layer, x: Tensor) -> Tensor:
+    if layer.function == "leaky_relu":
+        return F.leaky_relu(x, layer.low)
+    if layer.function == "clamp":
+        return F.hardtanh(x, layer.low, layer.high)
+    return ACTIVATIONS[layer.function](x)
 
 
 def cat(layer: Layer, *xs: Tensor) -> Tensor:
@@ -42,12 +46,15 @@ def channels(layer: Layer, x: Tensor) -> Tensor:
     return x[:, layer.begin : layer.begin + layer.out_channels].contiguous(memory_format=torch.channels_last)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid, "silu": F.silu, "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish,
+}  # fmt: skip
 PLAIN: dict[str, Callable[..., Tensor]] = {
     "max_pool": max_pool,
     "avg_pool": avg_pool,
     "relu": relu,
     "pad": pad,
-    "sigmoid": sigmoid,
+    "activation": activation,
     "cat": cat,
     "slice": channels,
 }

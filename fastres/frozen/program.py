@@ -9,6 +9,8 @@ import functools
 import itertools
 import math
 import re
+import struct
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +20,16 @@ import torch
 from torch import Tensor
 
 from fastres.errors import must
-from fastres.frozen.layers import Layer, Pair
+from fastres.frozen.layers import FUNCTIONS, Layer, Pair
 from fastres.frozen.record import Value
 from fastres.kernels import layout
 from fastres.ops import _conv_cpu
 
 # enum Step of csrc/cpu/plan.h
-KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample", "gate", "sigmoid", "copy")
-FIELDS = 34  # of a row, struct PlanRow there
+KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample", "gate", "activation", "copy")
+FIELDS = 36  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3  # and -4 for the second output, and so on
+_ELEMENTWISE = ("activation", "add", "bn", "gate", "relu")
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 MOST_LIVE = 8 << 20  # bytes that pass between steps, for each thread
 Size = tuple[int, int, int]  # channels, height, width
@@ -50,6 +53,12 @@ class Step(NamedTuple):
     def operands(self) -> list[Value]:
         """What it reads."""
         return [value for value in (self.x, self.residual, self.gate) if value is not None]
+
+    @property
+    def replaced(self) -> list[Value]:
+        """The operands whose places y may take, if nobody reads them later: kernels read an element before they write it."""
+        own = [self.residual] if self.layer.kind not in _ELEMENTWISE else [self.residual, self.x]
+        return [value for value in own if value is not None and self.operands.count(value) == 1]
 
     @property
     def row_kind(self) -> str:
@@ -146,7 +155,7 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
 
 def output_size(layer: Layer, size: Pair) -> Pair:
     """Height and width of a layer's output."""
-    if layer.kind in ("bn", "add", "relu", "gate", "sigmoid", "cat", "slice"):
+    if layer.kind in ("bn", "add", "relu", "gate", "activation", "cat", "slice"):
         return size
     if layer.kind == "linear" or layer.kernel == (0, 0):
         return 1, 1
@@ -172,8 +181,8 @@ def passes(found: list[Step], batch: int, parts: int, itemsize: int) -> list[int
     live, fits = dict[Value, int](), []
     for index, step in enumerate(found):
         live[step.y] = _bytes(step.y_size, itemsize)
-        if step.residual is not None and last[step.residual] == index:
-            live.pop(step.residual, None)  # y takes its place
+        for value in [value for value in step.replaced if last[value] == index][:1]:
+            live.pop(value, None)  # y takes its place
         fits.append(max(1, room // sum(live.values())))
         live = {value: size for value, size in live.items() if last.get(value, -1) > index}
     return [min(batch // parts, 1 << (int(least).bit_length() - 1)) for least in _minima(fits)]
@@ -228,10 +237,18 @@ def _row(step: Step, places: dict[Value, tuple[int, int]], dtype: torch.dtype, w
         run = min(channels, out_channels)
     if layer.kind == "avg_pool":
         run = layer.divisor
+    if layer.kind == "activation":
+        run = FUNCTIONS.index(layer.function)
     if step.row_kind == "pad":
         out_h, out_w = out_h - 2 * padding[0], out_w - 2 * padding[1]
     row += [channels, height, width, out_channels, out_h, out_w, *kernel, *layer.stride, *padding, *layer.dilation]
-    return [int(v) for v in (*row, run, layer.groups, step.winograd, dtype == torch.int8, *gate, layer.begin, step.at)]
+    row += [run, layer.groups, step.winograd, dtype == torch.int8, *gate, layer.begin, step.at]
+    return [*map(int, row), _bits(layer.low), _bits(layer.high)]
+
+
+def _bits(number: float) -> int:
+    """A double as an int64 field holds it."""
+    return int.from_bytes(struct.pack("=d", number), sys.byteorder, signed=True)
 
 
 def _bytes(size: Size, itemsize: int) -> int:
@@ -241,7 +258,7 @@ def _bytes(size: Size, itemsize: int) -> int:
 class _Arena:
     """Where each value lives: ``(offset, bytes from one image to the next)``, 0 for a value of one pass.
 
-    A value whose residual nobody reads later takes the residual's place: the kernels read an element before they write it.
+    A value may take the place of an operand that nobody reads later.
     """
 
     def __init__(
@@ -289,10 +306,10 @@ class _Arena:
         return places, max((hi for *_, hi in taken), default=0)
 
     def inherited(self, step: Step, index: int, whole: bool, places: dict[Value, tuple[int, int]]) -> Value | None:
-        """The residual whose place y takes, if nobody reads it later and it is held alike."""
-        old = step.residual
-        if old is None or old in self.given or self.last[old] != index or old in (step.x, step.gate):
-            return None
-        if whole != (places[old][1] != 0):
-            return None
-        return old if self.segment(self.made[old]) == self.segment(index) or whole else None
+        """The operand whose place y takes, if nobody reads it later and it is held alike."""
+        for old in step.replaced:
+            if old in self.given or old not in self.made or self.last[old] != index or whole != (places[old][1] != 0):
+                continue
+            if whole or self.segment(self.made[old]) == self.segment(index):
+                return old
+        return None

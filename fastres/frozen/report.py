@@ -124,7 +124,8 @@ def _native(frozen: NativeFrozen, x: Tensor | None) -> PlanReport:
 
 def operation(layer: Layer) -> str:
     """What a layer does, in words."""
-    parts = [layer.kind, "add" if layer.residual is not None and layer.kind != "add" else "", "relu" if layer.relu else ""]
+    added = layer.residual is not None and layer.kind != "add"
+    parts = [layer.function or layer.kind, "add" if added else "", "relu" if layer.relu else ""]
     return "+".join(part for part in dict.fromkeys(parts) if part)
 
 

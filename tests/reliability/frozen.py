@@ -16,12 +16,13 @@ from fastres.budget import within_budget
 from reliability.board import Tally, scored
 
 STEPS = ("conv", "conv", "conv bn", "conv bn", "relu", "bn", "residual", "max", "average", "pad", "twice", "groups")
-REAL_STEPS = (*STEPS, "enlarge", "gate")
+REAL_STEPS = (*STEPS, "enlarge", "gate", "beside", "parts", "activation")
 
 
 class Random(nn.Module):
     """A chain of steps drawn from a seed, some with a residual; it ends in features, a classifier or images. Not for integers:
-    convolutions in groups, values that are enlarged or gated, and results of several tensors."""
+    convolutions in groups, values that are enlarged, gated, side by side or taken apart, activations, and results of several
+    tensors."""
 
     def __init__(self, seed: int, integers: bool = False) -> None:
         super().__init__()
@@ -83,6 +84,20 @@ class Random(nn.Module):
     def _gate(self, kind: str) -> nn.Module:
         return nn.Sequential(nn.Conv2d(self.channels, 4, 1), nn.ReLU(), nn.Conv2d(4, self.channels, 1))
 
+    def _beside(self, kind: str) -> nn.Module:
+        channels = self.channels
+        own = self.draw.choice((1, 4, 12, 32))
+        self.channels += own
+        return nn.Conv2d(channels, own, 3, 1, 1)
+
+    def _parts(self, kind: str) -> nn.Module:
+        return self._bn(kind)
+
+    def _activation(self, kind: str) -> nn.Module:
+        in_place = self.draw.random() < 0.5 and len(self.steps) > 0
+        choice = self.draw.choice((nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.ReLU6, nn.LeakyReLU, nn.Sigmoid))
+        return choice() if choice is nn.Sigmoid else choice(inplace=in_place)
+
     def forward(self, x):
         """The values behind the tapped kinds of steps too, if there are any, as later steps in place leave them."""
         seen = []
@@ -97,6 +112,11 @@ class Random(nn.Module):
                 x = x + F.interpolate(step(x), x.shape[2:])
             elif kind == "gate":
                 x = x * step(x.mean((2, 3), keepdim=True)).sigmoid()
+            elif kind == "beside":
+                x = torch.cat([x, step(x)], 1)
+            elif kind == "parts":  # two parts change places, and the first is added to the whole
+                first, *others = x.split((x.shape[1] + 2) // 3, 1)
+                x = torch.cat([*others, F.relu(first)], 1) + step(x)
             else:
                 x = step(x)
             seen += [x] if kind in self.taps else []

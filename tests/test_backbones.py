@@ -180,10 +180,38 @@ def test_the_nearest_pixels_are_pytorchs(act, dtype):
     same_as_pytorch(fastres.freeze(doubled, images(1, 3, 6, 9)), doubled, images(2, 3, 12, 3))
 
 
+BESIDE = {
+    "behind": lambda low, high: torch.cat([high, F.interpolate(low, high.shape[2:])], 1),
+    "before": lambda low, high: torch.cat([F.interpolate(low, high.shape[2:]).relu(), high, high], 1),
+    "twice": lambda low, high: torch.cat([*(F.interpolate(x, high.shape[2:]) for x in (low, F.relu(low))), high], 1),
+    "by a factor": lambda low, high: torch.cat([F.interpolate(low, scale_factor=3), high], 1),
+    "by factors": lambda low, high: torch.cat([F.interpolate(x, scale_factor=(2, 5)) for x in (low, F.relu(low))], 1),
+    "alone": lambda low, high: F.interpolate(low, scale_factor=2),
+    "read twice": lambda low, high: (y := F.interpolate(low, scale_factor=3)).relu() + torch.cat([y[:, 10:], high[:, :10]], 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_enlarged_lies_beside_others_or_alone(name, dtype, monkeypatch):
+    if _conv_cpu.lacks(dtype):
+        pytest.skip(_conv_cpu.lacks(dtype))
+    torch.manual_seed(0)
+    model = lively(Enlarging(BESIDE[name], act=name != "read twice")).eval()
+    frozen = fastres.freeze(model, images(1, 3, 6, 6), dtype)
+    monkeypatch.setattr(device, "Graphs", Uncaptured)
+    monkeypatch.setattr(choose, "SECONDS", 1e-3)
+    graph = make.by_ops(model, images(2, 3, 6, 6), torch.float32)
+    for shape in ((2, 3, 6, 6), (3, 3, 9, 15), (2, 3, 21, 12)):
+        same_as_pytorch(frozen, model, images(*shape), dtype)
+        same_as_pytorch(graph, model, images(*shape), torch.float32)
+
+
 @pytest.mark.parametrize(
     "enlarge, why",
     [
-        (lambda low, high: F.interpolate(low, high.shape[2:]), "supported only directly before an addition"),
+        (lambda low, high: F.interpolate(low, high.shape[2:]), "supported only by whole factors, or directly before"),
+        (lambda low, high: torch.cat([F.interpolate(low, high.shape[2:])] * 2, 1) + high.mean(), "aten.mean|whole factors"),
         (lambda low, high: F.interpolate(low, scale_factor=1.5)[:, :, :2, :2] + high[:, :, :2, :2], "upsample_nearest2d"),
         (lambda low, high: high + F.interpolate(low, high.shape[2:], mode="bilinear"), "upsample_bilinear2d"),
         (lambda low, high: high + F.interpolate(low, high.shape[2:], mode="nearest-exact"), "nearest_exact2d"),

@@ -20,21 +20,6 @@ from fastres.ops import _conv_cpu
 
 pytestmark = pytest.mark.cpu
 timm, vision = pytest.importorskip("timm"), pytest.importorskip("torchvision").models
-NETWORKS = {
-    "DenseNet": lambda: vision.densenet121(num_classes=5),
-    "GoogLeNet": lambda: vision.googlenet(num_classes=5, aux_logits=False, init_weights=False),
-    "SqueezeNet": lambda: vision.squeezenet1_1(num_classes=5),
-    "Res2Net": lambda: timm.create_model("res2net50_14w_8s", num_classes=5),
-    "DLA": lambda: timm.create_model("dla34", num_classes=5),
-    "DPN": lambda: timm.create_model("dpn48b", num_classes=5),
-    "VoVNet": lambda: timm.create_model("ese_vovnet19b_slim_dw", num_classes=5),
-    "CSPNet": lambda: timm.create_model("cs3darknet_focus_s", num_classes=5),
-    "MobileNetV2": lambda: vision.mobilenet_v2(num_classes=5),
-    "MobileNetV3": lambda: vision.mobilenet_v3_small(num_classes=5),
-    "EfficientNet": lambda: vision.efficientnet_b0(num_classes=5),
-}
-
-
 def images(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -56,6 +41,43 @@ class Scales(nn.Module):
         all_before = torch.cat([x, first, second, third], 1)
         grown = self.grow(F.relu(self.bn(all_before)))
         return self.last(torch.cat([all_before, grown], 1))
+
+
+class UNet(nn.Module):
+    """A ResNet, and a decoder that enlarges what it has and puts the encoder's map beside it (Ronneberger et al., 2015)."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = timm.create_model("resnet18", features_only=True)
+        widths = self.encoder.feature_info.channels()
+        self.decoder = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(low + high, high, 3, 1, 1, bias=False), nn.BatchNorm2d(high), nn.ReLU(inplace=True))
+            for high, low in zip(widths[-2::-1], widths[:0:-1], strict=True)
+        )
+        self.head = nn.Conv2d(widths[0], 3, 1)
+
+    def forward(self, x):
+        *maps, y = self.encoder(x)
+        for high, block in zip(maps[::-1], self.decoder, strict=True):
+            y = block(torch.cat([F.interpolate(y, size=high.shape[2:]), high], 1))
+        return F.interpolate(self.head(y), scale_factor=2)
+
+
+NETWORKS = {
+    "DenseNet": lambda: vision.densenet121(num_classes=5),
+    "GoogLeNet": lambda: vision.googlenet(num_classes=5, aux_logits=False, init_weights=False),
+    "SqueezeNet": lambda: vision.squeezenet1_1(num_classes=5),
+    "Res2Net": lambda: timm.create_model("res2net50_14w_8s", num_classes=5),
+    "DLA": lambda: timm.create_model("dla34", num_classes=5),
+    "DPN": lambda: timm.create_model("dpn48b", num_classes=5),
+    "VoVNet": lambda: timm.create_model("ese_vovnet19b_slim_dw", num_classes=5),
+    "ECA-ResNet": lambda: timm.create_model("ecaresnet26t", num_classes=5),
+    "U-Net": UNet,
+    "CSPNet": lambda: timm.create_model("cs3darknet_focus_s", num_classes=5),
+    "MobileNetV2": lambda: vision.mobilenet_v2(num_classes=5),
+    "MobileNetV3": lambda: vision.mobilenet_v3_small(num_classes=5),
+    "EfficientNet": lambda: vision.efficientnet_b0(num_classes=5),
+}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

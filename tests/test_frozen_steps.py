@@ -23,6 +23,7 @@ class Behind(nn.Module):
         super().__init__()
         self.function, self.conv, self.bn = function, nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
         self.small, self.scale = nn.Conv2d(16, 24, 6), nn.Conv2d(16, 16, 1)
+        self.line, self.square = nn.Conv1d(1, 1, 5, padding=4, dilation=2), nn.Linear(16, 16)
 
     def forward(self, x):
         return self.function(self, self.conv(x))
@@ -110,6 +111,14 @@ STEPS = {
     "features side by side": lambda m, y: torch.cat([y.mean((2, 3)), m.small(y).flatten(1), m.bn(y).mean((2, 3))], 1).relu(),
     "parts of the channels": lambda m, y: torch.cat([part.relu() for part in reversed(y.chunk(3, 1))], 1),
     "parts of the channels of given sizes": lambda m, y: torch.add(*m.bn(y).split([5, 6, 5], 1)[::2]),
+    "features convolved, as a gate": lambda m, y: (
+        y * m.line(y.mean((2, 3)).view(2, 1, -1)).sigmoid().view(2, -1, 1, 1).expand_as(y)
+    ),
+    "features convolved, as the first factor": lambda m, y: m.line(
+        F.adaptive_avg_pool2d(y, 1).view(2, 1, 16)
+    ).sigmoid().reshape(2, 16, 1, 1).expand(-1, -1, 6, 6) * m.bn(y),
+    "features convolved": lambda m, y: F.relu(m.small(y).flatten(1) + m.line(m.small(y).view(2, 1, 24)).view(2, 24)),
+    "a gate of linear layers": lambda m, y: y * m.square(y.mean((2, 3))).sigmoid().view(2, 16, 1, 1).expand_as(y),
     "the last channels": lambda m, y: y[:, -3:],
     "channels of a part of the channels": lambda m, y: y[:, 2:-3][:, 1:7].relu(),
 }
@@ -141,6 +150,16 @@ REFUSED = {
     "a parameter beside the images": (
         lambda m, y: torch.cat([y, m.bn.weight.view(1, 16, 1, 1).expand(2, 16, 6, 6)], 1), "aten.cat",
     ),
+    "features expanded": (lambda m, y: y + y.mean((2, 3), keepdim=True).expand_as(y), "no step of a plan"),
+    "features expanded, then convolved": (lambda m, y: m.small(y.mean((2, 3), keepdim=True).expand_as(y)), "no step of a plan"),
+    "features convolved with a stride": (
+        lambda m, y: F.conv1d(y.mean((2, 3)).view(2, 1, 16), m.line.weight, stride=2), "convolution",
+    ),
+    "pixels convolved in a line": (
+        lambda m, y: y + F.conv1d(y.flatten(1).view(2, 1, -1), m.line.weight, padding=2).view(2, 16, 6, 6),
+        "convolution|aten.view",
+    ),
+    "features in a line, side by side": (lambda m, y: torch.cat([y.mean((2, 3)).view(2, 1, 16)] * 2, 1), "aten.cat"),
     "halves of the images": (lambda m, y: torch.add(*y.chunk(2, 2)), "aten.slice"),
     "every other channel": (lambda m, y: y[:, ::2], "aten.slice"),
     "a pool to another size": (lambda m, y: F.adaptive_avg_pool2d(y, 3), "adaptive_avg_pool2d"),

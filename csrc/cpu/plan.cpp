@@ -71,13 +71,13 @@ Work add(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
 }
 
 Work upsample(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
-  FASTRES_CHECK(row.out_channels == row.channels && row.residual.offset != kNone, kPlan, "an enlarged value",
-                "of as many channels as the one it is added to", row.channels);
+  FASTRES_CHECK(row.out_channels == row.channels, kPlan, "an enlarged value", "of as many channels as before", row.channels);
+  const bool added = row.residual.offset != kNone;
   const int64_t bytes = row.out_h * row.out_w * row.channels * call.size;
   const UpsampleArgs args{call.dtype, row.relu ? Act::kRelu : Act::kNone,
                           call.at(row.x, first, images, row.height * row.width * row.channels * call.size),
-                          call.at(row.residual, first, images, bytes), call.at(row.y, first, images, bytes), row.channels,
-                          row.height, row.width, row.out_h, row.out_w};
+                          added ? call.at(row.residual, first, images, bytes) : nullptr, call.at(row.y, first, images, bytes),
+                          row.channels, row.height, row.width, row.out_h, row.out_w};
   return {images * row.out_h, std::max<int64_t>(1, kGrain / (row.out_w * row.channels)),
           [args](int64_t begin, int64_t end) { upsample_add(args, begin, end); }};
 }

@@ -19,8 +19,8 @@ constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;  // the first output
 // One row of a program. A segment is followed by `count` steps, which run for `chunk` images at a time, so that what
 // passes between them stays in the caches. Activations are channels last, without gaps. `weight` and `bias` count the
 // constants of the call: packed weights and a bias for kConv, rows of mean, scale and bias for kBn. kPad copies every
-// stride-th pixel of the input, or of a value, and adds padding and channels of zeros. kUpsample adds the nearest pixel of x to
-// each of the residual. kGate multiplies each image's channels by its gate. kCopy copies `run` channels of x, from `begin` on, to
+// stride-th pixel of the input, or of a value, and adds padding and channels of zeros. kUpsample gives the nearest pixel of x for
+// each of y, or adds it to each of the residual. kGate multiplies each image's channels by its gate. kCopy copies `run` channels of x, from `begin` on, to
 // those of y from `at` on. With `int8` all values are uint8,
 // but for the input and the output, which are of the call's dtype; `bias` counts the float constants that plan_int8.cpp tells.
 struct PlanRow {
@@ -61,7 +61,7 @@ struct BnPixelsArgs {
 struct UpsampleArgs {
   DType dtype;
   Act act;
-  const void *x, *residual;
+  const void *x, *residual;  // residual: nullptr for none
   void* y;
   int64_t channels, height, width, out_h, out_w;
 };

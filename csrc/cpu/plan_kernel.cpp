@@ -91,10 +91,11 @@ void add_nearest(const UpsampleArgs& args, int64_t begin, int64_t end) {
     for (int64_t w = 0; w < args.out_w; ++w) {
       const auto* pixel = x + nearest(w, args.width, args.out_w) * args.channels;
       const int64_t offset = (at * args.out_w + w) * args.channels;
-      const auto* residual = static_cast<const scalar_t*>(args.residual) + offset;
+      const auto* residual = static_cast<const scalar_t*>(args.residual);
       auto* y = static_cast<scalar_t*>(args.y) + offset;
       for_each<kWide>(args.channels, y, false, [&](int64_t c, auto lanes) {
-        const Values v = load<float, kWide>(pixel + c, lanes) + load<float, kWide>(residual + c, lanes);
+        Values v = load<float, kWide>(pixel + c, lanes);
+        if (residual) v += load<float, kWide>(residual + offset + c, lanes);
         store<kWide>(y + c, args.act == Act::kRelu ? relu(v) : v, lanes);
       });
     }

@@ -194,7 +194,8 @@ def _structure(found: Network) -> list[tuple[Any, ...]]:
     order: dict[Value | None, int] = {None: -1, found.x: 0}
     order |= {layer.y: index + 1 for index, layer in enumerate(found.layers)}
     return [
-        (layer.kind, order[layer.x], order[layer.residual], order[layer.gate], *map(order.get, layer.others), layer.relu,
+        (layer.kind, order[layer.x], order[layer.residual], order[layer.gate], order[layer.like],
+         *map(order.get, layer.others), layer.relu,
          layer.kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.ceil, layer.out_channels, layer.expects,
          layer.begin, layer.divisor, layer.function, layer.low, layer.high)
         for layer in found.layers

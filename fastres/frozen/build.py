@@ -1,8 +1,6 @@
 """Recorded operations as layers of a static plan: batch norm folded, additions and ReLUs joined to what they follow."""
 
 import itertools
-from collections import Counter
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,8 @@ from fastres.errors import UnsupportedError
 from fastres.frozen import weights
 from fastres.frozen.arguments import Refused, constant, has_room, layer_name, of_channels, pair, stem
 from fastres.frozen.layers import ONE, Layer, Network, Output, Pair
-from fastres.frozen.record import Recording, Value, values_in
+from fastres.frozen.record import Recording, Value
+from fastres.frozen.values import Values
 from fastres.ops import _fold
 
 _END_IN_RELU = ("conv", "linear", "bn", "add", "upsample", "gate")
@@ -33,14 +32,9 @@ def network(name: str, recording: Recording) -> Network:
     return Network(name, layers, recording.x, recording.x.shape[1], outputs, form)
 
 
-class _Builder:
+class _Builder(Values):
     def __init__(self, recording: Recording) -> None:
-        self.recording = recording
-        operands = (value for operation in recording.operations for value in values_in(operation.args))
-        self.uses = Counter((*operands, *recording.ys))
-        self.found: list[Layer] = []
-        self.same: dict[Value, Value] = {}  # a value that holds what an earlier one holds
-        self.makers: dict[Value, Layer] = {}
+        super().__init__(recording)
         self.refused: dict[str, int] = {}
 
     def build(self) -> list[Layer]:
@@ -59,71 +53,12 @@ class _Builder:
             raise UnsupportedError(f"fastres.freeze: a plan has no step for {what}; use fastres.optimize for such networks")
         return self.needed()
 
-    def needed(self) -> list[Layer]:
-        """The layers that lead to the outputs, with every alias resolved."""
-        ends = set(map(self.value, self.recording.ys))
-        kept: list[Layer] = []
-        wanted = set(ends)
-        for layer in reversed(self.found):
-            if layer.y in wanted:
-                wanted.update(layer.operands)
-                kept.append(layer)
-        if not ends <= self.makers.keys():
-            raise UnsupportedError("fastres.freeze: the network computes nothing that a plan could run")
-        for shape in (y.shape for y in self.recording.ys):
-            if len(shape) not in (2, 4) or shape[0] != self.recording.x.shape[0]:
-                raise UnsupportedError(f"fastres.freeze: the network must return (N, C, H, W) or (N, features), got {shape}")
-        made = {self.recording.x}
-        for layer in kept[::-1]:
-            if not made.issuperset(layer.operands):
-                raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} reads what no step of a plan computes")
-            if layer.kind == "upsample" and layer.residual is None:
-                raise UnsupportedError("fastres.freeze: upsampling is supported only directly before an addition")
-            made.add(layer.y)
-        return kept[::-1]
-
-    def value(self, value: Value) -> Value:
-        while value in self.same:
-            value = self.same[value]
-        return value
-
-    def add(self, layer: Layer) -> None:
-        layer.x = self.value(layer.x)
-        self.found.append(layer)
-        self.makers[layer.y] = layer
-
-    def pass_on(self, x: Value, y: Value) -> None:
-        self.uses[x] += self.uses[y] - 1
-        self.same[y] = x
-
-    def stored(self, x: Value, y: Value) -> Value:
-        """The output value of a layer that keeps the shape of x: y itself or, where y is flattened, what y is a view of."""
-        source = self.value(x)
-        if len(source.shape) == len(y.shape):
-            return y
-        self.same[y] = self.between(source.shape, self.uses[y])
-        return self.same[y]
-
-    def between(self, shape: tuple[int, ...], uses: int = 1) -> Value:
-        """A further value, from one layer to so many others."""
-        self.uses[value := Value(shape)] = uses
-        return value
-
-    def private(self, value: Any, *kinds: str) -> Layer | None:
-        """The layer that made a value, if it has one of these kinds, no addition or ReLU yet, and no other reader."""
-        value = self.value(value)
-        layer = self.makers.get(value)
-        fits = layer is not None and layer.kind in kinds and not layer.relu and layer.residual is None
-        return layer if fits and self.uses[value] == 1 else None
-
-    def rename(self, layer: Layer, y: Value) -> None:
-        del self.makers[layer.y]
-        layer.y = y
-        self.makers[y] = layer
-
     # ---- one method an operation, with its arguments -----------------------------------------------
 
     def on_convolution(self, x, weight, bias, stride, padding, dilation, transposed, _, groups, *, y):
+        if len(x.shape) == 3 and x.shape == y.shape and not transposed and groups == 1:
+            self.along_channels(x, weight, bias, stride, padding[0], dilation[0], y)
+            return
         if transposed or len(weight.shape) != 4:
             raise Refused
         pairs = [pair(value) for value in (stride, padding, dilation)]
@@ -141,6 +76,20 @@ class _Builder:
             self.rename(conv, y)
             return
         self.add(Layer("bn", layer_name(mean), x, y, weight=weights.batch_norm(*parameters, eps)))
+
+    def along_channels(self, x, weight, bias, stride, padding, dilation, y):
+        """A convolution of features, (N, 1, C), as one of images that are one pixel high, of one channel."""
+        features = self.value(x)
+        if x.shape[1] != 1 or features.shape[1] != x.shape[2] or stride != [1]:
+            raise Refused
+        batch, _, length = x.shape
+        line, convolved, back = map(self.between, ((batch, 1, 1, length), (batch, 1, 1, length), (batch, length, 1, 1)))
+        rows = weights.own(constant(weight))[:, :, None]
+        added = torch.zeros(1, device=rows.device) if bias is None else weights.own(constant(bias))
+        self.add(Layer("turn", "turn", features, line))
+        self.add(_conv(line, weight, (rows, added), ONE, (0, padding), (1, dilation), 1, convolved))
+        self.add(Layer("turn", "turn", convolved, back))
+        self.pass_on(back, y)
 
     on_cudnn_batch_norm = on_native_batch_norm
 
@@ -207,9 +156,10 @@ class _Builder:
 
     def on_mul(self, x, factor, *, y):
         if isinstance(factor, Value) and x.constant is factor.constant is None:
-            x, gate = (factor, x) if self.is_gate(x) else (x, factor)
-            if y.shape != x.shape or gate.shape != (*x.shape[:2], 1, 1):
+            x, gate = (factor, x) if x in self.expanded or self.is_gate(x) else (x, factor)
+            if y.shape != x.shape or (gate not in self.expanded and gate.shape != (*x.shape[:2], 1, 1)):
                 raise Refused
+            gate = self.expanded.get(gate, gate)
             self.add(Layer("gate", "gate", x, y, gate=self.value(gate)))
             return
         x, factor = (factor, x) if x.constant is not None else (x, factor)
@@ -257,10 +207,10 @@ class _Builder:
         self.add(Layer("add", "add", x, y, residual=self.value(residual)))
 
     def on_upsample_nearest2d(self, x, size, scale_h=None, scale_w=None, *, y):
-        """The addition that follows says how large y is, for images of any size."""
+        """Without scales, what y is added to or put beside says how large it is, for images of any size."""
         if any(scale is not None and scale != int(scale) for scale in (scale_h, scale_w)):
             raise Refused
-        self.add(Layer("upsample", "upsample", x, y))
+        self.add(Layer("upsample", "upsample", x, y, stride=(int(scale_h or 0), int(scale_w or 0))))
 
     def on_add_act(self, x, residual, act, *, y):
         self.on_add(x, residual, y=y)
@@ -319,7 +269,9 @@ class _Builder:
     def on_view(self, x, shape, *, y):
         flat = len(y.shape) == 2 and y.shape[0] == x.shape[0]
         pixels = len(x.shape) == 4 and len(y.shape) == 4 and y.shape == x.shape
-        if not isinstance(shape, list) or not (flat or pixels):
+        channels = (*self.value(x).shape, 1, 1)[1:4]
+        line = channels[1:] == ONE and y.shape[1:] in ((1, channels[0]), channels)
+        if not isinstance(shape, list) or not (flat or pixels or line) or y.shape[0] != x.shape[0]:
             raise Refused
         self.pass_on(self.value(x), y)
 
@@ -331,6 +283,13 @@ class _Builder:
         if x.shape[2:].count(1) != len(x.shape[2:]) or any(dim % len(x.shape) < 2 for dim in dims):
             raise Refused
         self.pass_on(self.value(x), y)
+
+    def on_expand(self, x, shape, *_, y):
+        """Of a value for each channel."""
+        if len(y.shape) != 4 or x.constant is not None or x.shape != (*y.shape[:2], 1, 1):
+            raise Refused
+        self.uses[self.value(x)] += self.uses[y] - 1
+        self.expanded[y] = self.value(x)
 
     def on_clone(self, x, *_, y):
         self.pass_on(self.value(x), y)
@@ -366,9 +325,16 @@ class _Builder:
     def on_cat(self, tensors, dim=0, *, y):
         first, *others = map(self.value, tensors)
         pixels = {(*value.shape, 1, 1)[2:4] for value in (first, *others)}
-        is_constant = any(value.constant is not None for value in (first, *others))
-        if is_constant or dim % len(y.shape) != 1 or len(pixels) > 1 or (len(y.shape) == 2 and pixels != {ONE}):
+        fits = len(pixels) == 1 and (len(y.shape) == 4 or (len(y.shape) == 2 and pixels == {ONE}))
+        if not fits or dim % len(y.shape) != 1 or any(value.constant is not None for value in (first, *others)):
             raise Refused
+        enlarged = [layer for value in (first, *others) if (layer := self.makers.get(value)) and layer.kind == "upsample"]
+        enlarged = [layer for layer in enlarged if self.uses[layer.y] == 1 and layer.residual is None]
+        fixed = [value for value in (first, *others) if self.makers.get(value) not in enlarged]
+        for layer in enlarged if fixed else ():  # they move here, where what they are put beside exists
+            layer.like = fixed[0]
+            self.found.remove(layer)
+            self.found.append(layer)
         self.add(Layer("cat", "cat", first, y, others=tuple(others)))
 
     def on_constant_pad_nd(self, x, pad, value=0, *, y):

@@ -88,7 +88,8 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
         rest = (None, None, *identity_norm(channels, device), EPS, act, *window)
         return Call(layer, BN_ACT_MAXPOOL, inputs, rest, {TORCH: functools.partial(max_pool, layer)})
     if layer.kind == "upsample":
-        return Call(layer, None, inputs, (act,), {TORCH: _upsample})
+        run = _upsample if layer.residual is not None else functools.partial(_enlarge, layer)
+        return Call(layer, None, tuple(layer.operands), (act,), {TORCH: run})
     if layer.kind == "gate":
         return Call(layer, None, tuple(layer.operands), (act,), {TORCH: _with(layer, _gate)})
     if layer.kind == "linear":
@@ -140,6 +141,11 @@ def _linear(x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
 
 def _upsample(x: Tensor, residual: Tensor, act: str) -> Tensor:
     return _finished(F.interpolate(x, residual.shape[2:]), residual, act)
+
+
+def _enlarge(layer: Layer, x: Tensor, *rest: Any) -> Tensor:
+    size = tuple(s * t for s, t in zip(x.shape[2:], layer.stride, strict=True)) if layer.like is None else rest[0].shape[2:]
+    return _finished(F.interpolate(x, size), None, rest[-1])
 
 
 def _gate(x: Tensor, residual: Tensor | None, gate: Tensor, act: str) -> Tensor:

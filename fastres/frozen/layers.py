@@ -17,11 +17,11 @@ FUNCTIONS = ("sigmoid", "silu", "hardsigmoid", "hardswish", "leaky_relu", "clamp
 
 @dataclass(eq=False)
 class Layer:
-    """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, upsample (x enlarged to the residual's size by
-    nearest pixels, and added to it), gate (x times ``gate``, a value for each channel), activation (``function``, with bounds
-    or a slope), relu, pad (a strided
-    identity, with extra channels of zeros), cat (x and ``others``, by channels) or slice (channels of x from ``begin`` on);
-    ``kernel`` of an avg_pool is (0, 0) for all pixels."""
+    """One step of a plan. ``kind`` is conv, linear, max_pool, avg_pool, bn, add, relu, activation (``function``, with bounds or
+    a slope), gate (x times ``gate``, a value for each channel), upsample (x enlarged by nearest pixels: to the size of the
+    residual, which it is added to, or of ``like``, or by ``stride``), pad (a strided identity, with extra channels of zeros),
+    cat (x and ``others``, by channels), slice (channels of x from ``begin`` on) or turn (one pixel of many channels becomes
+    many pixels of one, or the other way); ``kernel`` of an avg_pool is (0, 0) for all pixels."""
 
     kind: str
     name: str
@@ -42,6 +42,7 @@ class Layer:
     scale: Tensor | None = None  # of each output channel's weights where those are int8
     gate: Value | None = None
     others: tuple[Value, ...] = ()
+    like: Value | None = None
     begin: int = 0
     function: str = ""  # of an activation, one of FUNCTIONS
     low: float = 0.0  # bounds of a clamp; the slope of a leaky_relu
@@ -51,7 +52,7 @@ class Layer:
     @property
     def operands(self) -> list[Value]:
         """What it reads."""
-        return [value for value in (self.x, self.residual, self.gate, *self.others) if value is not None]
+        return [value for value in (self.x, self.residual, self.gate, self.like, *self.others) if value is not None]
 
 
 @dataclass(frozen=True)

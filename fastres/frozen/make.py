@@ -20,7 +20,7 @@ from fastres.kernels import native
 from fastres.ops import _conv_cpu
 from fastres.terminal import Progress
 
-_REAL = ("upsample", "gate", "activation", "cat", "slice")  # layers that have no step for 8-bit integers
+_REAL = ("upsample", "gate", "activation", "cat", "slice", "turn")  # layers that have no step for 8-bit integers
 Quantised = TypeVar("Quantised", bound=Frozen)
 
 

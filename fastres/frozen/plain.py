@@ -42,6 +42,10 @@ def cat(layer: Layer, *xs: Tensor) -> Tensor:
     return torch.cat(xs, 1)
 
 
+def turn(layer: Layer, x: Tensor) -> Tensor:
+    return x.transpose(1, 3).contiguous(memory_format=torch.channels_last)
+
+
 def channels(layer: Layer, x: Tensor) -> Tensor:
     return x[:, layer.begin : layer.begin + layer.out_channels].contiguous(memory_format=torch.channels_last)
 
@@ -57,4 +61,5 @@ PLAIN: dict[str, Callable[..., Tensor]] = {
     "activation": activation,
     "cat": cat,
     "slice": channels,
+    "turn": turn,
 }

@@ -29,6 +29,7 @@ from fastres.ops import _conv_cpu
 KINDS = ("segment", "pad", "conv", "max_pool", "avg_pool", "bn", "add", "upsample", "gate", "activation", "copy")
 FIELDS = 36  # of a row, struct PlanRow there
 NONE, INPUT, OUTPUT = -1, -2, -3  # and -4 for the second output, and so on
+_ROWS = {"linear": "conv", "relu": "add", "turn": "add", "cat": "copy", "slice": "copy"}  # kinds of layers that others serve
 _ELEMENTWISE = ("activation", "add", "bn", "gate", "relu")
 ALIGNMENT = 4096  # of a value in the arena, in bytes
 MOST_LIVE = 8 << 20  # bytes that pass between steps, for each thread
@@ -62,7 +63,7 @@ class Step(NamedTuple):
 
     @property
     def row_kind(self) -> str:
-        return {"linear": "conv", "relu": "add", "cat": "copy", "slice": "copy"}.get(self.layer.kind, self.layer.kind)
+        return _ROWS.get(self.layer.kind, self.layer.kind)
 
 
 @dataclass
@@ -142,8 +143,10 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
         ArgumentError: the layer cannot run on it.
     """
     channels, *image = sizes[layer.x]
-    enlarged = layer.residual if layer.kind == "upsample" else None
+    enlarged = layer.residual or layer.like if layer.kind == "upsample" else None
     y = output_size(layer, (image[0], image[1])) if enlarged is None else sizes[enlarged][1:]
+    if layer.kind == "turn":
+        y, channels = (image[0], channels), image[1]
     sizes[layer.y] = (layer.out_channels or channels + sum(sizes[value][0] for value in layer.others), *y)
     fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
     fits = fits and all(sizes[value][1:] == y for value in layer.others)
@@ -155,10 +158,12 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
 
 def output_size(layer: Layer, size: Pair) -> Pair:
     """Height and width of a layer's output."""
-    if layer.kind in ("bn", "add", "relu", "gate", "activation", "cat", "slice"):
+    if layer.kind in ("bn", "add", "relu", "gate", "activation", "cat", "slice", "turn"):
         return size
     if layer.kind == "linear" or layer.kernel == (0, 0):
         return 1, 1
+    if layer.kind == "upsample":
+        return size[0] * layer.stride[0], size[1] * layer.stride[1]
     if layer.kind == "pad":
         return tuple(math.ceil(s / t) for s, t in zip(size, layer.stride, strict=True))  # type: ignore[return-value]
     return layout.output_size(size, layer.kernel, layer.stride, layer.padding, layer.dilation, layer.ceil)

@@ -18,7 +18,7 @@ from fastres.ops import REGISTRY
 
 _PASSED = frozenset(("aten.detach.default", "aten.alias.default", "aten.lift_fresh.default"))
 _SPLITS = frozenset(("aten.split.Tensor", "aten.split_with_sizes.default"))
-_RESHAPES = frozenset(("view", "_unsafe_view", "as_strided_", "empty", "upsample_nearest2d"))  # their numbers are sizes
+_RESHAPES = frozenset(("view", "_unsafe_view", "as_strided_", "empty", "upsample_nearest2d"))  # their integers are sizes
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Recording:
         found = []
         for operation in self.operations:
             reshapes = operation.target.split(".")[1] in _RESHAPES
-            args = [arg for arg in operation.args if isinstance(arg, Value) or not reshapes]
+            args = [arg for arg in operation.args if isinstance(arg, (Value, float)) or not reshapes]
             found.append((operation.target, len(operation.result.shape), *map(told, args)))
         return [*found, (*(order[y] for y in self.ys), self.form)]
 

@@ -181,7 +181,7 @@ std::vector<PixelPair> pixel_pairs(const std::array<int64_t, 4>& y, const std::a
   std::vector<PixelPair> pairs;
   const auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
   for (int64_t tap = 0; tap < window.kernel[0] * window.kernel[1]; ++tap) {
-    first.push_back(pairs.size());
+    first.push_back(static_cast<int64_t>(pairs.size()));
     const int64_t down = tap / window.kernel[1] * window.dilation[0] - window.padding[0];
     const int64_t right = tap % window.kernel[1] * window.dilation[1] - window.padding[1];
     for (int64_t at = 0; at < y[0] * y[2] * y[3]; ++at) {
@@ -192,7 +192,7 @@ std::vector<PixelPair> pixel_pairs(const std::array<int64_t, 4>& y, const std::a
         pairs.push_back({at * y[1], ((image * x[2] + row) * x[3] + col) * x[1]});
     }
   }
-  first.push_back(pairs.size());
+  first.push_back(static_cast<int64_t>(pairs.size()));
   return pairs;
 }
 

@@ -9,7 +9,7 @@ namespace fastres::cpu {
 constexpr int64_t kAmxPixels = 2 * kTileRows;  // of a tile of output, with a block of channels
 constexpr int64_t kAmxLeastWords = 6;          // with fewer the vector kernels are faster
 constexpr int64_t kAmxBlockBytes = 512 << 10;  // of the matrix of pixels, read again for every block of channels: a part of L2
-constexpr int64_t kAmxStep = 8 * 16;           // cycles of a tile's products of kTileRows words or fewer
+constexpr int64_t kAmxStep = int64_t{8} * 16;          // cycles of a tile's products of kTileRows words or fewer
 constexpr int64_t kAmxEnd = 512;               // of its bias, activation and stores
 
 // Words that are added up at a time, a row of a register at most: they divide all words of an output.

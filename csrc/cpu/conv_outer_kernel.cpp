@@ -82,6 +82,7 @@ void blocks(const ConvOuterArgs& args, int64_t begin, int64_t end) {
         case 3: block<scalar_t, 3>(args, tap, channel, begin, end); break;
         case 4: block<scalar_t, 4>(args, tap, channel, begin, end); break;
 #endif
+        default: break;
       }
 }
 
@@ -138,6 +139,7 @@ void input_blocks(const ConvOuterArgs& args, int64_t begin, int64_t end) {
       case 3: input_block<scalar_t, 3>(args, channel, at); break;
       case 4: input_block<scalar_t, 4>(args, channel, at); break;
 #endif
+      default: break;
     }
 }
 

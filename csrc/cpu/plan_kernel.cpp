@@ -60,7 +60,7 @@ template <typename scalar_t>
 void avg_rows(const PoolArgs& args, int64_t begin, int64_t end) {
   pool_rows<scalar_t>(
       args, begin, end, 0.0f, [](Values sum, Values v) { return sum + v; },
-      [divisor = static_cast<float>(args.divisor)](Values sum, float count) { return sum / (divisor ? divisor : count); });
+      [divisor = static_cast<float>(args.divisor)](Values sum, float count) { return sum / (divisor != 0.0f ? divisor : count); });
 }
 
 template <typename scalar_t>

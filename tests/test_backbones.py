@@ -219,7 +219,19 @@ def test_what_is_enlarged_lies_beside_others_or_alone(name, dtype, monkeypatch):
 )
 def test_other_enlargements_are_refused(enlarge, why):
     with pytest.raises(fastres.UnsupportedError, match=why):
-        fastres.freeze(Enlarging(enlarge).eval(), images(1, 3, 6, 6))
+        fastres.freeze(Enlarging(enlarge).eval(), images(1, 3, 7, 7))
+
+
+def test_what_is_enlarged_to_numbers_serves_the_examples_size_alone():
+    """Only the network's Python knows where the numbers come from."""
+    model = lively(Enlarging(lambda low, high: F.relu(F.interpolate(low, high.shape[2:])))).eval()
+    frozen = fastres.freeze(model, images(1, 3, 6, 9))
+    same_as_pytorch(frozen, model, images(3, 3, 6, 9))
+    with pytest.raises(ValueError, match="whose size fits layer 'upsample'"):
+        frozen(images(1, 3, 9, 6))
+    optimised = fastres.optimize(copy.deepcopy(model))
+    for shape in ((1, 3, 6, 9), (2, 3, 9, 6), (2, 3, 7, 7)):
+        same_as_pytorch(optimised, model, images(*shape))
 
 
 def test_integers_are_for_networks_that_return_one_tensor():

@@ -147,16 +147,19 @@ inline Work grouped_work(const ConvArgs& whole, int64_t groups, int64_t threads)
 }
 
 // A 3x3 convolution with stride 1, with transformed weights; channels in whole vectors. `finite` as in WinogradArgs.
-inline Work winograd_work(const ConvArgs& conv, std::atomic<bool>* finite = nullptr) {
+inline Work winograd_work(const ConvArgs& conv, int64_t threads, std::atomic<bool>* finite = nullptr) {
   WinogradArgs args{conv, ceil_div(conv.out_h, 2), ceil_div(conv.out_w, 2), 0, finite};
-  const int64_t tiles = conv.images * args.tiles_h * args.tiles_w;
+  const int64_t tiles = conv.images * args.tiles_h * args.tiles_w, blocks = winograd_blocks(conv);
   const int64_t most = std::clamp<int64_t>(kWinogradBytes / (conv.run * kWinogradPoints * kWordBytes), 1, kWinogradMost);
-  args.groups = ceil_div(tiles, most);
-  return {args.groups * winograd_blocks(conv), 1, [args](int64_t begin, int64_t end) { winograd_forward(args, begin, end); }};
+  const int64_t least = std::min<int64_t>(most, kWinogradLeast);
+  args.groups = std::max(ceil_div(tiles, most), std::min(ceil_div(tiles, least), ceil_div(threads, blocks)));
+  return {args.groups * blocks, 1, [args](int64_t begin, int64_t end) { winograd_forward(args, begin, end); }};
 }
 
 inline void run_conv(const ConvArgs& args) { run_now(conv_work(args, torch::stable::get_num_threads())); }
-inline void run_winograd(const ConvArgs& args, std::atomic<bool>* finite = nullptr) { run_now(winograd_work(args, finite)); }
+inline void run_winograd(const ConvArgs& args, std::atomic<bool>* finite = nullptr) {
+  run_now(winograd_work(args, torch::stable::get_num_threads(), finite));
+}
 
 // Images with their padding written out and `out_channels` channels, the additional ones zero, so that a row of taps is one
 // contiguous run. Steps of x in elements.
@@ -168,18 +171,34 @@ struct PadArgs {
   uint8_t zero = 0;  // the byte that zeros are made of
 };
 
+constexpr int64_t kPadTogether = 16;  // channels of a pixel, which are written one after the other
+
 template <typename word_t>
 void pad_rows(const PadArgs& args, int64_t begin, int64_t end) {
   const int64_t rows = args.height + 2 * args.pad_h, row_size = (args.width + 2 * args.pad_w) * args.out_channels;
   for (int64_t at = begin; at < end; ++at) {
     const int64_t image = at / rows, row = at % rows - args.pad_h;
     auto* y = static_cast<word_t*>(args.y) + at * row_size;
-    std::memset(y, args.zero, row_size * sizeof(word_t));
+    const bool is_filled = args.pad_w == 0 && args.out_channels == args.channels && row >= 0 && row < args.height;
+    if (!is_filled) std::memset(y, args.zero, row_size * sizeof(word_t));
     if (row < 0 || row >= args.height) continue;
     y += args.pad_w * args.out_channels;
     const auto* x = static_cast<const word_t*>(args.x) + image * args.image_step + row * args.row_step;
-    for (int64_t c = 0; c < args.channels; ++c)
-      for (int64_t w = 0; w < args.width; ++w) y[w * args.out_channels + c] = x[c * args.channel_step + w * args.pixel_step];
+    const bool is_dense = args.channel_step == 1 && args.pixel_step == args.channels && args.out_channels == args.channels;
+    if (is_dense) {
+      std::memcpy(y, x, args.width * args.channels * sizeof(word_t));
+    } else if (args.channels < kPadTogether) {
+      for (int64_t c = 0; c < args.channels; ++c)
+        for (int64_t w = 0; w < args.width; ++w) y[w * args.out_channels + c] = x[c * args.channel_step + w * args.pixel_step];
+    } else if (args.channel_step == 1) {
+      for (int64_t w = 0; w < args.width; ++w)
+        std::memcpy(y + w * args.out_channels, x + w * args.pixel_step, args.channels * sizeof(word_t));
+    } else {
+      for (int64_t first = 0; first < args.channels; first += kPadTogether)
+        for (int64_t w = 0; w < args.width; ++w)
+          for (int64_t c = first; c < std::min(args.channels, first + kPadTogether); ++c)
+            y[w * args.out_channels + c] = x[c * args.channel_step + w * args.pixel_step];
+    }
   }
 }
 

@@ -37,7 +37,7 @@ Work conv(const Call& call, const PlanRow& row, int64_t first, int64_t images) {
                 kPlan, "a convolution by Winograd", "3x3, stride 1, float32, of channels in whole vectors", row.channels);
   args.weight = weight.data_ptr(), args.bias = static_cast<const float*>(bias.data_ptr());
   if (row.groups > 1) return grouped_work(args, row.groups, call.threads);
-  return row.winograd ? winograd_work(args) : conv_work(args, call.threads);
+  return row.winograd ? winograd_work(args, call.threads) : conv_work(args, call.threads);
 }
 
 Work pool(const Call& call, const PlanRow& row, int64_t first, int64_t images) {

@@ -39,8 +39,7 @@ class Values:
             if not made.issuperset(layer.operands):
                 raise UnsupportedError(f"fastres.freeze: the layer {layer.name!r} reads what no step of a plan computes")
             if layer.kind == "upsample" and layer.residual is layer.like is None and 0 in layer.stride:
-                what = "by whole factors, or directly before an addition or a concatenation"
-                raise UnsupportedError(f"fastres.freeze: upsampling is supported only {what}")
+                _fix_size(layer)
             made.add(layer.y)
         return kept[::-1]
 
@@ -82,3 +81,12 @@ class Values:
         del self.makers[layer.y]
         layer.y = y
         self.makers[y] = layer
+
+
+def _fix_size(layer: Layer) -> None:
+    """An upsampling to numbers, with nothing to say where they come from, serves images of the example's size alone."""
+    before, after = layer.x.shape[2:], layer.y.shape[2:]
+    if any(large % small for large, small in zip(after, before, strict=True)):
+        what = "by whole factors, or directly before an addition or a concatenation"
+        raise UnsupportedError(f"fastres.freeze: upsampling is supported only {what}")
+    layer.stride, layer.expects = (after[0] // before[0], after[1] // before[1]), (before[0], before[1])

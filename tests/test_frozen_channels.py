@@ -141,6 +141,22 @@ def test_optimised_networks_run_as_one_plan():
         assert any("one native plan" in note for note in fastres.explain(optimised, x).notes)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, y: torch.cat([y.flatten(1), m.bn(y).flatten(1)], 1),
+        lambda m, y: m.line(y.view(2, 1, -1)).flatten(1),
+    ],
+)
+def test_features_are_not_taken_for_pixels_of_larger_images(function):
+    """One pixel of many channels and many pixels of one look alike once they are flattened."""
+    model = lively(Behind(function)).eval()
+    frozen = fastres.freeze(model, images(2, 3, 3, 3))
+    check(frozen, model, images(2, 3, 3, 3))
+    with pytest.raises(ValueError, match="whose size fits layer"):
+        frozen(images(2, 3, 4, 4))
+
+
 def test_integers_have_no_step_for_them():
     for function in (lambda m, y: torch.cat([y, y], 1), lambda m, y: y[:, :8], lambda m, y: F.avg_pool2d(y, 3, 1, 1)):
         with pytest.raises(fastres.UnsupportedError, match="in 8-bit integers a plan has no step for"):

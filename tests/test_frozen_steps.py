@@ -67,6 +67,7 @@ STEPS = {
     "two values gated alike": lambda m, y: (g := gate(m, y)) * y + g * m.bn(y),
     "probabilities": lambda m, y: m.small(y).flatten(1).sigmoid(),
     "a hard gate": lambda m, y: y * F.hardsigmoid(m.scale(y.mean((2, 3), keepdim=True))),
+    "sigmoids gated": lambda m, y: (z := y.sigmoid()) * gate(m, z) + gate(m, y) * F.hardsigmoid(y),
     "hard gates of one pixel": lambda m, y: (z := m.small(y)) * F.hardsigmoid(z),
     "SiLU": lambda m, y: m.bn(F.silu(y)) + y,
     "SiLU in place of what others read": lambda m, y: F.silu(z := m.bn(y)) + m.scale(F.silu(z + y, inplace=True)),

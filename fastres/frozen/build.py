@@ -156,14 +156,18 @@ class _Builder(Values):
 
     def on_mul(self, x, factor, *, y):
         if isinstance(factor, Value) and x.constant is factor.constant is None:
-            x, gate = (factor, x) if x in self.expanded or self.is_gate(x) else (x, factor)
-            if y.shape != x.shape or (gate not in self.expanded and gate.shape != (*x.shape[:2], 1, 1)):
+            pairs = [(a, b) for a, b in ((x, factor), (factor, x)) if self.fits(a, b, y)]
+            if not pairs:
                 raise Refused
-            gate = self.expanded.get(gate, gate)
-            self.add(Layer("gate", "gate", x, y, gate=self.value(gate)))
+            x, gate = max(pairs, key=lambda pair: self.is_gate(pair[1]))
+            self.add(Layer("gate", "gate", x, y, gate=self.value(self.expanded.get(gate, gate))))
             return
         x, factor = (factor, x) if x.constant is not None else (x, factor)
         self.scale_and_shift(x, of_channels(x, factor), None, y)
+
+    def fits(self, x: Value, gate: Value, y: Value) -> bool:
+        """Whether a gate has a value for each channel of x."""
+        return x not in self.expanded and x.shape == y.shape and (gate in self.expanded or gate.shape == (*x.shape[:2], 1, 1))
 
     def is_gate(self, x: Value) -> bool:
         """Whether a value is the activation that scales channels; where images have one pixel, both factors look alike."""
@@ -335,7 +339,8 @@ class _Builder(Values):
             layer.like = fixed[0]
             self.found.remove(layer)
             self.found.append(layer)
-        self.add(Layer("cat", "cat", first, y, others=tuple(others)))
+        expects = ONE if len(y.shape) == 2 else None  # else flattened images would be side by side, not their channels
+        self.add(Layer("cat", "cat", first, y, others=tuple(others), expects=expects))
 
     def on_constant_pad_nd(self, x, pad, value=0, *, y):
         if len(pad) != 6 or any(pad[:5]) or pad[5] < 0 or value != 0:

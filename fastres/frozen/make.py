@@ -47,9 +47,11 @@ def freeze(
 
     Args:
         model: a network from one image batch to one tensor, or to several in lists, tuples and dicts, as backbones return
-            them: any composition of convolutions, batch norm, additions (also of a value that is enlarged by nearest pixels,
-            as in feature pyramids), channels scaled by a sigmoid (squeeze and excitation), ReLU, max and average pooling and
-            linear layers, however its Python is written.
+            them: any composition of convolutions, batch norm, additions, concatenations and slices of channels, values
+            enlarged by nearest pixels, channels scaled for each image (squeeze and excitation, ECA), ReLU, ReLU6, SiLU,
+            sigmoid, hard swish, hard sigmoid, leaky ReLU, max and average pooling and linear layers, however its Python is
+            written. What is enlarged to numbers, rather than by a factor or to the size of what it is added to or put
+            beside, is planned for the example's size alone.
         example: images (N, C, H, W) on the model's device, float32, bfloat16 or, on a GPU, float16; the network runs once on
             them, on a GPU on the first two, in its parameters' dtype and without autocast.
         dtype: ``torch.float32`` or ``torch.bfloat16``, or on a GPU ``torch.float16``, for weights and activations; None is the

@@ -145,10 +145,11 @@ def sized(layer: Layer, sizes: dict[Value, Size], size: Size) -> Size:
     channels, *image = sizes[layer.x]
     enlarged = layer.residual or layer.like if layer.kind == "upsample" else None
     y = output_size(layer, (image[0], image[1])) if enlarged is None else sizes[enlarged][1:]
+    is_line = image[0] == 1 and 1 in (channels, image[1])
     if layer.kind == "turn":
-        y, channels = (image[0], channels), image[1]
+        y, channels = (1, channels), image[1]
     sizes[layer.y] = (layer.out_channels or channels + sum(sizes[value][0] for value in layer.others), *y)
-    fits = min(y) >= 1 and tuple(image) == (layer.expects or tuple(image))
+    fits = min(y) >= 1 and (is_line or layer.kind != "turn") and tuple(image) == (layer.expects or tuple(image))
     fits = fits and all(sizes[value][1:] == y for value in layer.others)
     fits = fits and (layer.gate is None or sizes[layer.gate] == (channels, 1, 1))
     if not fits or (layer.residual is not None and sizes[layer.residual] != sizes[layer.y]):

@@ -193,17 +193,23 @@ BESIDE = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", BESIDE)
-def test_what_is_enlarged_lies_beside_others_or_alone(name, dtype, monkeypatch):
+def test_what_is_enlarged_lies_beside_others_or_alone(name, dtype):
     if _conv_cpu.lacks(dtype):
         pytest.skip(_conv_cpu.lacks(dtype))
     torch.manual_seed(0)
     model = lively(Enlarging(BESIDE[name], act=name != "read twice")).eval()
     frozen = fastres.freeze(model, images(1, 3, 6, 6), dtype)
-    monkeypatch.setattr(device, "Graphs", Uncaptured)
-    monkeypatch.setattr(choose, "SECONDS", 1e-3)
-    graph = make.by_ops(model, images(2, 3, 6, 6), torch.float32)
     for shape in ((2, 3, 6, 6), (3, 3, 9, 15), (2, 3, 21, 12)):
         same_as_pytorch(frozen, model, images(*shape), dtype)
+
+
+@pytest.mark.parametrize("name", ["behind", "by factors", "alone"])
+def test_what_is_enlarged_comes_back_from_a_graph(name, monkeypatch):
+    monkeypatch.setattr(device, "Graphs", Uncaptured)
+    monkeypatch.setattr(choose, "SECONDS", 1e-3)
+    model = lively(Enlarging(BESIDE[name])).eval()
+    graph = make.by_ops(model, images(2, 3, 6, 6), torch.float32)
+    for shape in ((2, 3, 6, 6), (1, 3, 9, 15)):
         same_as_pytorch(graph, model, images(*shape), torch.float32)
 
 

@@ -20,9 +20,9 @@ constexpr int64_t kNone = -1, kInput = -2, kOutput = -3;  // the first output
 // passes between them stays in the caches. Activations are channels last, without gaps. `weight` and `bias` count the
 // constants of the call: packed weights and a bias for kConv, rows of mean, scale and bias for kBn. kPad copies every
 // stride-th pixel of the input, or of a value, and adds padding and channels of zeros. kUpsample gives the nearest pixel of x for
-// each of y, or adds it to each of the residual. kGate multiplies each image's channels by its gate. kCopy copies `run` channels of x, from `begin` on, to
-// those of y from `at` on. With `int8` all values are uint8,
-// but for the input and the output, which are of the call's dtype; `bias` counts the float constants that plan_int8.cpp tells.
+// each of y, or adds it to each of the residual. kGate multiplies each image's channels by its gate. kCopy copies channels of x,
+// from `begin` on, to those of y from `at` on. With `int8` all values are uint8, but for the input and the output, which are of
+// the call's dtype; `bias` counts the float constants that plan_int8.cpp tells.
 struct PlanRow {
   Step kind;
   int64_t count, chunk;
@@ -30,8 +30,8 @@ struct PlanRow {
   int64_t weight, bias, relu;
   int64_t channels, height, width, out_channels, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  int64_t run;       // of a convolution, in words of one group; its pixels hold `channels` values. Of a copy, in channels. Of an average,
-                     // what sums are divided by, 0 for the pixels inside the image. Of an activation, its function
+  int64_t run;       // of a convolution, in words of one group; its pixels hold `channels` values. Of a copy, its channels. Of an
+                     // average, what sums are divided by, 0 for the pixels inside the image. Of an activation, its function
   int64_t groups;
   int64_t winograd;  // whether its weights are transformed, for a 3x3 convolution with stride 1
   int64_t int8;

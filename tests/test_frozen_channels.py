@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from _modules import lively
 from _uncaptured import Uncaptured
+from test_backbones import images
 from test_frozen import check
 from test_frozen_steps import STEPS, Behind, X
 from torch import nn
@@ -20,10 +21,6 @@ from fastres.ops import _conv_cpu
 
 pytestmark = pytest.mark.cpu
 timm, vision = pytest.importorskip("timm"), pytest.importorskip("torchvision").models
-def images(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 class Scales(nn.Module):
     """Res2Net's idea and DenseNet's: parts of the channels, each added to the next, then side by side with all before."""
 

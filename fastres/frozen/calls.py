@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastres.frozen.layers import Layer
 from fastres.frozen.plain import PLAIN, max_pool
+from fastres.frozen.program import output_size
 from fastres.frozen.record import Value
 from fastres.ops import _fold
 from fastres.ops._op import Op
@@ -74,7 +75,7 @@ def identity_norm(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> Call:
     """The call of one layer; ``channels`` are those of its input."""
     act = "relu" if layer.relu else "none"
-    inputs = (layer.x,) if layer.residual is None else (layer.x, layer.residual)
+    inputs = tuple(layer.operands)
     if layer.kind == "conv":
         rest = (*own, EPS, layer.stride, layer.padding, layer.dilation, layer.groups, act)
         op = CONV_BN_ACT if layer.residual is None else CONV_BN_ADD_ACT
@@ -88,13 +89,12 @@ def call(layer: Layer, own: Constants, channels: int, device: torch.device) -> C
         rest = (None, None, *identity_norm(channels, device), EPS, act, *window)
         return Call(layer, BN_ACT_MAXPOOL, inputs, rest, {TORCH: functools.partial(max_pool, layer)})
     if layer.kind == "upsample":
-        run = _upsample if layer.residual is not None else functools.partial(_enlarge, layer)
-        return Call(layer, None, tuple(layer.operands), (act,), {TORCH: run})
+        return Call(layer, None, inputs, (act,), {TORCH: functools.partial(_upsample, layer)})
     if layer.kind == "gate":
-        return Call(layer, None, tuple(layer.operands), (act,), {TORCH: _with(layer, _gate)})
+        return Call(layer, None, inputs, (act,), {TORCH: _with(layer, _gate)})
     if layer.kind == "linear":
         return Call(layer, None, inputs, (*own, act), {TORCH: _with(layer, _linear)})
-    return Call(layer, None, tuple(layer.operands), (), {TORCH: functools.partial(PLAIN[layer.kind], layer)})
+    return Call(layer, None, inputs, (), {TORCH: functools.partial(PLAIN[layer.kind], layer)})
 
 
 # ---- PyTorch's ways --------------------------------------------------------------------------------
@@ -139,13 +139,11 @@ def _linear(x: Tensor, residual: Tensor | None, *rest: Any) -> Tensor:
     return _finished(y, residual, rest[-1])
 
 
-def _upsample(x: Tensor, residual: Tensor, act: str) -> Tensor:
-    return _finished(F.interpolate(x, residual.shape[2:]), residual, act)
-
-
-def _enlarge(layer: Layer, x: Tensor, *rest: Any) -> Tensor:
-    size = tuple(s * t for s, t in zip(x.shape[2:], layer.stride, strict=True)) if layer.like is None else rest[0].shape[2:]
-    return _finished(F.interpolate(x, size), None, rest[-1])
+def _upsample(layer: Layer, x: Tensor, *rest: Any) -> Tensor:
+    """Beside x comes what says how large the result is, if anything does: the residual, or another value."""
+    *beside, act = rest
+    size = beside[0].shape[2:] if beside else output_size(layer, (x.shape[2], x.shape[3]))
+    return _finished(F.interpolate(x, size), None if layer.residual is None else beside[0], act)
 
 
 def _gate(x: Tensor, residual: Tensor | None, gate: Tensor, act: str) -> Tensor:

@@ -36,6 +36,15 @@ class Lines {
   char* const bytes_;
 };
 
+FASTRES_INLINE bool is_finite(Sum v) {
+  const Sum nothing = v - v;
+#if FASTRES_CPU_LEVEL >= 4
+  return _mm512_cmp_ps_mask((__m512)nothing, (__m512)nothing, _CMP_UNORD_Q) == 0;
+#else
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)nothing, (__m256)nothing, _CMP_UNORD_Q)) == 0;
+#endif
+}
+
 // ---- one step of a sum: words of x, the same for all lanes or each lane's own, times a vector of words of the weights -----
 
 #if FASTRES_CPU_LEVEL >= 4

@@ -101,15 +101,6 @@ FASTRES_DOT FASTRES_INLINE void put_points(float* to, int64_t point_step, const 
   }
 }
 
-FASTRES_INLINE bool is_finite(Sum v) {
-  const Sum nothing = v - v;
-#if FASTRES_CPU_LEVEL >= 4
-  return _mm512_cmp_ps_mask((__m512)nothing, (__m512)nothing, _CMP_UNORD_Q) == 0;
-#else
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)nothing, (__m256)nothing, _CMP_UNORD_Q)) == 0;
-#endif
-}
-
 }  // namespace fastres::cpu::FASTRES_LEVEL
 
 #endif

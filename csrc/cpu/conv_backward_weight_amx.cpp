@@ -87,7 +87,8 @@ void run(ConvBackwardWeightArgs args, int64_t words) {
   args.count = group;
   const int64_t left = left_bytes(args), right = right_bytes(args);
   Scratch scratch;
-  args.sums = scratch.take<float>(args.parts * args.part_sums);
+  args.direct = group >= words;
+  if (!args.direct) args.sums = scratch.take<float>(args.parts * args.part_sums);
   const auto each_group = [&](char* memory, int64_t first_part, int64_t last_part, auto run) {
     ConvBackwardWeightArgs now = args;
     now.left_tiles = memory, now.right_rows = memory + left;
@@ -117,8 +118,8 @@ void run(ConvBackwardWeightArgs args, int64_t words) {
       works.push_back({units, 1, multiply});
     });
   }
-  const int64_t out_channels = args.turned ? right_channels : args.left.channels;
-  works.push_back({out_channels / 16, 1, [&](int64_t begin, int64_t end) { conv_backward_weight_amx_finish(args, begin, end); }});
+  if (!args.direct)
+    works.push_back({units, 1, [&](int64_t begin, int64_t end) { conv_backward_weight_amx_finish(args, begin, end); }});
   run_team(works);
 }
 
@@ -151,7 +152,7 @@ Tensor conv_backward_weight_amx(const Tensor& grad_y, const Tensor& x, const Int
   run({.left = turned ? grids[0] : gradients, .right = turned ? &gradients : grids.data(),
        .grids = static_cast<int64_t>(grids.size()), .grid_h = grid_h, .grid_w = grid_w, .images = x.size(0), .pairs = pairs,
        .taps = taps, .tap_grid = tap_grid.data(), .tap_step = tap_step.data(), .least_step = *least, .span = *most - *least,
-       .turned = turned, .left_tiles = nullptr, .right_rows = nullptr, .sums = nullptr, .grad_weight = grad.data_ptr(),
+       .turned = turned, .left_tiles = nullptr, .right_rows = nullptr, .sums = nullptr, .direct = false, .grad_weight = grad.data_ptr(),
        .first = 0, .count = 0, .start = 0, .parts = 1, .part_sums = 0, .finite = &finite},
       pairs * grid_h * grid_w);
   return finite ? grad : empty_vector(0, ScalarType::Float, x);

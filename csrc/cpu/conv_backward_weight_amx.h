@@ -18,8 +18,8 @@ struct GridPixels {
 };
 
 // A product has the transposed words of some channels on its left, in tiles, and words of other channels on its right, in rows of
-// kAmxChannels; all channels come in whole vectors. Passes: for every group of words pack them, then multiply; then add up the
-// parts, and round.
+// kAmxChannels; all channels come in whole vectors. Passes: for every group of words pack them, then multiply; where there are
+// several groups, then add up the parts, and round.
 struct ConvBackwardWeightArgs {
   GridPixels left;
   const GridPixels* right;    // of each grid
@@ -31,7 +31,8 @@ struct ConvBackwardWeightArgs {
   bool turned;                // the left are x's channels, the right grad_y's; with one tap only
   char* left_tiles;           // of a group: block of 16 channels, kTileRows words, channel, word
   char* right_rows;           // of a group: grid, block of kAmxChannels, word, channel
-  float* sums;                // of a part: tap, block of the left, block of the right, channel, channel
+  float* sums;                // of a part: blocks in the order of units, channel of the left, channel of the right
+  bool direct;                // one group has all words: sums are rounded at once, and not kept
   void* grad_weight;          // output channel, tap, channel
   int64_t first, count;       // words of the group; count in whole tiles
   int64_t start;              // the first word of its part
@@ -52,6 +53,6 @@ inline int64_t multiply_units(const ConvBackwardWeightArgs& args) {
 
 FASTRES_FMA_KERNEL(conv_backward_weight_amx_pack, ConvBackwardWeightArgs)      // a range counts kTileRows words
 FASTRES_FMA_KERNEL(conv_backward_weight_amx_multiply, ConvBackwardWeightArgs)  // blocks of the right by blocks of the left by taps
-FASTRES_FMA_KERNEL(conv_backward_weight_amx_finish, ConvBackwardWeightArgs)    // vectors of output channels
+FASTRES_FMA_KERNEL(conv_backward_weight_amx_finish, ConvBackwardWeightArgs)    // the same
 
 }  // namespace fastres::cpu

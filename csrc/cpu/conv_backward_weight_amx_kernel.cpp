@@ -111,6 +111,14 @@ void pack_left(const ConvBackwardWeightArgs& args, int64_t step) {
 
 // ---- the product -------------------------------------------------------------------------------------
 
+// Which sums a unit is: those of a tap and up to kAmxChannels channels on either side.
+struct Block {
+  int64_t across, down, tap;
+
+  FASTRES_INLINE Block(const ConvBackwardWeightArgs& args, int64_t unit)
+      : across(unit / (amx_blocks(args.left) * args.taps)), down(unit / args.taps % amx_blocks(args.left)), tap(unit % args.taps) {}
+};
+
 // Tiles of sums: 16 kDown channels of the left by 16 kAcross of the right. Steps in bytes, from tile to tile.
 template <int kDown, int kAcross>
 FASTRES_INLINE void multiply(const char* left, int64_t down_step, const char* right, int64_t steps, bool is_first, float* sums) {
@@ -159,6 +167,34 @@ class Registers {
   ~Registers() { release_tiles(); }
 };
 
+// ---- the gradient ------------------------------------------------------------------------------------
+
+// Rounds the sums of a block, over all parts; `nothing` stays zero while all are finite.
+void finish_block(const ConvBackwardWeightArgs& args, const Block& block, const float* sums, Sum& nothing) {
+  const int64_t channels = args.turned ? args.left.channels : args.right[0].channels;
+  const int64_t left = block.down * kAmxChannels, right = block.across * kAmxChannels;
+  for (int64_t i = left; i < min(left + kAmxChannels, args.left.channels); i += kWide)
+    for (int64_t j = right; j < min(right + kAmxChannels, args.right[0].channels); j += kWide) {
+      Sum rows[kWide];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kWide; ++r) {
+        const float* from = sums + (i - left + r) * kAmxChannels + j - right;
+        rows[r] = load<float, kWide>(from, Whole{});
+        for (int64_t part = 1; part < args.parts; ++part) rows[r] += load<float, kWide>(from += args.part_sums, Whole{});
+        nothing += rows[r] - rows[r];
+      }
+      if (args.turned) transpose(rows);
+      const int64_t k = args.turned ? j : i, c = args.turned ? i : j;
+      auto* to = static_cast<bf16*>(args.grad_weight) + (k * args.taps + block.tap) * channels + c;
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kWide; ++r) store<kWide>(to + r * args.taps * channels, rows[r], Whole{});
+    }
+}
+
+void report(const ConvBackwardWeightArgs& args, Sum nothing) {
+  if (!is_finite(nothing)) args.finite->store(false, std::memory_order_relaxed);
+}
+
 }  // namespace
 
 void conv_backward_weight_amx_pack(const ConvBackwardWeightArgs& args, int64_t begin, int64_t end) {
@@ -168,50 +204,32 @@ void conv_backward_weight_amx_pack(const ConvBackwardWeightArgs& args, int64_t b
 }
 
 void conv_backward_weight_amx_multiply(const ConvBackwardWeightArgs& args, int64_t begin, int64_t end) {
-  const int64_t left_blocks = amx_blocks(args.left), right_blocks = amx_blocks(args.right[0]);
   const int64_t steps = args.count / kTileRows, rows = args.count + args.span, down_step = steps * kTileSize;
   const bool is_first = args.first == args.start;
   const Registers registers;
+  alignas(64) float own[kBlockSums];
+  Sum nothing{};
   for (int64_t at = begin; at < end; ++at) {
-    const int64_t across = at / (left_blocks * args.taps), down = at / args.taps % left_blocks, tap = at % args.taps;
-    const char* left = args.left_tiles + 2 * down * down_step;
-    const int64_t row = (args.tap_grid[tap] * right_blocks + across) * rows + args.tap_step[tap] - args.least_step;
-    const char* right = args.right_rows + row * kRowBytes;
-    float* sums = args.sums + ((tap * left_blocks + down) * right_blocks + across) * kBlockSums;
-    const bool two_down = (down + 1) * kAmxChannels <= args.left.channels;
-    const bool two_across = (across + 1) * kAmxChannels <= args.right[0].channels;
+    const Block block(args, at);
+    const char* left = args.left_tiles + 2 * block.down * down_step;
+    const int64_t row = (args.tap_grid[block.tap] * amx_blocks(args.right[0]) + block.across) * rows;
+    const char* right = args.right_rows + (row + args.tap_step[block.tap] - args.least_step) * kRowBytes;
+    float* sums = args.direct ? own : args.sums + at * kBlockSums;
+    const bool two_down = (block.down + 1) * kAmxChannels <= args.left.channels;
+    const bool two_across = (block.across + 1) * kAmxChannels <= args.right[0].channels;
     if (two_down && two_across) multiply<2, 2>(left, down_step, right, steps, is_first, sums);
     else if (two_down) multiply<2, 1>(left, down_step, right, steps, is_first, sums);
     else if (two_across) multiply<1, 2>(left, down_step, right, steps, is_first, sums);
     else multiply<1, 1>(left, down_step, right, steps, is_first, sums);
+    if (args.direct) finish_block(args, block, sums, nothing);
   }
+  report(args, nothing);
 }
 
 void conv_backward_weight_amx_finish(const ConvBackwardWeightArgs& args, int64_t begin, int64_t end) {
-  const int64_t left_blocks = amx_blocks(args.left), right_blocks = amx_blocks(args.right[0]);
-  const int64_t channels = args.turned ? args.left.channels : args.right[0].channels;
-  Sum nothing{};  // stays zero while all is finite
-  // A vector of the right's channels for one of the left.
-  const auto total = [&](int64_t tap, int64_t left, int64_t right) {
-    const int64_t block = (tap * left_blocks + left / kAmxChannels) * right_blocks + right / kAmxChannels;
-    const float* from = args.sums + block * kBlockSums + left % kAmxChannels * kAmxChannels + right % kAmxChannels;
-    Sum sum = load<float, kWide>(from, Whole{});
-    for (int64_t part = 1; part < args.parts; ++part) sum += load<float, kWide>(from += args.part_sums, Whole{});
-    nothing += sum - sum;
-    return sum;
-  };
-  for (int64_t k = begin * kWide; k < end * kWide; k += kWide)
-    for (int64_t tap = 0; tap < args.taps; ++tap)
-      for (int64_t c = 0; c < channels; c += kWide) {
-        Sum rows[kWide];  // of output channels
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kWide; ++i) rows[i] = args.turned ? total(tap, c + i, k) : total(tap, k + i, c);
-        if (args.turned) transpose(rows);
-        auto* to = static_cast<bf16*>(args.grad_weight) + (k * args.taps + tap) * channels + c;
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kWide; ++i) store<kWide>(to + i * args.taps * channels, rows[i], Whole{});
-      }
-  if (!is_finite(nothing)) args.finite->store(false, std::memory_order_relaxed);
+  Sum nothing{};
+  for (int64_t at = begin; at < end; ++at) finish_block(args, Block(args, at), args.sums + at * kBlockSums, nothing);
+  report(args, nothing);
 }
 #else
 void conv_backward_weight_amx_pack(const ConvBackwardWeightArgs&, int64_t, int64_t) {}  // no processor of this level has AMX

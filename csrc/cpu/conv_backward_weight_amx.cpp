@@ -164,8 +164,13 @@ Tensor conv_backward_weight_amx(const Tensor& grad_y, const Tensor& x, const Int
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv_backward_weight_amx(Tensor grad_y, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation)"
         " -> Tensor");
+  m.def("cpu_has_amx() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_conv_backward_weight_amx", TORCH_BOX(&fastres::cpu::conv_backward_weight_amx));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_C, CompositeExplicitAutograd, m) {
+  m.impl("cpu_has_amx", TORCH_BOX(&fastres::cpu::has_amx));
 }

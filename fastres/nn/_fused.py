@@ -20,10 +20,10 @@ from fastres.errors import ArgumentError, ArgumentTypeError, must_type
 from fastres.nn import _norm
 from fastres.nn._plain import Act, agrees, is_batch_norm, is_fusible_norm, keeps_dtype, own_act, trains, why_not
 from fastres.ops import _chain, _fold, _node
+from fastres.ops._conv_choice import why_not_fast
 from fastres.ops._known_stats import Known
 from fastres.ops._op import is_interposed
 from fastres.ops._recompute import Producer
-from fastres.ops.conv import why_not_fast
 from fastres.ops.conv_bn_add_conv_bn_act import may_join as device_may_join
 from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 

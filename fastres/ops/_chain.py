@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fastres import dispatch
+from fastres.ops._conv_choice import why_not_fast
 from fastres.ops._known_stats import Known, runner
 from fastres.ops._recompute import Producer
 from fastres.ops.bn_act import BN_ACT_TRAIN
 from fastres.ops.bn_add_act import BN_ADD_ACT_TRAIN
 from fastres.ops.bn_add_bn_act import BN_ADD_BN_ACT_TRAIN
-from fastres.ops.conv import CONV, why_not_fast
+from fastres.ops.conv import CONV
 from fastres.ops.conv_statistics import CONV_STATISTICS, may_find
 
 

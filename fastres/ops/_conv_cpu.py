@@ -80,6 +80,12 @@ def lacks(dtype: torch.dtype) -> str | None:
     return None
 
 
+@functools.cache
+def why_not_amx() -> str | None:
+    """Why tile registers cannot be used, once the native library is loaded."""
+    return None if native.op("cpu_has_amx")() else "this processor has no AMX, or Linux does not let this process use it"
+
+
 class Packed:
     """Folded weights in the order the kernel reads them, transformed for Winograd's algorithm if asked to."""
 

@@ -3,12 +3,13 @@
 x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW) in x's memory format. Its gradients are two
 ops, ``conv_backward_input`` and ``conv_backward_weight``. On the CPU all three have native kernels by Winograd's F(2x2, 3x3),
 for 3x3 kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. For few
-pixels all three have kernels of their own, for any geometry: what takes time there is to read or write the weights.
-Accumulates in float, 16 to 256 products at a time. In bfloat16 the transformed values are rounded to it too: more error than
-PyTorch's single rounding, but within the budget. Saved for backward: x and weight. Bytes moved: x, weight and y.
+pixels all three have kernels of their own, for any geometry: what takes time is to read or write the weights. With AMX, in
+bfloat16, the weight gradient is a product in tile registers, for any geometry. ``_conv_choice`` says which kernel is taken.
+Accumulates in float, 16 to 256 products at a time; in tile registers all of an output's, in order. By Winograd in bfloat16 the
+transformed values are rounded to it too: more error than PyTorch's single rounding, but within the budget. Saved for backward:
+x and weight. Bytes moved: x, weight and y.
 """
 
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +18,15 @@ from torch import Tensor
 from fastres.dispatch import Backend
 from fastres.errors import must
 from fastres.kernels import native
-from fastres.kernels.layout import full_padding, memory_format, output_size, why_not_channels_last
+from fastres.kernels.layout import full_padding, memory_format, why_not_channels_last
 from fastres.ops import _check, _conv, _conv_cpu, _conv_rows
+from fastres.ops._conv_choice import AMX, WINOGRAD, weight_kernel, why_not_few, why_not_winograd
 from fastres.ops._op import Op, Sample
 
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
 SCHEMA = f"(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor"
 SCHEMA_INPUT = f"(Tensor grad_y, Tensor weight, int[2] size, {GEOMETRY}) -> Tensor"
 SCHEMA_WEIGHT = f"(Tensor grad_y, Tensor x, int[2] kernel, {GEOMETRY}) -> Tensor"
-
-# 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the input gradient gain a thirtieth at 32
-# tiles, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
-LEAST_TILES = 64
-# Gradients of so few pixels of the output take 0.1 to 0.9 of the time of PyTorch's by the kernels for few, and are no slower
-# than those by Winograd, where weights are so many at least. A 1x1 kernel with stride 1 is one product of matrices, in which
-# PyTorch is faster from fewer pixels on: the first number is the weights', the second x's. Weight gradients by Winograd, which
-# transform no weights, take 0.35 to 0.9 of PyTorch's time from 8 tiles on (Intel Xeon, 1 thread, 2026-11-28).
-MOST_PIXELS, MOST_PIXELS_OF_DENSE = 128, {"weight": 32, "x": 8}
-LEAST_WEIGHTS = 2**16
-# The convolution itself: what PyTorch loses, when it lays out the weights anew, must be more than what it gains per pixel. For
-# images of so few pixels of the output 4 to 30 times its speed; else with so many weights for each pixel (Xeon as above).
-MOST_PIXELS_AN_IMAGE = {torch.float32: 9, torch.bfloat16: 1}
-LEAST_WEIGHTS_A_PIXEL = {torch.float32: 2**15, torch.bfloat16: 2**16}
-# With fewer than 32 channels most time goes into moving tiles, not multiplying them: 128 images of 16 channels gain a half at
-# 8x8, a third at 16x16, nothing at 32x32; in bfloat16, where less is moved, a third at 8x8 and nothing at 16x16 (as above).
-MOST_TILES_OF_FEW = {torch.float32: 2**14, torch.bfloat16: 2**12}
 
 
 def reference(x, weight, bias, stride, padding, dilation, groups):
@@ -142,64 +127,7 @@ def backward(ctx, grad_y):
     return *gradients(grad_y, *ctx.saved_tensors, ctx.geometry, ctx.needs_input_grad[:3]), None, None, None, None
 
 
-# ---- native: Winograd's algorithm on the CPU; few input channels on CUDA ----------------------------------------------
-
-
-def why_not_fast(x, weight_shape, *geometry: Any) -> str | None:
-    """Why a convolution of x, and its gradients, are left to PyTorch: shapes and layout alone, in a few microseconds."""
-    if x.device.type == "cuda" and x.dim() == 4:
-        return _conv_rows.why_not_fast(x, weight_shape, *geometry)
-    reason = why_not_winograd(x, weight_shape, *geometry) and why_not_few("y", x, x.shape[2:], weight_shape, *geometry)
-    return reason and why_not_weight_fast(x, weight_shape, *geometry)
-
-
-def why_not_weight_fast(x, weight_shape, stride, padding, dilation, groups) -> str | None:
-    """Why the weight gradient is left to PyTorch."""
-    reason = why_not_few("weight", x, x.shape[2:], weight_shape, stride, padding, dilation, groups)
-    return reason and why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=1)
-
-
-def why_not_few(of, images, size, weight_shape, stride, padding, dilation, groups) -> str | None:
-    """Why y (``of="y"``), or the gradient of x or weight, is not computed by the kernels for few pixels.
-
-    ``images``: x or grad_y; ``size``: x's rows and columns.
-    """
-    if images.dim() != 4 or groups != 1 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
-        return f"it supports float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
-    out_channels, channels, *kernel = weight_shape
-    weights = out_channels * channels * kernel[0] * kernel[1]
-    if out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384 or weights < LEAST_WEIGHTS:
-        return f"it needs {LEAST_WEIGHTS} weights or more, in multiples of 16 channels up to 16384, got {tuple(weight_shape)}"
-    height, width = output_size(size, kernel, stride, padding, dilation)
-    dense = kernel == [1, 1] and stride == (1, 1)
-    pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE.get(of, MOST_PIXELS) if dense else MOST_PIXELS
-    if of == "y" and height * width > MOST_PIXELS_AN_IMAGE[images.dtype]:
-        most = min(MOST_PIXELS, weights // LEAST_WEIGHTS_A_PIXEL[images.dtype])
-    if not 0 < pixels <= most:
-        return f"it supports 1 to {most} pixels, got {pixels}"
-    return why_not_channels_last("the activations", images)
-
-
-def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=LEAST_TILES) -> str | None:
-    """Why Winograd's algorithm is not taken."""
-    if x.dim() != 4 or tuple(weight_shape[2:]) != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
-        return "it convolves 3x3 kernels with stride 1, without dilation, in one group"
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it convolves float32 and bfloat16 on cpu, the tensors are {x.dtype} on {x.device.type}"
-    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        # training steps of ResNet-18 and -50, batch 8, under autocast: 1.2 to 1.4 times as fast (Intel Xeon, 2026-11-28)
-        return "this processor has AMX, with which oneDNN convolves bfloat16 faster than Winograd's algorithm"
-    n, _, height, width = x.shape
-    out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
-    least = min(weight_shape[:2])
-    if weight_shape[0] % 16 or weight_shape[1] % 16 or least < 16 or any(side < 4 and side != 2 for side in out):
-        return f"it needs multiples of 16 channels and outputs 2 or at least 4 pixels a side, got {tuple(weight_shape)}, {out}"
-    tiles = n * -(-out[0] // 2) * -(-out[1] // 2)
-    if tiles < least_tiles:
-        return f"so few pixels ({tiles} tiles of 2x2, it wants {least_tiles}) do not repay the transform of the weights"
-    if least < 32 and tiles > MOST_TILES_OF_FEW[x.dtype]:
-        return f"so few channels ({least}) do not repay the transform of so many pixels ({tiles} tiles of 2x2)"
-    return why_not_channels_last("the activations", x)
+# ---- native: on the CPU; few input channels on CUDA --------------------------------------------------------------------
 
 
 def why_not(x, weight, bias, *geometry):
@@ -228,10 +156,9 @@ def _why_not_few_input(grad_y, weight, size, *geometry):
 
 
 def why_not_weight(grad_y, x, kernel, *geometry):
-    shape = (grad_y.shape[1], x.shape[1], *kernel)
-    reason = why_not_channels_last("grad_y", grad_y) or why_not_weight_fast(x, shape, *geometry)
-    few = why_not_few("weight", x, x.shape[2:], shape, *geometry) is None
-    return reason or native.why_not(f"cpu_conv_{'outer' if few else 'backward'}_weight") or _conv_cpu.lacks(x.dtype)
+    op, reason = weight_kernel(x, (grad_y.shape[1], x.shape[1], *kernel), *geometry)
+    reason = why_not_channels_last("grad_y", grad_y) or reason or native.why_not(str(op)) or _conv_cpu.lacks(x.dtype)
+    return reason or (_conv_cpu.why_not_amx() if op == AMX else None)
 
 
 def why_not_cuda(x, weight, bias, *geometry):
@@ -243,7 +170,8 @@ def why_not_cuda_weight(grad_y, x, kernel, *geometry):
     return why_not_channels_last("grad_y", grad_y) or _conv_rows.why_not(x, shape, *geometry, op="conv_rows_backward_weight")
 
 
-# Winograd's transform would spread values that are not finite: calls with such weights or outputs run PyTorch's convolution.
+# Winograd's transform, and the zeros that tile registers multiply by, would spread values that are not finite: calls with such
+# results run PyTorch's convolution.
 
 
 def run(x, weight, bias, *geometry):
@@ -264,9 +192,9 @@ def run_input(grad_y, weight, size, stride, padding, *geometry):
 
 
 def run_weight(grad_y, x, kernel, *geometry):
-    if why_not_few("weight", x, x.shape[2:], (grad_y.shape[1], x.shape[1], *kernel), *geometry) is None:
-        return native.op("cpu_conv_outer_weight")(grad_y, x, kernel, *geometry[:3])
-    grad_weight = native.op("cpu_conv_backward_weight")(grad_y, x, geometry[1])
+    op = str(weight_kernel(x, (grad_y.shape[1], x.shape[1], *kernel), *geometry)[0])
+    args = (geometry[1],) if op == WINOGRAD else (kernel, *geometry[:3])
+    grad_weight = native.op(op)(grad_y, x, *args)
     return grad_weight if grad_weight.numel() else reference_weight(grad_y, x, kernel, *geometry)
 
 
@@ -301,6 +229,8 @@ def samples(device, dtype):
         case("few pixels", 3, 80, (3, 2), 96, (1, 1)),
         case("few pixels, stride", 2, 256, (2, 2), 256, (0, 0), bias=True, stride=(2, 2), kernel=(1, 1)),
         case("one pixel", 3, 80, (1, 1), 96, (1, 1)),
+        case("stride, odd images", 3, 48, (9, 11), 80, (1, 1), stride=(2, 2)),
+        case("1x1, narrow to wide", 4, 32, (7, 5), 112, (0, 0), kernel=(1, 1)),
     ]
 
 

@@ -291,6 +291,8 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     if model.training:
         own = "`conv: cpu`, `conv: cuda` or `conv_statistics`"
         notes.append(f"in training, convolutions run in PyTorch except where a step shows {own}")
+        if next(model.parameters()).device.type == "cpu" and native.why_not(AMX) is None and _conv_cpu.why_not_amx() is None:
+            notes.append("in bfloat16 their weight gradients are computed by AMX, those of few pixels by vectors")
         notes += _one_node([module for module in model.modules() if is_fusible_norm(module)])
         notes += [f"kernel calls are not recorded but come from Python every time: {reason}" for reason in why_not_recorded()]
         recomputing = sum(_fused.RECOMPUTES in module.__dict__ for module in model.modules())

@@ -1,0 +1,117 @@
+"""Which convolutions of a training step, and which of their gradients, the native kernels compute: those in which they are
+faster than PyTorch. Shapes, dtypes and layouts alone decide, in a few microseconds.
+"""
+
+from typing import Any
+
+import torch
+
+from fastres.kernels.layout import output_size, why_not_channels_last
+from fastres.ops import _conv_rows
+
+# Native ops that compute the weight gradient.
+OUTER, AMX, WINOGRAD = "cpu_conv_outer_weight", "cpu_conv_backward_weight_amx", "cpu_conv_backward_weight"
+
+# 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the input gradient gain a thirtieth at 32
+# tiles, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
+LEAST_TILES = 64
+# Gradients of so few pixels of the output take 0.1 to 0.9 of the time of PyTorch's by the kernels for few, and are no slower
+# than those by Winograd, where weights are so many at least. A 1x1 kernel with stride 1 is one product of matrices, in which
+# PyTorch is faster from fewer pixels on: the first number is the weights', the second x's. Weight gradients by Winograd, which
+# transform no weights, take 0.35 to 0.9 of PyTorch's time from 8 tiles on (Intel Xeon, 1 thread, 2026-11-28).
+MOST_PIXELS, MOST_PIXELS_OF_DENSE = 128, {"weight": 32, "x": 8}
+LEAST_WEIGHTS = 2**16
+# Weight gradients in tile registers take 0.1 to 0.95 of the time of PyTorch's, and less than those of the kernels for few from
+# so many pixels on (Intel Xeon with AMX, 1 thread, 2026-11-29).
+MOST_PIXELS_WITH_AMX = 32
+# The convolution itself: what PyTorch loses, when it lays out the weights anew, must be more than what it gains per pixel. For
+# images of so few pixels of the output 4 to 30 times its speed; else with so many weights for each pixel (Xeon as above).
+MOST_PIXELS_AN_IMAGE = {torch.float32: 9, torch.bfloat16: 1}
+LEAST_WEIGHTS_A_PIXEL = {torch.float32: 2**15, torch.bfloat16: 2**16}
+# With fewer than 32 channels most time goes into moving tiles, not multiplying them: 128 images of 16 channels gain a half at
+# 8x8, a third at 16x16, nothing at 32x32; in bfloat16, where less is moved, a third at 8x8 and nothing at 16x16 (as above).
+MOST_TILES_OF_FEW = {torch.float32: 2**14, torch.bfloat16: 2**12}
+
+
+def why_not_fast(x, weight_shape, *geometry: Any) -> str | None:
+    """Why a convolution of x, and its gradients, are left to PyTorch: shapes and layout alone, in a few microseconds."""
+    if x.device.type == "cuda" and x.dim() == 4:
+        return _conv_rows.why_not_fast(x, weight_shape, *geometry)
+    reason = why_not_winograd(x, weight_shape, *geometry) and why_not_few("y", x, x.shape[2:], weight_shape, *geometry)
+    return reason and why_not_weight_fast(x, weight_shape, *geometry)
+
+
+def why_not_weight_fast(x, weight_shape, *geometry: Any) -> str | None:
+    """Why the weight gradient is left to PyTorch."""
+    return weight_kernel(x, weight_shape, *geometry)[1]
+
+
+def weight_kernel(x, weight_shape, stride, padding, dilation, groups) -> tuple[str, None] | tuple[None, str]:
+    """The native op that computes the weight gradient, or else why none does."""
+    geometry = weight_shape, stride, padding, dilation, groups
+    if why_not_few("weight", x, x.shape[2:], *geometry) is None:
+        return OUTER, None
+    if _is_amx(x):
+        reason = why_not_amx(x, weight_shape, groups)
+        return (None, reason) if reason is not None else (AMX, None)
+    reason = why_not_winograd(x, *geometry, least_tiles=1)
+    return (None, reason) if reason is not None else (WINOGRAD, None)
+
+
+def _is_amx(x) -> bool:
+    """Whether tile registers multiply what is in x."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def why_not_amx(x, weight_shape, groups) -> str | None:
+    """Why products in tile registers are not taken."""
+    if groups != 1 or weight_shape[0] % 16 or weight_shape[1] % 16:
+        return f"AMX multiplies multiples of 16 channels in one group, got {tuple(weight_shape)} in groups={groups}"
+    if x.dim() != 4 or x.numel() == 0:
+        return f"it needs a batch of images, got {tuple(x.shape)}"
+    return why_not_channels_last("the activations", x)
+
+
+def why_not_few(of, images, size, weight_shape, stride, padding, dilation, groups) -> str | None:
+    """Why y (``of="y"``), or the gradient of x or weight, is not computed by the kernels for few pixels.
+
+    ``images``: x or grad_y; ``size``: x's rows and columns.
+    """
+    if images.dim() != 4 or groups != 1 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
+        return f"it supports float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
+    out_channels, channels, *kernel = weight_shape
+    weights = out_channels * channels * kernel[0] * kernel[1]
+    if out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384 or weights < LEAST_WEIGHTS:
+        return f"it needs {LEAST_WEIGHTS} weights or more, in multiples of 16 channels up to 16384, got {tuple(weight_shape)}"
+    height, width = output_size(size, kernel, stride, padding, dilation)
+    dense = kernel == [1, 1] and stride == (1, 1)
+    pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE.get(of, MOST_PIXELS) if dense else MOST_PIXELS
+    if of == "y" and height * width > MOST_PIXELS_AN_IMAGE[images.dtype]:
+        most = min(MOST_PIXELS, weights // LEAST_WEIGHTS_A_PIXEL[images.dtype])
+    if of == "weight" and _is_amx(images):
+        most = min(most, MOST_PIXELS_WITH_AMX)
+    if not 0 < pixels <= most:
+        return f"it supports 1 to {most} pixels, got {pixels}"
+    return why_not_channels_last("the activations", images)
+
+
+def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=LEAST_TILES) -> str | None:
+    """Why Winograd's algorithm is not taken."""
+    if x.dim() != 4 or tuple(weight_shape[2:]) != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
+        return "it convolves 3x3 kernels with stride 1, without dilation, in one group"
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        return f"it convolves float32 and bfloat16 on cpu, the tensors are {x.dtype} on {x.device.type}"
+    if _is_amx(x):
+        # training steps of ResNet-18 and -50, batch 8, under autocast: 1.2 to 1.4 times as fast (Intel Xeon, 2026-11-28)
+        return "this processor has AMX, with which oneDNN convolves bfloat16 faster than Winograd's algorithm"
+    n, _, height, width = x.shape
+    out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
+    least = min(weight_shape[:2])
+    if weight_shape[0] % 16 or weight_shape[1] % 16 or least < 16 or any(side < 4 and side != 2 for side in out):
+        return f"it needs multiples of 16 channels and outputs 2 or at least 4 pixels a side, got {tuple(weight_shape)}, {out}"
+    tiles = n * -(-out[0] // 2) * -(-out[1] // 2)
+    if tiles < least_tiles:
+        return f"so few pixels ({tiles} tiles of 2x2, it wants {least_tiles}) do not repay the transform of the weights"
+    if least < 32 and tiles > MOST_TILES_OF_FEW[x.dtype]:
+        return f"so few channels ({least}) do not repay the transform of so many pixels ({tiles} tiles of 2x2)"
+    return why_not_channels_last("the activations", x)

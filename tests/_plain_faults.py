@@ -84,6 +84,9 @@ PYTHON = [
 # Of the convolutions in tile registers, which are emulated here.
 TILES = "test_conv_cpu.py::test_any_geometry", {}, "conv_amx_kernel"
 INTEGERS = "test_int8.py::test_steps_compute_what_their_integers_say", {}, "conv_amx_kernel"
+GRADIENT, GRADIENTS = "cpu/conv_backward_weight_amx_kernel.cpp", ("test_conv_amx.py::test_weight_gradients_are_exact_on_small_integers[seeds0]", {})
+GROUPS = "test_conv_amx.py::test_exact_and_the_same_bits_for_any_number_of_threads", {}
+TURNED = "test_conv_amx.py::test_outputs_and_input_gradients_are_exact_on_small_integers[seeds0]", {}
 AMX = [
     Fault("a tap beyond the image is read", "cpu/conv_amx_kernel.cpp", "if (col < 0 || col >= args.width)", "if (col < 0)", *TILES),
     Fault("a row beyond the image is read", "cpu/conv_amx_kernel.cpp", "if (row < 0 || row >= args.height)", "if (row < 0)", *TILES),
@@ -96,6 +99,13 @@ AMX = [
           *INTEGERS),
     Fault("integers forget their residual", "cpu/conv_amx_kernel.cpp", "if (whole && residual != nullptr) finish_packed<true>",
           "if (false) finish_packed<true>", *INTEGERS),
+    Fault("the second image of a word is the first", GRADIENT, "at + args_.pairs * pixels_.image_step)", "at)", *GRADIENTS),
+    Fault("the columns between rows are not zeros", GRADIENT, "col_ < pixels_.cols &&", "", *GRADIENTS),
+    Fault("a turned gradient stays turned", GRADIENT, "if (args.turned) transpose(rows);", "", *GRADIENTS),
+    Fault("a group forgets the ones before it", GRADIENT, "const bool is_first = args.first == args.start;", "const bool is_first = true;",
+          *GROUPS),
+    Fault("parts beyond the first are lost", GRADIENT, "part < args.parts; ++part", "part < min(args.parts, 1); ++part", *GROUPS),
+    Fault("reversed taps are taken in order", "cpu/conv_amx_pack_kernel.cpp", "? args.taps_w - 1 - tap % args.taps_w", "? tap % args.taps_w", *TURNED),
 ]  # fmt: skip
 
 CPP = [

@@ -369,7 +369,7 @@ def of_cpp(room: Path, faults: list[Fault]) -> list[str]:
         copy, kernel = package(folder), fault.kernel or Path(fault.file).stem
         shutil.copytree(recipes.CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cuda", "*.py", "__pycache__"))
         apply(fault, folder / "csrc" / fault.file)
-        emulated = shutil.copy(TILES, folder / "csrc/cpu/tiles.h") if kernel == "conv_amx_kernel" else None
+        emulated = shutil.copy(TILES, folder / "csrc/cpu/tiles.h") if "amx" in kernel else None
         faulty = f"fault{index}.{kernel}.o"
         flags = [f"-DFASTRES_CPU_LEVEL={level}", *recipes.LEVELS[level], f"-I{folder / 'csrc'}", "-O1"]
         edges.append((faulty, "cxx", [folder / "csrc" / "cpu" / f"{kernel}.cpp"], flags))

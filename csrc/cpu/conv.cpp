@@ -6,11 +6,10 @@
 
 #include "cpu/channels.h"
 #include "cpu/conv_host.h"
+#include "cpu/conv_window.h"
 
 namespace fastres::cpu {
 namespace {
-
-using Pads = std::vector<int64_t>;
 
 constexpr int64_t kGroupBytes = 4 << 20;  // of transformed tiles, written and read again: they stay in L3
 constexpr int64_t kLeastGroup = 64;       // words of tiles
@@ -34,13 +33,13 @@ void check_activation(const char* op, const char* param, const Tensor& t) {
   FASTRES_CHECK(lacks == nullptr, op, "the processor", "one with " << lacks << " for " << show(t.scalar_type()), "one without");
 }
 
-void check_padding(const char* op, const Pads& padding, const Tensor& x) {
+void check_padding(const char* op, const Ints& padding, const Tensor& x) {
   FASTRES_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0 && std::max(padding[0], padding[1]) < 1 << 20 &&
                     x.size(2) + 2 * padding[0] >= 3 && x.size(3) + 2 * padding[1] >= 3,
                 op, "padding", "two numbers from 0, with which the kernel fits into x", show({padding.data(), padding.size()}));
 }
 
-ConvArgs arguments(const Tensor& x, int64_t out_channels, const Pads& padding) {
+ConvArgs arguments(const Tensor& x, int64_t out_channels, const Ints& padding) {
   const int64_t height = x.size(2), width = x.size(3), pixel = x.size(1) * element_size(dtype_of(x));
   return {.dtype = dtype_of(x), .act = Act::kNone, .stream = false, .x = x.data_ptr(), .weight = nullptr, .bias = nullptr,
           .residual = nullptr, .y = nullptr, .images = x.size(0), .height = height, .width = width,
@@ -53,7 +52,7 @@ ConvArgs arguments(const Tensor& x, int64_t out_channels, const Pads& padding) {
 
 // conv2d(x, weight, padding=padding); `turned`: with each kernel rotated by 180 degrees and input and output channels exchanged.
 // Returns an empty tensor where a weight or an output is not finite: the transform would spread it.
-Tensor conv(const Tensor& x, const Tensor& weight, const Pads& padding, bool turned) {
+Tensor conv(const Tensor& x, const Tensor& weight, const Ints& padding, bool turned) {
   const char* op = turned ? "conv_backward_input" : "conv";
   check_activation(op, turned ? "grad_y" : "x", x);
   check_padding(op, padding, x);
@@ -83,7 +82,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Pads& padding, bool tur
 }
 
 // The weight gradient of conv2d(x, weight, padding=padding), dense in channels_last; empty where it is not finite.
-Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& padding) {
+Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Ints& padding) {
   const char* op = "conv_backward_weight";
   check_activation(op, "x", x);
   check_activation(op, "grad_y", grad_y);
@@ -144,39 +143,8 @@ Tensor conv_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& p
   return finite ? grad : empty_vector(0, ScalarType::Float, x);
 }
 
-std::array<int64_t, 4> shape_of(const Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
-
-struct Window {
-  Pads kernel, stride, padding, dilation;
-};
-
-// The shape of the output for x of a shape and so many output channels.
-std::array<int64_t, 4> output_sizes(const char* op, const Window& window, const std::array<int64_t, 4>& x, int64_t channels) {
-  const auto check = [&](const char* param, const Pads& pair, int64_t least) {
-    FASTRES_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < 1 << 20, op, param,
-                  "two numbers from " << least, show({pair.data(), pair.size()}));
-  };
-  check("kernel", window.kernel, 1);
-  check("stride", window.stride, 1);
-  check("padding", window.padding, 0);
-  check("dilation", window.dilation, 1);
-  std::array<int64_t, 4> y{x[0], channels};
-  for (int i = 2; i < 4; ++i) {
-    const int64_t room = x[i] + 2 * window.padding[i - 2] - window.dilation[i - 2] * (window.kernel[i - 2] - 1) - 1;
-    FASTRES_CHECK(x[i] > 0 && room >= 0, op, "kernel", "no larger than the padded input", show({window.kernel.data(), 2}));
-    y[i] = room / window.stride[i - 2] + 1;
-  }
-  return y;
-}
-
-void check_output(const char* op, const Window& window, const Tensor& grad_y, const std::array<int64_t, 4>& x) {
-  const auto y = output_sizes(op, window, x, grad_y.size(1));
-  FASTRES_CHECK(same(grad_y.sizes(), {y.data(), y.size()}), op, "grad_y", "of the output's shape " << show({y.data(), y.size()}),
-                show(grad_y.sizes()));
-}
-
 // The pixels that each tap joins, tap by tap; `first` gets where each tap's begin, and the end.
-std::vector<PixelPair> pixel_pairs(const std::array<int64_t, 4>& y, const std::array<int64_t, 4>& x, const Window& window,
+std::vector<PixelPair> pixel_pairs(const Shape& y, const Shape& x, const ConvWindow& window,
                                    std::vector<int64_t>& first) {
   std::vector<PixelPair> pairs;
   const auto inside = [](int64_t at, int64_t size) { return at >= 0 && at < size; };
@@ -197,15 +165,15 @@ std::vector<PixelPair> pixel_pairs(const std::array<int64_t, 4>& y, const std::a
 }
 
 // conv2d(x, weight, stride, padding, dilation) for few pixels; the weights dense in channels_last.
-Tensor few(const Tensor& x, const Tensor& weight, const Pads& stride, const Pads& padding, const Pads& dilation) {
+Tensor few(const Tensor& x, const Tensor& weight, const Ints& stride, const Ints& padding, const Ints& dilation) {
   const char* op = "conv";
   check_activation(op, "x", x);
   check_activation(op, "weight", weight);
   const int64_t channels = x.size(1), out_channels = weight.size(0), lanes = conv_tile().lanes;
   FASTRES_CHECK(weight.scalar_type() == x.scalar_type() && weight.size(1) == channels && out_channels % lanes == 0, op, "weight",
                 "of x's dtype, for its " << channels << " channels, of rows in whole vectors of " << lanes, show(weight.sizes()));
-  const Window window{{weight.size(2), weight.size(3)}, stride, padding, dilation};
-  const std::array<int64_t, 4> sizes = output_sizes(op, window, shape_of(x), out_channels);
+  const ConvWindow window{{weight.size(2), weight.size(3)}, stride, padding, dilation};
+  const Shape sizes = output_shape(op, window, shape_of(x), out_channels);
   std::vector<int64_t> first;
   const std::vector<PixelPair> pairs = pixel_pairs(sizes, shape_of(x), window, first);
   Tensor y = empty_output(sizes, Format::channels_last, x);
@@ -218,14 +186,14 @@ Tensor few(const Tensor& x, const Tensor& weight, const Pads& stride, const Pads
 }
 
 // The weight gradient of that convolution, dense in channels_last.
-Tensor few_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& kernel, const Pads& stride, const Pads& padding,
-                           const Pads& dilation) {
+Tensor few_backward_weight(const Tensor& grad_y, const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
+                           const Ints& dilation) {
   const char* op = "conv_backward_weight";
   check_activation(op, "x", x);
   check_activation(op, "grad_y", grad_y);
   FASTRES_CHECK(grad_y.scalar_type() == x.scalar_type(), op, "grad_y", "of x's dtype", show(grad_y.scalar_type()));
-  const Window window{kernel, stride, padding, dilation};
-  const std::array<int64_t, 4> sizes = shape_of(x);
+  const ConvWindow window{kernel, stride, padding, dilation};
+  const Shape sizes = shape_of(x);
   check_output(op, window, grad_y, sizes);
   std::vector<int64_t> first;
   const std::vector<PixelPair> pairs = pixel_pairs(shape_of(grad_y), sizes, window, first);
@@ -240,8 +208,8 @@ Tensor few_backward_weight(const Tensor& grad_y, const Tensor& x, const Pads& ke
 }
 
 // The gradient of its x, of so many rows and columns; the weights dense in channels_last.
-Tensor few_backward_input(const Tensor& grad_y, const Tensor& weight, const Pads& size, const Pads& stride,
-                                 const Pads& padding, const Pads& dilation) {
+Tensor few_backward_input(const Tensor& grad_y, const Tensor& weight, const Ints& size, const Ints& stride,
+                                 const Ints& padding, const Ints& dilation) {
   const char* op = "conv_backward_input";
   check_activation(op, "grad_y", grad_y);
   check_activation(op, "weight", weight);
@@ -249,8 +217,8 @@ Tensor few_backward_input(const Tensor& grad_y, const Tensor& weight, const Pads
                 "of grad_y's dtype, for its " << grad_y.size(1) << " channels", show(weight.sizes()));
   FASTRES_CHECK(size.size() == 2 && std::min(size[0], size[1]) > 0 && std::max(size[0], size[1]) < 1 << 20, op, "size",
                 "two numbers from 1", show({size.data(), size.size()}));
-  const Window window{{weight.size(2), weight.size(3)}, stride, padding, dilation};
-  const std::array<int64_t, 4> sizes{grad_y.size(0), weight.size(1), size[0], size[1]};
+  const ConvWindow window{{weight.size(2), weight.size(3)}, stride, padding, dilation};
+  const Shape sizes{grad_y.size(0), weight.size(1), size[0], size[1]};
   check_output(op, window, grad_y, sizes);
   std::vector<int64_t> first;
   const std::vector<PixelPair> pairs = pixel_pairs(shape_of(grad_y), sizes, window, first);

@@ -1,6 +1,8 @@
 // The convolutions of bfloat16 or 8-bit integers as products of matrices in tile registers (AMX); a range counts units of output.
 #pragma once
 
+#include <atomic>
+
 #include "cpu/conv_int8.h"
 #include "cpu/tiles.h"
 
@@ -28,5 +30,21 @@ inline int64_t amx_row_bytes(const ConvArgs& args) {
 
 FASTRES_FMA_KERNEL(conv_bn_act_amx, ConvArgs)  // in bfloat16; with has_amx() only, as the next one
 FASTRES_FMA_KERNEL(conv_int8_amx, ConvInt8Args)
+
+// The weights of a training step in the order in which these kernels read them, in bfloat16: from output channel, tap, channel.
+// With `turned` input and output channels are exchanged and the taps reversed, as the input gradient wants them. Of each side's
+// taps those from a first one on are taken, every step-th.
+struct ConvAmxPackArgs {
+  const void* weight;
+  void* packed;
+  int64_t out_channels, channels, kernel_h, kernel_w;  // of the weight; channels in whole vectors
+  bool turned;
+  int64_t first_h, first_w, step_h, step_w, taps_h, taps_w;
+  std::atomic<bool>* finite;  // becomes false where a weight is not
+};
+inline int64_t conv_amx_pack_units(const ConvAmxPackArgs& args) {
+  return ceil_div(args.turned ? args.channels : args.out_channels, conv_tile().channels) * args.taps_h * args.taps_w;
+}
+FASTRES_FMA_KERNEL(conv_amx_pack, ConvAmxPackArgs)  // a range counts blocks of output channels times taps
 
 }  // namespace fastres::cpu

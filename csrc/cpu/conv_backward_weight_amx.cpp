@@ -2,69 +2,32 @@
 #include "cpu/conv_backward_weight_amx.h"
 
 #include <algorithm>
-#include <array>
 #include <map>
 
 #include "cpu/channels.h"
 #include "cpu/conv_host.h"
+#include "cpu/conv_window.h"
 
 namespace fastres::cpu {
 namespace {
 
 constexpr const char* kOp = "conv_backward_weight";
-using Ints = std::vector<int64_t>;
 
 constexpr int64_t kGroupBytes = 1 << 20;  // of packed words: a part of L2
 constexpr int64_t kLeastUnits = 64;       // products that are worth sharing out; else the words are, in parts
 constexpr int64_t kPartWords = 1024, kMostParts = 16;
 
-int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// One side of a convolution. Tap i of the output's place o is x's pixel o * stride + at, which lies at o + step on grid at % stride.
-struct Side {
-  int64_t size, out, taps, stride, padding, dilation;
-
-  int64_t at(int64_t tap) const { return tap * dilation - padding; }
-  int64_t step(int64_t tap) const { return floor_div(at(tap), stride); }
-  int64_t grid(int64_t tap) const { return at(tap) - step(tap) * stride; }
+// How a side of the grid is divided.
+struct GridSide : ConvSide {
+  using ConvSide::ConvSide;
   int64_t before() const { return std::max<int64_t>(0, -step(0)); }
   int64_t after() const { return std::max<int64_t>(0, step(taps - 1)); }
-  // Pixels that taps can meet, of all that the grid has.
-  int64_t pixels(int64_t grid) const { return std::clamp<int64_t>(ceil_div(size - grid, stride), 0, out + after()); }
+  int64_t met(int64_t phase) const { return std::min(pixels(phase), out + after()); }  // pixels that taps can meet
   // With zeros for steps out of the image on either side, which share them with the row before or the next one.
-  int64_t places() const { return std::max(pixels(0) + before(), out + after()); }
+  int64_t places() const { return std::max(met(0) + before(), out + after()); }
 };
-
-struct Window {
-  Ints kernel, stride, padding, dilation;
-};
-
-Side side_of(const Tensor& x, const Tensor& grad_y, const Window& window, int i) {
-  const Side side{x.size(2 + i), grad_y.size(2 + i), window.kernel[i], window.stride[i], window.padding[i], window.dilation[i]};
-  const int64_t room = side.size + 2 * side.padding - side.dilation * (side.taps - 1) - 1;
-  FASTRES_CHECK(room >= 0 && room / side.stride + 1 == side.out, kOp, "grad_y", "of the output's shape", show(grad_y.sizes()));
-  return side;
-}
-
-void check(const Tensor& grad_y, const Tensor& x, const Window& window) {
-  for (const auto& [param, t] : {std::pair{"x", &x}, std::pair{"grad_y", &grad_y}}) {
-    check_cpu(kOp, param, *t);
-    FASTRES_CHECK(t->scalar_type() == ScalarType::BFloat16 && t->dim() == 4 && t->numel() > 0 && t->size(1) % 16 == 0 &&
-                      is_dense(*t, Format::channels_last),
-                  kOp, param, "bfloat16, not empty, dense in channels_last, of channels in multiples of 16", show(t->sizes()));
-  }
-  FASTRES_CHECK(grad_y.size(0) == x.size(0), kOp, "grad_y", "of " << x.size(0) << " images", grad_y.size(0));
-  FASTRES_CHECK(has_amx(), kOp, "the processor", "one with AMX", "one without");
-  const auto check_pair = [](const char* param, const Ints& pair, int64_t least) {
-    FASTRES_CHECK(pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) < 1 << 20, kOp, param,
-                  "two numbers from " << least, show({pair.data(), pair.size()}));
-  };
-  check_pair("kernel", window.kernel, 1);
-  check_pair("stride", window.stride, 1);
-  check_pair("padding", window.padding, 0);
-  check_pair("dilation", window.dilation, 1);
-}
 
 // The pixels of a tensor from one on, every stride-th of them, as many as `rows` and `cols`.
 GridPixels pixels_of(const Tensor& t, int64_t row, int64_t col, int64_t stride_h, int64_t stride_w, int64_t rows, int64_t cols) {
@@ -126,19 +89,21 @@ void run(ConvBackwardWeightArgs args, int64_t words) {
 // The weight gradient of conv2d(x, weight, stride, padding, dilation), dense in channels_last; empty where it is not finite.
 Tensor conv_backward_weight_amx(const Tensor& grad_y, const Tensor& x, const Ints& kernel, const Ints& stride,
                                 const Ints& padding, const Ints& dilation) {
-  const Window window{kernel, stride, padding, dilation};
-  check(grad_y, x, window);
-  const Side high = side_of(x, grad_y, window, 0), wide = side_of(x, grad_y, window, 1);
+  const ConvWindow window{kernel, stride, padding, dilation};
+  check_amx_operand(kOp, "x", x);
+  check_amx_operand(kOp, "grad_y", grad_y);
+  check_output(kOp, window, grad_y, shape_of(x));
+  const GridSide high(window, shape_of(x), shape_of(grad_y), 0), wide(window, shape_of(x), shape_of(grad_y), 1);
   const int64_t grid_h = high.places(), grid_w = wide.places(), taps = high.taps * wide.taps;
   std::vector<GridPixels> grids;
   std::map<std::array<int64_t, 2>, int64_t> known;
   Ints tap_grid, tap_step;
   for (int64_t tap = 0; tap < taps; ++tap) {
     const int64_t y = tap / wide.taps, x_tap = tap % wide.taps;
-    const std::array<int64_t, 2> grid{high.grid(y), wide.grid(x_tap)};
+    const std::array<int64_t, 2> grid{high.phase(y), wide.phase(x_tap)};
     const auto [found, is_new] = known.emplace(grid, static_cast<int64_t>(grids.size()));
     if (is_new)
-      grids.push_back(pixels_of(x, grid[0], grid[1], high.stride, wide.stride, high.pixels(grid[0]), wide.pixels(grid[1])));
+      grids.push_back(pixels_of(x, grid[0], grid[1], high.stride, wide.stride, high.met(grid[0]), wide.met(grid[1])));
     tap_grid.push_back(found->second);
     tap_step.push_back(high.step(y) * grid_w + wide.step(x_tap));
   }
@@ -164,13 +129,8 @@ Tensor conv_backward_weight_amx(const Tensor& grad_y, const Tensor& x, const Int
 STABLE_TORCH_LIBRARY_FRAGMENT(fastres_C, m) {
   m.def("cpu_conv_backward_weight_amx(Tensor grad_y, Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation)"
         " -> Tensor");
-  m.def("cpu_has_amx() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_C, CPU, m) {
   m.impl("cpu_conv_backward_weight_amx", TORCH_BOX(&fastres::cpu::conv_backward_weight_amx));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastres_C, CompositeExplicitAutograd, m) {
-  m.impl("cpu_has_amx", TORCH_BOX(&fastres::cpu::has_amx));
 }

@@ -9,7 +9,7 @@
 #endif
 #include "cpu/conv_backward_weight_amx.h"
 
-#include "cpu/transpose.h"
+#include "cpu/words.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
 
@@ -60,19 +60,7 @@ class Walk {
   int64_t pair_, row_, col_;
 };
 
-FASTRES_INLINE __m512i values(const bf16* from, int64_t channel) {
-  return from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from + channel);
-}
-FASTRES_INLINE __m512i half_values(const bf16* from, int64_t channel) {
-  return from == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(0xffff, from + channel);
-}
-
-// a_i b_i a_(i+1) ... from a channel on.
-FASTRES_INLINE __m512i pairs_of(__m512i a, __m512i b, int64_t first) {
-  Vec<uint16_t, 32> lane;
-  for (int64_t i = 0; i < 32; ++i) lane[i] = first + i / 2 + i % 2 * 32;
-  return _mm512_permutex2var_epi16(a, (__m512i)lane, b);
-}
+FASTRES_INLINE const bf16* from(const bf16* pixel, int64_t channel) { return pixel == nullptr ? nullptr : pixel + channel; }
 
 void pack_right(const ConvBackwardWeightArgs& args, int64_t grid, int64_t begin, int64_t end) {
   const GridPixels& pixels = args.right[grid];
@@ -82,13 +70,14 @@ void pack_right(const ConvBackwardWeightArgs& args, int64_t grid, int64_t begin,
   for (int64_t row = begin; row < end; ++row, to += kRowBytes) {
     const Word word = walk.next();
     for (int64_t block = 0; block < whole; ++block) {
-      const __m512i a = values(word.a, block * kAmxChannels), b = values(word.b, block * kAmxChannels);
+      const __m512i a = values(from(word.a, block * kAmxChannels)), b = values(from(word.b, block * kAmxChannels));
       _mm512_store_si512(to + block * block_bytes, pairs_of(a, b, 0));
       _mm512_store_si512(to + block * block_bytes + kVectorBytes, pairs_of(a, b, kWide));
     }
     if (whole * kAmxChannels < pixels.channels) {
       const int64_t channel = whole * kAmxChannels;
-      _mm512_store_si512(to + whole * block_bytes, pairs_of(half_values(word.a, channel), half_values(word.b, channel), 0));
+      const __m512i a = half_values(from(word.a, channel)), b = half_values(from(word.b, channel));
+      _mm512_store_si512(to + whole * block_bytes, pairs_of(a, b, 0));
     }
   }
 }
@@ -102,7 +91,7 @@ void pack_left(const ConvBackwardWeightArgs& args, int64_t step) {
     Sum rows[kWide];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kWide; ++i)
-      rows[i] = (Sum)pairs_of(half_values(words[i].a, channel), half_values(words[i].b, channel), 0);
+      rows[i] = (Sum)pairs_of(half_values(from(words[i].a, channel)), half_values(from(words[i].b, channel)), 0);
     transpose(rows);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kWide; ++i) _mm512_store_si512(to + i * kTileBytes, (__m512i)rows[i]);

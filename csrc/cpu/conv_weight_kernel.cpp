@@ -4,8 +4,8 @@
 // Accumulate type: float; the halves are exact, each point rounds at most three times, then to the weights' dtype.
 // Invariants: lanes past the last output channel are zero.
 #include "cpu/conv.h"
-#include "cpu/transpose.h"
 #include "cpu/winograd_tile.h"
+#include "cpu/words.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
 

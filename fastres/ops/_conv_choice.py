@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 
-from fastres.kernels.layout import output_size, why_not_channels_last
+from fastres.kernels.layout import full_padding, output_size, why_not_channels_last
 from fastres.ops import _conv_rows
 
-# Native ops that compute the weight gradient.
-OUTER, AMX, WINOGRAD = "cpu_conv_outer_weight", "cpu_conv_backward_weight_amx", "cpu_conv_backward_weight"
+# The native ops that compute y and the two gradients: for few pixels, in tile registers (AMX), by Winograd's algorithm.
+KERNELS = {
+    "y": ("cpu_conv_inner", "cpu_conv_amx", "cpu_conv"),
+    "x": ("cpu_conv_outer_input", "cpu_conv_amx_input", "cpu_conv"),
+    "weight": ("cpu_conv_outer_weight", "cpu_conv_backward_weight_amx", "cpu_conv_backward_weight"),
+}
+WINOGRAD = tuple(kernels[2] for kernels in KERNELS.values())
 
 # 2x2 tiles that repay the transform of the weights: with 512 channels the forward and the input gradient gain a thirtieth at 32
 # tiles, a tenth at 64, a fifth at 128; with fewer channels far more (AMD EPYC, Zen 4, 2 threads, 2026-11-25).
@@ -24,6 +29,9 @@ LEAST_WEIGHTS = 2**16
 # Weight gradients in tile registers take 0.1 to 0.95 of the time of PyTorch's, and less than those of the kernels for few from
 # so many pixels on (Intel Xeon with AMX, 1 thread, 2026-11-29).
 MOST_PIXELS_WITH_AMX = 32
+# The other two by AMX, which pack the weights in less time than oneDNN, take 0.45 to 1.0 of its time from so many weights for
+# each pixel on; the input gradient of a strided 1x1 kernel, which oneDNN computes slowly, 0.45 to 0.8 with any (as above).
+LEAST_WEIGHTS_A_PIXEL_WITH_AMX = 512
 # The convolution itself: what PyTorch loses, when it lays out the weights anew, must be more than what it gains per pixel. For
 # images of so few pixels of the output 4 to 30 times its speed; else with so many weights for each pixel (Xeon as above).
 MOST_PIXELS_AN_IMAGE = {torch.float32: 9, torch.bfloat16: 1}
@@ -37,46 +45,59 @@ def why_not_fast(x, weight_shape, *geometry: Any) -> str | None:
     """Why a convolution of x, and its gradients, are left to PyTorch: shapes and layout alone, in a few microseconds."""
     if x.device.type == "cuda" and x.dim() == 4:
         return _conv_rows.why_not_fast(x, weight_shape, *geometry)
-    reason = why_not_winograd(x, weight_shape, *geometry) and why_not_few("y", x, x.shape[2:], weight_shape, *geometry)
-    return reason and why_not_weight_fast(x, weight_shape, *geometry)
+    size = x.shape[2:]
+    return kernel("y", x, size, weight_shape, *geometry)[1] and kernel("weight", x, size, weight_shape, *geometry)[1]
 
 
-def why_not_weight_fast(x, weight_shape, *geometry: Any) -> str | None:
-    """Why the weight gradient is left to PyTorch."""
-    return weight_kernel(x, weight_shape, *geometry)[1]
+def kernel(
+    of, images, size, weight_shape, stride, padding, dilation, groups, weight=None
+) -> tuple[str, None] | tuple[None, str]:
+    """The native op that computes y (``of="y"``), or the gradient of x or weight; or else why none does.
+
+    ``images``: x or grad_y; ``size``: x's rows and columns; ``weight``: whose layout matters to y and to the gradient of x.
+    """
+    geometry = stride, padding, dilation, groups
+    few, amx, winograd = KERNELS[of]
+    plain = None if weight is None else why_not_channels_last("weight", weight)
+    if plain is None and why_not_few(of, images, size, weight_shape, *geometry) is None:
+        return few, None
+    if _is_amx(images):
+        reason = why_not_amx(of, images, size, weight_shape, *geometry) or plain
+        return (None, reason) if reason is not None else (amx, None)
+    if of == "x":
+        reason = f"its padding is at most 2 pixels, got {padding}" if max(padding) > 2 else None
+        geometry = stride, full_padding(weight_shape[2:], padding, dilation), dilation, groups
+        weight_shape = (weight_shape[1], weight_shape[0], *weight_shape[2:])
+        reason = reason or why_not_winograd(images, weight_shape, *geometry)
+    else:
+        reason = why_not_winograd(images, weight_shape, *geometry, least_tiles=LEAST_TILES if of == "y" else 1)
+    return (None, reason) if reason is not None else (winograd, None)
 
 
-def weight_kernel(x, weight_shape, stride, padding, dilation, groups) -> tuple[str, None] | tuple[None, str]:
-    """The native op that computes the weight gradient, or else why none does."""
-    geometry = weight_shape, stride, padding, dilation, groups
-    if why_not_few("weight", x, x.shape[2:], *geometry) is None:
-        return OUTER, None
-    if _is_amx(x):
-        reason = why_not_amx(x, weight_shape, groups)
-        return (None, reason) if reason is not None else (AMX, None)
-    reason = why_not_winograd(x, *geometry, least_tiles=1)
-    return (None, reason) if reason is not None else (WINOGRAD, None)
+def _is_amx(images) -> bool:
+    """Whether tile registers multiply what is in these images."""
+    return images.dtype == torch.bfloat16 and images.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
-def _is_amx(x) -> bool:
-    """Whether tile registers multiply what is in x."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-
-
-def why_not_amx(x, weight_shape, groups) -> str | None:
-    """Why products in tile registers are not taken."""
-    if groups != 1 or weight_shape[0] % 16 or weight_shape[1] % 16:
-        return f"AMX multiplies multiples of 16 channels in one group, got {tuple(weight_shape)} in groups={groups}"
-    if x.dim() != 4 or x.numel() == 0:
-        return f"it needs a batch of images, got {tuple(x.shape)}"
-    return why_not_channels_last("the activations", x)
+def why_not_amx(of, images, size, weight_shape, stride, padding, dilation, groups) -> str | None:
+    """Why y, or the gradient of x or weight, is not computed in tile registers."""
+    out_channels, channels, *taps = weight_shape
+    if groups != 1 or out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384:
+        return f"AMX multiplies multiples of 16 channels up to 16384 in one group, got {tuple(weight_shape)}, groups={groups}"
+    if images.dim() != 4 or images.numel() == 0:
+        return f"it needs a batch of images, got {tuple(images.shape)}"
+    if of == "x" and any(by > 1 and spread > 1 for by, spread in zip(stride, dilation, strict=True)):
+        return f"on a side with a stride it takes no dilation, got {dilation}"
+    height, width = output_size(size, taps, stride, padding, dilation)
+    weights, pixels = out_channels * channels * taps[0] * taps[1], images.shape[0] * height * width
+    strided = of == "x" and taps == [1, 1] and stride != (1, 1)
+    if of != "weight" and not strided and weights < LEAST_WEIGHTS_A_PIXEL_WITH_AMX * pixels:
+        return f"oneDNN is faster with fewer than {LEAST_WEIGHTS_A_PIXEL_WITH_AMX} weights a pixel, got {weights} for {pixels}"
+    return why_not_channels_last("the activations", images)
 
 
 def why_not_few(of, images, size, weight_shape, stride, padding, dilation, groups) -> str | None:
-    """Why y (``of="y"``), or the gradient of x or weight, is not computed by the kernels for few pixels.
-
-    ``images``: x or grad_y; ``size``: x's rows and columns.
-    """
+    """Why y, or the gradient of x or weight, is not computed by the kernels for few pixels."""
     if images.dim() != 4 or groups != 1 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
         return f"it supports float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
     out_channels, channels, *kernel = weight_shape

@@ -4,7 +4,8 @@ x: (N, C, H, W); weight: (K, C / groups, R, S) of x's dtype; y is (N, K, OH, OW)
 ops, ``conv_backward_input`` and ``conv_backward_weight``. On the CPU all three have native kernels by Winograd's F(2x2, 3x3),
 for 3x3 kernels with stride 1. Weights change at every step, so they are transformed at every call; nothing is kept. For few
 pixels all three have kernels of their own, for any geometry: what takes time is to read or write the weights. With AMX, in
-bfloat16, the weight gradient is a product in tile registers, for any geometry. ``_conv_choice`` says which kernel is taken.
+bfloat16, the weight gradient is a product in tile registers, for any geometry, and so are the other two where weights are many.
+``_conv_choice`` says which kernel is taken.
 Accumulates in float, 16 to 256 products at a time; in tile registers all of an output's, in order. By Winograd in bfloat16 the
 transformed values are rounded to it too: more error than PyTorch's single rounding, but within the budget. Saved for backward:
 x and weight. Bytes moved: x, weight and y.
@@ -20,7 +21,7 @@ from fastres.errors import must
 from fastres.kernels import native
 from fastres.kernels.layout import full_padding, memory_format, why_not_channels_last
 from fastres.ops import _check, _conv, _conv_cpu, _conv_rows
-from fastres.ops._conv_choice import AMX, WINOGRAD, weight_kernel, why_not_few, why_not_winograd
+from fastres.ops._conv_choice import WINOGRAD, kernel
 from fastres.ops._op import Op, Sample
 
 GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -130,35 +131,34 @@ def backward(ctx, grad_y):
 # ---- native: on the CPU; few input channels on CUDA --------------------------------------------------------------------
 
 
+def _forward(x, weight, *geometry):
+    return kernel("y", x, x.shape[2:], weight.shape, *geometry, weight=weight)
+
+
+def _input(grad_y, weight, size, *geometry):
+    return kernel("x", grad_y, size, weight.shape, *geometry, weight=weight)
+
+
+def _weight(grad_y, x, size, *geometry):
+    return kernel("weight", x, x.shape[2:], (grad_y.shape[1], x.shape[1], *size), *geometry)
+
+
+def _why_not(dtype, op, reason):
+    """Why the chosen native op cannot run here."""
+    reason = reason or native.why_not(op) or _conv_cpu.lacks(dtype)
+    return reason or (_conv_cpu.why_not_amx() if "amx" in op else None)
+
+
 def why_not(x, weight, bias, *geometry):
-    if _why_not_few_forward(x, weight, *geometry) is None:
-        return native.why_not("cpu_conv_inner") or _conv_cpu.lacks(x.dtype)
-    reason = why_not_winograd(x, weight.shape, *geometry)
-    return reason or native.why_not("cpu_conv") or _conv_cpu.lacks(x.dtype)
+    return _why_not(x.dtype, *_forward(x, weight, *geometry))
 
 
-def _why_not_few_forward(x, weight, *geometry):
-    return why_not_few("y", x, x.shape[2:], weight.shape, *geometry) or why_not_channels_last("weight", weight)
+def why_not_input(grad_y, *args):
+    return _why_not(grad_y.dtype, *_input(grad_y, *args))
 
 
-def why_not_input(grad_y, weight, size, stride, padding, *geometry):
-    if _why_not_few_input(grad_y, weight, size, stride, padding, *geometry) is None:
-        return native.why_not("cpu_conv_outer_input") or _conv_cpu.lacks(grad_y.dtype)
-    if max(padding) > 2:
-        return f"its padding is at most 2 pixels, got {padding}"
-    turned = (weight.shape[1], weight.shape[0], *weight.shape[2:])
-    reason = why_not_winograd(grad_y, turned, stride, full_padding(weight.shape[2:], padding, geometry[0]), *geometry)
-    return reason or native.why_not("cpu_conv") or _conv_cpu.lacks(grad_y.dtype)
-
-
-def _why_not_few_input(grad_y, weight, size, *geometry):
-    return why_not_few("x", grad_y, size, weight.shape, *geometry) or why_not_channels_last("weight", weight)
-
-
-def why_not_weight(grad_y, x, kernel, *geometry):
-    op, reason = weight_kernel(x, (grad_y.shape[1], x.shape[1], *kernel), *geometry)
-    reason = why_not_channels_last("grad_y", grad_y) or reason or native.why_not(str(op)) or _conv_cpu.lacks(x.dtype)
-    return reason or (_conv_cpu.why_not_amx() if op == AMX else None)
+def why_not_weight(grad_y, x, *args):
+    return why_not_channels_last("grad_y", grad_y) or _why_not(x.dtype, *_weight(grad_y, x, *args))
 
 
 def why_not_cuda(x, weight, bias, *geometry):
@@ -175,27 +175,24 @@ def why_not_cuda_weight(grad_y, x, kernel, *geometry):
 
 
 def run(x, weight, bias, *geometry):
-    if _why_not_few_forward(x, weight, *geometry) is None:
-        y = native.op("cpu_conv_inner")(x, weight, *geometry[:3])
-    else:
-        y = native.op("cpu_conv")(x, weight, geometry[1], False)
-        if y.numel() == 0:
-            return reference(x, weight, bias, *geometry)
+    op, _ = _forward(x, weight, *geometry)
+    y = native.op(op)(x, weight, *((geometry[1], False) if op in WINOGRAD else geometry[:3]))
+    if y.numel() == 0:
+        return reference(x, weight, bias, *geometry)
     return y if bias is None else y.add_(bias.view(1, -1, 1, 1))
 
 
-def run_input(grad_y, weight, size, stride, padding, *geometry):
-    if _why_not_few_input(grad_y, weight, size, stride, padding, *geometry) is None:
-        return native.op("cpu_conv_outer_input")(grad_y, weight, size, stride, padding, geometry[0])
-    grad_x = native.op("cpu_conv")(grad_y, weight, full_padding(weight.shape[2:], padding, geometry[0]), True)
-    return grad_x if grad_x.numel() else reference_input(grad_y, weight, size, stride, padding, *geometry)
+def run_input(grad_y, weight, size, *geometry):
+    op, _ = _input(grad_y, weight, size, *geometry)
+    padding = full_padding(weight.shape[2:], *geometry[1:3])
+    grad_x = native.op(op)(grad_y, weight, *((padding, True) if op in WINOGRAD else (size, *geometry[:3])))
+    return grad_x if grad_x.numel() else reference_input(grad_y, weight, size, *geometry)
 
 
-def run_weight(grad_y, x, kernel, *geometry):
-    op = str(weight_kernel(x, (grad_y.shape[1], x.shape[1], *kernel), *geometry)[0])
-    args = (geometry[1],) if op == WINOGRAD else (kernel, *geometry[:3])
-    grad_weight = native.op(op)(grad_y, x, *args)
-    return grad_weight if grad_weight.numel() else reference_weight(grad_y, x, kernel, *geometry)
+def run_weight(grad_y, x, size, *geometry):
+    op, _ = _weight(grad_y, x, size, *geometry)
+    grad_weight = native.op(op)(grad_y, x, *((geometry[1],) if op in WINOGRAD else (size, *geometry[:3])))
+    return grad_weight if grad_weight.numel() else reference_weight(grad_y, x, size, *geometry)
 
 
 # ---- samples and cost -------------------------------------------------------------------------------------------------

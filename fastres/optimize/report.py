@@ -14,9 +14,11 @@ from fastres.dispatch import Choice
 from fastres.errors import ArgumentError, UnsupportedError, must, must_type
 from fastres.frozen import Frozen
 from fastres.frozen import report as frozen_report
+from fastres.kernels import native
 from fastres.nn import _fused
 from fastres.nn._plain import is_fusible_norm, trains, why_not
-from fastres.ops import REGISTRY
+from fastres.ops import REGISTRY, _conv_cpu
+from fastres.ops._conv_choice import KERNELS
 from fastres.ops._node import why_not_recorded
 from fastres.ops._patterns import ConvNormPairs, PrecedingConv, ProjectedEnds
 from fastres.ops.conv_bn_add_conv_bn_act import CONV_BN_ADD_CONV_BN_ACT
@@ -291,7 +293,8 @@ def _notes(model: nn.Module, found: list[Site]) -> list[str]:
     if model.training:
         own = "`conv: cpu`, `conv: cuda` or `conv_statistics`"
         notes.append(f"in training, convolutions run in PyTorch except where a step shows {own}")
-        if next(model.parameters()).device.type == "cpu" and native.why_not(AMX) is None and _conv_cpu.why_not_amx() is None:
+        lacks = native.why_not(KERNELS["weight"][1]) or _conv_cpu.why_not_amx()
+        if lacks is None and next(model.parameters()).device.type == "cpu":
             notes.append("in bfloat16 their weight gradients are computed by AMX, those of few pixels by vectors")
         notes += _one_node([module for module in model.modules() if is_fusible_norm(module)])
         notes += [f"kernel calls are not recorded but come from Python every time: {reason}" for reason in why_not_recorded()]

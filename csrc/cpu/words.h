@@ -1,4 +1,4 @@
-// A square of lanes with its rows and columns exchanged, in registers.
+// Words of 32 bits in registers: squares of them with rows and columns exchanged, and those made of pairs of bfloat16.
 // Included by *_kernel.cpp only; everything lives in the namespace of the level it is compiled for.
 #pragma once
 
@@ -31,6 +31,23 @@ FASTRES_INLINE void transpose(Sum (&rows)[kWide]) {
     for (int64_t i = 0; i < kWide; ++i) rows[i] = next[i];
   }
 }
+
+#if FASTRES_CPU_LEVEL >= 4
+// 32 or 16 values of a row; zeros for a row that does not exist.
+FASTRES_INLINE __m512i values(const bf16* from) {
+  return from == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(from);
+}
+FASTRES_INLINE __m512i half_values(const bf16* from) {
+  return from == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(0xffff, from);
+}
+
+// a_i b_i a_(i+1) ... from a lane on.
+FASTRES_INLINE __m512i pairs_of(__m512i a, __m512i b, int64_t first) {
+  Vec<uint16_t, 32> lane;
+  for (int64_t i = 0; i < 32; ++i) lane[i] = first + i / 2 + i % 2 * 32;
+  return _mm512_permutex2var_epi16(a, (__m512i)lane, b);
+}
+#endif
 
 }  // namespace fastres::cpu::FASTRES_LEVEL
 

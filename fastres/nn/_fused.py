@@ -218,9 +218,9 @@ def convolve(conv: nn.Conv2d, x: Tensor, made: Producer | None = None) -> Tensor
 
 def convolve_plain(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``convolve`` without calling the module, which would take twice the host time."""
-    operands: Any = x, conv._parameters["weight"], conv._parameters["bias"]
+    operands: Any = *cast(x), conv._parameters["weight"], conv._parameters["bias"]
     geometry: Any = conv.stride, conv.padding, conv.dilation, conv.groups
-    if why_not_fast(x, operands[1].shape, *geometry) is None:
+    if why_not_fast(operands[0], operands[1].shape, *geometry) is None:
         try:
             return functional.conv2d(*cast(*operands), *geometry)
         except WRONG:

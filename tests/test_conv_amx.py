@@ -170,12 +170,13 @@ def test_what_is_refused_says_why():
     x = torch.randn(4, 32, 12, 12).bfloat16().contiguous(memory_format=LAST)
     op = REGISTRY["conv_backward_weight"]
 
-    def reason(grad_y=x, x=x, groups=1):
-        return op.explain(grad_y, x, (1, 1), ONE, (0, 0), ONE, groups).refusals["cpu"]
+    def reason(grad_y=x, x=x, groups=1, kernel=ONE, padding=(0, 0), dilation=ONE):
+        return op.explain(grad_y, x, kernel, ONE, padding, dilation, groups).refusals["cpu"]
 
     assert "multiples of 16 channels" in reason(grad_y=x[:, :24].contiguous(memory_format=LAST))
     assert "groups=2" in reason(groups=2)
     assert "channels_last" in reason(x=x.contiguous())
+    assert "reach so far" in reason(kernel=(3, 3), padding=(8, 8), dilation=(8, 8))
 
 
 def test_the_native_ops_check_for_themselves():

@@ -32,6 +32,9 @@ MOST_PIXELS_WITH_AMX = 32
 # The other two by AMX, which pack the weights in less time than oneDNN, take 0.45 to 1.0 of its time from so many weights for
 # each pixel on; the input gradient of a strided 1x1 kernel, which oneDNN computes slowly, 0.45 to 0.8 with any (as above).
 LEAST_WEIGHTS_A_PIXEL_WITH_AMX = 512
+# The weight gradient multiplies the zeros between rows and images too: where dilated taps reach over so many that there are
+# more than this many places for each pixel, oneDNN, which leaves out such taps, takes 0.75 to 0.85 of its time (as above).
+MOST_PLACES_A_PIXEL = 2.25
 # The convolution itself: what PyTorch loses, when it lays out the weights anew, must be more than what it gains per pixel. For
 # images of so few pixels of the output 4 to 30 times its speed; else with so many weights for each pixel (Xeon as above).
 MOST_PIXELS_AN_IMAGE = {torch.float32: 9, torch.bfloat16: 1}
@@ -90,6 +93,10 @@ def why_not_amx(of, images, size, weight_shape, stride, padding, dilation, group
         return f"on a side with a stride it takes no dilation, got {dilation}"
     height, width = output_size(size, taps, stride, padding, dilation)
     weights, pixels = out_channels * channels * taps[0] * taps[1], images.shape[0] * height * width
+    reach = [max(p, d * (k - 1) - p) // by for p, d, k, by in zip(padding, dilation, taps, stride, strict=True)]
+    places = (height + reach[0]) * (width + reach[1])
+    if of == "weight" and dilation != (1, 1) and places > MOST_PLACES_A_PIXEL * height * width:
+        return f"taps that reach so far ({reach} pixels beyond {height}x{width}) leave too little to multiply"
     strided = of == "x" and taps == [1, 1] and stride != (1, 1)
     if of != "weight" and not strided and weights < LEAST_WEIGHTS_A_PIXEL_WITH_AMX * pixels:
         return f"oneDNN is faster with fewer than {LEAST_WEIGHTS_A_PIXEL_WITH_AMX} weights a pixel, got {weights} for {pixels}"

@@ -78,6 +78,12 @@ def build_cpu(info: dict, explicit: bool) -> Path:
     return folder / PRODUCTS["cpu"]
 
 
+def cuda_bindings(torch: dict, nvcc: dict, bindings: list[Path]) -> list[tuple]:
+    """The build edges of csrc/cuda's bindings, which the tests link for the CPU too."""
+    headers = ["-DUSE_CUDA", "-isystem", torch["root"] / "include", "-isystem", nvcc["include"]]
+    return [(f"{path.stem}.o", "cxx", [path], headers) for path in bindings]
+
+
 def build_cuda(info: dict, explicit: bool) -> Path:
     """Compile fastres/_cuda.so; without an explicit wish only for a CUDA torch of nvcc's major version."""
     torch, cxx = toolchain.find_torch(), toolchain.find_cxx()
@@ -101,8 +107,7 @@ def build_cuda(info: dict, explicit: bool) -> Path:
     # Kernels of one architecture are compiled for that alone; where it is not asked for, their code is empty.
     hopper = [code for code in codes if code.endswith("code=sm_90a")] or codes
     edges = [(f"{path.stem}.o", "nvcc", [path], hopper if path.stem.startswith("sm90_") else codes) for path in kernels]
-    headers = ["-DUSE_CUDA", "-isystem", torch["root"] / "include", "-isystem", nvcc["include"]]
-    edges += [(f"{path.stem}.o", "cxx", [path], headers) for path in bindings]
+    edges += cuda_bindings(torch, nvcc, bindings)
     # libtorch leads to libtorch_cuda, which has the current-stream function and which a CPU torch lacks.
     torch_libs = [f"-L{torch['root']}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
     link = [*torch_libs, f"-L{nvcc['lib']}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

@@ -57,19 +57,35 @@ def kernel_edges(folder: Path, kernels: list[tuple[str, Path, list]], flags: lis
 
 
 @functools.cache
-def load() -> None:
-    """Compile (once) and load; afterwards ``torch.ops.fastres_C.cuda_*`` take CPU tensors. Skips where it cannot."""
+def bindings() -> list[Path]:
+    """The bindings' objects: those of the library for GPUs, compiled as it compiles them, in its folder."""
+    toolchain, recipes = tools()
+    rules()  # skips where it cannot
+    folder = recipes.WORK / "cuda"
+    folder.mkdir(parents=True, exist_ok=True)
+    _, sources = recipes.sources("cuda", {"kernels": {}})
+    edges = recipes.cuda_bindings(toolchain.find_torch(), toolchain.find_nvcc(), sources)
+    toolchain.run_ninja(folder, recipes.cxx_rules(toolchain.find_cxx()), edges)
+    return [folder / out for out, *_ in edges]
+
+
+@functools.cache
+def load() -> list[Path]:
+    """Compile (once) and load; afterwards ``torch.ops.fastres_C.cuda_*`` take CPU tensors. Skips where it cannot. Returns the
+    objects.
+    """
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA: the kernels run on the GPU")
     toolchain, recipes = tools()
     commands = rules()
-    kernels, bindings = recipes.sources("cuda", {"kernels": {}})
+    kernels, _ = recipes.sources("cuda", {"kernels": {}})
     folder = recipes.WORK / "cuda_on_cpu"
     folder.mkdir(parents=True, exist_ok=True)
-    objects = [(f"{path.stem}.o", "cxx", [path], []) for path in [*bindings, ROOM / "runtime.cpp"]]
     device, *compiled = kernel_edges(folder, [(f"{path.stem}.o", path, []) for path in kernels], [])
-    objects += compiled
+    edges = [device, ("runtime.o", "cxx", [ROOM / "runtime.cpp"], []), *compiled]
+    objects = [*bindings(), *(folder / out for out, *_ in edges[1:])]
     library = [f"-L{toolchain.find_torch()['root']}/lib", "-ltorch_cpu", "-ldl", "-lubsan"]
-    edges = [device, *objects, ("cuda_on_cpu.so", "link", [out for out, *_ in objects], library)]
+    edges.append(("cuda_on_cpu.so", "link", [path.name if path.parent == folder else path for path in objects], library))
     toolchain.run_ninja(folder, commands, edges)
     torch.ops.load_library(folder / "cuda_on_cpu.so")
+    return objects

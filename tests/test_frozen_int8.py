@@ -7,6 +7,7 @@ import pytest
 import torch
 from _modules import lively
 from _uncaptured import Uncaptured
+from _weights_once import weights_once  # noqa: F401
 from test_frozen import NETWORKS, images, small
 from test_int8 import CASES, Steps, Sum, conv, quiet
 from torch import nn

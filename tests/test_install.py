@@ -234,6 +234,7 @@ STATE = (
 )
 
 
+@pytest.mark.compile
 def test_pure_python_install(clone):
     status, said = install(clone, FASTRES_BUILD="none", CXX="no-such-compiler")
     assert status == 0, said

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from _integers import emulated
 from _modules import lively
+from _weights_once import weights_once  # noqa: F401
 from test_frozen import NETWORKS, Odd, images, small
 from torch import nn
 

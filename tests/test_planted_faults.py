@@ -280,7 +280,7 @@ def faulty_library(fault: Fault, folder: Path) -> tuple[tuple, tuple]:
     shutil.copytree(recipes.CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "*.py", "__pycache__"))
     apply(fault, folder / "csrc" / fault.file)
     name, kernel = folder.name, fault.kernel or Path(fault.file).stem
-    objects = [path for path in sorted((recipes.WORK / "cuda_on_cpu").glob("*.o")) if path.stem != kernel]
+    objects = [path for path in _cuda_on_cpu.load() if path.stem != kernel]
     compiled = (f"{name}.o", folder / "csrc" / "cuda" / f"{kernel}.cu", [f"-I{folder / 'csrc'}"])
     return compiled, (f"{name}.so", "link", [f"{name}.o", *objects], ["-ldl", "-lubsan"])  # torch's is there: _faults.py
 

@@ -17,7 +17,7 @@ dim3 blockDim, gridDim;
 namespace cuda_on_cpu {
 namespace {
 
-constexpr size_t kStack = 128 << 10;
+constexpr size_t kStack = 128 << 10, kApart = 7 * 64;
 constexpr unsigned kMaxThreads = 1024;  // of a block
 constexpr unsigned kGroup = 128, kRest = 6;  // threads of a warpgroup; rounds in which one rests
 
@@ -25,11 +25,14 @@ using Jump = void* [5];  // of the compiler's own jumps: contexts, whose switch 
 
 struct Fiber {
   Jump barrier;
-  std::unique_ptr<char[]> stack = std::make_unique_for_overwrite<char[]>(kStack);
+  const std::function<bool()>* condition;  // that it waits for
+  uint3 thread;
   bool started = false, done, at_barrier;  // started once, a fiber runs the threads of one number of all later blocks
 };
 
 std::vector<Fiber> fibers(kMaxFibers);
+// Not a power of two apart: the ends of the stacks, which are all that most use, would share a few lines of the caches.
+const auto stacks = std::make_unique_for_overwrite<char[]>(kMaxFibers * (kStack + kApart));
 unsigned first_block;  // of the cluster
 Jump scheduler;
 Fiber* current;
@@ -38,7 +41,6 @@ bool progress;  // some thread has done more than to look whether it may go on
 std::deque<std::function<void()>> works;
 
 [[noreturn, gnu::noinline]] void to_scheduler() { __builtin_longjmp(scheduler, 1); }
-[[noreturn, gnu::noinline]] void to_fiber() { __builtin_longjmp(current->barrier, 1); }
 
 [[gnu::noinline]] void leave() {
   if (__builtin_setjmp(current->barrier) == 0) to_scheduler();
@@ -51,27 +53,19 @@ void enter() {
   }
 }
 
-[[gnu::noinline]] void start() {
+// To the current fiber, where it waits or at its start.
+[[noreturn, gnu::noinline]] void to_fiber() {
+  if (current->started) __builtin_longjmp(current->barrier, 1);
   ucontext_t context;
   getcontext(&context);
-  context.uc_stack = {current->stack.get(), 0, kStack};
+  context.uc_stack = {stacks.get() + (current - fibers.data()) * (kStack + kApart), 0, kStack};
   makecontext(&context, enter, 0);
   current->started = true;
   setcontext(&context);
+  std::abort();
 }
 
 unsigned threads_of_block() { return blockDim.x * blockDim.y * blockDim.z; }
-
-// Lets a thread run to where it waits next, or to its end.
-[[gnu::noinline]] void resume(unsigned number) {
-  const unsigned thread = number % threads_of_block();
-  threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
-  blockIdx = {first_block + number / threads_of_block(), 0, 0};
-  current = &fibers[number];
-  if (__builtin_setjmp(scheduler) != 0) return;
-  if (current->started) to_fiber();
-  start();
-}
 
 // Lets a block's threads pass a barrier that all have reached; returns those that have not ended.
 unsigned pass_barrier(Fiber* block, unsigned threads) {
@@ -84,21 +78,40 @@ unsigned pass_barrier(Fiber* block, unsigned threads) {
   return left;
 }
 
+// Lets threads of one block run, each to where it waits next, or to its end; in either order. The jumps are here, and in
+// __syncthreads: to return from another function behind each would take as long again.
+[[gnu::noinline]] void run_threads(unsigned block, Fiber* first, Fiber* end, bool backwards) {
+  blockIdx = {first_block + block, 0, 0};
+  for (Fiber *next = backwards ? end - 1 : first, *const stop = backwards ? first - 1 : end; next != stop;
+       next += backwards ? -1 : 1) {
+    if (next->done || next->at_barrier || (next->condition != nullptr && !(*next->condition)())) continue;
+    threadIdx = next->thread;
+    current = next;
+    if (__builtin_setjmp(scheduler) == 0) to_fiber();
+  }
+}
+
 void run_cluster(unsigned blocks, unsigned threads_of_each, unsigned seed) {
   const unsigned threads = blocks * threads_of_each;
-  for (unsigned t = 0; t < threads; ++t) fibers[t].done = fibers[t].at_barrier = false;
+  for (unsigned t = 0; t < threads; ++t) {
+    const unsigned thread = t % threads_of_each, row = thread / blockDim.x;
+    fibers[t].thread = {thread % blockDim.x, row % blockDim.y, row / blockDim.y};
+    fibers[t].done = fibers[t].at_barrier = false;
+    fibers[t].condition = nullptr;
+  }
   // The order of the threads changes from round to round and from block to block: results that depend on it differ. One of
   // several blocks rests in each round, and one warpgroup of each block in many, or none, so that some are ahead of others.
   const unsigned groups = (threads_of_each + kGroup - 1) / kGroup;
   unsigned still = 0, resting = seed % (groups + 1), rested = 0;  // still: rounds without progress
   for (unsigned round = seed, left = threads; left > 0; ++round) {
+    const bool backwards = round % 2 == 1;
     progress = false;
     left = 0;
-    for (unsigned i = 0; i < threads; ++i) {
-      const unsigned number = round % 2 ? threads - 1 - i : i;
-      if (blocks > 1 && number / threads_of_each == round % blocks) continue;
-      if (number % threads_of_each / kGroup == resting) continue;
-      if (!fibers[number].done && !fibers[number].at_barrier) resume(number);
+    for (unsigned i = 0; i < blocks * groups; ++i) {
+      const unsigned number = backwards ? blocks * groups - 1 - i : i, block = number / groups, group = number % groups;
+      if ((blocks > 1 && block == round % blocks) || group == resting) continue;
+      Fiber* const first = fibers.data() + block * threads_of_each;
+      run_threads(block, first + group * kGroup, first + std::min((group + 1) * kGroup, threads_of_each), backwards);
     }
     for (unsigned block = 0; block < blocks; ++block)
       left += pass_barrier(fibers.data() + block * threads_of_each, threads_of_each);
@@ -143,7 +156,11 @@ bool has_ended(unsigned rank) {
 }
 
 void wait_until(const std::function<bool()>& condition) {
-  while (!condition()) leave();
+  if (!condition()) {
+    current->condition = &condition;  // which is looked at in this one's place
+    leave();
+    current->condition = nullptr;
+  }
   progress = true;
 }
 
@@ -162,9 +179,10 @@ void beside(std::function<void()> work) {
 }  // namespace cuda_on_cpu
 
 void __syncthreads() {
-  cuda_on_cpu::current->at_barrier = true;
-  cuda_on_cpu::leave();
-  cuda_on_cpu::progress = true;
+  using namespace cuda_on_cpu;
+  current->at_barrier = true;
+  if (__builtin_setjmp(current->barrier) == 0) to_scheduler();
+  progress = true;
 }
 
 extern "C" {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import _cuda_on_cpu
 
-from reliability.board import Tally
+from reliability.board import Found, Tally
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIX = ""  # what each process does first: a fault is planted here
@@ -42,7 +42,7 @@ def environment(watched: bool) -> dict[str, str]:
 
 def apart(tally: Tally, where: str, *arguments: object, watched: bool = False, patience: float = 3000) -> None:
     """``reliability.<where>(tally, *arguments)`` in another process, which may crash or hang; ``watched``: see memory.cpp."""
-    code = f"{PREFIX}\nfrom reliability import children\nchildren.serve({where!r}, {arguments!r})"
+    code = f"{PREFIX}\nfrom reliability import children\nchildren.serve({where!r}, {arguments!r}, {tally.one})"
     try:
         command = [sys.executable, "-X", "faulthandler", "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(watched), timeout=patience)
@@ -61,13 +61,14 @@ def apart(tally: Tally, where: str, *arguments: object, watched: bool = False, p
     tally.failed += found["failed"] - len(found["failures"])
 
 
-def serve(where: str, arguments: tuple) -> None:
+def serve(where: str, arguments: tuple, one: bool) -> None:
     """In that process: try, and print what became of it."""
     module, _, name = where.rpartition(".")
-    tally = Tally()
-    getattr(importlib.import_module(f"reliability.{module}"), name)(tally, *arguments)
-    if count := touched():
-        tally.fail(f"{where}: {count} blocks of memory were written past their ends")
+    tally = Tally(one=one)
+    with contextlib.suppress(Found):
+        getattr(importlib.import_module(f"reliability.{module}"), name)(tally, *arguments)
+        if count := touched():
+            tally.fail(f"{where}: {count} blocks of memory were written past their ends")
     print(json.dumps(dataclasses.asdict(tally)))
     sys.stdout.flush()
 

@@ -29,9 +29,15 @@ CPU = torch.device("cpu")
 
 @scored("R23", "allocations that fail, Ctrl-C in tune, freeze and training, kill -9 while files are written", full=700, short=45)
 def interruptions(tally: Tally, count: int) -> None:
+    children.apart(tally, "interruptions.signals", count // 3, count // 6)
     children.apart(tally, "interruptions.allocations", 2 * count // 3, watched=True)
-    children.apart(tally, "interruptions.control_c", count // 6)
-    children.apart(tally, "interruptions.kills", count // 3)
+
+
+def signals(tally: Tally, killed: int, interrupted: int) -> None:
+    threads = torch.get_num_threads()
+    kills(tally, killed)
+    torch.set_num_threads(threads)
+    control_c(tally, interrupted)
 
 
 def network() -> nn.Module:

@@ -27,9 +27,13 @@ ROUND = 1000
 @scored("R18", "calls of changing shapes without growth of memory, eight threads, fork and spawn", full=1_080_000, short=4_000)
 def soak(tally: Tally, count: int) -> None:
     each = min(10_000, count // 20)
-    children.apart(tally, "soak.steady", count - THREADS * each)
-    children.apart(tally, "soak.at_once", each)
+    children.apart(tally, "soak.calls_and_threads", count - THREADS * each, each)
     children.apart(tally, "soak.processes", 3 if count > 100_000 else 1)
+
+
+def calls_and_threads(tally: Tally, count: int, each: int) -> None:
+    steady(tally, count)
+    at_once(tally, each)
 
 
 def calls(seed: int) -> list:

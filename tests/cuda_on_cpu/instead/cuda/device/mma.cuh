@@ -6,6 +6,7 @@
 #include <cstring>
 #include <functional>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 namespace fastres::cuda {
@@ -85,38 +86,56 @@ inline void load_transposed(uint32_t (&m)[4], const void* row) {
   }
 }
 
+// What 16 bits are as a float: by bits, where CUDA's own takes a branch for each kind of number.
+template <typename T>
+float value_of(uint16_t bits) {
+  uint32_t wide = uint32_t{bits} << 16;
+  float value;
+  if constexpr (std::is_same_v<T, __half>) wide = (bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13;
+  if constexpr (std::is_same_v<T, __half>) wide |= (bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+  memcpy(&value, &wide, 4);
+  if constexpr (std::is_same_v<T, __half>) value *= 0x1p112f;  // between the two exponents
+  return value;
+}
+
+// What a lane holds of both operands.
 struct Fragments {
-  uint32_t a[4], b[2];
+  float a[8], b[4];
 };
 
 template <typename T>
-float half_of(uint32_t pair, int k) {
-  const uint16_t bits = static_cast<uint16_t>(k == 0 ? pair : pair >> 16);
-  T value;
-  memcpy(static_cast<void*>(&value), &bits, 2);
-  return static_cast<float>(value);
+void take(float* to, uint32_t pair) {
+  to[0] = value_of<T>(static_cast<uint16_t>(pair)), to[1] = value_of<T>(static_cast<uint16_t>(pair >> 16));
 }
 
-template <typename T>
-void warp_product(float (&acc)[4], const Fragments& own, int depth) {
+template <int kDepth>
+void warp_product(float (&acc)[4], const Fragments& own) {
   const Fragments* of = gather(own);
-  const unsigned g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
-    for (int k = 0; k < depth; ++k) {
-      const float a = half_of<T>(of[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8], k % 2);
-      acc[i] += a * half_of<T>(of[column * 4 + k % 8 / 2].b[k / 8], k % 2);
+  const Fragments *const row = of + threadIdx.x % 32 / 4 * 4, *const column = of + threadIdx.x % 4 * 8;
+  float sums[] = {acc[0], acc[1], acc[2], acc[3]};
+  for (int k = 0; k < kDepth; k += 2) {
+    const float *const a = row[k % 8 / 2].a + k / 8 * 4, *const b = column[k % 8 / 2].b + k / 8 * 2;
+    const float* const next = column[4 + k % 8 / 2].b + k / 8 * 2;
+    for (int i = 0; i < 2; ++i) {
+      sums[0] += a[i] * b[i], sums[1] += a[i] * next[i];
+      sums[2] += a[2 + i] * b[i], sums[3] += a[2 + i] * next[i];
     }
   }
+  for (int i = 0; i < 4; ++i) acc[i] = sums[i];
 }
 
 template <typename T>
 void warp_product(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  warp_product<T>(acc, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, 16);
+  Fragments own;
+  for (int i = 0; i < 4; ++i) take<T>(own.a + 2 * i, a[i]);
+  take<T>(own.b, b0), take<T>(own.b + 2, b1);
+  warp_product<16>(acc, own);
 }
 template <typename T>
 void warp_product(float (&acc)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
-  warp_product<T>(acc, {{a0, a1}, {b0}}, 8);
+  Fragments own;
+  take<T>(own.a, a0), take<T>(own.a + 2, a1), take<T>(own.b, b0);
+  warp_product<8>(acc, own);
 }
 
 }  // namespace fastres::cuda

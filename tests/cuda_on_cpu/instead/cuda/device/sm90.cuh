@@ -10,6 +10,7 @@
 
 #include "common/types.h"
 #include "cuda/conv_bn_act.h"
+#include "cuda/device/mma.cuh"
 
 namespace fastres::cuda::sm90 {
 
@@ -187,21 +188,31 @@ void wait_for_products() {
 template <int kCount>
 void pin(float (&)[kCount]) {}
 
+// The 16 values of a row of an operand.
 template <typename T>
-float element(uint64_t operand, int row, int k) {
-  T value;
-  memcpy(&value, reinterpret_cast<const void*>(swizzled(operand + row * kRowBytes + 2 * k)), 2);
-  return static_cast<float>(value);
-}
+struct Row {
+  float of[16];
+
+  Row(uint64_t operand, int row) {
+    uint16_t bits[16];
+    for (int k : {0, 8}) memcpy(bits + k, reinterpret_cast<const void*>(swizzled(operand + row * kRowBytes + 2 * k)), 16);
+    for (int k = 0; k < 16; ++k) of[k] = value_of<T>(bits[k]);
+  }
+};
 
 template <typename T, int kCount>
 void product(float (&acc)[kCount], uint64_t a, uint64_t b, int accumulate) {
+  if (a % 16 || b % 16) throw std::runtime_error("an operand that is not aligned to 16 bytes");
   products().issued.push_back([&acc, a, b, accumulate, thread = threadIdx.x % 128] {
-    for (int i = 0; i < kCount; ++i) {
-      const int row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (thread % 4) + i % 2;
-      float sum = accumulate ? acc[i] : 0.0f;
-      for (int k = 0; k < 16; ++k) sum += element<T>(a, row, k) * element<T>(b, column, k);
-      acc[i] = sum;
+    const int row = 16 * (thread / 32) + thread % 32 / 4;
+    const Row<T> rows[] = {{a, row}, {a, row + 8}};
+    for (int i = 0; i < kCount; i += 4) {
+      for (int k = 0; k < 2; ++k) {
+        const Row<T> column(b, 2 * i + 2 * (thread % 4) + k);
+        float sums[] = {accumulate ? acc[i + k] : 0.0f, accumulate ? acc[i + 2 + k] : 0.0f};
+        for (int j = 0; j < 16; ++j) sums[0] += rows[0].of[j] * column.of[j], sums[1] += rows[1].of[j] * column.of[j];
+        acc[i + k] = sums[0], acc[i + 2 + k] = sums[1];
+      }
     }
   });
 }

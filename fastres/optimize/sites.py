@@ -1,6 +1,7 @@
 """Which modules of a model can run fused steps, and what prevents the others."""
 
 import fnmatch
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,7 @@ def _why_closed(module: nn.Module) -> str | None:
         return "TorchScript has fixed its code; optimize the model before scripting it"
     if isinstance(module, fx.GraphModule):
         return "torch.fx has fixed its graph; optimize the model it came from"
-    if isinstance(module, torch._dynamo.OptimizedModule):
+    if "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule):  # its import takes seconds
         return "it is compiled; optimize the model first, then torch.compile it"
     return None
 

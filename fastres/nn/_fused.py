@@ -255,7 +255,7 @@ def find_statistics(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Known]:
 def cast(*operands: Any) -> Sequence[Any]:
     """What goes into a convolution, as autocast casts it."""
     kind = operands[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):  # asking a meta tensor's raises
         return operands
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands]

@@ -14,8 +14,8 @@ struct Taps {
   int64_t first, step, count;
 };
 
-// Convolves x with some taps of the weight; the pads count x's pixels before the first tap, less than none in it. Adds its work
-// to `works`. Keeps memory in `scratch`.
+// Adds to `works` the convolution of x with some taps of the weight, as far as `args` says; its memory is kept in `scratch`.
+// pad_h and pad_w may be negative: the first window then begins inside x.
 void convolve(const Tensor& x, const Tensor& weight, bool turned, const std::array<Taps, 2>& taps, ConvArgs args,
               std::atomic<bool>* finite, Scratch& scratch, std::vector<Work>& works) {
   const int64_t height = x.size(2), width = x.size(3), pixel = x.size(1) * 2;

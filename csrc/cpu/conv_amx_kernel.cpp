@@ -17,7 +17,7 @@
 #endif
 
 #include "cpu/conv_finish.h"
-#include "cpu/tiles.h"
+#include "cpu/tile_registers.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
 
@@ -27,32 +27,6 @@ namespace fastres::cpu::FASTRES_LEVEL {
 namespace {
 
 // ---- the product -----------------------------------------------------------------------------------
-
-// The tile registers, in use from the first product to the end of this object's life; `words` are added up at a time.
-class Registers {
- public:
-  explicit Registers(int64_t words) : words_(static_cast<uint8_t>(words)) {}
-  Registers(const Registers&) = delete;
-  Registers& operator=(const Registers&) = delete;
-  ~Registers() { release_tiles(); }
-
-  // Sizes them for products of so many pixels.
-  FASTRES_INLINE void hold(int64_t pixels) {
-    if (pixels == pixels_) return;
-    pixels_ = pixels;
-    const auto first = static_cast<uint8_t>(min(pixels, kTileRows)), second = static_cast<uint8_t>(pixels - first);
-    TileSizes sizes;
-    for (int tile = 0; tile < 8; ++tile) {
-      sizes.rows[tile] = tile >= 6 ? words_ : tile == 2 || tile == 3 || tile == 5 ? second : first;
-      sizes.bytes[tile] = sizes.rows[tile] == 0 ? 0 : tile == 4 || tile == 5 ? words_ * kWord : kTileBytes;
-    }
-    configure_tiles(sizes);
-  }
-
- private:
-  const uint8_t words_;
-  int64_t pixels_ = 0;
-};
 
 // Steps in bytes. A step of the sum takes `words` of each row of x and as many rows of the weights, and fetches the lines of what
 // is coming. (For the next blocks' weights, which do not lie in L2: ResNet-50 in bfloat16 was 1.17 times as fast at batch 1, 1.07

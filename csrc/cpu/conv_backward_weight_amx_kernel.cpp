@@ -9,6 +9,7 @@
 #endif
 #include "cpu/conv_backward_weight_amx.h"
 
+#include "cpu/tile_registers.h"
 #include "cpu/words.h"
 
 #if defined(FASTRES_CPU_LEVEL) && FASTRES_CPU_LEVEL >= 3
@@ -143,19 +144,6 @@ FASTRES_INLINE void multiply(const char* left, int64_t down_step, const char* ri
   if constexpr (kDown == 2 && kAcross == 2) store_tile<3>(sums + kDownSums + kWide, kRowBytes);
 }
 
-// The tile registers, all of full size, for the life of this object.
-class Registers {
- public:
-  Registers() {
-    TileSizes sizes;
-    for (int tile = 0; tile < 8; ++tile) sizes.rows[tile] = kTileRows, sizes.bytes[tile] = kTileBytes;
-    configure_tiles(sizes);
-  }
-  Registers(const Registers&) = delete;
-  Registers& operator=(const Registers&) = delete;
-  ~Registers() { release_tiles(); }
-};
-
 // ---- the gradient ------------------------------------------------------------------------------------
 
 // Rounds the sums of a block, over all parts; `nothing` stays zero while all are finite.
@@ -195,7 +183,8 @@ void conv_backward_weight_amx_pack(const ConvBackwardWeightArgs& args, int64_t b
 void conv_backward_weight_amx_multiply(const ConvBackwardWeightArgs& args, int64_t begin, int64_t end) {
   const int64_t steps = args.count / kTileRows, rows = args.count + args.span, down_step = steps * kTileSize;
   const bool is_first = args.first == args.start;
-  const Registers registers;
+  Registers registers(kTileRows);
+  registers.hold(kAmxPixels);  // all of full size
   alignas(64) float own[kBlockSums];
   Sum nothing{};
   for (int64_t at = begin; at < end; ++at) {

@@ -2,6 +2,7 @@
 faster than PyTorch. Shapes, dtypes and layouts alone decide, in a few microseconds.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -59,40 +60,51 @@ def kernel(
 
     ``images``: x or grad_y; ``size``: x's rows and columns; ``weight``: whose layout matters to y and to the gradient of x.
     """
-    geometry = stride, padding, dilation, groups
-    few, amx, winograd = KERNELS[of]
+    if images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16) or images.dim() != 4:
+        got = f"{images.dim()} dimensions of {images.dtype} on {images.device.type}"
+        return None, f"it convolves batches of images of float32 and bfloat16 on cpu, got {got}"
+    amx = images.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     plain = None if weight is None else why_not_channels_last("weight", weight)
-    if plain is None and why_not_few(of, images, size, weight_shape, *geometry) is None:
+    sizes = tuple(images.shape), tuple(size), tuple(weight_shape), tuple(stride), tuple(padding), tuple(dilation), groups
+    found = _by_sizes(of, images.dtype, amx, plain, *sizes)
+    layout = why_not_channels_last("the activations", images)
+    return found if found[0] is None or layout is None else (None, layout)
+
+
+@functools.lru_cache(4096)
+def _by_sizes(
+    of, dtype, amx, plain, shape, size, weight_shape, stride, padding, dilation, groups
+) -> tuple[str, None] | tuple[None, str]:
+    """``kernel``, were the activations in channels_last; ``plain``: why the weights are not."""
+    geometry = stride, padding, dilation, groups
+    few, by_tiles, winograd = KERNELS[of]
+    if plain is None and why_not_few(of, dtype, amx, shape, size, weight_shape, *geometry) is None:
         return few, None
-    if _is_amx(images):  # with which oneDNN too is faster than Winograd's: ResNet-18 and -50 1.2 to 1.4 times (2026-11-28)
-        reason = why_not_amx(of, images, size, weight_shape, *geometry) or plain
-        return (None, reason) if reason is not None else (amx, None)
+    if amx:  # with which oneDNN too is faster than Winograd's: ResNet-18 and -50 1.2 to 1.4 times (2026-11-28)
+        reason = why_not_amx(of, shape, size, weight_shape, *geometry) or plain
+        return (None, reason) if reason is not None else (by_tiles, None)
     if of == "x":
         reason = f"its padding is at most 2 pixels, got {padding}" if max(padding) > 2 else None
         geometry = stride, full_padding(weight_shape[2:], padding, dilation), dilation, groups
         weight_shape = (weight_shape[1], weight_shape[0], *weight_shape[2:])
-        reason = reason or why_not_winograd(images, weight_shape, *geometry)
+        reason = reason or why_not_winograd(dtype, shape, weight_shape, *geometry)
     else:
-        reason = why_not_winograd(images, weight_shape, *geometry, least_tiles=LEAST_TILES if of == "y" else 1)
+        least_tiles = LEAST_TILES if of == "y" else 1
+        reason = why_not_winograd(dtype, shape, weight_shape, *geometry, least_tiles=least_tiles)
     return (None, reason) if reason is not None else (winograd, None)
 
 
-def _is_amx(images) -> bool:
-    """Whether tile registers multiply what is in these images."""
-    return images.dtype == torch.bfloat16 and images.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-
-
-def why_not_amx(of, images, size, weight_shape, stride, padding, dilation, groups) -> str | None:
+def why_not_amx(of, shape, size, weight_shape, stride, padding, dilation, groups) -> str | None:
     """Why y, or the gradient of x or weight, is not computed in tile registers."""
     out_channels, channels, *taps = weight_shape
     if groups != 1 or out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384:
         return f"AMX multiplies multiples of 16 channels up to 16384 in one group, got {tuple(weight_shape)}, groups={groups}"
-    if images.dim() != 4 or images.numel() == 0:
-        return f"it needs a batch of images, got {tuple(images.shape)}"
+    if 0 in shape:
+        return f"it needs images, got {shape}"
     if of == "x" and any(by > 1 and spread > 1 for by, spread in zip(stride, dilation, strict=True)):
         return f"on a side with a stride it takes no dilation, got {dilation}"
     height, width = output_size(size, taps, stride, padding, dilation)
-    weights, pixels = out_channels * channels * taps[0] * taps[1], images.shape[0] * height * width
+    weights, pixels = out_channels * channels * taps[0] * taps[1], shape[0] * height * width
     reach = [max(p, d * (k - 1) - p) // by for p, d, k, by in zip(padding, dilation, taps, stride, strict=True)]
     places = (height + reach[0]) * (width + reach[1])
     if of == "weight" and dilation != (1, 1) and places > MOST_PLACES_A_PIXEL * height * width:
@@ -100,36 +112,33 @@ def why_not_amx(of, images, size, weight_shape, stride, padding, dilation, group
     strided = of == "x" and taps == [1, 1] and stride != (1, 1)
     if of != "weight" and not strided and weights < LEAST_WEIGHTS_A_PIXEL_WITH_AMX * pixels:
         return f"oneDNN is faster with fewer than {LEAST_WEIGHTS_A_PIXEL_WITH_AMX} weights a pixel, got {weights} for {pixels}"
-    return why_not_channels_last("the activations", images)
+    return None
 
 
-def why_not_few(of, images, size, weight_shape, stride, padding, dilation, groups) -> str | None:
+def why_not_few(of, dtype, amx, shape, size, weight_shape, stride, padding, dilation, groups) -> str | None:
     """Why y, or the gradient of x or weight, is not computed by the kernels for few pixels."""
-    if images.dim() != 4 or groups != 1 or images.device.type != "cpu" or images.dtype not in (torch.float32, torch.bfloat16):
-        return f"it supports float32 and bfloat16 on cpu in one group, the tensors are {images.dtype} on {images.device.type}"
     out_channels, channels, *kernel = weight_shape
     weights = out_channels * channels * kernel[0] * kernel[1]
-    if out_channels % 16 or channels % 16 or max(out_channels, channels) > 16384 or weights < LEAST_WEIGHTS:
+    most_channels = max(out_channels, channels)
+    if groups != 1 or out_channels % 16 or channels % 16 or most_channels > 16384 or weights < LEAST_WEIGHTS:
         return f"it needs {LEAST_WEIGHTS} weights or more, in multiples of 16 channels up to 16384, got {tuple(weight_shape)}"
     height, width = output_size(size, kernel, stride, padding, dilation)
     dense = kernel == [1, 1] and stride == (1, 1)
-    pixels, most = images.shape[0] * height * width, MOST_PIXELS_OF_DENSE.get(of, MOST_PIXELS) if dense else MOST_PIXELS
-    if of == "y" and height * width > MOST_PIXELS_AN_IMAGE[images.dtype]:
-        most = min(MOST_PIXELS, weights // LEAST_WEIGHTS_A_PIXEL[images.dtype])
-    if of == "weight" and _is_amx(images):
+    pixels, most = shape[0] * height * width, MOST_PIXELS_OF_DENSE.get(of, MOST_PIXELS) if dense else MOST_PIXELS
+    if of == "y" and height * width > MOST_PIXELS_AN_IMAGE[dtype]:
+        most = min(MOST_PIXELS, weights // LEAST_WEIGHTS_A_PIXEL[dtype])
+    if of == "weight" and amx:
         most = min(most, MOST_PIXELS_WITH_AMX)
     if not 0 < pixels <= most:
         return f"it supports 1 to {most} pixels, got {pixels}"
-    return why_not_channels_last("the activations", images)
+    return None
 
 
-def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_tiles=LEAST_TILES) -> str | None:
+def why_not_winograd(dtype, shape, weight_shape, stride, padding, dilation, groups, least_tiles=LEAST_TILES) -> str | None:
     """Why Winograd's algorithm is not taken."""
-    if x.dim() != 4 or tuple(weight_shape[2:]) != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
+    if weight_shape[2:] != (3, 3) or stride != (1, 1) or dilation != (1, 1) or groups != 1:
         return "it convolves 3x3 kernels with stride 1, without dilation, in one group"
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it convolves float32 and bfloat16 on cpu, the tensors are {x.dtype} on {x.device.type}"
-    n, _, height, width = x.shape
+    n, _, height, width = shape
     out = (height + 2 * padding[0] - 2, width + 2 * padding[1] - 2)
     least = min(weight_shape[:2])
     if weight_shape[0] % 16 or weight_shape[1] % 16 or least < 16 or any(side < 4 and side != 2 for side in out):
@@ -137,6 +146,6 @@ def why_not_winograd(x, weight_shape, stride, padding, dilation, groups, least_t
     tiles = n * -(-out[0] // 2) * -(-out[1] // 2)
     if tiles < least_tiles:
         return f"so few pixels ({tiles} tiles of 2x2, it wants {least_tiles}) do not repay the transform of the weights"
-    if least < 32 and tiles > MOST_TILES_OF_FEW[x.dtype]:
+    if least < 32 and tiles > MOST_TILES_OF_FEW[dtype]:
         return f"so few channels ({least}) do not repay the transform of so many pixels ({tiles} tiles of 2x2)"
-    return why_not_channels_last("the activations", x)
+    return None
